@@ -1,0 +1,45 @@
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+
+.PHONY: demo test slow lint format types bench clean
+
+# Everything on a fresh machine: environment, package, search, table, picture.
+demo: $(VENV)/installed
+	$(BIN)/adopt run --study digits-4
+	$(BIN)/adopt sample --study digits-4 --out digits-4.png
+
+test: $(VENV)/tested
+	$(BIN)/python -m pytest
+
+slow: $(VENV)/tested
+	$(BIN)/python -m pytest -m slow
+
+lint: $(VENV)/tested
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: $(VENV)/tested
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+types: $(VENV)/tested
+	$(BIN)/mypy autodiffusion_optuna
+
+# Hours on two cores; each script writes benchmarks/results/NAME.json.
+bench: $(VENV)/tested
+	for script in frechet mixture overhead prefix demo layers; do $(BIN)/python benchmarks/$$script.py || exit 1; done
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info
+
+$(VENV)/bin/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/installed: pyproject.toml constraints.txt | $(VENV)/bin/python
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable .
+	touch $@
+
+$(VENV)/tested: pyproject.toml constraints.txt | $(VENV)/bin/python
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[test]"
+	touch $@ $(VENV)/installed

@@ -1,0 +1,6 @@
+"""``python -m autodiffusion_optuna`` is ``adopt``."""
+
+from autodiffusion_optuna.cli import main
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,460 @@
+"""The command line. Typer and rich live here only, and only here errors are caught and printed."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console, Group
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+
+from autodiffusion_optuna import __version__
+from autodiffusion_optuna.errors import AdoptError, ConfigError, choose_from
+
+if TYPE_CHECKING:
+    import optuna
+    from optuna.storages import RDBStorage
+
+    from autodiffusion_optuna.config import StudyConfig
+    from autodiffusion_optuna.report import StudyReport
+    from autodiffusion_optuna.study import Parts, Progress
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    help="Search the timesteps and skipped layers of a frozen diffusion model.\n\n"
+    "\b\nadopt run --study digits-4             search, resume, or say that it is finished\n"
+    "adopt show --study digits-4            the best schedule beside the known ones\n"
+    "adopt sample --study digits-4 --out grid.png",
+)
+out = Console(highlight=False)
+err = Console(stderr=True, highlight=False, soft_wrap=True)
+
+StudyName = Annotated[str, typer.Option("--study", help="A study in the database.")]
+StorageUrl = Annotated[
+    str | None,
+    typer.Option("--storage", help="Database URL or SQLite file; default $ADOPT_STORAGE, else sqlite:///adopt.db."),
+]
+Trust = Annotated[bool, typer.Option("--trust", help="Allow files that contain code (TorchScript weights).")]
+
+EXIT_INTERRUPTED = 130
+
+
+@app.command()
+def run(
+    study: Annotated[str, typer.Option("--study", help="A study file, a preset's name, or a study in the database.")],
+    overrides: Annotated[list[str] | None, typer.Option("--set", help="key=value, as in the study file.")] = None,
+    storage: StorageUrl = None,
+    trust: Trust = False,
+) -> None:
+    """Search; the same command again goes on where it stood, or says that the study is finished."""
+    from autodiffusion_optuna.report import peek, require_same
+    from autodiffusion_optuna.storage import storage_url
+
+    url = storage_url(storage)
+    config = _resolve(study, overrides or [], url)
+    begun = peek(url, config.name)
+    if begun is not None:
+        require_same(begun, config)
+        if _complete(begun, config):
+            out.print(f"study {config.name} is finished: {config.search.trials} of {config.search.trials} candidates.")
+            _print_result(begun, url)
+            return
+    _search(config, url, begun, trust)
+
+
+def _resolve(name: str, overrides: list[str], url: str) -> StudyConfig:
+    """The config that ``--study`` means: a file, a preset, or what a study in the database was run with."""
+    from autodiffusion_optuna.config import load_config, load_preset, parse_config, presets
+    from autodiffusion_optuna.report import existing_names, peek, stored_config
+
+    if name.endswith(".toml") or "/" in name or Path(name).is_file():
+        return load_config(Path(name), overrides)
+    if name in presets():
+        return load_preset(name, overrides)
+    begun = peek(url, name)
+    if begun is not None:
+        return parse_config(stored_config(begun).model_dump(mode="json"), overrides)
+    raise ConfigError(choose_from("study", name, [*presets(), *existing_names(url)]) + "; or give a study file.toml")
+
+
+def _complete(study: optuna.Study, config: StudyConfig) -> bool:
+    """Whether the budget is met and the winner has its fresh score."""
+    from autodiffusion_optuna import records
+    from autodiffusion_optuna.report import read_report
+
+    report = read_report(study)
+    enough = records.finished(study) >= config.search.trials
+    return enough and report.best is not None and report.best.fresh is not None
+
+
+def _search(config: StudyConfig, url: str, begun: optuna.Study | None, trust: bool) -> None:
+    from autodiffusion_optuna import records
+    from autodiffusion_optuna import study as studies
+    from autodiffusion_optuna.report import stored_unit_costs
+    from autodiffusion_optuna.storage import open_storage
+
+    parts = studies.build(config, trust=trust, unit_costs=stored_unit_costs(begun))
+    database = open_storage(url)
+    study = studies.open_study(parts, database)
+    done = records.finished(study)
+    verb = "going on" if done else "starting"
+    out.print(f"study {config.name}: {done} of {config.search.trials} candidates finished, {verb}. Ctrl-C stops it safely.")
+    try:
+        with _progress(config, study) as on_trial:
+            studies.work(parts, study, database, on_trial)
+        _score_finalists(parts, study)
+    except KeyboardInterrupt:
+        err.print(f"stopped; {records.finished(study)} candidates are kept. Go on with: {_resume_command()}")
+        raise typer.Exit(EXIT_INTERRUPTED) from None
+    _print_result(study, url)
+
+
+def _resume_command() -> str:
+    """What the user typed: the same command resumes."""
+    import shlex
+
+    return shlex.join(["adopt", *sys.argv[1:]])
+
+
+def _score_finalists(parts: Parts, study: optuna.Study) -> None:
+    from autodiffusion_optuna import study as studies
+
+    images, banks = parts.config.score.fresh_images, parts.config.score.fresh_banks
+    candidates = studies.finalists(parts, study)
+    out.print(f"scoring {', '.join(candidates)} on {banks} fresh banks of {images} images …")
+    for candidate in candidates.values():
+        studies.score_fresh(parts, study, candidate, images, banks)
+
+
+@contextmanager
+def _progress(config: StudyConfig, study: optuna.Study) -> Iterator[Any]:
+    """A callback for every trial: a live table on a terminal, plain lines elsewhere."""
+    board = _Board(config, study)
+    if not out.is_terminal:
+        yield board.plain
+        return
+    with Live(board.table(), console=out, refresh_per_second=4, transient=True) as live:
+
+        def on_trial(progress: Progress) -> None:
+            board.update(progress)
+            live.update(board.table())
+
+        yield on_trial
+
+
+class _Board:
+    """What the progress view shows."""
+
+    EVERY = 20  # plain output: a line every so many trials, and for every new best
+
+    def __init__(self, config: StudyConfig, study: optuna.Study) -> None:
+        from autodiffusion_optuna.report import read_report
+
+        report = read_report(study)
+        self.config, self.metric = config, report.metric
+        self.first = self.finished = len(report.finished)
+        self.best = report.best.value if report.best else float("inf")
+        self.run, self.saved = report.total("run"), report.total("saved")
+        self.origin: dict[str, Any] = report.last_origin
+        self.started = time.monotonic()
+
+    def update(self, progress: Progress) -> bool:
+        """Take in one trial; whether it is a new best."""
+        attrs, values = progress.trial.user_attrs, progress.trial.values
+        self.finished = progress.finished
+        self.origin = attrs.get("origin", self.origin)
+        self.run += attrs.get("score", {}).get("run", 0)
+        self.saved += attrs.get("score", {}).get("saved", 0)
+        better = progress.trial.state.name == "COMPLETE" and bool(values) and values[0] < self.best
+        if better:
+            self.best = values[0]
+        return better
+
+    def facts(self) -> list[tuple[str, str]]:
+        """Name and value of everything shown."""
+        made = max(self.finished - self.first, 1)
+        pace = (time.monotonic() - self.started) / made
+        left = pace * max(self.config.search.trials - self.finished, 0)
+        share = self.saved / max(self.run + self.saved, 1)
+        return [
+            ("candidates", f"{self.finished} of {self.config.search.trials}"),
+            ("generation", str(self.origin["generation"])),
+            ("stage", "layers and timesteps" if self.origin["stage"] == 2 else "timesteps"),
+            (f"best {self.metric}", f"{self.best:.4g}"),
+            ("seconds a trial", f"{pace:.2f}"),
+            ("evaluations saved", f"{share:.0%}"),
+            ("time left", _clock(left)),
+        ]
+
+    def table(self) -> Group:
+        """The live view."""
+        grid = Table.grid(padding=(0, 2))
+        for name, value in self.facts():
+            grid.add_row(name, value)
+        return Group(grid, ProgressBar(total=self.config.search.trials, completed=self.finished, width=50))
+
+    def plain(self, progress: Progress) -> None:
+        """One line for a new best, and one every so often."""
+        better = self.update(progress)
+        if better or self.finished % self.EVERY == 0 or self.finished == self.config.search.trials:
+            line = ", ".join(f"{name} {value}" for name, value in self.facts())
+            print(line + (f"  <- {attrs_key(progress)}" if better else ""), flush=True)
+
+
+def attrs_key(progress: Progress) -> str:
+    """Canonical key of a trial's candidate."""
+    return str(progress.trial.user_attrs.get("candidate", ""))
+
+
+def _clock(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+@app.command()
+def studies(storage: StorageUrl = None) -> None:
+    """List the presets that ship with adopt and the studies in the database."""
+    from autodiffusion_optuna.report import list_studies, peek_storage
+    from autodiffusion_optuna.storage import storage_url
+
+    table = Table(box=None, pad_edge=False)
+    for column in ("study", "preset", "finished", "best", "what it is"):
+        table.add_column(column, overflow="fold")
+    for line in list_studies(peek_storage(storage_url(storage))):
+        finished = "-" if line.finished is None else f"{line.finished} of {line.budget}"
+        best = "-" if line.best is None else f"{line.best:.4g}"
+        table.add_row(line.name, "yes" if line.preset else "", finished, best, line.description)
+    out.print(table)
+
+
+@app.command()
+def show(
+    study: StudyName,
+    storage: StorageUrl = None,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object, for scripts.")] = False,
+) -> None:
+    """The best schedule, the known ones beside it, evaluations run and saved, and the history."""
+    from autodiffusion_optuna.report import read_report
+    from autodiffusion_optuna.storage import storage_url
+
+    report = read_report(_existing(study, storage_url(storage))[1])
+    if as_json:
+        print(json.dumps(report.to_json(), indent=2))
+        return
+    _print_table(report)
+    _print_facts(report)
+
+
+@app.command()
+def score(
+    study: StudyName,
+    images: Annotated[int | None, typer.Option("--images", help="Images a bank; default the study's.")] = None,
+    banks: Annotated[int | None, typer.Option("--banks", help="Banks of fresh noise; default the study's.")] = None,
+    storage: StorageUrl = None,
+    trust: Trust = False,
+) -> None:
+    """Score the winner and the known schedules on fresh noise, with 95 % intervals."""
+    from autodiffusion_optuna import study as runner
+    from autodiffusion_optuna.candidate import Candidate
+    from autodiffusion_optuna.report import read_report
+    from autodiffusion_optuna.storage import storage_url
+
+    found, parts = _load(study, storage_url(storage), trust, _fresh_overrides(images, banks))
+    best = runner.winner(found).user_attrs["candidate"]
+    keys = dict.fromkeys([best, *(candidate.key for candidate in parts.known.values())])
+    fresh = parts.config.score
+    for position, key in enumerate(keys, 1):
+        err.print(f"scoring {position} of {len(keys)}: {key}")
+        runner.score_fresh(parts, found, Candidate.from_key(key), fresh.fresh_images, fresh.fresh_banks)
+    _print_table(read_report(found))
+
+
+def _fresh_overrides(images: int | None, banks: int | None) -> list[str]:
+    given = {"score.fresh_images": images, "score.fresh_banks": banks}
+    return [f"{key}={value}" for key, value in given.items() if value is not None]
+
+
+@app.command()
+def sample(
+    study: StudyName,
+    path: Annotated[Path, typer.Option("--out", help="Picture to write (PNG).")],
+    images: Annotated[int, typer.Option("--images", min=1, max=64, help="Columns: different noises.")] = 12,
+    steps: Annotated[int, typer.Option("--many-steps", min=1, help="Steps of the last row.")] = 100,
+    storage: StorageUrl = None,
+    trust: Trust = False,
+) -> None:
+    """Draw the same noises with uniform steps, with the best schedule and with many steps."""
+    from autodiffusion_optuna import study as runner
+    from autodiffusion_optuna.plots import draw_grid
+    from autodiffusion_optuna.storage import storage_url
+
+    if not path.parent.is_dir():
+        raise ConfigError(f"folder {str(path.parent)!r} for the picture does not exist; create it or give another --out")
+    found, parts = _load(study, storage_url(storage), trust)
+    rows = runner.sample_rows(parts, found, images, steps)
+    draw_grid(rows, path)
+    out.print(f"wrote {path}")
+
+
+@app.command()
+def export(
+    study: StudyName,
+    form: Annotated[str, typer.Option("--format", help="json, python, or both.")] = "both",
+    folder: Annotated[Path | None, typer.Option("--out", help="Folder to write to; default: print.")] = None,
+    storage: StorageUrl = None,
+) -> None:
+    """The best schedule as JSON, and as Python that applies it to a diffusers model."""
+    from autodiffusion_optuna.export import export_python, export_schedule
+    from autodiffusion_optuna.storage import storage_url
+
+    if form not in ("json", "python", "both"):
+        raise ConfigError(choose_from("format", form, ["json", "python", "both"]))
+    found = _existing(study, storage_url(storage))[1]
+    texts: dict[str, str] = {}
+    if form != "python":
+        texts[f"{study}.json"] = json.dumps(export_schedule(found), indent=2) + "\n"
+    if form != "json":
+        texts[f"{study}.py"] = export_python(found)
+    if folder is None:
+        print("\n".join(texts.values()), end="")
+        return
+    if not folder.is_dir():
+        raise ConfigError(f"folder {str(folder)!r} does not exist; create it or give another --out")
+    for name, text in texts.items():
+        (folder / name).write_text(text, encoding="utf-8")
+        out.print(f"wrote {folder / name}")
+
+
+def _existing(name: str, url: str) -> tuple[RDBStorage, optuna.Study]:
+    from autodiffusion_optuna.report import load_study
+    from autodiffusion_optuna.storage import open_storage
+
+    database = open_storage(url, create=False)
+    return database, load_study(database, name)
+
+
+def _load(name: str, url: str, trust: bool, overrides: list[str] | None = None) -> tuple[optuna.Study, Parts]:
+    """A study of the database with its parts built from the config it was run with."""
+    from autodiffusion_optuna import study as runner
+    from autodiffusion_optuna.config import parse_config
+    from autodiffusion_optuna.report import stored_config, stored_unit_costs
+
+    found = _existing(name, url)[1]
+    config = parse_config(stored_config(found).model_dump(mode="json"), overrides or [])
+    parts = runner.build(config, trust=trust, unit_costs=stored_unit_costs(found))
+    runner.check_same(parts, found)
+    return found, parts
+
+
+def _print_result(study: optuna.Study, url: str) -> None:
+    from autodiffusion_optuna.report import read_report
+    from autodiffusion_optuna.storage import DEFAULT_URL, hide_password
+
+    report = read_report(study)
+    _print_table(report)
+    tail = "" if url == DEFAULT_URL else f" --storage {hide_password(url)}"
+    name, more = report.config.name, report.config.search.trials * 2
+    out.print("\nnext:")
+    for command, why in (
+        (f"adopt show --study {name}{tail}", "history, evaluations saved, seconds by phase"),
+        (f"adopt sample --study {name} --out {name}.png{tail}", "see the difference"),
+        (f"adopt export --study {name}{tail}", "apply it to the model with diffusers"),
+        (f"adopt run --study {name} --set search.trials={more}{tail}", "search on"),
+    ):
+        out.print(f"  {command}    # {why}", soft_wrap=True)
+
+
+def _print_table(report: StudyReport) -> None:
+    """Schedules from best to worst: timesteps, value on the search's noise, value on fresh noise."""
+    if report.best is None:
+        out.print(f"study {report.config.name}: no candidate is finished yet")
+        return
+    full = report.config.search.cost_steps or report.config.sampling.step_bounds[1]
+    table = Table(box=None, pad_edge=False, title_justify="left")
+    for column, justify in (("schedule", "left"), (report.metric, "right"), ("fresh noise, 95 %", "right")):
+        table.add_column(column, justify=justify)  # type: ignore[arg-type]
+    table.add_column("cost", justify="right")
+    table.add_column("timesteps", overflow="fold")
+    best = report.best
+    rows = [("best found", best.value, best.fresh, best.cost, best.candidate)]
+    known = sorted(report.known, key=lambda k: float("inf") if k.value is None else k.value)
+    rows += [(k.name, k.value, k.fresh, k.candidate.steps / full, k.candidate) for k in known]
+    for name, value, fresh, cost, candidate in rows:
+        shown = "-" if value is None else f"{value:.4g}"
+        interval = "-" if fresh is None else f"{fresh.mean:.4g} ± {fresh.half_width:.2g}"
+        timesteps = " ".join(str(t) for t in candidate.timesteps)
+        table.add_row(name, shown, interval, f"{cost:.2f}", timesteps)
+    out.print(table)
+    if any(best.candidate.skips):
+        _print_skips(report)
+
+
+def _print_skips(report: StudyReport) -> None:
+    assert report.best is not None
+    out.print("\nlayers skipped by the best schedule:")
+    names = report.best.candidate.skip_names(report.units)
+    for timestep, skipped in zip(report.best.candidate.timesteps, names, strict=True):
+        out.print(f"  {timestep:>5}  {', '.join(skipped) or '-'}", soft_wrap=True)
+
+
+def _print_facts(report: StudyReport) -> None:
+    data = report.to_json()
+    run_count, saved = data["evaluations"]["run"], data["evaluations"]["saved"]
+    share = saved / max(run_count + saved, 1)
+    seconds = data["seconds"]
+    out.print(
+        f"\n{data['finished']} of {data['budget']} candidates finished, generation {data['generation']}, "
+        f"stage {data['stage']}, solver {data['solver']}, {data['images']} images a candidate",
+        soft_wrap=True,
+    )
+    out.print(f"network evaluations (an image each): {run_count:,} run, {saved:,} saved ({share:.0%})")
+    phases = ", ".join(f"{phase} {seconds[phase]:.1f}" for phase in ("network", "features", "distance", "storage"))
+    out.print(f"seconds: {phases}, total {seconds['total']:.1f}")
+    out.print("\ngeneration  stage  best so far")
+    for generation, stage, value in report.best_by_generation():
+        out.print(f"{generation:>10}  {stage:>5}  {value:.4g}")
+
+
+@app.callback(invoke_without_command=True)
+def _options(
+    version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
+) -> None:
+    if version:
+        print(f"adopt {__version__}")
+        raise typer.Exit
+
+
+# Typer carries its own copy of click: its usage errors are found through the one class it exports.
+_UsageError: type[Exception] = typer.BadParameter.__mro__[1]
+
+
+def main() -> None:
+    """Run the command line: errors of the user's are one line on stderr and exit code 1, never a traceback."""
+    try:
+        code = app(standalone_mode=False)
+    except AdoptError as error:
+        _fail(str(error))
+    except _UsageError as error:
+        _fail(f"{error.format_message()} Try adopt --help")  # type: ignore[attr-defined]
+    except (KeyboardInterrupt, typer.Abort):
+        err.print("stopped")
+        sys.exit(EXIT_INTERRUPTED)
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+def _fail(message: str) -> None:
+    print("error: " + " ".join(message.split()), file=sys.stderr)
+    sys.exit(1)
+
+

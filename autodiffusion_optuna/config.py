@@ -1,0 +1,294 @@
+"""StudyConfig: everything a study measures and how it searches, read from one TOML file."""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+import tomllib
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from autodiffusion_optuna.errors import ConfigError, choose_from
+
+BANK_SIZE = 100_000
+"""Images in one bank of noise; the largest ``score.images`` and ``score.fresh_images``."""
+
+NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
+
+Count = Annotated[int, Field(ge=1)]
+Images = Annotated[int, Field(ge=2, le=BANK_SIZE)]
+
+
+class Section(BaseModel):
+    """A frozen table that refuses unknown keys and values of another type."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+
+class ModelConfig(Section):
+    """``[model]``: the frozen network and how it is run."""
+
+    source: str
+    """A bundled model (``digits``, ``mixture``) or the folder of a diffusers ``UNet2DModel``."""
+    device: str = "auto"
+    """``auto``, ``cpu``, ``cuda`` or ``cuda:N``."""
+    precision: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Of the network alone; the sampling state is always float32."""
+    batch: Count = 64
+    """Images in one network evaluation."""
+    clip: bool = True
+    """Clip the predicted image to [-1, 1] at every step."""
+    memory_mb: Annotated[int, Field(ge=0)] = 2048
+    """Budget of the prefix memory in MiB; 0 turns it off."""
+
+
+class StepRange(Section):
+    """``steps = {min = 8, max = 12}``: the search chooses the number of steps."""
+
+    min: Count
+    max: Count
+
+    @model_validator(mode="after")
+    def _ordered(self) -> StepRange:
+        if self.min > self.max:
+            raise ValueError(f"min {self.min} is larger than max {self.max}")
+        return self
+
+
+class SamplingConfig(Section):
+    """``[sampling]``: the solver, and how many steps it takes."""
+
+    solver: str = "ddim"
+    steps: Count | StepRange
+    final: Literal["one", "first"] = "one"
+    """Where the last update ends: at no noise at all, or at time index 0."""
+    min_gap: Count = 1
+    """Smallest distance of neighbouring timesteps, in time indices."""
+
+    @property
+    def step_bounds(self) -> tuple[int, int]:
+        """Smallest and largest number of steps."""
+        return (self.steps.min, self.steps.max) if isinstance(self.steps, StepRange) else (self.steps, self.steps)
+
+
+class SearchConfig(Section):
+    """``[search]``: budget, operators and the space of skipped layers. Unset sizes are the preset's."""
+
+    preset: str = "adopt"
+    trials: Count
+    """Candidates to finish; a pruned candidate counts."""
+    seed: Annotated[int, Field(ge=0)] = 0
+    population: Count | None = None
+    parents: Count | None = None
+    mutations: Annotated[int, Field(ge=0)] | None = None
+    crossovers: Annotated[int, Field(ge=0)] | None = None
+    mutation_probability: Annotated[float, Field(gt=0, le=1)] | None = None
+    stage_one_generations: Annotated[int, Field(ge=0)] | None = None
+    warm_starts: list[str] | None = None
+    """Names of known schedules to evaluate first; unset: all (``paper``: uniform alone)."""
+    max_skip: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """Largest share of layers that one step may skip; 0 searches timesteps alone."""
+    max_cost: Annotated[float, Field(gt=0)] | None = None
+    """Largest cost of a candidate, 1.0 being ``cost_steps`` steps with every layer on."""
+    cost_steps: Count | None = None
+    """Full steps that cost 1.0; unset: the largest number of steps."""
+    cost: Literal["macs", "latency"] = "macs"
+    """What a layer costs: multiply-adds, or time measured once at the start."""
+    chunk: Annotated[int, Field(ge=1, le=32)] = 32
+    """Layers packed into one stored parameter."""
+
+
+class ScoreConfig(Section):
+    """``[score]``: what a candidate's value is."""
+
+    extractor: str
+    weights: str | None = None
+    """File of the extractor's weights, where it ships with none (inception)."""
+    reference: str | None = None
+    """Statistics (npz), image folder or image npz; unset: what the bundled model ships with."""
+    metric: Literal["frechet", "kid"] = "frechet"
+    images: Images = 256
+    rungs: list[Annotated[int, Field(ge=2)]] = []
+    """Smaller image counts at which a candidate may be pruned."""
+    pruner: Literal["none", "percentile", "median"] = "none"
+    keep: Annotated[float, Field(gt=0, lt=1)] = 0.5
+    """Share of candidates that each rung lets through."""
+    seed: Annotated[int, Field(ge=0)] = 0
+    fresh_images: Images = 1000
+    fresh_banks: Annotated[int, Field(ge=2, le=100)] = 3
+    """Disjoint banks of noise on which the winner is scored again; the interval needs two."""
+
+    @model_validator(mode="after")
+    def _rungs_increase(self) -> ScoreConfig:
+        counts = [*self.rungs, self.images]
+        if any(a >= b for a, b in zip(counts, counts[1:], strict=False)):
+            raise ValueError(
+                f"rungs {self.rungs} must increase and stay below images = {self.images}; leave rungs out for none"
+            )
+        return self
+
+
+class StudyConfig(Section):
+    """One study. ``fingerprint`` tells two studies apart that measure different things."""
+
+    name: Annotated[str, Field(pattern=NAME_PATTERN)]
+    description: str = ""
+    model: ModelConfig
+    sampling: SamplingConfig
+    search: SearchConfig
+    score: ScoreConfig
+
+    def measured(self) -> dict[str, Any]:
+        """Flat settings that decide candidates and values: those that may not change on resume."""
+        flat = flatten(self.model_dump(mode="json"))
+        return {key: value for key, value in flat.items() if key not in MAY_CHANGE}
+
+    def fingerprint(self) -> str:
+        """Hex digest of ``measured``."""
+        text = json.dumps(self.measured(), sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+MAY_CHANGE = {
+    "name",
+    "description",
+    "model.device",
+    "model.memory_mb",
+    "search.trials",
+    "score.fresh_images",
+    "score.fresh_banks",
+}
+"""Settings a study may be resumed with: they change how long it runs and where, not what it finds."""
+
+
+def load_config(path: Path, overrides: Iterable[str] = ()) -> StudyConfig:
+    """Study file with ``key=value`` overrides; the name defaults to the file's."""
+    try:
+        table = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise ConfigError(f"cannot read study file {str(path)!r}: {reason}") from None
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"{path.name} is not valid TOML: {error}; mend that line and run again") from None
+    table.setdefault("name", path.stem)
+    return parse_config(table, overrides)
+
+
+def parse_config(table: Mapping[str, Any], overrides: Iterable[str] = ()) -> StudyConfig:
+    """Checked config of a nested table with ``key=value`` overrides (ConfigError, one line)."""
+    merged = json.loads(json.dumps(table, default=str))
+    for override in overrides:
+        apply_override(merged, override)
+    try:
+        return StudyConfig.model_validate(merged)
+    except ValidationError as error:
+        raise ConfigError(explain(error)) from None
+
+
+def apply_override(table: dict[str, Any], override: str) -> None:
+    """Set the dotted key of ``key=value`` in ``table``; the value is read as TOML, else as a string."""
+    key, equals, text = override.partition("=")
+    if not equals or not key.strip():
+        raise ConfigError(f"--set {override!r} has no '='; write --set key=value, for example --set search.trials=100")
+    path = key.strip().split(".")
+    if key.strip() not in known_keys() and not any(k.startswith(key.strip() + ".") for k in known_keys()):
+        raise ConfigError("--set: " + unknown_key(key.strip()))
+    for part in path[:-1]:
+        table = table.setdefault(part, {})
+        if not isinstance(table, dict):
+            raise ConfigError(f"--set {override!r}: {part!r} is a value, not a table; set it as a whole")
+    table[path[-1]] = toml_value(text.strip())
+
+
+def toml_value(text: str) -> Any:
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return text
+
+
+def known_keys() -> set[str]:
+    """Dotted names of all settings."""
+    keys = {"name", "description", "sampling.steps.min", "sampling.steps.max"}
+    for section in ("model", "sampling", "search", "score"):
+        kind = StudyConfig.model_fields[section].annotation
+        assert isinstance(kind, type) and issubclass(kind, BaseModel)
+        keys |= {f"{section}.{field}" for field in kind.model_fields}
+    return keys
+
+
+def unknown_key(key: str) -> str:
+    """One line for a setting that does not exist, with the nearest that does."""
+    names = sorted(known_keys())
+    near = difflib.get_close_matches(key, names, n=1, cutoff=0.5)
+    tail = [name for name in names if name.split(".")[-1] == key.split(".")[-1]]
+    hint = (tail or near or [None])[0]
+    advice = f"did you mean {hint!r}?" if hint else f"known settings: {', '.join(names)}"
+    return f"unknown setting {key!r}; {advice}"
+
+
+def explain(error: ValidationError) -> str:
+    """First problem of a config as one line: the setting, what was given, what is allowed."""
+    # A union of an int and a table reports one error per member, the member's name in the location;
+    # for a table the error inside the table is the one that helps.
+    problems = error.errors()
+    first = max(problems, key=lambda e: len(e["loc"])) if isinstance(problems[0]["input"], dict) else problems[0]
+    where = ".".join(str(part) for part in first["loc"] if isinstance(part, int) or part in _location_parts())
+    if first["type"] == "extra_forbidden":
+        return unknown_key(".".join(str(part) for part in first["loc"]))
+    if first["type"] == "missing":
+        return f"setting {where!r} is missing; add it to the study file"
+    message = first["msg"].removeprefix("Value error, ")
+    message = message[0].lower() + message[1:]
+    given = first["input"]
+    shown = "" if isinstance(given, dict) else f" (given: {given!r})"
+    return f"setting {where!r}: {message}{shown}"
+
+
+def _location_parts() -> set[str]:
+    return {part for key in known_keys() for part in key.split(".")}
+
+
+def flatten(table: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """``{"a": {"b": 1}}`` as ``{"a.b": 1}``."""
+    flat: dict[str, Any] = {}
+    for key, value in table.items():
+        if isinstance(value, Mapping):
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
+def differences(old: StudyConfig, new: StudyConfig) -> list[str]:
+    """``key: old -> new`` for every setting that decides what is measured."""
+    before, after = old.measured(), new.measured()
+    return [
+        f"{key}: {before.get(key)!r} -> {after.get(key)!r}"
+        for key in sorted(before.keys() | after.keys())
+        if before.get(key) != after.get(key)
+    ]
+
+
+def preset_folder() -> Path:
+    """Folder of the study files: inside an installed package, beside it in a checkout."""
+    package = Path(__file__).parent
+    shipped = package / "studies"
+    return shipped if shipped.is_dir() else package.parent / "studies"
+
+
+def presets() -> dict[str, Path]:
+    """Shipped study files by name."""
+    return {path.stem: path for path in sorted(preset_folder().glob("*.toml"))}
+
+
+def load_preset(name: str, overrides: Iterable[str] = ()) -> StudyConfig:
+    """Shipped study by name (ConfigError listing what exists)."""
+    known = presets()
+    if name not in known:
+        raise ConfigError(choose_from("study preset", name, known))
+    return load_config(known[name], overrides)

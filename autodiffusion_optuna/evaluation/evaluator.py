@@ -1,0 +1,166 @@
+"""Evaluator: Candidate -> Score. Images are sampled, quantised, embedded and compared without touching the disk."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from autodiffusion_optuna.candidate import Candidate
+from autodiffusion_optuna.errors import StatisticsError
+from autodiffusion_optuna.evaluation.features import Extractor
+from autodiffusion_optuna.evaluation.frechet import Moments, frechet_distance, mmd2_unbiased
+from autodiffusion_optuna.evaluation.models import Model
+from autodiffusion_optuna.evaluation.prefix import PrefixMemory, Tally, remembering
+from autodiffusion_optuna.evaluation.reference import Reference
+from autodiffusion_optuna.evaluation.seeds import Bank
+from autodiffusion_optuna.evaluation.solvers import SOLVERS, times
+from autodiffusion_optuna.noise import Final
+
+SEARCH_BANK = 0
+"""Every candidate is scored on the noise of this bank; fresh banks are numbered from 1."""
+
+OnRung = Callable[[int, float], bool]
+"""(images, value) -> whether to go on to the next rung."""
+
+
+@dataclass
+class Seconds:
+    """Wall seconds by phase."""
+
+    network: float = 0.0
+    features: float = 0.0
+    distance: float = 0.0
+
+
+@dataclass(frozen=True)
+class Score:
+    """What one evaluation of a candidate gave.
+
+    ``value``: distance at the last rung reached (lower is better), scored on ``images`` images.
+    ``rungs``: (images, value) of every rung reached. ``complete``: False where a rung stopped it.
+    ``run`` and ``saved``: network evaluations made, and spared by the prefix memory, counted per image.
+    """
+
+    value: float
+    images: int
+    rungs: tuple[tuple[int, float], ...]
+    complete: bool
+    run: int
+    saved: int
+    seconds: Seconds
+
+    def to_json(self) -> dict[str, Any]:
+        """Everything but the value, as stored with a trial."""
+        return {
+            "rungs": [list(rung) for rung in self.rungs],
+            "run": self.run,
+            "saved": self.saved,
+            **{f"seconds_{phase}": round(value, 4) for phase, value in vars(self.seconds).items()},
+        }
+
+
+@dataclass(frozen=True, eq=False)
+class Evaluator:
+    """Scores candidates for one model, solver, extractor and reference.
+
+    Every candidate is scored on the same images-to-be: noise of image i comes from (seed, bank, i) alone, so
+    differences between candidates are not blurred by the draw. ``batch`` images share a network evaluation.
+    """
+
+    model: Model
+    solver: str
+    final: Final
+    extractor: Extractor
+    reference: Reference
+    metric: Literal["frechet", "kid"] = "frechet"
+    seed: int = 0
+    batch: int = 64
+    memory: PrefixMemory | None = None
+    _noise: dict[tuple[int, int, int], Tensor] = field(default_factory=dict)
+
+    def score(self, candidate: Candidate, rungs: Sequence[int], bank: int = SEARCH_BANK, on_rung: OnRung | None = None) -> Score:
+        """Distance to the reference at each of ``rungs`` (increasing image counts; the last one is the value).
+
+        A rung extends the images of the one before it. ``on_rung`` may end the evaluation by returning False.
+        Raises StatisticsError where images or features are not finite.
+        """
+        seconds, tally = Seconds(), Tally()
+        moments, kept, reached = Moments(self.extractor.dim), [], []
+        start = 0
+        for count in rungs:
+            for images in self._batches(candidate, start, count, bank, seconds, tally):
+                with _timed(seconds, "features", self.model.device):
+                    features = self.extractor(images)
+                    moments.add(features)
+                    if self.metric == "kid":
+                        kept.append(features)
+            with _timed(seconds, "distance", self.model.device):
+                value = self._distance(moments, kept)
+            reached.append((count, value))
+            start = count
+            if on_rung is not None and not on_rung(count, value) and count != rungs[-1]:
+                break
+        images_scored, value = reached[-1]
+        complete = images_scored == rungs[-1]
+        return Score(value, images_scored, tuple(reached), complete, tally.run, tally.saved, seconds)
+
+    def sample(self, candidate: Candidate, start: int, stop: int, bank: int = SEARCH_BANK) -> Tensor:
+        """Images ``start`` to ``stop`` of a bank, uint8 [stop - start, C, H, W]."""
+        return torch.cat(list(self._batches(candidate, start, stop, bank, Seconds(), Tally())))
+
+    def _batches(
+        self, candidate: Candidate, start: int, stop: int, bank: int, seconds: Seconds, tally: Tally
+    ) -> Iterator[Tensor]:
+        solve = SOLVERS[self.solver]
+        nodes = times(self.model.schedule, candidate.timesteps, self.final)
+        for first in range(start, stop, self.batch):
+            last = min(first + self.batch, stop)
+            noise = self._bank_noise(bank, first, last)
+            # All that decides an x0 besides the queries before it; a solver may treat its last steps
+            # differently, so candidates of different lengths share nothing.
+            root = (self.solver, self.final, candidate.steps, bank, first, last)
+            memory = self.memory if bank == SEARCH_BANK else None
+            with _timed(seconds, "network", self.model.device):
+                denoise = remembering(self.model.denoiser, candidate, memory, root, tally)
+                images = self.model.to_images(solve(denoise, noise, nodes))
+            yield images
+
+    def _bank_noise(self, bank: int, first: int, last: int) -> Tensor:
+        key = (bank, first, last)
+        if key not in self._noise:
+            noise = Bank(self.seed, bank, self.model.shape).noise(first, last).to(self.model.device)
+            if bank != SEARCH_BANK:  # used a few times at the end; not worth keeping
+                return noise
+            self._noise[key] = noise
+        return self._noise[key]
+
+    def _distance(self, moments: Moments, kept: list[Tensor]) -> float:
+        if self.metric == "frechet":
+            return frechet_distance(moments, self.reference)
+        if self.reference.features is None:
+            raise StatisticsError(
+                "metric 'kid' needs the reference's features, and this reference holds moments only; "
+                "give images as score.reference, or use metric = 'frechet'"
+            )
+        return mmd2_unbiased(torch.cat(kept), self.reference.features)
+
+
+class _timed:
+    """Adds the wall seconds of a block to one phase; on a GPU it waits for the work of the block."""
+
+    def __init__(self, seconds: Seconds, phase: str, device: torch.device) -> None:
+        self.seconds, self.phase, self.device = seconds, phase, device
+
+    def __enter__(self) -> None:
+        self.started = time.perf_counter()
+
+    def __exit__(self, *exc: object) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        spent = getattr(self.seconds, self.phase) + time.perf_counter() - self.started
+        setattr(self.seconds, self.phase, spent)

@@ -1,0 +1,103 @@
+"""What is stored with a study and its trials, under which name, and how it is read. Needs Optuna, never torch."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import statistics
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import optuna
+from optuna.trial import TrialState
+
+# Study user attrs.
+READY = "ready"
+CONFIG = "config"
+VERSION = "version"
+METRIC = "metric"
+KNOWN = "known"
+"""{name: candidate key} of the known schedules."""
+UNIT_COSTS = "unit_costs"
+FULL_COST = "full_cost"
+"""Network evaluations that cost 1.0."""
+
+# Trial user attrs.
+KNOWN_NAME = "known"
+CANDIDATE = "candidate"
+"""Canonical key."""
+ORIGIN = "origin"
+"""{generation, stage, operator, parents, share}"""
+COST = "cost"
+SCORE = "score"
+"""{rungs, run, saved, seconds_…}, see ``evaluation.evaluator.Score.to_json``."""
+
+FINISHED = (TrialState.COMPLETE, TrialState.PRUNED)
+
+# Two-sided 95 % points of Student's t by degrees of freedom; beyond 30 the normal point is close enough.
+T_95 = (
+    12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228,
+    2.201, 2.179, 2.160, 2.145, 2.131, 2.120, 2.110, 2.101, 2.093, 2.086,
+    2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042,
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Fresh:
+    """Values of one candidate on disjoint banks of noise, each of ``images`` images."""
+
+    images: int
+    values: tuple[float, ...]
+
+    @property
+    def banks(self) -> int:
+        """Number of banks."""
+        return len(self.values)
+
+    @property
+    def mean(self) -> float:
+        """Mean over the banks."""
+        return statistics.fmean(self.values)
+
+    @property
+    def half_width(self) -> float:
+        """Half the 95 % Student interval of the mean; needs two banks."""
+        t = T_95[self.banks - 2] if self.banks - 2 < len(T_95) else 1.96
+        return t * statistics.stdev(self.values) / math.sqrt(self.banks)
+
+    def to_json(self) -> dict[str, Any]:
+        """As stored."""
+        return {"images": self.images, "values": list(self.values)}
+
+    def summary(self) -> dict[str, Any]:
+        """As printed by ``adopt show --json``."""
+        return {
+            "mean": self.mean,
+            "low": self.mean - self.half_width,
+            "high": self.mean + self.half_width,
+            "images": self.images,
+            "banks": self.banks,
+        }
+
+
+def fresh_key(candidate_key: str) -> str:
+    """Study user attr under which a candidate's fresh values are stored; hashed, since attr names are bounded."""
+    return f"fresh:{hashlib.sha256(candidate_key.encode()).hexdigest()[:20]}"
+
+
+def fresh(attrs: Mapping[str, Any], candidate_key: str) -> Fresh | None:
+    """Stored fresh values of a candidate, if any."""
+    stored = attrs.get(fresh_key(candidate_key))
+    return None if stored is None else Fresh(stored["images"], tuple(stored["values"]))
+
+
+def finished(study: optuna.Study) -> int:
+    """Trials that count towards the budget: complete or pruned."""
+    return len(study.get_trials(deepcopy=False, states=FINISHED))
+
+
+def values_by_key(study: optuna.Study) -> dict[str, float]:
+    """Values of complete trials by candidate key."""
+    trials = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+    return {t.user_attrs[CANDIDATE]: t.values[0] for t in trials if CANDIDATE in t.user_attrs}

@@ -1,0 +1,249 @@
+"""Reads a study and says what it found. Needs Optuna, never torch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import optuna
+from optuna.storages import RDBStorage
+from optuna.trial import FrozenTrial, TrialState
+
+from autodiffusion_optuna import records
+from autodiffusion_optuna.candidate import Candidate
+from autodiffusion_optuna.config import StudyConfig, differences, load_config, presets
+from autodiffusion_optuna.errors import StudyError, choose_from
+from autodiffusion_optuna.storage import open_storage, sqlite_path
+
+PHASES = ("network", "features", "distance", "storage")
+
+
+@dataclass(frozen=True, eq=False)
+class Known:
+    """A known schedule beside the search's: its value if it was a trial, and its fresh score if it has one."""
+
+    name: str
+    candidate: Candidate
+    value: float | None
+    fresh: records.Fresh | None
+
+
+@dataclass(frozen=True, eq=False)
+class Best:
+    """The best complete trial."""
+
+    trial: int
+    candidate: Candidate
+    value: float
+    cost: float
+    fresh: records.Fresh | None
+
+
+@dataclass(frozen=True, eq=False)
+class StudyReport:
+    """All that ``adopt show`` prints of one study."""
+
+    config: StudyConfig
+    metric: str
+    units: tuple[str, ...]
+    trials: list[FrozenTrial]
+    best: Best | None
+    known: list[Known]
+
+    @property
+    def finished(self) -> list[FrozenTrial]:
+        """Complete and pruned trials by number."""
+        return [t for t in self.trials if t.state in records.FINISHED]
+
+    @property
+    def last_origin(self) -> dict[str, Any]:
+        """Generation and stage of the latest trial that has them."""
+        origins = [t.user_attrs[records.ORIGIN] for t in self.trials if records.ORIGIN in t.user_attrs]
+        return origins[-1] if origins else {"generation": 0, "stage": 1}
+
+    def total(self, field: str) -> float:
+        """Sum of one field of the finished trials' scores."""
+        return sum(t.user_attrs.get(records.SCORE, {}).get(field, 0) for t in self.finished)
+
+    @property
+    def wall_seconds(self) -> float:
+        """Seconds from ask to tell, summed over finished trials."""
+        return sum(t.duration.total_seconds() for t in self.finished if t.duration is not None)
+
+    def best_by_generation(self) -> list[tuple[int, int, float]]:
+        """(generation, stage, best value so far) of every generation."""
+        history: dict[int, tuple[int, float]] = {}
+        best = float("inf")
+        for trial in self.finished:
+            origin = trial.user_attrs.get(records.ORIGIN, {})
+            if trial.state == TrialState.COMPLETE and trial.values:
+                best = min(best, trial.values[0])
+            history[origin.get("generation", 0)] = (origin.get("stage", 1), best)
+        return [(generation, stage, value) for generation, (stage, value) in sorted(history.items())]
+
+    def to_json(self) -> dict[str, Any]:
+        """The object that ``adopt show --json`` prints; scripts may rely on its keys."""
+        return {
+            "study": self.config.name,
+            "finished": len(self.finished),
+            "budget": self.config.search.trials,
+            "generation": self.last_origin["generation"],
+            "stage": self.last_origin["stage"],
+            "solver": self.config.sampling.solver,
+            "extractor": self.config.score.extractor,
+            "images": self.config.score.images,
+            "best": None if self.best is None else self._best_json(self.best),
+            "known": [
+                {
+                    "name": known.name,
+                    "timesteps": list(known.candidate.timesteps),
+                    "value": known.value,
+                    "fresh": None if known.fresh is None else known.fresh.summary(),
+                }
+                for known in self.known
+            ],
+            "evaluations": {"run": int(self.total("run")), "saved": int(self.total("saved"))},
+            "seconds": {
+                **{phase: round(self.total(f"seconds_{phase}"), 3) for phase in PHASES},
+                "total": round(self.wall_seconds, 3),
+            },
+        }
+
+    def _best_json(self, best: Best) -> dict[str, Any]:
+        return {
+            "trial": best.trial,
+            "timesteps": list(best.candidate.timesteps),
+            "skips": best.candidate.skip_names(self.units),
+            "value": best.value,
+            "cost": best.cost,
+            "fresh": None if best.fresh is None else best.fresh.summary(),
+        }
+
+
+def load_study(storage: RDBStorage, name: str) -> optuna.Study:
+    """An existing study made by adopt (StudyError listing those there are)."""
+    names = study_names(storage)
+    if name not in names:
+        if not names:
+            raise StudyError(f"no study {name!r}: the database holds none yet; start one with adopt run --study {name}")
+        raise StudyError(choose_from("study", name, names))
+    study = optuna.load_study(study_name=name, storage=storage)
+    if records.CONFIG not in study.user_attrs:
+        raise StudyError(f"study {name!r} was not made by adopt; choose another")
+    return study
+
+
+def peek_storage(url: str) -> RDBStorage | None:
+    """The database at ``url``, or None where a SQLite file does not exist yet: looking never creates one."""
+    path = sqlite_path(url)
+    return None if path is not None and not path.exists() else open_storage(url, create=False)
+
+
+def peek(url: str, name: str) -> optuna.Study | None:
+    """A study made by adopt, or None where the database or the study does not exist or was never begun in full."""
+    storage = peek_storage(url)
+    if storage is None or name not in study_names(storage):
+        return None
+    study = optuna.load_study(study_name=name, storage=storage)
+    return study if records.READY in study.user_attrs else None
+
+
+def existing_names(url: str) -> list[str]:
+    """Names of the studies in the database at ``url``, if there is one."""
+    storage = peek_storage(url)
+    return study_names(storage) if storage else []
+
+
+def require_same(study: optuna.Study, config: StudyConfig) -> None:
+    """StudyError with the differences where a config measures something else than the study does."""
+    changed = differences(stored_config(study), config)
+    if changed:
+        raise StudyError(
+            f"study {config.name!r} was begun with other settings ({'; '.join(changed)}); "
+            "run it with the old ones, or start another with --set name=NEW"
+        )
+
+
+def stored_unit_costs(study: optuna.Study | None) -> tuple[float, ...] | None:
+    """Cost shares of the units as they were when the study was begun; measured latencies are not measured again."""
+    return None if study is None else tuple(study.user_attrs[records.UNIT_COSTS])
+
+
+def study_names(storage: RDBStorage) -> list[str]:
+    """Names of all studies in a database."""
+    return sorted(study.study_name for study in storage.get_all_studies())
+
+
+def stored_config(study: optuna.Study) -> StudyConfig:
+    """The config a study was last run with."""
+    return StudyConfig.model_validate(study.user_attrs[records.CONFIG])
+
+
+def read_report(study: optuna.Study) -> StudyReport:
+    """Everything about a study that can be read without its model."""
+    attrs = study.user_attrs
+    trials = study.get_trials(deepcopy=False)
+    values = records.values_by_key(study)
+    known = [
+        Known(name, Candidate.from_key(key), values.get(key), records.fresh(attrs, key))
+        for name, key in attrs.get(records.KNOWN, {}).items()
+    ]
+    return StudyReport(
+        config=stored_config(study),
+        metric=attrs.get(records.METRIC, "value"),
+        units=tuple(attrs.get("codec", {}).get("units", ())),
+        trials=trials,
+        best=_best(trials, attrs),
+        known=known,
+    )
+
+
+def _best(trials: Sequence[FrozenTrial], attrs: dict[str, Any]) -> Best | None:
+    complete = [t for t in trials if t.state == TrialState.COMPLETE and records.CANDIDATE in t.user_attrs]
+    if not complete:
+        return None
+    trial = min(complete, key=lambda t: (t.values[0], t.number))
+    key = trial.user_attrs[records.CANDIDATE]
+    return Best(
+        trial=trial.number,
+        candidate=Candidate.from_key(key),
+        value=trial.values[0],
+        cost=trial.user_attrs[records.COST],
+        fresh=records.fresh(attrs, key),
+    )
+
+
+@dataclass(frozen=True)
+class StudyLine:
+    """One line of ``adopt studies``: a shipped preset, a study in the database, or both."""
+
+    name: str
+    description: str
+    preset: bool
+    finished: int | None
+    budget: int
+    best: float | None
+
+
+def list_studies(storage: RDBStorage | None) -> list[StudyLine]:
+    """Shipped presets, and the studies of a database if there is one."""
+    lines = {}
+    for name, path in presets().items():
+        config = load_config(path)
+        lines[name] = StudyLine(name, config.description, True, None, config.search.trials, None)
+    for name in study_names(storage) if storage else []:
+        study = optuna.load_study(study_name=name, storage=storage)
+        if records.CONFIG not in study.user_attrs:
+            continue
+        config = stored_config(study)
+        values = list(records.values_by_key(study).values())
+        lines[name] = StudyLine(
+            name,
+            config.description,
+            name in lines,
+            records.finished(study),
+            config.search.trials,
+            min(values, default=None),
+        )
+    return list(lines.values())

@@ -1,0 +1,220 @@
+"""Operators: pure functions of (rng, space, parents, share) to a canonical candidate.
+
+``share`` is the largest share of the units that one step may skip now; 0 is stage one. Every child goes
+through the repair of ``SearchSpace``, so it has distinct timesteps and is within the budget, and every skip
+set follows its timestep. A mutation differs from its parent wherever the space lets it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+
+import numpy as np
+from numpy.random import Generator
+from numpy.typing import NDArray
+
+from autodiffusion_optuna.candidate import Candidate, skip_set, unit_indices
+from autodiffusion_optuna.search.space import SearchSpace
+
+Pairs = list[tuple[int, int]]  # (timestep, skip set) by step
+Change = Callable[[Generator, SearchSpace, Pairs, float], Iterable[tuple[int, int]]]
+
+TRIES = 20  # of a change that repair may undo
+RESIZE = 0.2  # chance that a local move adds or removes a step, where their number is open
+TWO_MOVES = 0.3  # chance that a local move touches two genes
+
+
+def random_candidate(rng: Generator, space: SearchSpace, share: float) -> Candidate:
+    """Number of steps, timesteps and number of skips at each step all uniform, brought within the budget."""
+    limit = space.open_limit(share)
+    most = space.max_steps if limit else space.full_steps
+    steps = int(rng.integers(space.min_steps, most + 1))
+    # Distinct times of a shorter grid, pulled apart by the gap, are uniform over all lists that obey the gap.
+    slack = (steps - 1) * (space.min_gap - 1)
+    ranks = np.sort(rng.choice(space.T - slack, steps, replace=False))
+    times = ranks + np.arange(steps) * (space.min_gap - 1)
+    return _finish(rng, space, [(int(t), _random_skip(rng, space, limit)) for t in times], share)
+
+
+def mutate_paper(
+    rng: Generator, space: SearchSpace, parent: Candidate, share: float, probability: float
+) -> Candidate:
+    """Each timestep is replaced with ``probability`` by an unused one; one at least (AutoDiffusion).
+
+    In stage two each skip set is a gene too: with ``probability`` it is drawn anew or one unit is flipped.
+    The published code leaves skip sets as they are, by a slip.
+    """
+
+    def change(rng: Generator, space: SearchSpace, pairs: Pairs, share: float) -> Pairs:
+        limit = space.open_limit(share)
+        genes = _chosen(rng, (2 if limit else 1, len(pairs)), probability)
+        for k in range(len(pairs)):
+            if genes[0, k]:
+                pairs[k] = (_unused(rng, space, pairs, k), pairs[k][1])
+            if limit and genes[1, k]:
+                redraw = rng.random() < 0.5
+                skip = _random_skip(rng, space, limit) if redraw else _flip(rng, space, pairs[k][1], limit)
+                pairs[k] = (pairs[k][0], skip)
+        return pairs
+
+    return _mutant(rng, space, parent, share, change)
+
+
+def mutate_local(rng: Generator, space: SearchSpace, parent: Candidate, share: float) -> Candidate:
+    """One or two timesteps move between their neighbours, or one or two skip sets change.
+
+    The distance is log-uniform, so fine moves are as likely as coarse ones. Late steps are chosen more
+    often: the first steps stay those of the parent, and the prefix memory pays only for the rest.
+    """
+
+    def change(rng: Generator, space: SearchSpace, pairs: Pairs, share: float) -> Pairs:
+        limit = space.open_limit(share)
+        if space.min_steps != space.max_steps and rng.random() < RESIZE:
+            return _resize(rng, space, pairs)
+        move_skips = bool(limit) and rng.random() < 0.5
+        for _ in range(2 if rng.random() < TWO_MOVES else 1):
+            pairs = _move_skips(rng, space, pairs, limit) if move_skips else _move_time(rng, space, pairs)
+        return pairs
+
+    return _mutant(rng, space, parent, share, change)
+
+
+def crossover_uniform(
+    rng: Generator, space: SearchSpace, first: Candidate, second: Candidate, share: float
+) -> Candidate:
+    """Each step from either parent with equal chance, by position in execution order (AutoDiffusion).
+
+    The child is as long as one parent, chosen by a coin; steps that the other lacks come from that one.
+    """
+    base, other = (first, second) if rng.random() < 0.5 else (second, first)
+    pairs = list(base.pairs)
+    for k, pair in enumerate(other.pairs[: base.steps]):
+        if rng.random() < 0.5:
+            pairs[k] = pair
+    return _finish(rng, space, pairs, share)
+
+
+def crossover_prefix(
+    rng: Generator, space: SearchSpace, first: Candidate, second: Candidate, share: float
+) -> Candidate:
+    """First steps of ``first``, the rest of ``second``; what collides is pushed later, so the prefix stays.
+
+    The cut lies between the first and the last step at which the parents differ, so the child is neither of
+    them where that is possible.
+    """
+    shorter = min(first.steps, second.steps)
+    unequal = [k for k in range(shorter) if first.pairs[k] != second.pairs[k]] or [0]
+    low, high = unequal[0] + 1, unequal[-1] if first.steps == second.steps else shorter
+    cut = int(rng.integers(low, max(low, high) + 1))
+    pairs = list(first.pairs[:cut])
+    for timestep, skip in second.pairs[cut:]:
+        pairs.append((min(timestep, pairs[-1][0] - space.min_gap), skip))
+    return _finish(rng, space, pairs, share)
+
+
+def _finish(rng: Generator, space: SearchSpace, pairs: Iterable[tuple[int, int]], share: float) -> Candidate:
+    return space.fit(space.repair(pairs), share, rng)
+
+
+def _mutant(rng: Generator, space: SearchSpace, parent: Candidate, share: float, change: Change) -> Candidate:
+    """``change`` until the repaired child differs from its parent; a random candidate if it never does."""
+    base = space.fit(parent, share, rng)
+    for _ in range(TRIES):
+        child = _finish(rng, space, change(rng, space, list(base.pairs), share), share)
+        if child not in (base, parent):
+            return child
+    return random_candidate(rng, space, share)
+
+
+def _chosen(rng: Generator, shape: tuple[int, int], probability: float) -> NDArray[np.bool_]:
+    """Independent choices, given that there is at least one: a redraw keeps their distribution."""
+    for _ in range(100):
+        genes = rng.random(shape) < probability
+        if genes.any():
+            return genes
+    genes = np.zeros(shape, dtype=np.bool_)
+    genes.flat[int(rng.integers(genes.size))] = True
+    return genes
+
+
+def _unused(rng: Generator, space: SearchSpace, pairs: Pairs, step: int) -> int:
+    """A timestep that no step uses and that keeps the gap to the others, if there is one."""
+    free = _free_times(space, [t for k, (t, _) in enumerate(pairs) if k != step])
+    free[pairs[step][0]] = False
+    times = np.flatnonzero(free)
+    return int(rng.choice(times)) if len(times) else pairs[step][0]
+
+
+def _free_times(space: SearchSpace, taken: Iterable[int]) -> NDArray[np.bool_]:
+    """Whether each of the T timesteps keeps the gap to all that are taken."""
+    free = np.ones(space.T, dtype=np.bool_)
+    for timestep in taken:
+        free[max(timestep - space.min_gap + 1, 0) : timestep + space.min_gap] = False
+    return free
+
+
+def _late_step(rng: Generator, steps: int) -> int:
+    """Index of a step; the last is ``steps`` times as likely as the first."""
+    weights = np.arange(1, steps + 1)
+    return int(rng.choice(steps, p=weights / weights.sum()))
+
+
+def _move_time(rng: Generator, space: SearchSpace, pairs: Pairs) -> Pairs:
+    step = _late_step(rng, len(pairs))
+    timestep, skip = pairs[step]
+    highest = pairs[step - 1][0] - space.min_gap if step else space.T - 1
+    lowest = pairs[step + 1][0] + space.min_gap if step + 1 < len(pairs) else 0
+    reach = max(space.T / len(pairs), 2.0)
+    distance = round(math.exp(rng.uniform(0.0, math.log(reach))))
+    moved = timestep + (distance if rng.random() < 0.5 else -distance)
+    pairs[step] = (min(max(moved, lowest), highest), skip)
+    return pairs
+
+
+def _resize(rng: Generator, space: SearchSpace, pairs: Pairs) -> Pairs:
+    """Add a step at a free timestep, with the skips of the step before it, or remove a late one."""
+    grow = len(pairs) == space.min_steps or (len(pairs) < space.max_steps and rng.random() < 0.5)
+    if not grow:
+        del pairs[_late_step(rng, len(pairs))]
+        return pairs
+    times = np.flatnonzero(_free_times(space, [t for t, _ in pairs]))
+    if len(times):
+        timestep = int(rng.choice(times))
+        before = [skip for t, skip in pairs if t > timestep] or [pairs[0][1]]
+        pairs.append((timestep, before[-1]))
+    return pairs
+
+
+def _move_skips(rng: Generator, space: SearchSpace, pairs: Pairs, limit: int) -> Pairs:
+    """Flip a unit of a late step, exchange the skip sets of two steps, or copy one to a neighbour."""
+    step, kind = _late_step(rng, len(pairs)), rng.random()
+    timestep, skip = pairs[step]
+    if kind < 0.6 or len(pairs) == 1:
+        pairs[step] = (timestep, _flip(rng, space, skip, limit))
+    elif kind < 0.8:
+        other = int(rng.integers(len(pairs)))
+        pairs[step], pairs[other] = (timestep, pairs[other][1]), (pairs[other][0], skip)
+    else:
+        neighbour = step - 1 if step == len(pairs) - 1 or (step and rng.random() < 0.5) else step + 1
+        pairs[neighbour] = (pairs[neighbour][0], skip)
+    return pairs
+
+
+def _flip(rng: Generator, space: SearchSpace, skip: int, limit: int) -> int:
+    """Skip one unit more or one less; at the limit one less, or another instead."""
+    used = unit_indices(skip)
+    unused = [u for u in range(len(space.units)) if not skip >> u & 1]
+    removed = 1 << used[int(rng.integers(len(used)))] if used else 0
+    added = 1 << unused[int(rng.integers(len(unused)))] if unused else 0
+    coin = rng.random() < 0.5
+    if len(used) >= limit:
+        return skip ^ removed if coin else skip ^ removed ^ added
+    return skip ^ removed if used and coin else skip ^ added
+
+
+def _random_skip(rng: Generator, space: SearchSpace, limit: int) -> int:
+    """A number of units uniform in [0, limit], then that many at random."""
+    if not limit:
+        return 0
+    return skip_set(int(u) for u in rng.choice(len(space.units), int(rng.integers(limit + 1)), replace=False))

@@ -1,0 +1,373 @@
+"""The composition root: the only file that sees both the search and the evaluation."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import optuna
+from numpy.typing import NDArray
+from optuna.pruners import BasePruner, MedianPruner, NopPruner, PercentilePruner
+from optuna.storages import RDBStorage
+from optuna.trial import FrozenTrial, TrialState
+
+from autodiffusion_optuna import __version__, records
+from autodiffusion_optuna.candidate import Candidate
+from autodiffusion_optuna.config import StudyConfig
+from autodiffusion_optuna.errors import AdoptError, ConfigError, StatisticsError, StudyError, choose_from
+from autodiffusion_optuna.evaluation.evaluator import Evaluator
+from autodiffusion_optuna.evaluation.features import Extractor, load_extractor
+from autodiffusion_optuna.evaluation.models import Model, load_model
+from autodiffusion_optuna.evaluation.prefix import PrefixMemory
+from autodiffusion_optuna.evaluation.reference import Reference, load_reference
+from autodiffusion_optuna.evaluation.solvers import query_steps
+from autodiffusion_optuna.report import require_same
+from autodiffusion_optuna.search.sampler import AutoDiffusionSampler
+from autodiffusion_optuna.search.schedules import KNOWN, known_schedules
+from autodiffusion_optuna.search.space import SearchSpace
+from autodiffusion_optuna.storage import FAILURE, OWNER, owner, put_back, reclaim
+
+MAX_FAILURES = 10
+"""Trials that may fail in a row before the run gives up."""
+
+
+@dataclass(frozen=True, eq=False)
+class Parts:
+    """Everything a study is made of, checked and loaded; nothing is written yet."""
+
+    config: StudyConfig
+    model: Model
+    space: SearchSpace
+    sampler: AutoDiffusionSampler
+    evaluator: Evaluator
+    known: dict[str, Candidate]
+    """Known schedules by name, at the largest number of full steps the budget allows."""
+
+
+@dataclass(frozen=True)
+class Progress:
+    """What the screen is told after every trial."""
+
+    trial: FrozenTrial
+    finished: int
+    seconds: float
+
+
+OnTrial = Callable[[Progress], None]
+
+
+def build(config: StudyConfig, *, trust: bool = False, unit_costs: tuple[float, ...] | None = None) -> Parts:
+    """Load and check the parts of a study (AdoptError children). ``unit_costs``: the shares it was begun with."""
+    model = load_model(
+        config.model.source,
+        device=config.model.device,
+        precision=config.model.precision,
+        clip=config.model.clip,
+    )
+    space = _space(config, model, unit_costs)
+    extractor = load_extractor(
+        config.score.extractor,
+        model.device,
+        weights=None if config.score.weights is None else Path(config.score.weights),
+        trust=trust,
+    )
+    reference = _reference(config, model, extractor)
+    evaluator = Evaluator(
+        model=model,
+        solver=config.sampling.solver,
+        final=config.sampling.final,
+        extractor=extractor,
+        reference=reference,
+        metric=config.score.metric,
+        seed=config.score.seed,
+        batch=config.model.batch,
+        memory=PrefixMemory(config.model.memory_mb * 2**20) if config.model.memory_mb else None,
+    )
+    lists = known_schedules(model.schedule, space.full_steps, space.min_gap)
+    known = {name: Candidate(timesteps) for name, timesteps in lists.items()}
+    _warm_starts(config, known)  # an unknown name is refused before anything is written
+    return Parts(config, model, space, _sampler(config, space), evaluator, known)
+
+
+def _space(config: StudyConfig, model: Model, unit_costs: tuple[float, ...] | None) -> SearchSpace:
+    low, high = config.sampling.step_bounds
+    query_steps(config.sampling.solver, 1, config.sampling.final)  # an unknown solver is refused here
+    units = model.units if config.search.max_skip else ()
+    if config.search.max_skip and not model.units:
+        raise ConfigError(
+            f"search.max_skip = {config.search.max_skip} but model {config.model.source!r} has no layers that can be "
+            "skipped; set search.max_skip=0"
+        )
+    if units and unit_costs is None:
+        unit_costs = model.costs(config.search.cost, batch=config.model.batch).shares
+    full = config.search.cost_steps or high
+    visits = lambda steps: query_steps(config.sampling.solver, steps, config.sampling.final)  # noqa: E731
+    return SearchSpace(
+        T=model.schedule.T,
+        min_steps=low,
+        max_steps=high,
+        min_gap=config.sampling.min_gap,
+        units=units,
+        unit_costs=unit_costs if units and unit_costs else (),
+        max_skip=config.search.max_skip,
+        max_cost=None if config.search.max_cost is None else config.search.max_cost * len(visits(full)),
+        visits=visits,
+        chunk=config.search.chunk,
+    )
+
+
+def _sampler(config: StudyConfig, space: SearchSpace) -> AutoDiffusionSampler:
+    search = config.search
+    return AutoDiffusionSampler(
+        space,
+        preset=search.preset,
+        population_size=search.population,
+        parents=search.parents,
+        mutation=search.mutations,
+        crossover=search.crossovers,
+        mutation_probability=search.mutation_probability,
+        stage_one_generations=search.stage_one_generations,
+        seed=search.seed,
+    )
+
+
+def _reference(config: StudyConfig, model: Model, extractor: Extractor) -> Reference:
+    if config.score.reference is not None:
+        return load_reference(Path(config.score.reference), extractor)
+    if model.reference is None:
+        raise ConfigError(
+            f"model {config.model.source!r} ships with no reference; set score.reference to statistics (npz) or to a "
+            "folder of images like those the model was trained on"
+        )
+    return model.reference(extractor)
+
+
+def _warm_starts(config: StudyConfig, known: dict[str, Candidate]) -> list[str]:
+    names = config.search.warm_starts
+    if names is None:
+        return ["uniform"] if config.search.preset == "paper" else list(known)
+    for name in names:
+        if name not in known:
+            raise ConfigError("search.warm_starts: " + choose_from("schedule", name, known))
+    return names
+
+
+def open_study(parts: Parts, storage: RDBStorage) -> optuna.Study:
+    """Create the study, or resume it after checking that it measures the same.
+
+    Raises StudyError with the differences where it does not.
+    """
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    study = optuna.create_study(
+        study_name=parts.config.name,
+        storage=storage,
+        sampler=parts.sampler,
+        pruner=_pruner(parts.config),
+        direction="minimize",
+        load_if_exists=True,
+    )
+    if records.READY in study.user_attrs:
+        check_same(parts, study)
+    elif study.get_trials(deepcopy=False, states=(TrialState.RUNNING, TrialState.COMPLETE)):
+        raise StudyError(f"study {study.study_name!r} exists but was not made by adopt; choose another name")
+    else:
+        _begin(parts, study)
+    study.set_user_attr(records.CONFIG, parts.config.model_dump(mode="json"))
+    return study
+
+
+def _pruner(config: StudyConfig) -> BasePruner:
+    startup = config.search.population or 10
+    if config.score.pruner == "percentile":
+        return PercentilePruner(100 * config.score.keep, n_startup_trials=startup)
+    if config.score.pruner == "median":
+        return MedianPruner(n_startup_trials=startup)
+    return NopPruner()
+
+
+def _identity(parts: Parts) -> dict[str, Any]:
+    """What must be equal for values to be compared, besides the config; stored with the study."""
+    return {
+        "codec": parts.space.codec(),
+        "model": parts.model.fingerprint,
+        "extractor": parts.evaluator.extractor.fingerprint,
+        "reference": parts.evaluator.reference.digest,
+    }
+
+
+def _begin(parts: Parts, study: optuna.Study) -> None:
+    """Write what the study is and enqueue the known schedules; may be killed anywhere and repeated."""
+    for key, value in _identity(parts).items():
+        study.set_user_attr(key, value)
+    study.set_user_attr(records.VERSION, __version__)
+    study.set_user_attr(records.METRIC, metric_name(parts))
+    study.set_user_attr(records.UNIT_COSTS, list(parts.space.unit_costs))
+    study.set_user_attr(records.FULL_COST, len(parts.space.visits(full_steps(parts))))
+    study.set_user_attr(records.KNOWN, {name: candidate.key for name, candidate in parts.known.items()})
+    starts: dict[str, str] = {}
+    for name in _warm_starts(parts.config, parts.known):
+        starts.setdefault(parts.known[name].key, name)  # two names may mean the same list
+    enqueued = len(study.get_trials(deepcopy=False))
+    for key, name in list(starts.items())[enqueued:]:
+        params = parts.space.encode(Candidate.from_key(key))
+        study.enqueue_trial(params, user_attrs={records.KNOWN_NAME: name})
+    study.set_user_attr(records.READY, True)
+
+
+def check_same(parts: Parts, study: optuna.Study) -> None:
+    """StudyError naming what differs where new values could not be compared with the study's."""
+    require_same(study, parts.config)
+    attrs = study.user_attrs
+    for key, value in _identity(parts).items():
+        if attrs.get(key) != value:
+            raise StudyError(
+                f"study {parts.config.name!r} was begun with another {key} ({attrs.get(key)} -> {value}); "
+                "its values cannot be compared with new ones; start another with --set name=NEW"
+            )
+
+
+def full_steps(parts: Parts) -> int:
+    """Number of steps whose cost, with every layer on, is 1.0."""
+    return parts.config.search.cost_steps or parts.space.max_steps
+
+
+def relative_cost(parts: Parts, candidate: Candidate) -> float:
+    """Cost of a candidate, 1.0 being ``full_steps`` steps with every layer on."""
+    return parts.space.cost(candidate) / len(parts.space.visits(full_steps(parts)))
+
+
+def metric_name(parts: Parts) -> str:
+    """How the value is called in print: FID for Inception alone, else FD or KID with the extractor's name."""
+    extractor = parts.evaluator.extractor
+    if parts.config.score.metric == "kid":
+        return f"KID({extractor.name})"
+    return "FID" if extractor.metric == "FID" else f"FD({extractor.name})"
+
+
+def work(parts: Parts, study: optuna.Study, storage: RDBStorage, on_trial: OnTrial | None = None) -> None:
+    """Evaluate candidates until the budget is met. Ctrl-C puts the running trial back in the queue and is re-raised."""
+    reclaim(storage, study.study_name)
+    failures, tell_seconds = 0, 0.0
+    while records.finished(study) < parts.config.search.trials:
+        started = time.perf_counter()
+        trial = study.ask()
+        try:
+            state, value, spent = _evaluate(parts, study, trial, started, tell_seconds)
+        except KeyboardInterrupt:
+            put_back(storage, study.study_name, trial.number)
+            raise
+        telling = time.perf_counter()
+        frozen = study.tell(trial, value, state=state)
+        tell_seconds = time.perf_counter() - telling
+        failures = failures + 1 if state == TrialState.FAIL else 0
+        if failures >= MAX_FAILURES:
+            reason = frozen.user_attrs.get(FAILURE, "no reason recorded")
+            raise StudyError(f"the last {failures} trials failed ({reason}); mend the cause and run again")
+        if on_trial is not None:
+            on_trial(Progress(frozen, records.finished(study), time.perf_counter() - started))
+
+
+def _evaluate(
+    parts: Parts, study: optuna.Study, trial: optuna.Trial, started: float, tell_seconds: float
+) -> tuple[TrialState, float | None, float]:
+    """Score one trial and write down how: (state, value or None, seconds of the storage)."""
+    trial.set_user_attr(OWNER, owner())
+    candidate = parts.space.suggest(trial)
+    proposal = parts.sampler.describe(study, trial.number)
+    trial.set_user_attr(records.CANDIDATE, candidate.key)
+    trial.set_user_attr(records.ORIGIN, proposal)
+    trial.set_user_attr(records.COST, relative_cost(parts, candidate))
+    storage_seconds = time.perf_counter() - started + tell_seconds
+    try:
+        score = parts.evaluator.score(candidate, rungs(parts.config), on_rung=_reporter(study, trial))
+        if not math.isfinite(score.value):
+            raise StatisticsError(f"the distance is {score.value}")
+    except AdoptError as error:
+        trial.set_user_attr(FAILURE, str(error))
+        return TrialState.FAIL, None, storage_seconds
+    trial.set_user_attr(records.SCORE, {**score.to_json(), "seconds_storage": round(storage_seconds, 4)})
+    if score.complete:
+        return TrialState.COMPLETE, score.value, storage_seconds
+    return TrialState.PRUNED, None, storage_seconds
+
+
+def rungs(config: StudyConfig) -> list[int]:
+    """Image counts at which a candidate is scored, the last one being its value's."""
+    if config.score.pruner == "none":
+        return [config.score.images]
+    return [*config.score.rungs, config.score.images]
+
+
+def _reporter(study: optuna.Study, trial: optuna.Trial) -> Callable[[int, float], bool]:
+    """Reports each rung's value to Optuna and asks its pruner whether to go on."""
+    # A trial that was cut short and is run again has passed every rung below the last one it reported.
+    reported = study.get_trials(deepcopy=False)[trial.number].intermediate_values
+    passed = max(reported, default=0)
+
+    def on_rung(images: int, value: float) -> bool:
+        if images not in reported:
+            trial.report(value, step=images)
+        return images < passed or not trial.should_prune()
+
+    return on_rung
+
+
+def winner(study: optuna.Study) -> FrozenTrial:
+    """The best complete trial, the earlier one of equals (StudyError where there is none)."""
+    complete = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+    if not complete:
+        raise StudyError(f"study {study.study_name!r} has no finished trial yet; run it first: adopt run --study {study.study_name}")
+    return min(complete, key=lambda trial: (trial.value, trial.number))
+
+
+def score_fresh(
+    parts: Parts, study: optuna.Study, candidate: Candidate, images: int, banks: int
+) -> records.Fresh:
+    """Score a candidate on ``banks`` banks of noise that the search never saw, and store the values.
+
+    A score that is already stored for the same number of images and banks is returned as it is.
+    """
+    stored = records.fresh(study.user_attrs, candidate.key)
+    if stored is not None and (stored.images, stored.banks) == (images, banks):
+        return stored
+    values = tuple(
+        parts.evaluator.score(candidate, [images], bank=bank).value for bank in range(1, banks + 1)
+    )
+    scored = records.Fresh(images, values)
+    study.set_user_attr(records.fresh_key(candidate.key), scored.to_json())
+    return scored
+
+
+def finalists(parts: Parts, study: optuna.Study) -> dict[str, Candidate]:
+    """What a finished study scores on fresh noise: the winner, uniform, and the best other known schedule."""
+    best = Candidate.from_key(winner(study).user_attrs[records.CANDIDATE])
+    found = {"best": best, "uniform": parts.known["uniform"]}
+    values = records.values_by_key(study)
+    scored = {name: values[c.key] for name, c in parts.known.items() if c.key in values and name != "uniform"}
+    if scored:
+        name = min(scored, key=lambda name: scored[name])
+        found[name] = parts.known[name]
+    return found
+
+
+def sample_rows(
+    parts: Parts, study: optuna.Study, images: int, many_steps: int
+) -> list[tuple[str, NDArray[np.uint8]]]:
+    """Labelled rows of samples from the same fresh noises: uniform, best found, and uniform with many steps.
+
+    Arrays are uint8 [images, C, H, W].
+    """
+    best = Candidate.from_key(winner(study).user_attrs[records.CANDIDATE])
+    T = parts.model.schedule.T
+    if many_steps > T:
+        raise ConfigError(f"--many-steps {many_steps} is more than the model's {T} timesteps; give {T} or fewer")
+    many = Candidate(KNOWN["uniform"](parts.model.schedule, many_steps))
+    uniform = parts.known["uniform"]
+    rows = {f"uniform, {uniform.steps} steps": uniform, f"adopt, {best.steps} steps": best}
+    rows[f"uniform, {many_steps} steps"] = many
+    return [(label, parts.evaluator.sample(c, 0, images, bank=1).cpu().numpy()) for label, c in rows.items()]

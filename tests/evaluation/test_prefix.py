@@ -1,0 +1,178 @@
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from autodiffusion_optuna.candidate import Candidate
+from autodiffusion_optuna.evaluation.denoiser import Denoiser
+from autodiffusion_optuna.evaluation.prefix import PrefixMemory, Tally, remembering
+from autodiffusion_optuna.evaluation.skip import find_units
+from autodiffusion_optuna.evaluation.solvers import SOLVERS, query_steps, times
+from autodiffusion_optuna.noise import Final, linear
+
+SCHEDULE = linear()
+BATCH = 2
+X = torch.randn(BATCH, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture
+def denoiser(make_unet: Callable[..., nn.Module]) -> Denoiser:
+    network = make_unet()
+
+    def predict(x: Tensor, model_times: Tensor) -> Tensor:
+        prediction: Tensor = network(x, model_times, return_dict=False)[0]
+        return prediction
+
+    units = find_units(network, lambda: predict(X, torch.zeros(BATCH)))
+    return Denoiser(predict, SCHEDULE, "epsilon", torch.device("cpu"), clip=True, units=units)
+
+
+def run(
+    denoiser: Denoiser,
+    solver: str,
+    final: Final,
+    candidate: Candidate,
+    memory: PrefixMemory | None,
+    tally: Tally,
+) -> Tensor:
+    root = (solver, final, candidate.steps)
+    denoise = remembering(denoiser, candidate, memory, root, tally)
+    return SOLVERS[solver](denoise, X, times(SCHEDULE, candidate.timesteps, final))
+
+
+def mutated(candidate: Candidate, rng: random.Random, units: int) -> Candidate:
+    """One timestep or one skip set changed."""
+    pairs = list(candidate.pairs)
+    i = rng.randrange(len(pairs))
+    t, skip = pairs[i]
+    if rng.random() < 0.5:
+        pairs[i] = (t, skip ^ 1 << rng.randrange(units))
+    else:
+        pairs[i] = (rng.choice(sorted(set(range(1000)) - set(candidate.timesteps))), skip)
+    return Candidate.from_pairs(pairs)
+
+
+def shared_queries(a: Candidate, b: Candidate, solver: str, final: Final) -> int:
+    """Queries of ``a`` and ``b`` before their first difference."""
+    count = 0
+    for step in query_steps(solver, a.steps, final):
+        if a.pairs[step] != b.pairs[step]:
+            return count
+        count += 1
+    return count
+
+
+@pytest.mark.parametrize("final", ["one", "first"])
+@pytest.mark.parametrize("solver", sorted(SOLVERS))
+def test_remembering_changes_no_bit_and_counts_right(denoiser: Denoiser, solver: str, final: Final) -> None:
+    assert denoiser.units
+    rng = random.Random(solver + final)
+    parent = Candidate((940, 720, 430, 211, 30), tuple(rng.getrandbits(12) for _ in range(5)))
+    queries = len(query_steps(solver, parent.steps, final))
+    children = [mutated(parent, rng, len(denoiser.units)) for _ in range(5)]
+    for child in children:
+        memory, tally = PrefixMemory(1 << 20), Tally()
+        run(denoiser, solver, final, parent, memory, tally)
+        assert tally == Tally(run=queries * BATCH, saved=0)
+        remembered = run(denoiser, solver, final, child, memory, tally)
+        shared = shared_queries(parent, child, solver, final)
+        assert tally == Tally(run=(2 * queries - shared) * BATCH, saved=shared * BATCH)
+        assert memory.hits == shared
+        assert torch.equal(remembered, run(denoiser, solver, final, child, None, Tally()))
+
+
+@pytest.mark.parametrize("solver", sorted(SOLVERS))
+def test_one_memory_under_pressure_serves_all(denoiser: Denoiser, solver: str) -> None:
+    rng = random.Random(1)
+    memory, tally = PrefixMemory(9 * X.nbytes + 5), Tally()
+    candidate = Candidate((940, 720, 430, 211))
+    for _ in range(8):
+        candidate = mutated(candidate, rng, 12)
+        expected = run(denoiser, solver, "one", candidate, None, Tally())
+        assert torch.equal(run(denoiser, solver, "one", candidate, memory, tally), expected)
+        assert memory.nbytes <= memory.budget_bytes
+    assert tally.saved == memory.hits * BATCH > 0
+    assert tally.run + tally.saved == 8 * len(query_steps(solver, 4, "one")) * BATCH
+
+
+def test_the_same_run_again_asks_nothing_of_the_network(denoiser: Denoiser) -> None:
+    memory, tally = PrefixMemory(1 << 20), Tally()
+    candidate = Candidate((900, 500, 100), (0, 3, 5))
+    first = run(denoiser, "heun", "first", candidate, memory, tally)
+    again = run(denoiser, "heun", "first", candidate, memory, tally)
+    assert torch.equal(first, again)
+    assert tally == Tally(run=6 * BATCH, saved=6 * BATCH)
+
+
+def test_other_skip_sets_and_other_roots_do_not_hit() -> None:
+    calls: list[tuple[float, int]] = []
+
+    def denoise(x: Tensor, t: float, skip: int) -> Tensor:
+        calls.append((t, skip))
+        return x + skip
+
+    memory = PrefixMemory(1 << 20)
+    for root, skips in (("a", (0, 0)), ("a", (1, 0)), ("a", (1, 2)), ("b", (0, 0))):
+        SOLVERS["ddim"](
+            remembering(denoise, Candidate((50, 20), skips), memory, root, Tally()),
+            X,
+            times(SCHEDULE, (50, 20), "one"),
+        )
+    # The second skip set alone differs in the third run, so its first query is remembered.
+    assert calls == [(50, 0), (20, 0), (50, 1), (20, 0), (20, 2), (50, 0), (20, 0)]
+
+
+def test_a_query_off_the_list_takes_the_last_skip_set() -> None:
+    asked: list[tuple[float, int]] = []
+
+    def denoise(x: Tensor, t: float, skip: int) -> Tensor:
+        asked.append((t, skip))
+        return x
+
+    nodes = times(SCHEDULE, (50, 20), "first")
+    SOLVERS["heun"](remembering(denoise, Candidate((50, 20), (1, 2)), None, (), Tally()), X, nodes)
+    assert asked == [(50, 1), (20, 2), (20, 2), (0, 2)]
+
+
+@settings(deadline=None)
+@given(
+    budget=st.integers(0, 200),
+    puts=st.lists(st.tuples(st.integers(0, 5), st.integers(0, 30)), max_size=40),
+)
+def test_the_budget_is_never_exceeded(budget: int, puts: list[tuple[int, int]]) -> None:
+    memory = PrefixMemory(budget)
+    for key, size in puts:
+        memory.put((key,), torch.zeros(size))
+        assert memory.nbytes <= budget
+        found = [memory.get((k,)) for k in range(6)]
+        assert sum(tensor.nbytes for tensor in found if tensor is not None) == memory.nbytes
+
+
+def test_the_least_recently_used_goes_first() -> None:
+    memory = PrefixMemory(3 * 4)
+    for key in "abc":
+        memory.put((key,), torch.zeros(1))
+    memory.get(("a",))
+    memory.put(("d",), torch.zeros(1))
+    assert memory.get(("b",)) is None
+    assert all(memory.get((key,)) is not None for key in "acd")
+    memory.put(("whole",), torch.zeros(4))
+    assert len(memory) == 3
+    memory.clear()
+    assert (len(memory), memory.nbytes) == (0, 0)
+
+
+def test_a_view_does_not_keep_its_base_alive() -> None:
+    memory = PrefixMemory(1000)
+    view = torch.arange(100.0)[:10]
+    memory.put((), view)
+    kept = memory.get(())
+    assert kept is not None
+    assert torch.equal(kept, view)
+    assert kept.untyped_storage().nbytes() == 40

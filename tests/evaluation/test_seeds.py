@@ -1,0 +1,45 @@
+import numpy as np
+import pytest
+import torch
+
+from autodiffusion_optuna.errors import ConfigError
+from autodiffusion_optuna.evaluation.seeds import SEARCH_BANK, Bank
+
+SHAPE = (1, 4, 4)
+
+
+def test_noise_is_float32_of_the_asked_images() -> None:
+    noise = Bank(0, SEARCH_BANK, SHAPE).noise(3, 8)
+    assert noise.shape == (5, *SHAPE)
+    assert noise.dtype == torch.float32
+    assert noise.device.type == "cpu"
+
+
+def test_noise_does_not_depend_on_batches_or_order() -> None:
+    bank = Bank(7, 0, SHAPE)
+    whole = bank.noise(0, 10)
+    parts = {start: bank.noise(start, start + size) for start, size in ((6, 4), (2, 4), (0, 2))}
+    assert torch.equal(whole, torch.cat([parts[start] for start in sorted(parts)]))
+    assert bank.noise(4, 4).shape == (0, *SHAPE)
+
+
+def test_noise_of_an_image_is_pinned() -> None:
+    expected = np.random.default_rng([7, 1, 42]).standard_normal(SHAPE, dtype=np.float32)
+    np.testing.assert_array_equal(Bank(7, 1, SHAPE).noise(42, 43)[0].numpy(), expected)
+
+
+def test_seeds_banks_and_images_share_no_noise() -> None:
+    rows = torch.cat([Bank(seed, bank, SHAPE).noise(0, 50) for seed in (0, 1) for bank in (0, 1, 2)])
+    assert len({row.numpy().tobytes() for row in rows}) == 300
+
+
+def test_noise_is_standard_normal() -> None:
+    noise = Bank(0, 0, SHAPE).noise(0, 2000)
+    assert abs(float(noise.mean())) < 0.02
+    assert abs(float(noise.std()) - 1) < 0.02
+
+
+@pytest.mark.parametrize(("seed", "bank"), [(-1, 0), (2**32, 0), (0, -1), (0, 2**32)])
+def test_values_out_of_range_are_refused(seed: int, bank: int) -> None:
+    with pytest.raises(ConfigError, match="out of range"):
+        Bank(seed, bank, SHAPE)

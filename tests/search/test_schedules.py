@@ -1,0 +1,96 @@
+from __future__ import annotations
+
+from itertools import pairwise
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from autodiffusion_optuna import noise
+from autodiffusion_optuna.errors import ConfigError
+from autodiffusion_optuna.search.schedules import KNOWN, known_schedules, spread, uniform_timesteps
+
+LINEAR = noise.linear(1000)
+GRIDS = {
+    "linear": LINEAR,
+    "cosine": noise.cosine(1000),
+    "short": noise.linear(17),
+    "flow": noise.flow(100),
+    "edm": noise.edm(np.geomspace(0.002, 80, 64)),
+}
+
+
+@pytest.mark.parametrize("name", KNOWN)
+@pytest.mark.parametrize("grid", GRIDS)
+def test_every_list_is_strictly_descending_at_every_length(name: str, grid: str) -> None:
+    schedule = GRIDS[grid]
+    for steps in {1, 2, 3, 4, 5, 7, 10, 15, schedule.T // 2, schedule.T - 1, schedule.T}:
+        times = KNOWN[name](schedule, steps)
+        assert len(times) == steps
+        assert all(type(t) is int for t in times)
+        assert all(a > b for a, b in pairwise(times))
+        assert 0 <= times[-1] <= times[0] < schedule.T
+
+
+@pytest.mark.parametrize(
+    ("name", "steps", "expected"),
+    [
+        ("uniform", 4, (750, 500, 250, 0)),
+        ("uniform", 10, (900, 800, 700, 600, 500, 400, 300, 200, 100, 0)),
+        ("uniform-trailing", 4, (999, 749, 499, 249)),
+        ("uniform-linspace", 4, (999, 666, 333, 0)),
+        ("quadratic", 4, (800, 356, 89, 0)),
+        ("karras", 2, (999, 0)),
+        ("log-snr", 2, (999, 0)),
+        ("arctan", 2, (999, 0)),
+    ],
+)
+def test_lists_as_published(name: str, steps: int, expected: tuple[int, ...]) -> None:
+    assert KNOWN[name](LINEAR, steps) == expected
+
+
+def test_uniform_exists_for_every_length() -> None:
+    # The published code fails for 47 of these.
+    assert all(len(set(uniform_timesteps(1000, steps))) == steps for steps in range(1, 101))
+
+
+def test_spaced_in_what_they_say() -> None:
+    levels = -LINEAR.lambdas
+    even = np.diff(levels[list(KNOWN["log-snr"](LINEAR, 10))])
+    assert even.std() < 0.15 * abs(even.mean())
+    rho = np.diff(np.exp(levels[list(KNOWN["karras"](LINEAR, 10))] / 7))
+    assert rho.std() < 0.05 * abs(rho.mean())
+    arc = np.diff(np.arctan(np.exp(levels[list(KNOWN["arctan"](LINEAR, 10))])))
+    assert arc.std() < 0.05 * abs(arc.mean())
+
+
+def test_known_schedules_keep_the_gap() -> None:
+    lists = known_schedules(LINEAR, 20, min_gap=30)
+    assert list(lists) == list(KNOWN)
+    assert all(a - b >= 30 for times in lists.values() for a, b in pairwise(times))
+
+
+@pytest.mark.parametrize(("steps", "gap"), [(0, 1), (18, 1), (3, 9)])
+def test_what_does_not_fit_is_refused(steps: int, gap: int) -> None:
+    with pytest.raises(ConfigError, match="do not fit"):
+        known_schedules(GRIDS["short"], steps, gap)
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(st.integers(0, 30), min_size=1, max_size=8), st.integers(1, 4))
+def test_spread_is_feasible_idempotent_and_the_nearest(values: list[int], gap: int) -> None:
+    wanted = sorted(values, reverse=True)
+    times = spread(wanted, 31, gap)
+    assert all(a - b >= gap for a, b in pairwise(times))
+    assert 0 <= times[-1] <= times[0] <= 30
+    assert spread(times, 31, gap) == times
+    if all(a - b >= gap for a, b in pairwise(wanted)):
+        assert times == tuple(wanted)
+
+
+def test_spread_moves_repeats_to_free_neighbours() -> None:
+    assert spread((500, 500, 400), 1000) == (500, 499, 400)
+    assert spread((0, 0, 0), 1000) == (2, 1, 0)
+    assert spread((999, 999, 999), 1000) == (999, 998, 997)
+    assert spread((9, 8, 8), 10) == (9, 8, 7)

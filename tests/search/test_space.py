@@ -1,0 +1,195 @@
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import numpy as np
+import optuna
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from optuna.distributions import IntDistribution
+
+from autodiffusion_optuna.candidate import Candidate
+from autodiffusion_optuna.errors import ConfigError
+from autodiffusion_optuna.search.operators import random_candidate
+from autodiffusion_optuna.search.space import SearchSpace
+
+from .spaces import COSTS, SPACES, heun_visits, units
+
+NAMES = st.sampled_from(sorted(SPACES))
+SEEDS = st.integers(0, 2**31)
+
+
+def garbage(space: SearchSpace, seed: int) -> dict[str, Any]:
+    """Raw values of a sampler that knows nothing of timesteps."""
+    rng = np.random.default_rng(seed)
+    values = {
+        name: int(rng.integers(dist.low, dist.high, endpoint=True))
+        for name, dist in space.distributions().items()
+    }
+    for name in list(values)[1::2]:  # repeats and the ends of the range
+        if name.startswith("t_"):
+            values[name] = int(rng.choice([values["t_00"], 0, space.T - 1]))
+    return values
+
+
+@settings(max_examples=300, deadline=None)
+@given(NAMES, SEEDS)
+def test_decode_makes_any_values_canonical_and_is_idempotent(name: str, seed: int) -> None:
+    space = SPACES[name]
+    candidate = space.decode(garbage(space, seed))
+    assert space.is_canonical(candidate)
+    assert space.decode(space.encode(candidate)) == candidate
+
+
+@settings(max_examples=300, deadline=None)
+@given(NAMES, SEEDS)
+def test_encode_and_decode_are_inverse(name: str, seed: int) -> None:
+    space = SPACES[name]
+    candidate = random_candidate(np.random.default_rng(seed), space, space.max_skip)
+    params = space.encode(candidate)
+    assert space.decode(params) == candidate
+    ranges = space.distributions()
+    assert set(params) <= set(ranges)
+    assert all(ranges[n].low <= v <= ranges[n].high and type(v) is int for n, v in params.items())
+
+
+@settings(max_examples=200, deadline=None)
+@given(NAMES, SEEDS, st.randoms(use_true_random=False))
+def test_order_of_the_steps_does_not_matter(name: str, seed: int, random: Any) -> None:
+    space = SPACES[name]
+    candidate = random_candidate(np.random.default_rng(seed), space, space.max_skip)
+    pairs = list(candidate.pairs)
+    random.shuffle(pairs)
+    assert space.repair(pairs) == candidate
+
+
+def test_parameters_are_static_and_short() -> None:
+    space = SPACES["skips"]
+    names = space.distributions()
+    assert "steps" not in names
+    assert names["t_05"] == IntDistribution(0, 999)
+    assert names["skip_05_0"] == IntDistribution(0, 2**32 - 1)
+    assert names["skip_05_1"] == IntDistribution(0, 2**8 - 1)
+    assert SPACES["range"].distributions()["steps"] == IntDistribution(3, 8)
+    assert len(SPACES["no costs"].distributions()) == 3 * (1 + 5)
+    assert list(SearchSpace(1000, 4, 4, units=units(5)).distributions()) == ["t_00", "t_01", "t_02", "t_03"]
+
+
+def test_encode_names_only_its_own_steps() -> None:
+    assert SPACES["range"].encode(Candidate((90, 50, 10))) == {"steps": 3, "t_00": 90, "t_01": 50, "t_02": 10}
+
+
+def test_decode_ignores_later_steps_and_needs_its_own() -> None:
+    params = {"steps": 3, "t_00": 90, "t_01": 50, "t_02": 10, "t_03": 999}
+    assert SPACES["range"].decode(params).timesteps == (90, 50, 10)
+    with pytest.raises(ConfigError, match="t_03"):
+        SPACES["range"].decode({**params, "steps": 5})
+
+
+def test_out_of_range_values_are_brought_in() -> None:
+    assert SPACES["fixed"].decode({"t_00": 5000, "t_01": 999, "t_02": -3, "t_03": 0}).timesteps == (999, 998, 1, 0)
+
+
+def test_skips_follow_their_timestep_through_decode() -> None:
+    params = {"t_00": 10, "t_01": 700, "t_02": 300, **{f"skip_0{k}_{u}": 0 for k in range(3) for u in range(5)}}
+    params |= {"skip_00_1": 1, "skip_02_4": 1}
+    assert SPACES["no costs"].decode(params) == Candidate((700, 300, 10), (0, 16, 2))
+
+
+def test_cost_counts_every_visit() -> None:
+    space = SPACES["heun"]
+    assert heun_visits(3) == (0, 1, 1, 2, 2)
+    skips = (1 << 2, 0, 1 << 1)
+    assert space.cost(Candidate((900, 500, 100), skips)) == pytest.approx(5 - COSTS[2] - 2 * COSTS[1])
+
+
+def test_budget_and_stages() -> None:
+    assert (SPACES["budget"].stage_one_possible, SPACES["budget"].full_steps) == (True, 6)
+    assert (SPACES["only with skips"].stage_one_possible, SPACES["only with skips"].full_steps) == (False, 6)
+    assert SPACES["only with skips"].open_limit(0.0) == 8
+    assert SPACES["skips"].open_limit(0.0) == 0
+    assert SPACES["heun"].full_steps == 4
+    assert SearchSpace(1000, 4, 4, units=units(100), max_skip=0.29).skip_limit(0.29) == 29
+
+
+def test_over_budget_drops_the_crowded_step_then_skips_the_costliest() -> None:
+    space = SearchSpace(1000, 3, 5, units=units(3), unit_costs=(0.1, 0.3, 0.2), max_skip=0.7, max_cost=3.5)
+    crowded = Candidate((900, 600, 590, 100))
+    assert space.fit(crowded, 0.7).timesteps == (900, 600, 100)
+    tight = SearchSpace(1000, 3, 3, units=units(3), unit_costs=(0.1, 0.3, 0.2), max_skip=0.7, max_cost=2.3)
+    fitted = tight.fit(Candidate((900, 600, 100)), 0.7)
+    assert fitted.skips == (0b010, 0b010, 0b010)
+    assert tight.cost(fitted) == pytest.approx(2.1)
+
+
+def test_cheap_skips_give_way_to_costly_ones() -> None:
+    space = SearchSpace(1000, 2, 2, units=units(3), unit_costs=(0.0, 0.1, 0.5), max_skip=0.34, max_cost=1.0)
+    assert space.fit(Candidate((9, 1), (0b001, 0b010)), 0.34).skips == (0b100, 0b100)
+
+
+def test_long_skip_sets_are_cut_without_favourites() -> None:
+    space = SearchSpace(1000, 1, 1, units=units(10), max_skip=0.2)
+    kept = [space.fit(Candidate((5,), (skip,)), 0.2).skips[0] for skip in range(2**10)]
+    assert all(k & ~skip == 0 and k.bit_count() == min(2, skip.bit_count()) for skip, k in enumerate(kept))
+    times_kept = [sum(k >> u & 1 for k in kept) for u in range(10)]
+    assert min(times_kept) > 0.6 * max(times_kept)
+
+
+def test_is_canonical_sees_each_fault() -> None:
+    space = SPACES["budget"]
+    good = Candidate((900, 700, 500, 300))
+    assert space.is_canonical(good)
+    for bad in (
+        Candidate((900, 700, 500)),
+        Candidate((1000, 700, 500, 300)),
+        Candidate((900, 899, 500, 300)),
+        Candidate(good.timesteps, (2**9 - 1, 0, 0, 0)),
+        Candidate(good.timesteps, (1 << 40, 0, 0, 0)),
+        Candidate(tuple(range(900, 200, -100))),
+    ):
+        assert not space.is_canonical(bad), bad
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"min_steps": 0}, "at least 1"),
+        ({"min_gap": 0}, "at least 1"),
+        ({"min_steps": 5}, "larger than max_steps"),
+        ({"max_steps": 6, "min_gap": 200}, "allowed: up to 5"),
+        ({"max_skip": 1.5}, "between 0 and 1"),
+        ({"chunk": 33}, "between 1 and 32"),
+        ({"units": ("a", "b"), "unit_costs": (0.1,)}, "2 units but 1 unit_costs"),
+        ({"units": ("a", "b"), "unit_costs": (0.7, 0.7)}, "sum at most 1"),
+        ({"units": ("a", "b"), "max_skip": 0.4}, "at least 0.5"),
+        ({"max_cost": 3.0}, r"max_cost 3 cannot be met: the cheapest candidate costs 4 "),
+        ({"units": ("a",), "unit_costs": (0.2,), "max_skip": 1.0, "max_cost": 3.0}, "costs 3.2 "),
+    ],
+)
+def test_contradictions_are_refused_in_one_line(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message) as caught:
+        SearchSpace(**{"T": 1000, "min_steps": 4, "max_steps": 4, **arguments})
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", SPACES)
+def test_suggest_works_with_foreign_samplers(name: str) -> None:
+    space = SPACES[name]
+    for sampler in (optuna.samplers.RandomSampler(seed=0), optuna.samplers.TPESampler(seed=0, n_startup_trials=2)):
+        study = optuna.create_study(sampler=sampler)
+        for _ in range(4):
+            trial = study.ask()
+            candidate = space.suggest(trial)
+            study.tell(trial, float(candidate.timesteps[0]))
+            assert space.is_canonical(candidate)
+            assert space.decode(trial.params) == candidate
+
+
+def test_codec_names_what_must_not_change() -> None:
+    codecs = [space.codec() for space in SPACES.values()]
+    assert all(a != b for a, b in itertools.combinations(codecs, 2) if a["units"] != b["units"] or a["T"] != b["T"])
+    assert SPACES["range"].codec() == {
+        "codec": 1, "T": 1000, "steps": [3, 8], "min_gap": 5, "units": [], "chunk": 32,
+    }  # fmt: skip

@@ -1,0 +1,98 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from autodiffusion_optuna import config as c
+from autodiffusion_optuna.errors import ConfigError
+
+TABLE = {
+    "name": "x",
+    "model": {"source": "digits"},
+    "sampling": {"steps": 4},
+    "search": {"trials": 10},
+    "score": {"extractor": "digits"},
+}
+
+
+@pytest.mark.parametrize("name", sorted(c.presets()))
+def test_every_preset_loads_under_its_own_name(name: str) -> None:
+    config = c.load_preset(name)
+    assert config.name == name
+    assert config.description
+
+
+def test_the_presets_of_the_first_release_are_there() -> None:
+    assert {"digits-4", "digits-6", "digits-10", "digits-10-layers", "digits-4-paper", "mixture-4"} <= set(c.presets())
+
+
+def test_overrides_are_read_as_toml() -> None:
+    config = c.parse_config(TABLE, ["sampling.steps={min=2, max=5}", "score.rungs=[16, 64]", "model.source=my/folder"])
+    assert config.sampling.step_bounds == (2, 5)
+    assert config.score.rungs == [16, 64]
+    assert config.model.source == "my/folder"
+
+
+def test_fingerprint_ignores_what_only_prolongs_a_study() -> None:
+    config = c.parse_config(TABLE)
+    assert c.parse_config(TABLE, ["search.trials=99", "name=y", "model.device=cpu"]).fingerprint() == config.fingerprint()
+    changed = c.parse_config(TABLE, ["score.images=99"])
+    assert changed.fingerprint() != config.fingerprint()
+    assert c.differences(config, changed) == ["score.images: 256 -> 99"]
+
+
+def test_a_step_count_and_a_range_differ() -> None:
+    ranged = c.parse_config(TABLE, ["sampling.steps={min=2, max=5}"])
+    assert any("sampling.steps" in line for line in c.differences(c.parse_config(TABLE), ranged))
+
+
+def test_config_survives_json() -> None:
+    config = c.parse_config(TABLE, ["sampling.steps={min=2, max=5}", "search.max_cost=1"])
+    assert c.parse_config(config.model_dump(mode="json")) == config
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("foo", "has no '='"),
+        ("search.trails=3", "did you mean 'search.trials'?"),
+        ("sampling.steps=0", "'sampling.steps': input should be greater than or equal to 1 (given: 0)"),
+        ("sampling.steps=many", "'sampling.steps': input should be a valid integer (given: 'many')"),
+        ("sampling.steps={min=0, max=3}", "'sampling.steps.min'"),
+        ("sampling.steps={min=5, max=3}", "min 5 is larger than max 3"),
+        ("sampling.steps.min=2", "set it as a whole"),
+        ("search.trials=1.5", "'search.trials'"),
+        ("score.images=0", "'score.images': input should be greater than or equal to 2 (given: 0)"),
+        ("score.images=100001", "'score.images': input should be less than or equal to 100000"),
+        ("score.rungs=[64, 64]", "must increase and stay below images = 256"),
+        ("score.rungs=[256]", "must increase and stay below images = 256"),
+        ("model.precision=fp8", "'float32', 'bfloat16' or 'float16' (given: 'fp8')"),
+        ("name=a/b", "'name'"),
+    ],
+)
+def test_a_wrong_override_is_explained_in_one_line(override: str, expected: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        c.parse_config(TABLE, [override])
+    assert expected in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_an_unknown_key_in_a_file_names_the_nearest(tmp_path: Path) -> None:
+    path = tmp_path / "mine.toml"
+    path.write_text('[model]\nsource = "digits"\n[sampling]\nsteps = 4\n[search]\ntrials = 3\n[score]\nextractr = "digits"\n')
+    with pytest.raises(ConfigError, match=r"unknown setting 'score\.extractr'; did you mean 'score\.extractor'\?"):
+        c.load_config(path)
+
+
+def test_a_missing_section_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "mine.toml"
+    path.write_text('[model]\nsource = "digits"\n')
+    with pytest.raises(ConfigError, match="'sampling' is missing"):
+        c.load_config(path)
+
+
+def test_a_file_is_named_after_itself(tmp_path: Path) -> None:
+    path = tmp_path / "mine.toml"
+    path.write_text('[model]\nsource = "digits"\n[sampling]\nsteps = 4\n[search]\ntrials = 3\n[score]\nextractor = "digits"\n')
+    assert c.load_config(path).name == "mine"
