@@ -144,7 +144,7 @@ def _diffusers_script(schedule: dict[str, Any], config: StudyConfig, scheduler: 
     name, options = scheduler
     arguments = "".join(f"    {key}={value!r},\n" for key, value in options.items())
     masked = any(schedule["skips"])
-    skip_import = "\nfrom autodiffusion_optuna.evaluation.skip import Units, skipping\n" if masked else ""
+    skip_import = "\nfrom autodiffusion_optuna.evaluation.skip import find_units, skipping\n" if masked else ""
     skip_setup = (
         f"SKIPS = {schedule['skips']}  # by step\n" if masked else ""
     )
@@ -167,15 +167,19 @@ def _loop(scheduler: str, masked: bool) -> str:
     start = " * scheduler.init_noise_sigma" if scheduler == "HeunDiscreteScheduler" else ""
     call = f"unet({scale}, t).sample"
     if masked:
-        setup = "units = Units.of(unet)\nmasks = {t: units.mask(names) for t, names in zip(TIMESTEPS, SKIPS)}\n"
+        setup = (
+            "\nunits = find_units(unet, lambda: unet(torch.zeros(1, *SHAPE), 0))\n"
+            "bit = {name: 1 << u for u, name in enumerate(units.names)}\n"
+            "masks = {t: sum(bit[name] for name in names) for t, names in zip(TIMESTEPS, SKIPS)}\n"
+        )
         body = f"        with skipping(units, masks[int(t)]):\n            output = {call}\n"
     else:
         setup, body = "", f"        output = {call}\n"
     return (
-        setup
+        "SHAPE = (unet.config.in_channels, unet.config.sample_size, unet.config.sample_size)\n"
+        + setup
         + "\ngenerator = torch.Generator().manual_seed(0)\n"
-        + "shape = (16, unet.config.in_channels, unet.config.sample_size, unet.config.sample_size)\n"
-        + f"x = torch.randn(shape, generator=generator){start}\n"
+        + f"x = torch.randn(16, *SHAPE, generator=generator){start}\n"
         + "with torch.inference_mode():\n    for t in scheduler.timesteps:\n"
         + body
         + "        x = scheduler.step(output, t, x).prev_sample\n"

@@ -75,7 +75,7 @@ def from_alphas_cumprod(alphas_cumprod: Array) -> NoiseSchedule:
 
 def from_betas(betas: Array) -> NoiseSchedule:
     """Variance-preserving schedule of per-step noise variances, float64 [T]."""
-    return from_alphas_cumprod(np.cumprod(1.0 - np.asarray(betas, dtype=np.float64)))
+    return from_alphas_cumprod(np.asarray(np.cumprod(1.0 - np.asarray(betas, dtype=np.float64))))
 
 
 def linear(T: int = 1000, beta_start: float = 1e-4, beta_end: float = 0.02) -> NoiseSchedule:

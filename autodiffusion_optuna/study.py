@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from autodiffusion_optuna.evaluation.models import Model, load_model
 from autodiffusion_optuna.evaluation.prefix import PrefixMemory
 from autodiffusion_optuna.evaluation.reference import Reference, load_reference
 from autodiffusion_optuna.evaluation.solvers import query_steps
+from autodiffusion_optuna.noise import Final
 from autodiffusion_optuna.report import require_same
 from autodiffusion_optuna.search.sampler import AutoDiffusionSampler
 from autodiffusion_optuna.search.schedules import KNOWN, known_schedules
@@ -106,7 +108,7 @@ def _space(config: StudyConfig, model: Model, unit_costs: tuple[float, ...] | No
     if units and unit_costs is None:
         unit_costs = model.costs(config.search.cost, batch=config.model.batch).shares
     full = config.search.cost_steps or high
-    visits = lambda steps: query_steps(config.sampling.solver, steps, config.sampling.final)  # noqa: E731
+    visits = partial(_visits, config.sampling.solver, config.sampling.final)
     return SearchSpace(
         T=model.schedule.T,
         min_steps=low,
@@ -119,6 +121,10 @@ def _space(config: StudyConfig, model: Model, unit_costs: tuple[float, ...] | No
         visits=visits,
         chunk=config.search.chunk,
     )
+
+
+def _visits(solver: str, final: Final, steps: int) -> tuple[int, ...]:
+    return query_steps(solver, steps, final)
 
 
 def _sampler(config: StudyConfig, space: SearchSpace) -> AutoDiffusionSampler:
@@ -137,6 +143,7 @@ def _sampler(config: StudyConfig, space: SearchSpace) -> AutoDiffusionSampler:
 
 
 def _reference(config: StudyConfig, model: Model, extractor: Extractor) -> Reference:
+    """The statistics that the config names, else those that the model ships with."""
     if config.score.reference is not None:
         return load_reference(Path(config.score.reference), extractor)
     if model.reference is None:

@@ -97,8 +97,9 @@ class Evaluator:
                 with _timed(seconds, "features", self.model.device):
                     features = self.extractor(images)
                     moments.add(features)
-                    if self.metric == "kid":
-                        kept.append(features)
+                    kept.append(features)
+                    if not self._needs_features(moments):
+                        kept.clear()
             with _timed(seconds, "distance", self.model.device):
                 value = self._distance(moments, kept)
             reached.append((count, value))
@@ -139,9 +140,13 @@ class Evaluator:
             self._noise[key] = noise
         return self._noise[key]
 
+    def _needs_features(self, moments: Moments) -> bool:
+        """Below D images the features' own N x N Gram matrix is the cheaper way to the distance."""
+        return self.metric == "kid" or moments.n < len(self.reference.mu)
+
     def _distance(self, moments: Moments, kept: list[Tensor]) -> float:
         if self.metric == "frechet":
-            return frechet_distance(moments, self.reference)
+            return frechet_distance(torch.cat(kept) if kept else moments, self.reference)
         if self.reference.features is None:
             raise StatisticsError(
                 "metric 'kid' needs the reference's features, and this reference holds moments only; "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import zipfile
@@ -48,6 +49,14 @@ class Reference:
     def factor(self) -> Tensor:
         """L with L L^T = sigma, float64 [D, r], computed at first use."""
         return covariance_factor(self.sigma)
+
+    @property
+    def digest(self) -> str:
+        """Short hash of the statistics and the extractor they belong to."""
+        digest = hashlib.sha256(self.fingerprint.encode())
+        for part in (self.mu, self.sigma):
+            digest.update(part.cpu().numpy().tobytes())
+        return digest.hexdigest()[:16]
 
 
 def load_reference(path: Path, extractor: Extractor) -> Reference:

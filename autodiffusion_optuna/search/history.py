@@ -39,7 +39,7 @@ class History:
     """What is known when a trial is asked for.
 
     ``index``: its number, not counting failed trials before it. ``taken``: keys of all candidates that are
-    finished, pruned, running or waiting, or failed repeatedly. ``complete``: complete trials; ``indices``: theirs.
+    finished, pruned, running or waiting, or failed repeatedly. ``complete``: trials; ``indices``: theirs.
     """
 
     index: int

@@ -22,6 +22,7 @@ Change = Callable[[Generator, SearchSpace, Pairs, float], Iterable[tuple[int, in
 
 TRIES = 20  # of a change that repair may undo
 RESIZE = 0.2  # chance that a local move adds or removes a step, where their number is open
+JUMP = 0.3  # chance that a moved timestep goes anywhere, which leaves local optima
 TWO_MOVES = 0.3  # chance that a local move touches two genes
 
 
@@ -62,7 +63,7 @@ def mutate_paper(
 
 
 def mutate_local(rng: Generator, space: SearchSpace, parent: Candidate, share: float) -> Candidate:
-    """One or two timesteps move between their neighbours, or one or two skip sets change.
+    """One or two timesteps move, mostly between their neighbours, or one or two skip sets change.
 
     The distance is log-uniform, so fine moves are as likely as coarse ones. Late steps are chosen more
     often: the first steps stay those of the parent, and the prefix memory pays only for the rest.
@@ -161,8 +162,12 @@ def _late_step(rng: Generator, steps: int) -> int:
 
 
 def _move_time(rng: Generator, space: SearchSpace, pairs: Pairs) -> Pairs:
+    """Move a late step between its neighbours, or with chance JUMP to any unused timestep."""
     step = _late_step(rng, len(pairs))
     timestep, skip = pairs[step]
+    if rng.random() < JUMP:
+        pairs[step] = (_unused(rng, space, pairs, step), skip)
+        return sorted(pairs, reverse=True)
     highest = pairs[step - 1][0] - space.min_gap if step else space.T - 1
     lowest = pairs[step + 1][0] + space.min_gap if step + 1 < len(pairs) else 0
     reach = max(space.T / len(pairs), 2.0)

@@ -193,9 +193,7 @@ class AutoDiffusionSampler(BaseSampler):
         stage, share = self._stage(space, history, generation)
         elite = best(history.complete, self.settings.parents)
         rng = self._rng(history.index, RELATIVE)
-        operator = self._operator(history.index)
-        for attempt in range(OPERATOR_TRIES + RANDOM_TRIES):
-            name = operator if attempt < OPERATOR_TRIES else "random"
+        for name in self._attempts(self._operator(history.index)):
             candidate, operator_used, parents = self._make(rng, space, name, elite, generation, share)
             if candidate.key not in history.taken:
                 break
@@ -223,6 +221,12 @@ class AutoDiffusionSampler(BaseSampler):
         if place < self.settings.mutation:
             return "mutation"
         return "crossover" if place < self.settings.mutation + self.settings.crossover else "random"
+
+    def _attempts(self, operator: str) -> list[str]:
+        """Operators to try until one makes something new."""
+        # Parents that differ in one gene have no new child; a local move is then worth more than chance.
+        instead = ["mutation"] * OPERATOR_TRIES if operator == "crossover" and self.settings.local else []
+        return [operator] * OPERATOR_TRIES + instead + ["random"] * RANDOM_TRIES
 
     def _make(
         self,

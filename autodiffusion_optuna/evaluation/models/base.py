@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -12,6 +14,10 @@ from autodiffusion_optuna.evaluation.cost import CostKind, UnitCosts, check_kind
 from autodiffusion_optuna.evaluation.denoiser import SkippingDenoise
 from autodiffusion_optuna.noise import NoiseSchedule
 
+if TYPE_CHECKING:
+    from autodiffusion_optuna.evaluation.features import Extractor
+    from autodiffusion_optuna.evaluation.reference import Reference
+
 
 @dataclass(frozen=True, eq=False)
 class Model:
@@ -19,7 +25,8 @@ class Model:
 
     ``fingerprint``: sha256 in hexadecimal over weights and configs; the same wherever the files lie, and
     without device, precision and clip. ``shape``: (C, H, W) of a state. ``denoiser``: (x, t, skip) -> x0.
-    ``units``: names of the skippable units in execution order.
+    ``units``: names of the skippable units in execution order. ``reference``: statistics of the data the
+    model was trained on, for an extractor; None where the model ships with none.
     """
 
     name: str
@@ -29,6 +36,7 @@ class Model:
     denoiser: SkippingDenoise
     device: torch.device
     units: tuple[str, ...] = ()
+    reference: Callable[[Extractor], Reference] | None = None
     _costs: dict[tuple[CostKind, int], UnitCosts] = field(default_factory=dict, repr=False)
 
     def costs(self, kind: CostKind = "macs", batch: int = 1) -> UnitCosts:

@@ -6,7 +6,7 @@ Its samples can be compared with the truth in closed form, which no trained mode
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -14,12 +14,15 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from autodiffusion_optuna.errors import ModelError
+from autodiffusion_optuna.evaluation.features import Extractor
 from autodiffusion_optuna.evaluation.models.base import Model, find_device
+from autodiffusion_optuna.evaluation.reference import Reference, build_reference
 from autodiffusion_optuna.noise import NoiseSchedule, linear
 
 COMPONENTS = 8
 SHAPE = (1, 4, 4)
 SEED = 0
+REFERENCE_IMAGES, REFERENCE_SEED = 50_000, 1
 
 
 @dataclass(frozen=True, eq=False)
@@ -105,4 +108,10 @@ def mixture_model(T: int = 1000, device: str = "cpu", clip: bool = False) -> Mod
             x0 = mixture.x0(x, schedule.alpha(t), schedule.sigma(t))
             return x0.clamp(-1.0, 1.0) if clip else x0
 
-    return Model("mixture", mixture.fingerprint(schedule), SHAPE, schedule, denoise, find_device(device))
+    model = Model("mixture", mixture.fingerprint(schedule), SHAPE, schedule, denoise, find_device(device))
+
+    def reference(extractor: Extractor) -> Reference:
+        draws = mixture.sample(REFERENCE_IMAGES, REFERENCE_SEED).reshape(-1, *SHAPE)
+        return build_reference(model.to_images(draws), extractor, "mixture")
+
+    return replace(model, reference=reference)

@@ -7,7 +7,7 @@ from autodiffusion_optuna.search.space import SearchSpace
 
 def heun_visits(steps: int) -> tuple[int, ...]:
     """A second evaluation at the next step of every update but the last."""
-    return tuple(k for step in range(steps - 1) for k in (step, step + 1)) + (steps - 1,)
+    return (*(k for step in range(steps - 1) for k in (step, step + 1)), steps - 1)
 
 
 def units(count: int) -> tuple[str, ...]:

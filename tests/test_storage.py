@@ -1,0 +1,71 @@
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import optuna
+import pytest
+import sqlalchemy
+
+from autodiffusion_optuna import storage as s
+from autodiffusion_optuna.errors import StorageError
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        (None, "sqlite:///adopt.db"),
+        ("my.db", "sqlite:///my.db"),
+        ("/data/my.db", "sqlite:////data/my.db"),
+        ("sqlite:///my.db", "sqlite:///my.db"),
+        ("postgres://me@host/db", "postgresql+psycopg://me@host/db"),
+        ("postgresql://me@host/db", "postgresql+psycopg://me@host/db"),
+        ("postgresql+psycopg://me@host/db", "postgresql+psycopg://me@host/db"),
+    ],
+)
+def test_what_a_storage_argument_means(given: str | None, expected: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(s.ENVIRONMENT, raising=False)
+    assert s.storage_url(given) == expected
+
+
+def test_the_environment_names_the_default(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(s.ENVIRONMENT, "theirs.db")
+    assert s.storage_url(None) == "sqlite:///theirs.db"
+    assert s.storage_url("mine.db") == "sqlite:///mine.db"
+
+
+def test_passwords_are_hidden() -> None:
+    assert "secret" not in s.hide_password("postgresql+psycopg://me:secret@host/db")
+    assert "secret" not in s.hide_password("broken//me:secret@host")
+
+
+def test_sqlite_is_opened_in_wal_mode(tmp_path: Path) -> None:
+    database = s.open_storage(f"sqlite:///{tmp_path}/a.db")
+    with database.engine.connect() as connection:
+        assert connection.execute(sqlalchemy.text("PRAGMA journal_mode")).scalar() == "wal"
+        assert connection.execute(sqlalchemy.text("PRAGMA synchronous")).scalar() == 1
+
+
+def test_looking_at_a_database_that_is_not_there_creates_none(tmp_path: Path) -> None:
+    with pytest.raises(StorageError, match="no database at"):
+        s.open_storage(f"sqlite:///{tmp_path}/a.db", create=False)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_put_back_trial_keeps_its_number_and_parameters(tmp_path: Path) -> None:
+    database = s.open_storage(f"sqlite:///{tmp_path}/a.db")
+    study = optuna.create_study(study_name="x", storage=database)
+    first = study.ask()
+    value = first.suggest_int("n", 0, 10**6)
+    s.put_back(database, "x", first.number)
+    again = study.ask()
+    assert again.number == first.number
+    assert again.suggest_int("n", 0, 10**6) == value
+
+
+def test_this_process_is_alive_and_a_reused_pid_is_not_it() -> None:
+    assert not s.is_dead(s.owner())
+    host, pid, started = s.owner().rsplit("/", 2)
+    assert s.is_dead(f"{host}/{pid}/{int(started) + 1}")
+    assert not s.is_dead(f"another-host/{pid}/{started}")
+    assert int(pid) == os.getpid()

@@ -1,0 +1,249 @@
+"""Studies on the analytic mixture: run, stop, kill, resume, report, export."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import optuna
+import pytest
+from conftest import Adopt
+from optuna.trial import TrialState
+from PIL import Image
+
+from autodiffusion_optuna import records, study
+from autodiffusion_optuna.config import StudyConfig, load_config
+from autodiffusion_optuna.report import load_study, read_report
+from autodiffusion_optuna.storage import OWNER, RETRIES, open_storage, put_back, reclaim
+
+Row = tuple[int, str, str, float | None]
+
+
+def rows(url: str, name: str) -> list[Row]:
+    """(number, state, candidate, value) of every trial."""
+    found = load_study(open_storage(url, create=False), name)
+    return [
+        (t.number, t.state.name, t.user_attrs.get(records.CANDIDATE, ""), t.values[0] if t.values else None)
+        for t in found.get_trials(deepcopy=False)
+    ]
+
+
+def config_with(path: Path, *overrides: str) -> StudyConfig:
+    return load_config(path, overrides)
+
+
+def run(path: Path, url: str, *overrides: str) -> optuna.Study:
+    """A study run in this process to its budget, without fresh scores."""
+    parts = study.build(config_with(path, *overrides))
+    database = open_storage(url)
+    opened = study.open_study(parts, database)
+    study.work(parts, opened, database)
+    return opened
+
+
+@pytest.fixture
+def undisturbed(folder: Path) -> list[Row]:
+    run(folder / "quick.toml", "sqlite:///whole.db")
+    return rows("sqlite:///whole.db", "quick")
+
+
+def test_three_resumed_parts_equal_one_run(folder: Path, undisturbed: list[Row]) -> None:
+    for trials in (9, 13, 24):
+        run(folder / "quick.toml", "sqlite:///parts.db", f"search.trials={trials}")
+    assert rows("sqlite:///parts.db", "quick") == undisturbed
+
+
+def test_known_schedules_come_first_and_are_named(folder: Path, undisturbed: list[Row]) -> None:
+    report = read_report(load_study(open_storage("sqlite:///whole.db"), "quick"))
+    assert [known.name for known in report.known][0] == "uniform"
+    assert undisturbed[0][2] == "666,333,0"
+    assert all(known.value is not None for known in report.known)
+    assert report.best is not None
+    assert report.best.value <= min(known.value for known in report.known if known.value is not None)
+
+
+def test_ctrl_c_puts_the_running_trial_back(
+    folder: Path, undisturbed: list[Row], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parts = study.build(config_with(folder / "quick.toml"))
+    database = open_storage("sqlite:///stopped.db")
+    opened = study.open_study(parts, database)
+    score, calls = parts.evaluator.score.__func__, []  # type: ignore[attr-defined]
+
+    def interrupted(self: Any, *args: Any, **kwargs: Any) -> Any:
+        calls.append(1)
+        if len(calls) == 12:
+            raise KeyboardInterrupt
+        return score(self, *args, **kwargs)
+
+    monkeypatch.setattr(type(parts.evaluator), "score", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        study.work(parts, opened, database)
+    states = [state for _, state, _, _ in rows("sqlite:///stopped.db", "quick")]
+    assert states.count("COMPLETE") == 11
+    assert "RUNNING" not in states
+    monkeypatch.undo()
+    os.chdir(folder)
+    run(folder / "quick.toml", "sqlite:///stopped.db")
+    assert rows("sqlite:///stopped.db", "quick") == undisturbed
+
+
+def test_killed_at_random_moments_and_resumed_equals_undisturbed(folder: Path, undisturbed: list[Row]) -> None:
+    """kill -9 at five random moments, in processes of their own."""
+    rng = random.Random(1)
+    command = [sys.executable, "-m", "autodiffusion_optuna", "run", "--study", "quick.toml", "--storage", "killed.db"]
+    killed = 0
+    for _ in range(5):
+        process = subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        assert process.stdout is not None
+        line = process.stdout.readline()  # printed when the first trial is about to be asked for
+        if "starting" in line or "going on" in line:
+            time.sleep(rng.uniform(0.0, 0.5))
+            process.send_signal(signal.SIGKILL)
+            killed += process.wait() == -signal.SIGKILL
+        process.communicate()
+    assert killed == 5
+    assert 0 < len([r for r in rows("sqlite:///killed.db", "quick") if r[1] == "COMPLETE"]) < 24
+    subprocess.run(command, cwd=folder, check=True, capture_output=True)
+    assert rows("sqlite:///killed.db", "quick") == undisturbed
+
+
+def test_a_study_killed_while_it_was_begun_is_begun_in_full(folder: Path, undisturbed: list[Row]) -> None:
+    parts = study.build(config_with(folder / "quick.toml"))
+    database = open_storage("sqlite:///half.db")
+    half = optuna.create_study(study_name="quick", storage=database)
+    half.enqueue_trial(parts.space.encode(parts.known["uniform"]), user_attrs={records.KNOWN_NAME: "uniform"})
+    run(folder / "quick.toml", "sqlite:///half.db")
+    assert rows("sqlite:///half.db", "quick") == undisturbed
+
+
+def test_a_trial_of_a_live_worker_is_left_alone_and_of_a_dead_one_taken_back(folder: Path) -> None:
+    parts = study.build(config_with(folder / "quick.toml"))
+    database = open_storage("sqlite:///a.db")
+    opened = study.open_study(parts, database)
+    from autodiffusion_optuna.storage import owner
+
+    live, dead = opened.ask(), opened.ask()
+    live.set_user_attr(OWNER, owner())
+    host, _, _ = owner().rsplit("/", 2)
+    dead.set_user_attr(OWNER, f"{host}/999999999/1")
+    assert reclaim(database, "quick") == [dead.number]
+    assert opened.trials[live.number].state == TrialState.RUNNING
+    assert opened.trials[dead.number].state == TrialState.WAITING
+    assert opened.trials[dead.number].user_attrs[RETRIES] == 1
+    put_back(database, "quick", live.number)
+    assert opened.trials[live.number].state == TrialState.WAITING
+
+
+def test_a_trial_that_keeps_killing_its_worker_fails_with_the_reason(folder: Path) -> None:
+    parts = study.build(config_with(folder / "quick.toml"))
+    database = open_storage("sqlite:///a.db")
+    opened = study.open_study(parts, database)
+    from autodiffusion_optuna.storage import FAILURE, MAX_RETRIES, owner
+
+    host, _, _ = owner().rsplit("/", 2)
+    for _ in range(MAX_RETRIES + 1):
+        trial = opened.ask()
+        assert trial.number == 0
+        trial.set_user_attr(OWNER, f"{host}/999999999/1")
+        reclaim(database, "quick")
+    failed = opened.trials[0]
+    assert failed.state == TrialState.FAIL
+    assert "died" in failed.user_attrs[FAILURE]
+
+
+def test_pruning_repeats_exactly_and_counts_towards_the_budget(folder: Path) -> None:
+    rungs = ["score.rungs=[16, 32]", "score.pruner=percentile", "score.keep=0.4", "search.trials=40"]
+    whole = run(folder / "quick.toml", "sqlite:///whole.db", *rungs)
+    for trials in (17, 40):
+        run(folder / "quick.toml", "sqlite:///parts.db", *rungs[:-1], f"search.trials={trials}")
+    states = {t.state for t in whole.trials}
+    assert states == {TrialState.COMPLETE, TrialState.PRUNED}
+    assert records.finished(whole) == 40
+    assert rows("sqlite:///parts.db", "quick") == rows("sqlite:///whole.db", "quick")
+    for trial in whole.trials:
+        if trial.state == TrialState.PRUNED:
+            assert max(trial.intermediate_values) < 64
+            assert trial.user_attrs[records.SCORE]["rungs"][-1][0] == max(trial.intermediate_values)
+
+
+def test_values_that_are_not_finite_fail_with_their_reason_and_the_run_gives_up(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parts = study.build(config_with(folder / "quick.toml"))
+    database = open_storage("sqlite:///a.db")
+    opened = study.open_study(parts, database)
+    from dataclasses import replace
+
+    real = type(parts.evaluator).score
+    monkeypatch.setattr(
+        type(parts.evaluator), "score", lambda *args, **kwargs: replace(real(*args, **kwargs), value=float("nan"))
+    )
+    with pytest.raises(study.StudyError, match="the distance is nan"):
+        study.work(parts, opened, database)
+    assert {t.state for t in opened.trials if t.state.is_finished()} == {TrialState.FAIL}
+
+
+def test_the_whole_command_line(folder: Path, adopt: Adopt) -> None:
+    first = adopt("run", "--study", "quick.toml")
+    assert first.code == 0
+    assert "starting" in first.out
+    assert "best found" in first.out
+    again = adopt("run", "--study", "quick")
+    assert "is finished: 24 of 24" in again.out
+    longer = adopt("run", "--study", "quick.toml", "--set", "search.trials=26")
+    assert "24 of 26 candidates finished, going on" in longer.out
+    assert "quick" in adopt("studies").out
+    check_json(json.loads(adopt("show", "--study", "quick", "--json").out))
+    shown = adopt("show", "--study", "quick").out
+    assert "26 of 26 candidates finished" in shown
+    scored = adopt("score", "--study", "quick", "--images", "48", "--banks", "2")
+    assert scored.code == 0
+    report = json.loads(adopt("show", "--study", "quick", "--json").out)
+    assert all(known["fresh"]["images"] == 48 and known["fresh"]["banks"] == 2 for known in report["known"])
+
+
+def check_json(data: dict[str, Any]) -> None:
+    assert list(data) == [
+        "study", "finished", "budget", "generation", "stage", "solver", "extractor", "images",
+        "best", "known", "evaluations", "seconds",
+    ]  # fmt: skip
+    assert (data["finished"], data["budget"]) == (26, 26)
+    assert list(data["best"]) == ["trial", "timesteps", "skips", "value", "cost", "fresh"]
+    assert list(data["best"]["fresh"]) == ["mean", "low", "high", "images", "banks"]
+    assert data["best"]["fresh"]["low"] < data["best"]["fresh"]["mean"] < data["best"]["fresh"]["high"]
+    assert data["best"]["skips"] == [[], [], []]
+    assert data["best"]["cost"] == 1.0
+    assert {"uniform", "uniform-trailing", "uniform-linspace", "quadratic"} <= {k["name"] for k in data["known"]}
+    assert set(data["evaluations"]) == {"run", "saved"}
+    total = data["evaluations"]["run"] + data["evaluations"]["saved"]
+    assert total == data["finished"] * 64 * 3
+    assert set(data["seconds"]) == {"network", "features", "distance", "storage", "total"}
+
+
+def test_the_storage_of_the_environment(folder: Path, adopt: Adopt, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ADOPT_STORAGE", "other.db")
+    assert adopt("run", "--study", "quick.toml", "--set", "search.trials=2").code == 0
+    assert (folder / "other.db").exists()
+    assert not (folder / "adopt.db").exists()
+
+
+def test_a_picture_has_three_rows_of_the_same_noises(folder: Path, adopt: Adopt) -> None:
+    assert adopt("run", "--study", "quick.toml", "--set", "search.trials=10").code == 0
+    result = adopt("sample", "--study", "quick", "--out", "grid.png", "--images", "5", "--many-steps", "50")
+    assert result.code == 0, result
+    with Image.open(folder / "grid.png") as picture:
+        assert picture.width > 5 * 84
+        assert picture.height == 2 * 16 + 3 * (84 + 4) - 4
+
+
+def test_latency_costs_are_measured_once(folder: Path) -> None:
+    parts = study.build(config_with(folder / "quick.toml"), unit_costs=(0.25,))
+    assert parts.space.unit_costs == ()  # the mixture has no units
