@@ -23,7 +23,9 @@ if TYPE_CHECKING:
     import optuna
     from optuna.storages import RDBStorage
 
+    from autodiffusion_optuna.candidate import Candidate
     from autodiffusion_optuna.config import StudyConfig
+    from autodiffusion_optuna.records import Fresh
     from autodiffusion_optuna.report import StudyReport
     from autodiffusion_optuna.study import Parts, Progress
 
@@ -108,7 +110,9 @@ def _search(config: StudyConfig, url: str, begun: optuna.Study | None, trust: bo
     study = studies.open_study(parts, database)
     done = records.finished(study)
     verb = "going on" if done else "starting"
-    out.print(f"study {config.name}: {done} of {config.search.trials} candidates finished, {verb}. Ctrl-C stops it safely.")
+    out.print(
+        f"study {config.name}: {done} of {config.search.trials} candidates finished, {verb}. Ctrl-C stops it safely."
+    )
     try:
         with _progress(config, study) as on_trial:
             studies.work(parts, study, database, on_trial)
@@ -300,7 +304,9 @@ def sample(
     from autodiffusion_optuna.storage import storage_url
 
     if not path.parent.is_dir():
-        raise ConfigError(f"folder {str(path.parent)!r} for the picture does not exist; create it or give another --out")
+        raise ConfigError(
+            f"folder {str(path.parent)!r} for the picture does not exist; create it or give another --out"
+        )
     found, parts = _load(study, storage_url(storage), trust)
     rows = runner.sample_rows(parts, found, images, steps)
     draw_grid(rows, path)
@@ -387,6 +393,7 @@ def _print_table(report: StudyReport) -> None:
     table.add_column("cost", justify="right")
     table.add_column("timesteps", overflow="fold")
     best = report.best
+    rows: list[tuple[str, float | None, Fresh | None, float, Candidate]]
     rows = [("best found", best.value, best.fresh, best.cost, best.candidate)]
     known = sorted(report.known, key=lambda k: float("inf") if k.value is None else k.value)
     rows += [(k.name, k.value, k.fresh, k.candidate.steps / full, k.candidate) for k in known]
@@ -456,5 +463,3 @@ def main() -> None:
 def _fail(message: str) -> None:
     print("error: " + " ".join(message.split()), file=sys.stderr)
     sys.exit(1)
-
-

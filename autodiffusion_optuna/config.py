@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import hashlib
+import itertools
 import json
 import tomllib
 from collections.abc import Iterable, Mapping
@@ -125,7 +126,7 @@ class ScoreConfig(Section):
     @model_validator(mode="after")
     def _rungs_increase(self) -> ScoreConfig:
         counts = [*self.rungs, self.images]
-        if any(a >= b for a, b in zip(counts, counts[1:], strict=False)):
+        if any(a >= b for a, b in itertools.pairwise(counts)):
             raise ValueError(
                 f"rungs {self.rungs} must increase and stay below images = {self.images}; leave rungs out for none"
             )
@@ -205,6 +206,7 @@ def apply_override(table: dict[str, Any], override: str) -> None:
 
 
 def toml_value(text: str) -> Any:
+    """``text`` read as a TOML value, or itself where it is none."""
     try:
         return tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:
@@ -216,7 +218,8 @@ def known_keys() -> set[str]:
     keys = {"name", "description", "sampling.steps.min", "sampling.steps.max"}
     for section in ("model", "sampling", "search", "score"):
         kind = StudyConfig.model_fields[section].annotation
-        assert isinstance(kind, type) and issubclass(kind, BaseModel)
+        assert isinstance(kind, type)
+        assert issubclass(kind, BaseModel)
         keys |= {f"{section}.{field}" for field in kind.model_fields}
     return keys
 
@@ -226,7 +229,7 @@ def unknown_key(key: str) -> str:
     names = sorted(known_keys())
     near = difflib.get_close_matches(key, names, n=1, cutoff=0.5)
     tail = [name for name in names if name.split(".")[-1] == key.split(".")[-1]]
-    hint = (tail or near or [None])[0]
+    hint = next(iter(tail or near), None)
     advice = f"did you mean {hint!r}?" if hint else f"known settings: {', '.join(names)}"
     return f"unknown setting {key!r}; {advice}"
 

@@ -20,7 +20,7 @@ BUNDLED = ("digits",)
 
 
 def export_schedule(study: optuna.Study) -> dict[str, Any]:
-    """Everything needed to repeat the best candidate's images: model, noise, solver, timesteps, skipped units by name."""
+    """Everything needed to repeat the best candidate's images: model, solver, timesteps, skipped units by name."""
     report = read_report(study)
     if report.best is None:
         raise StudyError(f"study {report.config.name!r} has no finished trial to export; run it first")
@@ -40,7 +40,10 @@ def export_schedule(study: optuna.Study) -> dict[str, Any]:
             "images": config.score.images,
             "fresh": None if best.fresh is None else best.fresh.summary(),
         },
-        "made_with": {"autodiffusion_optuna": attrs.get(records.VERSION, __version__), "optuna": optuna.__version__},
+        "made_with": {
+            "autodiffusion_optuna": attrs.get(records.VERSION, __version__),
+            "optuna": optuna.__version__,
+        },
     }
 
 
@@ -145,9 +148,7 @@ def _diffusers_script(schedule: dict[str, Any], config: StudyConfig, scheduler: 
     arguments = "".join(f"    {key}={value!r},\n" for key, value in options.items())
     masked = any(schedule["skips"])
     skip_import = "\nfrom autodiffusion_optuna.evaluation.skip import find_units, skipping\n" if masked else ""
-    skip_setup = (
-        f"SKIPS = {schedule['skips']}  # by step\n" if masked else ""
-    )
+    skip_setup = f"SKIPS = {schedule['skips']}  # by step\n" if masked else ""
     return (
         _head(schedule, config)
         + imports

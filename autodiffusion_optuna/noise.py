@@ -67,7 +67,9 @@ def from_alphas_cumprod(alphas_cumprod: Array) -> NoiseSchedule:
     """Variance-preserving schedule of the cumulative product of 1 - beta, float64 [T] (DDPM, arXiv 2006.11239)."""
     abar = np.asarray(alphas_cumprod, dtype=np.float64)
     if abar.ndim != 1 or not len(abar) or not (np.isfinite(abar).all() and (abar > 0).all() and (abar < 1).all()):
-        raise ConfigError("noise schedule: alphas_cumprod must lie in (0, 1); zero-terminal-SNR schedules are not supported")
+        raise ConfigError(
+            "noise schedule: alphas_cumprod must lie in (0, 1); zero-terminal-SNR schedules are not supported"
+        )
     if not (np.diff(abar) < 0).all():
         raise ConfigError("noise schedule: alphas_cumprod must be strictly decreasing")
     return NoiseSchedule(np.sqrt(abar), np.sqrt(1.0 - abar), np.arange(len(abar), dtype=np.float64))
@@ -130,4 +132,6 @@ def from_scheduler_config(config: Mapping[str, Any]) -> NoiseSchedule:
         return scaled_linear(T, start, end)
     if kind == "squaredcos_cap_v2":
         return cosine(T)
-    raise ConfigError("scheduler: " + choose_from("beta_schedule", kind, ["linear", "scaled_linear", "squaredcos_cap_v2"]))
+    raise ConfigError(
+        "scheduler: " + choose_from("beta_schedule", kind, ["linear", "scaled_linear", "squaredcos_cap_v2"])
+    )

@@ -42,7 +42,9 @@ def draw_grid(rows: Sequence[tuple[str, NDArray[np.uint8]]], path: Path) -> None
     try:
         canvas.save(path)
     except (OSError, ValueError, KeyError) as error:
-        raise ConfigError(f"cannot write picture {str(path)!r}: {error}; give --out FILE.png in a folder that exists") from None
+        raise ConfigError(
+            f"cannot write picture {str(path)!r}: {error}; give --out FILE.png in a folder that exists"
+        ) from None
 
 
 def _enlarge(image: NDArray[np.uint8], scale: int) -> Image.Image:

@@ -64,7 +64,7 @@ class StudyReport:
 
     def total(self, field: str) -> float:
         """Sum of one field of the finished trials' scores."""
-        return sum(t.user_attrs.get(records.SCORE, {}).get(field, 0) for t in self.finished)
+        return float(sum(t.user_attrs.get(records.SCORE, {}).get(field, 0) for t in self.finished))
 
     @property
     def wall_seconds(self) -> float:
@@ -232,18 +232,17 @@ def list_studies(storage: RDBStorage | None) -> list[StudyLine]:
     for name, path in presets().items():
         config = load_config(path)
         lines[name] = StudyLine(name, config.description, True, None, config.search.trials, None)
-    for name in study_names(storage) if storage else []:
+    if storage is None:
+        return list(lines.values())
+    for name in study_names(storage):
         study = optuna.load_study(study_name=name, storage=storage)
-        if records.CONFIG not in study.user_attrs:
-            continue
-        config = stored_config(study)
-        values = list(records.values_by_key(study).values())
-        lines[name] = StudyLine(
-            name,
-            config.description,
-            name in lines,
-            records.finished(study),
-            config.search.trials,
-            min(values, default=None),
-        )
+        if records.CONFIG in study.user_attrs:
+            lines[name] = _line(study, preset=name in lines)
     return list(lines.values())
+
+
+def _line(study: optuna.Study, preset: bool) -> StudyLine:
+    config = stored_config(study)
+    best = min(records.values_by_key(study).values(), default=None)
+    finished = records.finished(study)
+    return StudyLine(config.name, config.description, preset, finished, config.search.trials, best)

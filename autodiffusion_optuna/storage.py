@@ -44,7 +44,8 @@ def storage_url(given: str | None) -> str:
         # A drive letter or a word with a colon would be a broken URL rather than a file's name.
         if not text.strip() or ":" in text:
             raise StorageError(
-                f"storage {text!r} is no database URL; use sqlite:///FILE.db, postgresql+psycopg://USER@HOST/DB or a path"
+                f"storage {text!r} is no database URL; "
+                "use sqlite:///FILE.db, a path, or postgresql+psycopg://USER@HOST/DB"
             )
         return f"sqlite:///{text}"
     return re.sub(r"^postgres(ql)?://", "postgresql+psycopg://", text)

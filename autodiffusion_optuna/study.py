@@ -264,7 +264,7 @@ def work(parts: Parts, study: optuna.Study, storage: RDBStorage, on_trial: OnTri
         started = time.perf_counter()
         trial = study.ask()
         try:
-            state, value, spent = _evaluate(parts, study, trial, started, tell_seconds)
+            state, value = _evaluate(parts, study, trial, started, tell_seconds)
         except KeyboardInterrupt:
             put_back(storage, study.study_name, trial.number)
             raise
@@ -281,8 +281,8 @@ def work(parts: Parts, study: optuna.Study, storage: RDBStorage, on_trial: OnTri
 
 def _evaluate(
     parts: Parts, study: optuna.Study, trial: optuna.Trial, started: float, tell_seconds: float
-) -> tuple[TrialState, float | None, float]:
-    """Score one trial and write down how: (state, value or None, seconds of the storage)."""
+) -> tuple[TrialState, float | None]:
+    """Score one trial and write down how. ``tell_seconds``: the storage's share of ending the trial before."""
     trial.set_user_attr(OWNER, owner())
     candidate = parts.space.suggest(trial)
     proposal = parts.sampler.describe(study, trial.number)
@@ -296,11 +296,11 @@ def _evaluate(
             raise StatisticsError(f"the distance is {score.value}")
     except AdoptError as error:
         trial.set_user_attr(FAILURE, str(error))
-        return TrialState.FAIL, None, storage_seconds
+        return TrialState.FAIL, None
     trial.set_user_attr(records.SCORE, {**score.to_json(), "seconds_storage": round(storage_seconds, 4)})
     if score.complete:
-        return TrialState.COMPLETE, score.value, storage_seconds
-    return TrialState.PRUNED, None, storage_seconds
+        return TrialState.COMPLETE, score.value
+    return TrialState.PRUNED, None
 
 
 def rungs(config: StudyConfig) -> list[int]:
@@ -328,13 +328,13 @@ def winner(study: optuna.Study) -> FrozenTrial:
     """The best complete trial, the earlier one of equals (StudyError where there is none)."""
     complete = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
     if not complete:
-        raise StudyError(f"study {study.study_name!r} has no finished trial yet; run it first: adopt run --study {study.study_name}")
+        raise StudyError(
+            f"study {study.study_name!r} has no finished trial yet; run it first: adopt run --study {study.study_name}"
+        )
     return min(complete, key=lambda trial: (trial.value, trial.number))
 
 
-def score_fresh(
-    parts: Parts, study: optuna.Study, candidate: Candidate, images: int, banks: int
-) -> records.Fresh:
+def score_fresh(parts: Parts, study: optuna.Study, candidate: Candidate, images: int, banks: int) -> records.Fresh:
     """Score a candidate on ``banks`` banks of noise that the search never saw, and store the values.
 
     A score that is already stored for the same number of images and banks is returned as it is.
@@ -342,9 +342,7 @@ def score_fresh(
     stored = records.fresh(study.user_attrs, candidate.key)
     if stored is not None and (stored.images, stored.banks) == (images, banks):
         return stored
-    values = tuple(
-        parts.evaluator.score(candidate, [images], bank=bank).value for bank in range(1, banks + 1)
-    )
+    values = tuple(parts.evaluator.score(candidate, [images], bank=bank).value for bank in range(1, banks + 1))
     scored = records.Fresh(images, values)
     study.set_user_attr(records.fresh_key(candidate.key), scored.to_json())
     return scored
@@ -362,9 +360,7 @@ def finalists(parts: Parts, study: optuna.Study) -> dict[str, Candidate]:
     return found
 
 
-def sample_rows(
-    parts: Parts, study: optuna.Study, images: int, many_steps: int
-) -> list[tuple[str, NDArray[np.uint8]]]:
+def sample_rows(parts: Parts, study: optuna.Study, images: int, many_steps: int) -> list[tuple[str, NDArray[np.uint8]]]:
     """Labelled rows of samples from the same fresh noises: uniform, best found, and uniform with many steps.
 
     Arrays are uint8 [images, C, H, W].

@@ -77,9 +77,7 @@ def augment(images: Tensor, generator: torch.Generator) -> Tensor:
     angle, scale = draw[0] * math.radians(12), 1 + 0.1 * draw[1]
     cos, sin = torch.cos(angle) * scale, torch.sin(angle) * scale
     shift = draw[2:] * 2.5 / 14
-    theta = torch.stack(
-        [torch.stack([cos, -sin, shift[0]], dim=1), torch.stack([sin, cos, shift[1]], dim=1)], dim=1
-    )
+    theta = torch.stack([torch.stack([cos, -sin, shift[0]], dim=1), torch.stack([sin, cos, shift[1]], dim=1)], dim=1)
     grid = F.affine_grid(theta, list(images.shape), align_corners=False)
     return F.grid_sample(images, grid, align_corners=False)
 
@@ -116,9 +114,7 @@ def write_reference(data: Path) -> None:
     reference = build_reference(images, extractor, dataset="digits-train")
     save_reference(ASSETS / "reference.npz", reference)
     TEST_DIGITS.parent.mkdir(parents=True, exist_ok=True)
-    np.savez_compressed(
-        TEST_DIGITS, x=held_images.squeeze(1).numpy(), y=held_labels.numpy().astype(np.uint8)
-    )
+    np.savez_compressed(TEST_DIGITS, x=held_images.squeeze(1).numpy(), y=held_labels.numpy().astype(np.uint8))
     distance = frechet_distance(extractor(held_images), reference)
     print(f"FD(digits) of {len(held_images)} held-out digits: {distance:.4f}")
 

@@ -173,7 +173,14 @@ def test_resuming_with_other_weights_is_refused(folder: Path, adopt: Adopt, mode
 
     np.savez(images, arr_0=np.random.default_rng(0).integers(0, 255, (80, 8, 8, 1), dtype=np.uint8))
     shutil.copytree(model_folder, folder / "mine")
-    arguments = ["--set", "model.source=mine", "--set", f"score.reference={images}", "--set", "search.trials=2"]
+    arguments = [
+        "--set",
+        "model.source=mine",
+        "--set",
+        f"score.reference={images}",
+        "--set",
+        "search.trials=2",
+    ]
     assert adopt("run", "--study", "quick.toml", *arguments).code == 0
     torch.manual_seed(1)
     tiny_unet(8).save_pretrained(folder / "mine")

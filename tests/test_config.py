@@ -36,7 +36,9 @@ def test_overrides_are_read_as_toml() -> None:
 
 def test_fingerprint_ignores_what_only_prolongs_a_study() -> None:
     config = c.parse_config(TABLE)
-    assert c.parse_config(TABLE, ["search.trials=99", "name=y", "model.device=cpu"]).fingerprint() == config.fingerprint()
+    assert (
+        c.parse_config(TABLE, ["search.trials=99", "name=y", "model.device=cpu"]).fingerprint() == config.fingerprint()
+    )
     changed = c.parse_config(TABLE, ["score.images=99"])
     assert changed.fingerprint() != config.fingerprint()
     assert c.differences(config, changed) == ["score.images: 256 -> 99"]
@@ -80,7 +82,9 @@ def test_a_wrong_override_is_explained_in_one_line(override: str, expected: str)
 
 def test_an_unknown_key_in_a_file_names_the_nearest(tmp_path: Path) -> None:
     path = tmp_path / "mine.toml"
-    path.write_text('[model]\nsource = "digits"\n[sampling]\nsteps = 4\n[search]\ntrials = 3\n[score]\nextractr = "digits"\n')
+    path.write_text(
+        '[model]\nsource = "digits"\n[sampling]\nsteps = 4\n[search]\ntrials = 3\n[score]\nextractr = "digits"\n'
+    )
     with pytest.raises(ConfigError, match=r"unknown setting 'score\.extractr'; did you mean 'score\.extractor'\?"):
         c.load_config(path)
 
@@ -94,5 +98,7 @@ def test_a_missing_section_is_named(tmp_path: Path) -> None:
 
 def test_a_file_is_named_after_itself(tmp_path: Path) -> None:
     path = tmp_path / "mine.toml"
-    path.write_text('[model]\nsource = "digits"\n[sampling]\nsteps = 4\n[search]\ntrials = 3\n[score]\nextractor = "digits"\n')
+    path.write_text(
+        '[model]\nsource = "digits"\n[sampling]\nsteps = 4\n[search]\ntrials = 3\n[score]\nextractor = "digits"\n'
+    )
     assert c.load_config(path).name == "mine"

@@ -14,7 +14,8 @@ NAME = PACKAGE.name
 # A module may import those of smaller rank; parts of one half may import each other.
 RANK = {
     "errors": 0, "candidate": 1, "noise": 1, "config": 2, "search": 3, "evaluation": 3,
-    "storage": 4, "records": 4, "report": 5, "study": 6, "export": 6, "plots": 6, "cli": 7, "__init__": 7, "__main__": 8,
+    "storage": 4, "records": 4, "report": 5, "study": 6, "export": 6, "plots": 6,
+    "cli": 7, "__init__": 7, "__main__": 8,
 }  # fmt: skip
 MODULES = sorted(path.relative_to(PACKAGE) for path in PACKAGE.rglob("*.py"))
 

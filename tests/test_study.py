@@ -62,7 +62,7 @@ def test_three_resumed_parts_equal_one_run(folder: Path, undisturbed: list[Row])
 
 def test_known_schedules_come_first_and_are_named(folder: Path, undisturbed: list[Row]) -> None:
     report = read_report(load_study(open_storage("sqlite:///whole.db"), "quick"))
-    assert [known.name for known in report.known][0] == "uniform"
+    assert report.known[0].name == "uniform"
     assert undisturbed[0][2] == "666,333,0"
     assert all(known.value is not None for known in report.known)
     assert report.best is not None
@@ -98,7 +98,16 @@ def test_ctrl_c_puts_the_running_trial_back(
 def test_killed_at_random_moments_and_resumed_equals_undisturbed(folder: Path, undisturbed: list[Row]) -> None:
     """kill -9 at five random moments, in processes of their own."""
     rng = random.Random(1)
-    command = [sys.executable, "-m", "autodiffusion_optuna", "run", "--study", "quick.toml", "--storage", "killed.db"]
+    command = [
+        sys.executable,
+        "-m",
+        "autodiffusion_optuna",
+        "run",
+        "--study",
+        "quick.toml",
+        "--storage",
+        "killed.db",
+    ]
     killed = 0
     for _ in range(5):
         process = subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
@@ -184,7 +193,9 @@ def test_values_that_are_not_finite_fail_with_their_reason_and_the_run_gives_up(
 
     real = type(parts.evaluator).score
     monkeypatch.setattr(
-        type(parts.evaluator), "score", lambda *args, **kwargs: replace(real(*args, **kwargs), value=float("nan"))
+        type(parts.evaluator),
+        "score",
+        lambda *args, **kwargs: replace(real(*args, **kwargs), value=float("nan")),
     )
     with pytest.raises(study.StudyError, match="the distance is nan"):
         study.work(parts, opened, database)

@@ -1,0 +1,1 @@
+"""From a candidate to its value: models, solvers, images, features, distances. Needs torch, never Optuna."""

@@ -57,9 +57,7 @@ def unit_macs(evaluate: Callable[[int], object], units: int) -> UnitCosts:
     return UnitCosts(float(full), tuple((full - cost) / full for cost in alone), "macs")
 
 
-def unit_latency(
-    evaluate: Callable[[int], object], units: int, device: torch.device, repeats: int = 7
-) -> UnitCosts:
+def unit_latency(evaluate: Callable[[int], object], units: int, device: torch.device, repeats: int = 7) -> UnitCosts:
     """Measured cost; ``evaluate(skip)`` evaluates the network once on the batch whose latency matters.
 
     Medians over ``repeats`` rounds. A round times the full network and each unit's absence one after the

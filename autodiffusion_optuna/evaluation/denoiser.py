@@ -120,7 +120,5 @@ def model_time(schedule: NoiseSchedule, t: float) -> float:
 
 def _nothing_to_skip(skip: int) -> contextlib.AbstractContextManager[None]:
     if skip:
-        raise ModelError(
-            f"skip set {skip:#x} was given, but this model has no units that can be skipped; use 0"
-        )
+        raise ModelError(f"skip set {skip:#x} was given, but this model has no units that can be skipped; use 0")
     return contextlib.nullcontext()

@@ -41,6 +41,7 @@ class DigitsNet(nn.Module):
         return embedded
 
     def forward(self, images: Tensor) -> Tensor:
+        """Logits float32 [B, 10]."""
         logits: Tensor = self.head(self.features(images))
         return logits
 
@@ -57,7 +58,8 @@ def load_digits_net(state: dict[str, Tensor]) -> DigitsNet:
     """The classifier in eval mode with the given state dict (``RuntimeError`` where shapes differ)."""
     net = DigitsNet()
     net.load_state_dict(state)
-    return net.eval().requires_grad_(False)
+    frozen: DigitsNet = net.eval().requires_grad_(False)
+    return frozen
 
 
 def accuracy(net: DigitsNet, images: Tensor, labels: Tensor) -> float:
@@ -65,6 +67,6 @@ def accuracy(net: DigitsNet, images: Tensor, labels: Tensor) -> float:
     with torch.inference_mode():
         hits = [
             (net(batch.float() / 255).argmax(1) == target).float()
-            for batch, target in zip(images.split(500), labels.split(500), strict=True)
+            for batch, target in zip(torch.split(images, 500), torch.split(labels, 500), strict=True)
         ]
     return float(torch.cat(hits).mean())

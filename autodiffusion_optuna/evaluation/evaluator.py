@@ -83,7 +83,13 @@ class Evaluator:
     memory: PrefixMemory | None = None
     _noise: dict[tuple[int, int, int], Tensor] = field(default_factory=dict)
 
-    def score(self, candidate: Candidate, rungs: Sequence[int], bank: int = SEARCH_BANK, on_rung: OnRung | None = None) -> Score:
+    def score(
+        self,
+        candidate: Candidate,
+        rungs: Sequence[int],
+        bank: int = SEARCH_BANK,
+        on_rung: OnRung | None = None,
+    ) -> Score:
         """Distance to the reference at each of ``rungs`` (increasing image counts; the last one is the value).
 
         A rung extends the images of the one before it. ``on_rung`` may end the evaluation by returning False.

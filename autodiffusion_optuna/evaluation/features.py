@@ -94,9 +94,7 @@ def load_extractor(
     if name not in EXTRACTORS:
         raise ConfigError(choose_from("extractor", name, EXTRACTORS))
     if weights is not None and not weights.is_file():
-        raise ConfigError(
-            f"extractor {name!r}: {str(weights)!r} is not a file; give the path of local weights"
-        )
+        raise ConfigError(f"extractor {name!r}: {str(weights)!r} is not a file; give the path of local weights")
     if name in CODE_WEIGHTS and weights is not None and not trust:
         raise ConfigError(
             f"extractor {name!r}: {str(weights)!r} is TorchScript, which is code; "

@@ -71,9 +71,7 @@ class Moments:
         if self.dim is None:
             self.dim = dim
         if dim != self.dim:
-            raise StatisticsError(
-                f"features of {dim} dimensions cannot join those of {self.dim}: use one extractor"
-            )
+            raise StatisticsError(f"features of {dim} dimensions cannot join those of {self.dim}: use one extractor")
 
     def _combine(self, n: int, mean: Tensor, scatter: Tensor) -> None:
         if not self.n:
@@ -200,9 +198,7 @@ def _kernel_pair(generated: Tensor, reference: Tensor) -> tuple[Tensor, Tensor]:
     _same_dim(x.shape[1], y.shape[1])
     if min(len(x), len(y)) < 2:
         given = f"{len(x)} and {len(y)} given"
-        raise StatisticsError(
-            f"a kernel distance needs at least 2 images on each side, {given}; score more images"
-        )
+        raise StatisticsError(f"a kernel distance needs at least 2 images on each side, {given}; score more images")
     return x, y
 
 

@@ -72,9 +72,7 @@ def load_reference(path: Path, extractor: Extractor) -> Reference:
     if "meta" in arrays:
         return _own(path, arrays, extractor)
     if {"mu", "sigma"} <= arrays.keys() and extractor.name == "inception":
-        reference = Reference(
-            *_mu_sigma(path, arrays), None, extractor.fingerprint, extractor.name, dataset=path.stem
-        )
+        reference = Reference(*_mu_sigma(path, arrays), None, extractor.fingerprint, extractor.name, dataset=path.stem)
         return _validated(path, reference, extractor)
     if "arr_0" in arrays:
         return build_reference(_nhwc(path, arrays["arr_0"]), extractor, path.stem)
@@ -83,9 +81,7 @@ def load_reference(path: Path, extractor: Extractor) -> Reference:
             f"{path}: mu and sigma without a fingerprint are taken for Inception's, the study uses "
             f"{extractor.name!r}; build the reference from images"
         )
-    raise StatisticsError(
-        f"{path}: holds {', '.join(sorted(arrays)) or 'nothing'}; it needs mu and sigma, or arr_0"
-    )
+    raise StatisticsError(f"{path}: holds {', '.join(sorted(arrays)) or 'nothing'}; it needs mu and sigma, or arr_0")
 
 
 def build_reference(images: Tensor, extractor: Extractor, dataset: str) -> Reference:
@@ -146,9 +142,7 @@ def _read_npz(path: Path) -> dict[str, np.ndarray[Any, Any]]:
             return {key: archive[key] for key in archive.files}
     except (ValueError, EOFError, OSError, AttributeError, zipfile.BadZipFile, zlib.error) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise StatisticsError(
-            f"reference {str(path)!r} is not an npz of plain arrays ({reason}); {advice}"
-        ) from error
+        raise StatisticsError(f"reference {str(path)!r} is not an npz of plain arrays ({reason}); {advice}") from error
 
 
 def _own(path: Path, arrays: Mapping[str, np.ndarray[Any, Any]], extractor: Extractor) -> Reference:
@@ -159,9 +153,7 @@ def _own(path: Path, arrays: Mapping[str, np.ndarray[Any, Any]], extractor: Extr
     except (ValueError, KeyError, TypeError) as error:
         raise StatisticsError(f"{path}: its meta is damaged ({error}); build the reference again") from error
     if version != FORMAT:
-        raise StatisticsError(
-            f"{path}: has format {version}, this is for {FORMAT}; build the reference again"
-        )
+        raise StatisticsError(f"{path}: has format {version}, this is for {FORMAT}; build the reference again")
     if digest != extractor.fingerprint:
         raise StatisticsError(
             f"{path}: was made with extractor {name!r} ({digest}), the study uses {extractor.name!r} "
@@ -186,9 +178,7 @@ def _validated(path: Path, reference: Reference, extractor: Extractor) -> Refere
     if mu.ndim != 1 or sigma.shape != (len(mu), len(mu)) or not len(mu):
         raise StatisticsError(f"{path}: holds {shapes}; they must be [D] and [D, D]")
     if extractor.dim is not None and len(mu) != extractor.dim:
-        raise StatisticsError(
-            f"{path}: holds {shapes}; extractor {extractor.name!r} gives {extractor.dim} numbers"
-        )
+        raise StatisticsError(f"{path}: holds {shapes}; extractor {extractor.name!r} gives {extractor.dim} numbers")
     if features is not None and (features.dtype != torch.float32 or features.shape[1:] != mu.shape):
         raise StatisticsError(f"{path}: features must be float32 [M, {len(mu)}]; build the reference again")
     parts = [mu, sigma] if features is None else [mu, sigma, features]
@@ -213,9 +203,7 @@ def _nhwc(path: Path, images: np.ndarray[Any, Any]) -> Tensor:
 def _from_folder(folder: Path, extractor: Extractor) -> Reference:
     files = sorted(file for file in folder.rglob("*") if file.suffix.lower() in IMAGE_SUFFIXES)
     if not files:
-        raise StatisticsError(
-            f"{str(folder)!r} holds no png or jpg images; give another folder or an npz file"
-        )
+        raise StatisticsError(f"{str(folder)!r} holds no png or jpg images; give another folder or an npz file")
     return _build(_image_batches(files), len(files), extractor, folder.name)
 
 

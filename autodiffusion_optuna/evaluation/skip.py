@@ -111,9 +111,7 @@ def find_units(network: nn.Module, run: Callable[[], object]) -> Units:
 
     Each unit's ``forward`` is replaced on the instance by a switch, once however often this is called.
     """
-    shortcuts = {
-        name: shortcut for name, module in network.named_modules() if (shortcut := _shortcut(module))
-    }
+    shortcuts = {name: shortcut for name, module in network.named_modules() if (shortcut := _shortcut(module))}
     order = _execution_order(network, shortcuts, run)
     modules = {name: network.get_submodule(name) for name in order}
     switches = tuple(_switch(modules[name], shortcuts[name]) for name in order)

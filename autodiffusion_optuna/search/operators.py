@@ -38,9 +38,7 @@ def random_candidate(rng: Generator, space: SearchSpace, share: float) -> Candid
     return _finish(rng, space, [(int(t), _random_skip(rng, space, limit)) for t in times], share)
 
 
-def mutate_paper(
-    rng: Generator, space: SearchSpace, parent: Candidate, share: float, probability: float
-) -> Candidate:
+def mutate_paper(rng: Generator, space: SearchSpace, parent: Candidate, share: float, probability: float) -> Candidate:
     """Each timestep is replaced with ``probability`` by an unused one; one at least (AutoDiffusion).
 
     In stage two each skip set is a gene too: with ``probability`` it is drawn anew or one unit is flipped.

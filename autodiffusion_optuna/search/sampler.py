@@ -103,9 +103,7 @@ class AutoDiffusionSampler(BaseSampler):
         if seed is not None and seed < 0:
             raise ConfigError(f"seed {seed} must not be negative")
         self.space = space
-        self.settings = settings_of(
-            preset, {name: value for name, value in given.items() if value is not None}
-        )
+        self.settings = settings_of(preset, {name: value for name, value in given.items() if value is not None})
         self.seed = secrets.randbits(32) if seed is None else seed
         self._salt = 0
         # Neither changes a proposal: finished trials as read, and recent proposals for ``proposal``.
@@ -118,9 +116,7 @@ class AutoDiffusionSampler(BaseSampler):
         """Turn to other random numbers; Optuna calls this in ``optimize(n_jobs=...)``."""
         self._salt += 1
 
-    def infer_relative_search_space(
-        self, study: optuna.Study, trial: FrozenTrial
-    ) -> dict[str, BaseDistribution]:
+    def infer_relative_search_space(self, study: optuna.Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
         """All parameters of ``space``, or those that every complete trial has in common."""
         if self.space is not None:
             return dict(self.space.distributions())
@@ -184,9 +180,7 @@ class AutoDiffusionSampler(BaseSampler):
 
     # How a candidate is made
 
-    def _propose(
-        self, space: SearchSpace, study: optuna.Study, trials: Sequence[FrozenTrial], number: int
-    ) -> Proposal:
+    def _propose(self, space: SearchSpace, study: optuna.Study, trials: Sequence[FrozenTrial], number: int) -> Proposal:
         size = self.settings.population_size
         history = self._history(study, trials, number)
         generation = history.index // size

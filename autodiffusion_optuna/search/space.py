@@ -74,13 +74,9 @@ class SearchSpace:
         if not 1 <= self.chunk <= 32:
             raise ConfigError(f"chunk {self.chunk} must be between 1 and 32")
         if self.unit_costs and len(self.unit_costs) != len(self.units):
-            raise ConfigError(
-                f"{len(self.units)} units but {len(self.unit_costs)} unit_costs; give one for each"
-            )
+            raise ConfigError(f"{len(self.units)} units but {len(self.unit_costs)} unit_costs; give one for each")
         if any(cost < 0 for cost in self.unit_costs) or sum(self.unit_costs) > 1 + 1e-6:
-            raise ConfigError(
-                "unit_costs must be shares of one network evaluation: none negative, sum at most 1"
-            )
+            raise ConfigError("unit_costs must be shares of one network evaluation: none negative, sum at most 1")
         if self.units and self.max_skip > 0 and not self.skip_limit(self.max_skip):
             raise ConfigError(
                 f"max_skip {self.max_skip} of {len(self.units)} units skips none; "
@@ -124,9 +120,7 @@ class SearchSpace:
     @property
     def full_steps(self) -> int:
         """Most steps that meet the budget with nothing skipped; ``min_steps`` when none do."""
-        affordable = [
-            k for k in range(self.min_steps, self.max_steps + 1) if self._affordable(len(self.visits(k)))
-        ]
+        affordable = [k for k in range(self.min_steps, self.max_steps + 1) if self._affordable(len(self.visits(k)))]
         return max(affordable, default=self.min_steps)
 
     def open_limit(self, share: float) -> int:
@@ -137,11 +131,7 @@ class SearchSpace:
 
     def distributions(self) -> dict[str, IntDistribution]:
         """Every parameter by name, for ``max_steps`` steps; the ranges never depend on each other."""
-        space = (
-            {}
-            if self.min_steps == self.max_steps
-            else {"steps": IntDistribution(self.min_steps, self.max_steps)}
-        )
+        space = {} if self.min_steps == self.max_steps else {"steps": IntDistribution(self.min_steps, self.max_steps)}
         for step in range(self.max_steps):
             space |= self._step_distributions(step)
         return space
@@ -173,13 +163,9 @@ class SearchSpace:
         """
         try:
             steps = self.min_steps if self.min_steps == self.max_steps else int(params["steps"])
-            pairs = [
-                self._read_step(params, k) for k in range(min(max(steps, self.min_steps), self.max_steps))
-            ]
+            pairs = [self._read_step(params, k) for k in range(min(max(steps, self.min_steps), self.max_steps))]
         except KeyError as error:
-            raise ConfigError(
-                f"parameter {error} is missing: not a complete trial of this search space"
-            ) from None
+            raise ConfigError(f"parameter {error} is missing: not a complete trial of this search space") from None
         return self.fit(self.repair(pairs), self.max_skip)
 
     def _read_step(self, params: Mapping[str, Any], step: int) -> tuple[int, int]:

@@ -46,9 +46,7 @@ def test_every_prediction_becomes_the_clean_image(
 def test_clip_clamps_the_clean_image_and_eps_follows() -> None:
     alpha, sigma = SCHEDULE.alpha(300), SCHEDULE.sigma(300)
     x = alpha * 3 * X0 + sigma * EPS
-    plain, clipped = (
-        Denoiser(constant(EPS), SCHEDULE, "epsilon", CPU, clip=clip)(x, 300) for clip in (False, True)
-    )
+    plain, clipped = (Denoiser(constant(EPS), SCHEDULE, "epsilon", CPU, clip=clip)(x, 300) for clip in (False, True))
     assert plain.abs().max() > 1.5
     assert torch.equal(clipped, plain.clamp(-1, 1))
 
@@ -80,9 +78,7 @@ def test_a_float64_state_stays_float64_and_the_network_sees_float32() -> None:
 
 
 @pytest.mark.parametrize("precision", ["bfloat16", "float16"])
-def test_low_precision_is_close_and_returns_float32(
-    precision: str, make_unet: Callable[..., nn.Module]
-) -> None:
+def test_low_precision_is_close_and_returns_float32(precision: str, make_unet: Callable[..., nn.Module]) -> None:
     network = make_unet()
     dtypes: list[torch.dtype] = []
 

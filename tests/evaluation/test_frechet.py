@@ -54,9 +54,7 @@ def test_golden_kernel_distance_with_clean_fids_draws(pair: dict[str, Any]) -> N
     value = kernel_distance(generated, reference, draws, subsets=20, subset_size=100)
     assert value == pytest.approx(pair["kid_20_subsets_of_100_float64"], rel=1e-9)
     draws = np.random.RandomState(FACTS["kid_numpy_seed"])
-    assert kernel_distance(generated, reference, draws) == pytest.approx(
-        pair["kid_default_float64"], rel=1e-9
-    )
+    assert kernel_distance(generated, reference, draws) == pytest.approx(pair["kid_default_float64"], rel=1e-9)
 
 
 @PAIRS

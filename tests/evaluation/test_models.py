@@ -178,9 +178,7 @@ def test_missing_parts_are_named(tmp_path: Path, pipeline: Path) -> None:
         ({"down_block_types": ["Nonsense", "DownBlock2D"]}, "diffusers cannot build this model"),
     ],
 )
-def test_networks_that_do_not_fit_are_refused_in_one_line(
-    flat: Path, changes: dict[str, Any], reason: str
-) -> None:
+def test_networks_that_do_not_fit_are_refused_in_one_line(flat: Path, changes: dict[str, Any], reason: str) -> None:
     edit(flat / "config.json", **changes)
     assert reason in refused(flat)
 
@@ -230,9 +228,7 @@ def test_devices_and_settings_are_checked(flat: Path) -> None:
     assert find_device("cpu") == torch.device("cpu")
     assert find_device("auto").type == ("cuda" if torch.cuda.is_available() else "cpu")
     for device in ("cuda:99", "abacus", "meta"):
-        with pytest.raises(
-            ModelError, match=rf"device '{device}' does not exist here; use one of: auto, cpu"
-        ):
+        with pytest.raises(ModelError, match=rf"device '{device}' does not exist here; use one of: auto, cpu"):
             load_model("mixture", device=device)
     with pytest.raises(ConfigError, match="unknown precision"):
         load_model(str(flat), precision="float8")
@@ -264,9 +260,7 @@ def test_the_mixture_as_a_model() -> None:
     model = load_model("mixture")
     assert (model.shape, model.units, model.schedule.T) == ((1, 4, 4), (), 1000)
     assert mixture_model(T=40).schedule.T == 40
-    assert (
-        mixture_model(T=40).fingerprint != model.fingerprint == load_model("mixture", clip=True).fingerprint
-    )
+    assert mixture_model(T=40).fingerprint != model.fingerprint == load_model("mixture", clip=True).fingerprint
     x = torch.randn(3, 1, 4, 4, generator=torch.Generator().manual_seed(0))
     assert model.denoiser(x.double(), 40.5, 0).dtype == torch.float64
     assert load_model("mixture", clip=True).denoiser(5 * x, 1, 0).abs().max() <= 1

@@ -39,9 +39,7 @@ def test_scheduler_configs_give_the_levels_diffusers_uses(config: dict[str, Any]
     np.testing.assert_allclose(schedule.alphas**2, scheduler.alphas_cumprod.numpy(), rtol=3e-5)
 
 
-@pytest.mark.parametrize(
-    "schedule", [*VARIANCE_PRESERVING, noise.flow(), noise.edm(np.geomspace(0.002, 80, 40))]
-)
+@pytest.mark.parametrize("schedule", [*VARIANCE_PRESERVING, noise.flow(), noise.edm(np.geomspace(0.002, 80, 40))])
 def test_noise_grows_with_the_index(schedule: noise.NoiseSchedule) -> None:
     assert (np.diff(schedule.lambdas) < 0).all()
     assert schedule.lambda_(3) == pytest.approx(math.log(schedule.alphas[3] / schedule.sigmas[3]))
@@ -76,9 +74,7 @@ def test_flow_is_recognised_in_a_config() -> None:
     np.testing.assert_array_equal(schedule.sigmas, noise.flow(1000, 3.0).sigmas)
 
 
-@pytest.mark.parametrize(
-    "abar", [[], [[0.5]], [1.0, 0.5], [0.5, 0.0], [0.5, 0.5], [0.4, 0.5], [0.5, math.nan]]
-)
+@pytest.mark.parametrize("abar", [[], [[0.5]], [1.0, 0.5], [0.5, 0.0], [0.5, 0.5], [0.4, 0.5], [0.5, math.nan]])
 def test_impossible_levels_are_refused(abar: list[float]) -> None:
     with pytest.raises(ConfigError, match="noise schedule"):
         noise.from_alphas_cumprod(np.array(abar))

@@ -89,9 +89,7 @@ def test_nodes_equal_the_golden_ones(name: str, final: Final) -> None:
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-10), (torch.float32, 1e-5)])
 @pytest.mark.parametrize("case", sorted(CASES))
 @pytest.mark.parametrize("name", sorted(LISTS))
-def test_every_state_equals_the_official_code(
-    name: str, case: str, dtype: torch.dtype, tolerance: float
-) -> None:
+def test_every_state_equals_the_official_code(name: str, case: str, dtype: torch.dtype, tolerance: float) -> None:
     solver, final = CASES[case]
     asked, states = run(solver, LISTS[name], final, TENSORS["x_T"].to(dtype))
     golden = next(entry for entry in FACTS["cases"] if entry["name"] == f"{name}.{case}")
@@ -183,9 +181,7 @@ def test_a_step_from_index_0_to_index_0_changes_nothing(solver: str) -> None:
 @pytest.mark.parametrize("solver", sorted(SOLVERS))
 @pytest.mark.parametrize("final", ["one", "first"])
 @pytest.mark.parametrize("schedule", [SCHEDULE, flow()])
-def test_results_are_finite_and_arguments_untouched(
-    solver: str, final: Final, schedule: NoiseSchedule
-) -> None:
+def test_results_are_finite_and_arguments_untouched(solver: str, final: Final, schedule: NoiseSchedule) -> None:
     x = TENSORS["x_T"].float()
     before = x.clone()
     answers: list[tuple[Tensor, Tensor]] = []

@@ -26,10 +26,6 @@ SPACES = {
     "budget": SearchSpace(
         1000, 4, 10, min_gap=2, units=units(40), unit_costs=COSTS, max_skip=0.2, max_cost=6.5, chunk=8
     ),
-    "only with skips": SearchSpace(
-        100, 6, 6, units=units(40), unit_costs=COSTS, max_skip=0.2, max_cost=5.4, chunk=32
-    ),
-    "heun": SearchSpace(
-        1000, 3, 6, units=units(40), unit_costs=COSTS, max_skip=0.3, max_cost=8, visits=heun_visits
-    ),
+    "only with skips": SearchSpace(100, 6, 6, units=units(40), unit_costs=COSTS, max_skip=0.2, max_cost=5.4, chunk=32),
+    "heun": SearchSpace(1000, 3, 6, units=units(40), unit_costs=COSTS, max_skip=0.3, max_cost=8, visits=heun_visits),
 }

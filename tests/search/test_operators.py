@@ -88,8 +88,7 @@ def test_crossover_takes_about_half_from_each_parent() -> None:
     first = Candidate(tuple(range(900, 300, -100)))
     second = Candidate(tuple(range(850, 250, -100)))
     from_first = [
-        len(set(crossover_uniform(rng, space, first, second, 0).timesteps) & set(first.timesteps))
-        for _ in range(400)
+        len(set(crossover_uniform(rng, space, first, second, 0).timesteps) & set(first.timesteps)) for _ in range(400)
     ]
     assert 2.7 < np.mean(from_first) < 3.3
 
@@ -124,10 +123,7 @@ def test_replaced_genes_are_binomial_given_one(steps: int) -> None:
     space, rng = SearchSpace(1000, steps, steps), np.random.default_rng(0)
     parent = Candidate(tuple(range(999 - 50, 0, -(900 // steps)))[:steps])
     changed = np.array(
-        [
-            steps - len({*parent.timesteps} & {*mutate_paper(rng, space, parent, 0, 0.25).timesteps})
-            for _ in range(4000)
-        ]
+        [steps - len({*parent.timesteps} & {*mutate_paper(rng, space, parent, 0, 0.25).timesteps}) for _ in range(4000)]
     )
     expected = steps * 0.25 / (1 - 0.75**steps)
     assert changed.min() == 1

@@ -246,9 +246,7 @@ def test_hyperband_and_partly_fixed_and_foreign_parameters_work() -> None:
     )
     study.enqueue_trial({"t_00": 999})
     study.add_trial(
-        optuna.create_trial(
-            params={"x": 1}, distributions={"x": optuna.distributions.IntDistribution(0, 3)}, value=-5
-        )
+        optuna.create_trial(params={"x": 1}, distributions={"x": optuna.distributions.IntDistribution(0, 3)}, value=-5)
     )
 
     def objective(trial: optuna.Trial) -> float:

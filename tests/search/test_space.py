@@ -23,8 +23,7 @@ def garbage(space: SearchSpace, seed: int) -> dict[str, Any]:
     """Raw values of a sampler that knows nothing of timesteps."""
     rng = np.random.default_rng(seed)
     values = {
-        name: int(rng.integers(dist.low, dist.high, endpoint=True))
-        for name, dist in space.distributions().items()
+        name: int(rng.integers(dist.low, dist.high, endpoint=True)) for name, dist in space.distributions().items()
     }
     for name in list(values)[1::2]:  # repeats and the ends of the range
         if name.startswith("t_"):

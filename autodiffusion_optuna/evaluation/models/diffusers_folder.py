@@ -67,9 +67,7 @@ def _find_files(folder: Path) -> _Files:
     parts = _read_json(index) if index.is_file() else {}
     latent = sorted({"vae", "vqvae"} & parts.keys())
     if latent:
-        raise ModelError(
-            f"{folder}: the pipeline has a {latent[0]}; latent models are not supported, pixel ones are"
-        )
+        raise ModelError(f"{folder}: the pipeline has a {latent[0]}; latent models are not supported, pixel ones are")
     unet = folder / "unet" if (folder / "unet").is_dir() else folder
     places = [folder / SCHEDULER, folder / "scheduler" / SCHEDULER]
     scheduler = next((place for place in places if place.is_file()), None)
@@ -112,15 +110,11 @@ def _check_network(config: Mapping[str, Any], path: Path) -> tuple[int, int, int
     if kind != NETWORK:
         raise ModelError(f"{path}: describes a {kind}; only {NETWORK} is supported")
     if config.get("num_class_embeds") is not None or config.get("class_embed_type") is not None:
-        raise ModelError(
-            f"{path}: the model is class-conditional; only unconditional models are supported so far"
-        )
+        raise ModelError(f"{path}: the model is class-conditional; only unconditional models are supported so far")
     size, channels, out = (config.get(key) for key in ("sample_size", "in_channels", "out_channels"))
     sides = size if isinstance(size, (list, tuple)) else (size, size)
     if len(sides) != 2 or not all(isinstance(side, int) and side > 0 for side in sides):
-        raise ModelError(
-            f"{path}: sample_size is {size!r}; set it to the side of the images, or [height, width]"
-        )
+        raise ModelError(f"{path}: sample_size is {size!r}; set it to the side of the images, or [height, width]")
     if not isinstance(channels, int) or out not in (channels, 2 * channels):
         raise ModelError(
             f"{path}: {channels} channels in and {out} out; expected as many out as in, "
@@ -132,9 +126,7 @@ def _check_network(config: Mapping[str, Any], path: Path) -> tuple[int, int, int
 def _schedule(config: Mapping[str, Any], path: Path) -> NoiseSchedule:
     kind = str(config.get("_class_name", ""))
     if not ({"beta_schedule", "trained_betas"} & config.keys() or "FlowMatch" in kind):
-        raise ModelError(
-            f"{path}: {kind or 'this config'} has no betas; save a DDPM- or flow-matching scheduler"
-        )
+        raise ModelError(f"{path}: {kind or 'this config'} has no betas; save a DDPM- or flow-matching scheduler")
     try:
         return from_scheduler_config(config)
     except (ConfigError, TypeError, ValueError) as error:
@@ -169,15 +161,11 @@ def _load_network(config: Mapping[str, Any], files: _Files) -> nn.Module:
     try:
         network: nn.Module = UNet2DModel.from_config(dict(config))
     except Exception as error:  # whatever a constructor makes of a wrong value
-        raise ModelError(
-            f"{files.config}: diffusers cannot build this model ({_first_line(error)})"
-        ) from error
+        raise ModelError(f"{files.config}: diffusers cannot build this model ({_first_line(error)})") from error
     try:
         stored = load_file(files.weights)
     except (SafetensorError, OSError) as error:
-        raise ModelError(
-            f"{files.weights}: is damaged or cut short ({_first_line(error)}); copy it anew"
-        ) from error
+        raise ModelError(f"{files.weights}: is damaged or cut short ({_first_line(error)}); copy it anew") from error
     weights = {_modern(key): value for key, value in stored.items()}
     _check_weights(weights, network.state_dict(), files)
     network.load_state_dict(weights)

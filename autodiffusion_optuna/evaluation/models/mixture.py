@@ -101,9 +101,7 @@ def mixture_model(T: int = 1000, device: str = "cpu", clip: bool = False) -> Mod
 
     def denoise(x: Tensor, t: float, skip: int = 0) -> Tensor:
         if skip:
-            raise ModelError(
-                f"skip set {skip:#x} was given, but 'mixture' has no units that can be skipped; use 0"
-            )
+            raise ModelError(f"skip set {skip:#x} was given, but 'mixture' has no units that can be skipped; use 0")
         with torch.inference_mode():
             x0 = mixture.x0(x, schedule.alpha(t), schedule.sigma(t))
             return x0.clamp(-1.0, 1.0) if clip else x0
