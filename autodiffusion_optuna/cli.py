@@ -102,9 +102,11 @@ def _complete(study: optuna.Study, config: StudyConfig) -> bool:
 def _search(config: StudyConfig, url: str, begun: optuna.Study | None, trust: bool) -> None:
     from autodiffusion_optuna import records
     from autodiffusion_optuna import study as studies
+    from autodiffusion_optuna.evaluation.allocator import keep_freed_memory
     from autodiffusion_optuna.report import stored_unit_costs
     from autodiffusion_optuna.storage import open_storage
 
+    keep_freed_memory()
     parts = studies.build(config, trust=trust, unit_costs=stored_unit_costs(begun))
     database = open_storage(url)
     study = studies.open_study(parts, database)
@@ -326,6 +328,8 @@ def export(
 
     if form not in ("json", "python", "both"):
         raise ConfigError(choose_from("format", form, ["json", "python", "both"]))
+    if folder is not None and not folder.is_dir():
+        raise ConfigError(f"folder {str(folder)!r} does not exist; create it or give another --out")
     found = _existing(study, storage_url(storage))[1]
     texts: dict[str, str] = {}
     if form != "python":
@@ -335,8 +339,6 @@ def export(
     if folder is None:
         print("\n".join(texts.values()), end="")
         return
-    if not folder.is_dir():
-        raise ConfigError(f"folder {str(folder)!r} does not exist; create it or give another --out")
     for name, text in texts.items():
         (folder / name).write_text(text, encoding="utf-8")
         out.print(f"wrote {folder / name}")
@@ -354,8 +356,10 @@ def _load(name: str, url: str, trust: bool, overrides: list[str] | None = None) 
     """A study of the database with its parts built from the config it was run with."""
     from autodiffusion_optuna import study as runner
     from autodiffusion_optuna.config import parse_config
+    from autodiffusion_optuna.evaluation.allocator import keep_freed_memory
     from autodiffusion_optuna.report import stored_config, stored_unit_costs
 
+    keep_freed_memory()
     found = _existing(name, url)[1]
     config = parse_config(stored_config(found).model_dump(mode="json"), overrides or [])
     parts = runner.build(config, trust=trust, unit_costs=stored_unit_costs(found))

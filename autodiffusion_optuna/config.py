@@ -7,11 +7,12 @@ import hashlib
 import itertools
 import json
 import tomllib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic_core import ErrorDetails
 
 from autodiffusion_optuna.errors import ConfigError, choose_from
 
@@ -236,10 +237,8 @@ def unknown_key(key: str) -> str:
 
 def explain(error: ValidationError) -> str:
     """First problem of a config as one line: the setting, what was given, what is allowed."""
-    # A union of an int and a table reports one error per member, the member's name in the location;
-    # for a table the error inside the table is the one that helps.
-    problems = error.errors()
-    first = max(problems, key=lambda e: len(e["loc"])) if isinstance(problems[0]["input"], dict) else problems[0]
+    first = _most_telling(error.errors())
+    # A union of an int and a table puts the member's name in the location.
     where = ".".join(str(part) for part in first["loc"] if isinstance(part, int) or part in _location_parts())
     if first["type"] == "extra_forbidden":
         return unknown_key(".".join(str(part) for part in first["loc"]))
@@ -250,6 +249,18 @@ def explain(error: ValidationError) -> str:
     given = first["input"]
     shown = "" if isinstance(given, dict) else f" (given: {given!r})"
     return f"setting {where!r}: {message}{shown}"
+
+
+def _most_telling(problems: Sequence[ErrorDetails]) -> ErrorDetails:
+    """An unknown key before the missing one that it was meant to be; else the first problem.
+
+    A union of an int and a table reports one problem per member: of a table, the table's is the one that helps.
+    """
+    for problem in problems:
+        if problem["type"] == "extra_forbidden":
+            return problem
+    of_tables = [problem for problem in problems if StepRange.__name__ in problem["loc"]]
+    return of_tables[0] if of_tables and isinstance(problems[0]["input"], dict) else problems[0]
 
 
 def _location_parts() -> set[str]:

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import torch
+from command import Adopt, Result
 
 torch.set_num_threads(1)  # small tensors: more threads only add noise
 
@@ -34,18 +33,6 @@ images = 64
 fresh_images = 64
 fresh_banks = 3
 """
-
-
-@dataclass
-class Result:
-    """What one command printed and how it ended."""
-
-    code: int
-    out: str
-    err: str
-
-
-Adopt = Callable[..., Result]
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import Adopt, Result
+from command import Adopt, Result
 from diffusers import DDIMScheduler, UNet2DModel
 
 from autodiffusion_optuna.evaluation.models import DIGITS

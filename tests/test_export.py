@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import Adopt
+from command import Adopt
 from diffusers import DDIMScheduler, UNet2DModel
 
 from autodiffusion_optuna.candidate import Candidate

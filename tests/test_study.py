@@ -14,7 +14,7 @@ from typing import Any
 
 import optuna
 import pytest
-from conftest import Adopt
+from command import Adopt
 from optuna.trial import TrialState
 from PIL import Image
 

@@ -23,12 +23,14 @@ class Preset:
     """Our operators (local moves, shared prefixes) instead of the published ones."""
     tournament: int
     """Parents drawn for each one used; the best of them is."""
+    children: int
+    """Children made for each one evaluated; the surrogate chooses. 1: no surrogate."""
 
 
 PRESETS = {
     # AutoDiffusion's ImageNet-64 search (arXiv 2309.10438, as published in its code).
-    "paper": Preset(50, 10, 25, 15, 0.25, 5, local=False, tournament=1),
-    "adopt": Preset(20, 6, 12, 6, 0.25, 5, local=True, tournament=2),
+    "paper": Preset(50, 10, 25, 15, 0.25, 5, local=False, tournament=1, children=1),
+    "adopt": Preset(20, 6, 12, 6, 0.25, 5, local=True, tournament=2, children=32),
 }
 
 

@@ -19,7 +19,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from autodiffusion_optuna.candidate import Candidate
 from autodiffusion_optuna.errors import ConfigError
-from autodiffusion_optuna.search import generic, operators
+from autodiffusion_optuna.search import generic, operators, surrogate
 from autodiffusion_optuna.search.history import (
     History,
     Record,
@@ -187,11 +187,24 @@ class AutoDiffusionSampler(BaseSampler):
         stage, share = self._stage(space, history, generation)
         elite = best(history.complete, self.settings.parents)
         rng = self._rng(history.index, RELATIVE)
-        for name in self._attempts(self._operator(history.index)):
-            candidate, operator_used, parents = self._make(rng, space, name, elite, generation, share)
-            if candidate.key not in history.taken:
+        operator = self._operator(history.index)
+        wanted = self._litter(operator, study)
+        children: dict[Candidate, tuple[str, tuple[int, ...]]] = {}
+        for name in self._attempts(operator, wanted):
+            if len(children) == wanted or (children and name == "random"):
                 break
-        return Proposal(candidate, generation, stage, operator_used, share, parents)
+            candidate, origin, parents = self._make(rng, space, name, elite, generation, share)
+            if candidate.key not in history.taken:
+                children.setdefault(candidate, (origin, parents))
+        if not children:  # nothing new is left near here: a repeat is allowed
+            children[candidate] = (origin, parents)
+        chosen = surrogate.choose(list(children), history.complete, space)
+        return Proposal(chosen, generation, stage, children[chosen][0], share, children[chosen][1])
+
+    def _litter(self, operator: str, study: optuna.Study) -> int:
+        """Children to choose one from. A random candidate has no rivals, or it would not be random."""
+        bred = operator in ("mutation", "crossover") and len(study.directions) == 1
+        return self.settings.children if bred else 1
 
     def _stage(self, space: SearchSpace, history: History, generation: int) -> tuple[int, float]:
         """Stage (1 or 2) and the largest share of units that a step may skip."""
@@ -216,11 +229,12 @@ class AutoDiffusionSampler(BaseSampler):
             return "mutation"
         return "crossover" if place < self.settings.mutation + self.settings.crossover else "random"
 
-    def _attempts(self, operator: str) -> list[str]:
-        """Operators to try until one makes something new."""
+    def _attempts(self, operator: str, wanted: int) -> list[str]:
+        """Operators to try until they have made ``wanted`` new candidates, or one at least."""
+        tries = max(OPERATOR_TRIES, 2 * wanted)
         # Parents that differ in one gene have no new child; a local move is then worth more than chance.
-        instead = ["mutation"] * OPERATOR_TRIES if operator == "crossover" and self.settings.local else []
-        return [operator] * OPERATOR_TRIES + instead + ["random"] * RANDOM_TRIES
+        instead = ["mutation"] * tries if operator == "crossover" and self.settings.local else []
+        return [operator] * tries + instead + ["random"] * RANDOM_TRIES
 
     def _make(
         self,

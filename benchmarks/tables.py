@@ -1,0 +1,59 @@
+"""README's tables, from the committed results: ``python benchmarks/tables.py``. A test compares them with README."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+RESULTS = Path(__file__).parent / "results"
+STUDIES = ("digits-4", "digits-6", "digits-10", "digits-4-paper")
+
+
+def load(name: str) -> dict[str, Any]:
+    result: dict[str, Any] = json.loads((RESULTS / f"{name}.json").read_text())["result"]
+    return result
+
+
+def interval(fresh: dict[str, Any]) -> str:
+    return f"{fresh['mean']:.2f} ± {(fresh['high'] - fresh['low']) / 2:.2f}"
+
+
+def studies() -> str:
+    """Fresh FD of uniform, the best known schedule and the winner, and what the search cost."""
+    lines = [
+        "| study | uniform | best known schedule | found | found / uniform | candidates | evaluations saved | seconds |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for name in STUDIES:
+        result = load(name)
+        show = result["show"]
+        known = {k["name"]: k for k in show["known"]}
+        best_known = result["best_known"]
+        evaluations = show["evaluations"]
+        saved = evaluations["saved"] / (evaluations["saved"] + evaluations["run"])
+        uniform, found = known["uniform"]["fresh"], show["best"]["fresh"]
+        lines.append(
+            f"| `{name}` | {interval(uniform)} | {interval(known[best_known]['fresh'])} ({best_known}) "
+            f"| **{interval(found)}** | {found['mean'] / uniform['mean']:.2f} | {show['finished']} "
+            f"| {saved:.0%} | {result['wall_seconds']:.0f} |"
+        )
+    return "\n".join(lines)
+
+
+def layers() -> str:
+    """Fresh FD of the layer search beside its rivals that skip nothing."""
+    result = load("digits-10-layers")
+    best = result["show"]["best"]
+    skipped = sum(len(names) for names in best["skips"])
+    rows = [(f"found: {len(best['timesteps'])} steps, {skipped} layers skipped", best["cost"], best["fresh"])]
+    for name, rival in result["without_skips"].items():
+        rows.append((f"{name}: {len(rival['timesteps'])} steps", rival["cost"], rival["fresh"]))
+    lines = ["| `digits-10-layers` | cost | FD(digits) |", "|---|---|---|"]
+    lines += [f"| {what} | {cost:.2f} | {interval(fresh)} |" for what, cost, fresh in rows]
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    print(studies(), "\n")
+    print(layers())
