@@ -38,8 +38,9 @@ app = typer.Typer(
     "adopt show --study digits-4            the best schedule beside the known ones\n"
     "adopt sample --study digits-4 --out grid.png",
 )
-out = Console(highlight=False)
-err = Console(stderr=True, highlight=False, soft_wrap=True)
+PIPE_WIDTH = 160  # of tables that go to a file or another program
+out = Console(highlight=False, markup=False, width=None if sys.stdout.isatty() else PIPE_WIDTH)
+err = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
 
 StudyName = Annotated[str, typer.Option("--study", help="A study in the database.")]
 StorageUrl = Annotated[
@@ -51,6 +52,11 @@ Trust = Annotated[bool, typer.Option("--trust", help="Allow files that contain c
 EXIT_INTERRUPTED = 130
 
 
+def _say(text: str) -> None:
+    """Print a line that is never broken: commands must stay whole when copied."""
+    out.print(text, soft_wrap=True)
+
+
 @app.command()
 def run(
     study: Annotated[str, typer.Option("--study", help="A study file, a preset's name, or a study in the database.")],
@@ -59,6 +65,7 @@ def run(
     trust: Trust = False,
 ) -> None:
     """Search; the same command again goes on where it stood, or says that the study is finished."""
+    from autodiffusion_optuna import records
     from autodiffusion_optuna.report import peek, require_same
     from autodiffusion_optuna.storage import storage_url
 
@@ -68,7 +75,8 @@ def run(
     if begun is not None:
         require_same(begun, config)
         if _complete(begun, config):
-            out.print(f"study {config.name} is finished: {config.search.trials} of {config.search.trials} candidates.")
+            done = records.finished(begun)
+            _say(f"study {config.name} is finished: {done} candidates for a budget of {config.search.trials}.")
             _print_result(begun, url)
             return
     _search(config, url, begun, trust)
@@ -112,9 +120,7 @@ def _search(config: StudyConfig, url: str, begun: optuna.Study | None, trust: bo
     study = studies.open_study(parts, database)
     done = records.finished(study)
     verb = "going on" if done else "starting"
-    out.print(
-        f"study {config.name}: {done} of {config.search.trials} candidates finished, {verb}. Ctrl-C stops it safely."
-    )
+    _say(f"study {config.name}: {done} of {config.search.trials} candidates finished, {verb}. Ctrl-C stops it safely.")
     try:
         with _progress(config, study) as on_trial:
             studies.work(parts, study, database, on_trial)
@@ -137,7 +143,7 @@ def _score_finalists(parts: Parts, study: optuna.Study) -> None:
 
     images, banks = parts.config.score.fresh_images, parts.config.score.fresh_banks
     candidates = studies.finalists(parts, study)
-    out.print(f"scoring {', '.join(candidates)} on {banks} fresh banks of {images} images …")
+    _say(f"scoring {', '.join(candidates)} on {banks} fresh banks of {images} images …")
     for candidate in candidates.values():
         studies.score_fresh(parts, study, candidate, images, banks)
 
@@ -312,7 +318,7 @@ def sample(
     found, parts = _load(study, storage_url(storage), trust)
     rows = runner.sample_rows(parts, found, images, steps)
     draw_grid(rows, path)
-    out.print(f"wrote {path}")
+    _say(f"wrote {path}")
 
 
 @app.command()
@@ -341,7 +347,7 @@ def export(
         return
     for name, text in texts.items():
         (folder / name).write_text(text, encoding="utf-8")
-        out.print(f"wrote {folder / name}")
+        _say(f"wrote {folder / name}")
 
 
 def _existing(name: str, url: str) -> tuple[RDBStorage, optuna.Study]:
@@ -375,20 +381,20 @@ def _print_result(study: optuna.Study, url: str) -> None:
     _print_table(report)
     tail = "" if url == DEFAULT_URL else f" --storage {hide_password(url)}"
     name, more = report.config.name, report.config.search.trials * 2
-    out.print("\nnext:")
+    _say("\nnext:")
     for command, why in (
         (f"adopt show --study {name}{tail}", "history, evaluations saved, seconds by phase"),
         (f"adopt sample --study {name} --out {name}.png{tail}", "see the difference"),
         (f"adopt export --study {name}{tail}", "apply it to the model with diffusers"),
         (f"adopt run --study {name} --set search.trials={more}{tail}", "search on"),
     ):
-        out.print(f"  {command}    # {why}", soft_wrap=True)
+        _say(f"  {command}    # {why}")
 
 
 def _print_table(report: StudyReport) -> None:
     """Schedules from best to worst: timesteps, value on the search's noise, value on fresh noise."""
     if report.best is None:
-        out.print(f"study {report.config.name}: no candidate is finished yet")
+        _say(f"study {report.config.name}: no candidate is finished yet")
         return
     full = report.config.search.cost_steps or report.config.sampling.step_bounds[1]
     table = Table(box=None, pad_edge=False, title_justify="left")
@@ -413,10 +419,10 @@ def _print_table(report: StudyReport) -> None:
 
 def _print_skips(report: StudyReport) -> None:
     assert report.best is not None
-    out.print("\nlayers skipped by the best schedule:")
+    _say("\nlayers skipped by the best schedule:")
     names = report.best.candidate.skip_names(report.units)
     for timestep, skipped in zip(report.best.candidate.timesteps, names, strict=True):
-        out.print(f"  {timestep:>5}  {', '.join(skipped) or '-'}", soft_wrap=True)
+        _say(f"  {timestep:>5}  {', '.join(skipped) or '-'}")
 
 
 def _print_facts(report: StudyReport) -> None:
@@ -424,17 +430,16 @@ def _print_facts(report: StudyReport) -> None:
     run_count, saved = data["evaluations"]["run"], data["evaluations"]["saved"]
     share = saved / max(run_count + saved, 1)
     seconds = data["seconds"]
-    out.print(
+    _say(
         f"\n{data['finished']} of {data['budget']} candidates finished, generation {data['generation']}, "
         f"stage {data['stage']}, solver {data['solver']}, {data['images']} images a candidate",
-        soft_wrap=True,
     )
-    out.print(f"network evaluations (an image each): {run_count:,} run, {saved:,} saved ({share:.0%})")
+    _say(f"network evaluations (an image each): {run_count:,} run, {saved:,} saved ({share:.0%})")
     phases = ", ".join(f"{phase} {seconds[phase]:.1f}" for phase in ("network", "features", "distance", "storage"))
-    out.print(f"seconds: {phases}, total {seconds['total']:.1f}")
-    out.print("\ngeneration  stage  best so far")
+    _say(f"seconds: {phases}, total {seconds['total']:.1f}")
+    _say("\ngeneration  stage  best so far")
     for generation, stage, value in report.best_by_generation():
-        out.print(f"{generation:>10}  {stage:>5}  {value:.4g}")
+        _say(f"{generation:>10}  {stage:>5}  {value:.4g}")
 
 
 @app.callback(invoke_without_command=True)

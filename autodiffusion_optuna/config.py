@@ -259,7 +259,7 @@ def _most_telling(problems: Sequence[ErrorDetails]) -> ErrorDetails:
     for problem in problems:
         if problem["type"] == "extra_forbidden":
             return problem
-    of_tables = [problem for problem in problems if StepRange.__name__ in problem["loc"]]
+    of_tables = [p for p in problems if any(StepRange.__name__ in str(part) for part in p["loc"])]
     return of_tables[0] if of_tables and isinstance(problems[0]["input"], dict) else problems[0]
 
 

@@ -12,16 +12,16 @@ import json
 import tempfile
 import time
 
-import torch
 from common import record
 
 from autodiffusion_optuna import study as runner
 from autodiffusion_optuna.config import load_preset
+from autodiffusion_optuna.evaluation.allocator import keep_freed_memory
 from autodiffusion_optuna.evaluation.seeds import Bank
 from autodiffusion_optuna.report import read_report
 from autodiffusion_optuna.storage import open_storage
 
-TRIALS, ROUNDS = 15, 3
+TRIALS, ROUNDS = 6, 8
 
 
 def search_seconds(seed: int) -> tuple[float, int, dict[str, float]]:
@@ -51,7 +51,7 @@ def bare_seconds(evaluations: int) -> float:
 
 
 def main() -> None:
-    torch.manual_seed(0)
+    keep_freed_memory()  # as adopt run does
     walls, bares, phases = 0.0, 0.0, {}
     for seed in range(ROUNDS):
         wall, evaluations, seconds = search_seconds(seed)

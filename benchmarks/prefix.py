@@ -12,7 +12,7 @@ import json
 import subprocess
 from dataclasses import replace
 
-from common import record
+from common import RESULTS, record
 
 from autodiffusion_optuna import records
 from autodiffusion_optuna import study as runner
@@ -20,7 +20,7 @@ from autodiffusion_optuna.candidate import Candidate
 from autodiffusion_optuna.config import load_preset
 from autodiffusion_optuna.report import load_study
 from autodiffusion_optuna.storage import open_storage
-from studies import database, shown
+from studies import ADOPT, database
 
 CANDIDATES = 200
 

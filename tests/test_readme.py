@@ -63,3 +63,4 @@ def test_the_tables_are_those_of_the_committed_results(monkeypatch: pytest.Monke
 
     assert tables.studies() in README
     assert tables.layers() in README
+    assert tables.facts() in README

@@ -208,7 +208,7 @@ def test_the_whole_command_line(folder: Path, adopt: Adopt) -> None:
     assert "starting" in first.out
     assert "best found" in first.out
     again = adopt("run", "--study", "quick")
-    assert "is finished: 24 of 24" in again.out
+    assert "is finished: 24 candidates for a budget of 24" in again.out
     longer = adopt("run", "--study", "quick.toml", "--set", "search.trials=26")
     assert "24 of 26 candidates finished, going on" in longer.out
     assert "quick" in adopt("studies").out
@@ -253,8 +253,3 @@ def test_a_picture_has_three_rows_of_the_same_noises(folder: Path, adopt: Adopt)
     with Image.open(folder / "grid.png") as picture:
         assert picture.width > 5 * 84
         assert picture.height == 2 * 16 + 3 * (84 + 4) - 4
-
-
-def test_latency_costs_are_measured_once(folder: Path) -> None:
-    parts = study.build(config_with(folder / "quick.toml"), unit_costs=(0.25,))
-    assert parts.space.unit_costs == ()  # the mixture has no units

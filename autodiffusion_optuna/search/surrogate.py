@@ -66,10 +66,9 @@ def embed(candidates: Sequence[Candidate], space: SearchSpace) -> Embedding:
         own = np.linspace(0.0, 1.0, candidate.steps)
         times[row, :-1] = np.interp(at, own, np.array(candidate.timesteps) / space.T)
         times[row, -1] = candidate.steps / space.max_steps
-        for position, step in enumerate(np.rint(at * (candidate.steps - 1)).astype(int)):
-            bits = candidate.skips[step]
-            if bits:
-                skips[row, position] = [bits >> u & 1 for u in range(units)]
+        if any(candidate.skips):
+            for position, step in enumerate(np.rint(at * (candidate.steps - 1)).astype(int)):
+                skips[row, position] = [candidate.skips[step] >> u & 1 for u in range(units)]
     return Embedding(times, skips.reshape(len(candidates), -1))
 
 
@@ -114,4 +113,5 @@ def _distances(one: Embedding, other: Embedding) -> tuple[Array, Array]:
 
 def _kernel(distances: tuple[Array, Array], units: Sequence[float], scale: float) -> Array:
     r = np.sqrt(5.0) * distances[0] / (scale * units[0])
-    return (1.0 + r + r**2 / 3.0) * np.exp(-r - distances[1] / (scale * 4 * units[1]))
+    covariance: Array = (1.0 + r + r**2 / 3.0) * np.exp(-r - distances[1] / (scale * 4 * units[1]))
+    return covariance
