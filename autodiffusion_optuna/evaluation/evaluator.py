@@ -81,7 +81,7 @@ class Evaluator:
     seed: int = 0
     batch: int = 64
     memory: PrefixMemory | None = None
-    _noise: dict[tuple[int, int, int], Tensor] = field(default_factory=dict)
+    _noise: dict[tuple[int, ...], Tensor] = field(default_factory=dict, repr=False)
 
     def score(
         self,
@@ -130,7 +130,7 @@ class Evaluator:
             noise = self._bank_noise(bank, first, last)
             # All that decides an x0 besides the queries before it; a solver may treat its last steps
             # differently, so candidates of different lengths share nothing.
-            root = (self.solver, self.final, candidate.steps, bank, first, last)
+            root = (self.solver, self.final, candidate.steps, self.seed, bank, first, last)
             memory = self.memory if bank == SEARCH_BANK else None
             with _timed(seconds, "network", self.model.device):
                 denoise = remembering(self.model.denoiser, candidate, memory, root, tally)
@@ -138,7 +138,7 @@ class Evaluator:
             yield images
 
     def _bank_noise(self, bank: int, first: int, last: int) -> Tensor:
-        key = (bank, first, last)
+        key = (self.seed, bank, first, last)
         if key not in self._noise:
             noise = Bank(self.seed, bank, self.model.shape).noise(first, last).to(self.model.device)
             if bank != SEARCH_BANK:  # used a few times at the end; not worth keeping

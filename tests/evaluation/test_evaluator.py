@@ -62,7 +62,7 @@ def test_the_batch_changes_nothing_but_rounding(evaluator: Evaluator) -> None:
 
 def test_banks_differ_and_seeds_differ(evaluator: Evaluator) -> None:
     values = {evaluator.score(CANDIDATE, [64], bank=bank).value for bank in range(4)}
-    other = replace(evaluator, seed=1, _noise={}).score(CANDIDATE, [64]).value
+    other = replace(evaluator, seed=1).score(CANDIDATE, [64]).value
     assert len(values | {other}) == 5
 
 
@@ -72,7 +72,7 @@ def test_scores_are_bit_equal_with_and_without_the_memory(evaluator: Evaluator, 
     space = SearchSpace(T=1000, min_steps=2, max_steps=5)
     rng = np.random.default_rng(0)
     budget = 40 * 32 * 16 * 4  # forty of the batches' tensors
-    remembering = replace(evaluator, solver=solver, memory=PrefixMemory(budget), _noise={})
+    remembering = replace(evaluator, solver=solver, memory=PrefixMemory(budget))
     plain = replace(evaluator, solver=solver, memory=None)
     candidate, saved = random_candidate(rng, space, 0.0), 0
     for _ in range(40):
