@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import sys
 import time
 from collections.abc import Iterator
@@ -83,17 +84,17 @@ def run(
 
 
 def _resolve(name: str, overrides: list[str], url: str) -> StudyConfig:
-    """The config that ``--study`` means: a file, a preset, or what a study in the database was run with."""
+    """The config that ``--study`` means: a file, what a study in the database was last run with, or a preset."""
     from autodiffusion_optuna.config import load_config, load_preset, parse_config, presets
     from autodiffusion_optuna.report import existing_names, peek, stored_config
 
     if name.endswith(".toml") or "/" in name or Path(name).is_file():
         return load_config(Path(name), overrides)
-    if name in presets():
-        return load_preset(name, overrides)
     begun = peek(url, name)
     if begun is not None:
         return parse_config(stored_config(begun).model_dump(mode="json"), overrides)
+    if name in presets():
+        return load_preset(name, overrides)
     raise ConfigError(choose_from("study", name, [*presets(), *existing_names(url)]) + "; or give a study file.toml")
 
 
@@ -102,9 +103,11 @@ def _complete(study: optuna.Study, config: StudyConfig) -> bool:
     from autodiffusion_optuna import records
     from autodiffusion_optuna.report import read_report
 
-    report = read_report(study)
-    enough = records.finished(study) >= config.search.trials
-    return enough and report.best is not None and report.best.fresh is not None
+    best = read_report(study).best
+    if best is None or records.finished(study) < config.search.trials:
+        return False
+    size = config.score.fresh_images, config.score.fresh_banks
+    return records.fresh(study.user_attrs, best.candidate.key, *size) is not None
 
 
 def _search(config: StudyConfig, url: str, begun: optuna.Study | None, trust: bool) -> None:
@@ -133,8 +136,6 @@ def _search(config: StudyConfig, url: str, begun: optuna.Study | None, trust: bo
 
 def _resume_command() -> str:
     """What the user typed: the same command resumes."""
-    import shlex
-
     return shlex.join(["adopt", *sys.argv[1:]])
 
 
@@ -346,7 +347,10 @@ def export(
         print("\n".join(texts.values()), end="")
         return
     for name, text in texts.items():
-        (folder / name).write_text(text, encoding="utf-8")
+        try:
+            (folder / name).write_text(text, encoding="utf-8")
+        except OSError as error:
+            raise ConfigError(f"cannot write {str(folder / name)!r}: {error.strerror}; give another --out") from None
         _say(f"wrote {folder / name}")
 
 
@@ -375,11 +379,12 @@ def _load(name: str, url: str, trust: bool, overrides: list[str] | None = None) 
 
 def _print_result(study: optuna.Study, url: str) -> None:
     from autodiffusion_optuna.report import read_report
-    from autodiffusion_optuna.storage import DEFAULT_URL, hide_password
+    from autodiffusion_optuna.storage import hide_password, storage_url
 
     report = read_report(study)
     _print_table(report)
-    tail = "" if url == DEFAULT_URL else f" --storage {hide_password(url)}"
+    shown = hide_password(url)
+    tail = "" if url == storage_url(None) else f" --storage {shlex.quote(shown)}"
     name, more = report.config.name, report.config.search.trials * 2
     _say("\nnext:")
     for command, why in (
@@ -396,9 +401,10 @@ def _print_table(report: StudyReport) -> None:
     if report.best is None:
         _say(f"study {report.config.name}: no candidate is finished yet")
         return
-    full = report.config.search.cost_steps or report.config.sampling.step_bounds[1]
+    fresh = report.best.fresh
+    noise = f"fresh noise, {fresh.banks} x {fresh.images}, 95 %" if fresh else "fresh noise"
     table = Table(box=None, pad_edge=False, title_justify="left")
-    for column, justify in (("schedule", "left"), (report.metric, "right"), ("fresh noise, 95 %", "right")):
+    for column, justify in (("schedule", "left"), (report.metric, "right"), (noise, "right")):
         table.add_column(column, justify=justify)  # type: ignore[arg-type]
     table.add_column("cost", justify="right")
     table.add_column("timesteps", overflow="fold")
@@ -406,7 +412,7 @@ def _print_table(report: StudyReport) -> None:
     rows: list[tuple[str, float | None, Fresh | None, float, Candidate]]
     rows = [("best found", best.value, best.fresh, best.cost, best.candidate)]
     known = sorted(report.known, key=lambda k: float("inf") if k.value is None else k.value)
-    rows += [(k.name, k.value, k.fresh, k.candidate.steps / full, k.candidate) for k in known]
+    rows += [(k.name, k.value, k.fresh, k.cost, k.candidate) for k in known]
     for name, value, fresh, cost, candidate in rows:
         shown = "-" if value is None else f"{value:.4g}"
         interval = "-" if fresh is None else f"{fresh.mean:.4g} ± {fresh.half_width:.2g}"
@@ -466,7 +472,19 @@ def main() -> None:
     except (KeyboardInterrupt, typer.Abort):
         err.print("stopped")
         sys.exit(EXIT_INTERRUPTED)
+    except Exception as error:
+        if not _is_database_error(error):
+            raise
+        _fail(f"the database failed: {str(error).splitlines()[0]} What is finished is kept; run the command again")
     sys.exit(code if isinstance(code, int) else 0)
+
+
+def _is_database_error(error: Exception) -> bool:
+    """Whether a running study's database went away, is full or locked."""
+    from optuna.exceptions import StorageInternalError
+    from sqlalchemy.exc import SQLAlchemyError
+
+    return isinstance(error, (StorageInternalError, SQLAlchemyError))
 
 
 def _fail(message: str) -> None:

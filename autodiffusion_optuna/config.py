@@ -118,8 +118,8 @@ class ScoreConfig(Section):
     """Smaller image counts at which a candidate may be pruned."""
     pruner: Literal["none", "percentile", "median"] = "none"
     keep: Annotated[float, Field(gt=0, lt=1)] = 0.5
-    """Share of candidates that each rung lets through."""
-    seed: Annotated[int, Field(ge=0)] = 0
+    """``percentile``: a rung stops a candidate that is not among this share of the complete ones there."""
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     fresh_images: Images = 1000
     fresh_banks: Annotated[int, Field(ge=2, le=100)] = 3
     """Disjoint banks of noise on which the winner is scored again; the interval needs two."""
@@ -131,6 +131,13 @@ class ScoreConfig(Section):
             raise ValueError(
                 f"rungs {self.rungs} must increase and stay below images = {self.images}; leave rungs out for none"
             )
+        if bool(self.rungs) != (self.pruner != "none"):
+            raise ValueError(
+                f"rungs {self.rungs} and pruner {self.pruner!r} need each other: set both, for example "
+                'rungs = [100] and pruner = "percentile", or neither'
+            )
+        if self.pruner != "none" and self.metric == "kid":
+            raise ValueError('a pruner takes a value that falls as images are added; with metric = "kid" use "none"')
         return self
 
 
@@ -159,12 +166,18 @@ MAY_CHANGE = {
     "name",
     "description",
     "model.device",
+    "model.source",
+    "score.reference",
+    "score.weights",
     "model.memory_mb",
     "search.trials",
     "score.fresh_images",
     "score.fresh_banks",
 }
-"""Settings a study may be resumed with: they change how long it runs and where, not what it finds."""
+"""Settings a study may be resumed with: they change how long it runs and where, not what it finds.
+
+What lies at the paths is compared by hash.
+"""
 
 
 def load_config(path: Path, overrides: Iterable[str] = ()) -> StudyConfig:

@@ -20,8 +20,8 @@ METRIC = "metric"
 KNOWN = "known"
 """{name: candidate key} of the known schedules."""
 UNIT_COSTS = "unit_costs"
-FULL_COST = "full_cost"
-"""Network evaluations that cost 1.0."""
+KNOWN_COSTS = "known_costs"
+"""{name: cost} of the known schedules."""
 
 # Trial user attrs.
 KNOWN_NAME = "known"
@@ -81,15 +81,25 @@ class Fresh:
         }
 
 
-def fresh_key(candidate_key: str) -> str:
-    """Study user attr under which a candidate's fresh values are stored; hashed, since attr names are bounded."""
-    return f"fresh:{hashlib.sha256(candidate_key.encode()).hexdigest()[:20]}"
+def fresh_key(candidate_key: str, images: int, banks: int) -> str:
+    """Study user attr of a candidate's values on ``banks`` of ``images``; hashed, since attr names are bounded."""
+    return f"fresh:{hashlib.sha256(candidate_key.encode()).hexdigest()[:20]}:{images}x{banks}"
 
 
-def fresh(attrs: Mapping[str, Any], candidate_key: str) -> Fresh | None:
-    """Stored fresh values of a candidate, if any."""
-    stored = attrs.get(fresh_key(candidate_key))
+def fresh(attrs: Mapping[str, Any], candidate_key: str, images: int, banks: int) -> Fresh | None:
+    """Stored fresh values of a candidate on so many images and banks, if any."""
+    stored = attrs.get(fresh_key(candidate_key, images, banks))
     return None if stored is None else Fresh(stored["images"], tuple(stored["values"]))
+
+
+def largest_fresh(attrs: Mapping[str, Any], candidate_key: str) -> tuple[int, int] | None:
+    """(images, banks) of a candidate's fresh values on the most images.
+
+    Everything beside it is then read at the same numbers: distances of different numbers of images do not compare.
+    """
+    prefix = fresh_key(candidate_key, 0, 0).rpartition(":")[0] + ":"
+    sizes = [tuple(map(int, key[len(prefix) :].split("x"))) for key in attrs if key.startswith(prefix)]
+    return max(((images, banks) for images, banks in sizes), default=None)
 
 
 def finished(study: optuna.Study) -> int:

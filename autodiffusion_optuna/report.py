@@ -25,6 +25,7 @@ class Known:
 
     name: str
     candidate: Candidate
+    cost: float
     value: float | None
     fresh: records.Fresh | None
 
@@ -185,8 +186,16 @@ def read_report(study: optuna.Study) -> StudyReport:
     attrs = study.user_attrs
     trials = study.get_trials(deepcopy=False)
     values = records.values_by_key(study)
+    best = _best(trials, attrs)
+    size = records.largest_fresh(attrs, best.candidate.key) if best else None
     known = [
-        Known(name, Candidate.from_key(key), values.get(key), records.fresh(attrs, key))
+        Known(
+            name,
+            Candidate.from_key(key),
+            attrs[records.KNOWN_COSTS][name],
+            values.get(key),
+            records.fresh(attrs, key, *size) if size else None,
+        )
         for name, key in attrs.get(records.KNOWN, {}).items()
     ]
     return StudyReport(
@@ -194,7 +203,7 @@ def read_report(study: optuna.Study) -> StudyReport:
         metric=attrs.get(records.METRIC, "value"),
         units=tuple(attrs.get("codec", {}).get("units", ())),
         trials=trials,
-        best=_best(trials, attrs),
+        best=best,
         known=known,
     )
 
@@ -205,12 +214,13 @@ def _best(trials: Sequence[FrozenTrial], attrs: dict[str, Any]) -> Best | None:
         return None
     trial = min(complete, key=lambda t: (t.values[0], t.number))
     key = trial.user_attrs[records.CANDIDATE]
+    size = records.largest_fresh(attrs, key)
     return Best(
         trial=trial.number,
         candidate=Candidate.from_key(key),
         value=trial.values[0],
         cost=trial.user_attrs[records.COST],
-        fresh=records.fresh(attrs, key),
+        fresh=records.fresh(attrs, key, *size) if size else None,
     )
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import optuna
 import sqlalchemy
+from optuna.exceptions import OptunaError
 from optuna.storages import RDBStorage
 from optuna.trial import TrialState
 from sqlalchemy.engine import URL, make_url
@@ -68,20 +69,36 @@ def hide_password(url: str) -> str:
 def open_storage(url: str, *, create: bool = True) -> RDBStorage:
     """Optuna storage at ``url``: SQLite in WAL mode with a busy timeout, or any database SQLAlchemy knows.
 
-    With ``create`` False a missing SQLite file is an error, so that reading never writes.
-    Raises StorageError where the URL does not parse or the database does not open.
+    With ``create`` False a database without studies is an error, so that reading never writes.
+    Raises StorageError where the URL does not parse, or the database does not open or is another program's.
     """
     parsed = _parse(url)
-    if parsed.get_backend_name() == "sqlite":
-        _check_sqlite(parsed, create)
+    sqlite = parsed.get_backend_name() == "sqlite"
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     try:
-        storage = RDBStorage(url, engine_kwargs=_engine_options(parsed))
-        if parsed.get_backend_name() == "sqlite":
+        if sqlite:
+            _check_sqlite(parsed, create)
+        _check_tables(url, parsed, create)
+        storage = RDBStorage(url, engine_kwargs=_engine_options(parsed), skip_table_creation=not create)
+        if sqlite and create:
             _set_pragmas(storage.engine)
-    except (SQLAlchemyError, ImportError, OSError) as error:
+    # RuntimeError: Optuna's word for tables of another version.
+    except (SQLAlchemyError, OptunaError, ImportError, OSError, RuntimeError) as error:
         raise StorageError(_reason(url, error)) from None
     return storage
+
+
+def _check_tables(url: str, parsed: URL, create: bool) -> None:
+    """StorageError where Optuna's tables would be put among another program's, or are looked for and not there."""
+    engine = sqlalchemy.create_engine(url, **_engine_options(parsed))
+    try:
+        tables = set(sqlalchemy.inspect(engine).get_table_names())
+    finally:
+        engine.dispose()
+    if "studies" in tables or (create and not tables):
+        return
+    what = f"holds tables of another program ({min(tables)}, …)" if tables else "holds no studies"
+    raise StorageError(f"database {hide_password(url)!r} {what}; give another with --storage")
 
 
 def _parse(url: str) -> URL:

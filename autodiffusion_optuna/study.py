@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import optuna
+import torch
 from numpy.typing import NDArray
 from optuna.pruners import BasePruner, MedianPruner, NopPruner, PercentilePruner
 from optuna.storages import RDBStorage
@@ -90,10 +91,24 @@ def build(config: StudyConfig, *, trust: bool = False, unit_costs: tuple[float, 
         batch=config.model.batch,
         memory=PrefixMemory(config.model.memory_mb * 2**20) if config.model.memory_mb else None,
     )
+    _check_features(evaluator)
     lists = known_schedules(model.schedule, space.full_steps, space.min_gap)
-    known = {name: Candidate(timesteps) for name, timesteps in lists.items()}
+    # Where no candidate can keep every layer on, the known schedules skip what the budget makes them skip.
+    known = {name: space.fit(Candidate(timesteps), space.max_skip) for name, timesteps in lists.items()}
     _warm_starts(config, known)  # an unknown name is refused before anything is written
     return Parts(config, model, space, _sampler(config, space), evaluator, known)
+
+
+def _check_features(evaluator: Evaluator) -> None:
+    """Embed two empty images, so that parts that do not fit are refused before anything is written."""
+    blank = torch.zeros(2, *evaluator.model.shape, dtype=torch.uint8, device=evaluator.model.device)
+    given, wanted = evaluator.extractor(blank).shape[1], len(evaluator.reference.mu)
+    if given != wanted:
+        raise StatisticsError(
+            f"extractor {evaluator.extractor.name!r} gives {given} features for the model's images of "
+            f"{list(evaluator.model.shape)}, the reference has {wanted}; use a reference of images of that size"
+        )
+    evaluator.check_metric()
 
 
 def _space(config: StudyConfig, model: Model, unit_costs: tuple[float, ...] | None) -> SearchSpace:
@@ -184,7 +199,7 @@ def open_study(parts: Parts, storage: RDBStorage) -> optuna.Study:
         raise StudyError(f"study {study.study_name!r} exists but was not made by adopt; choose another name")
     else:
         _begin(parts, study)
-    study.set_user_attr(records.CONFIG, parts.config.model_dump(mode="json"))
+    study.set_user_attr(records.CONFIG, parts.config.model_dump(mode="json"))  # a longer budget is kept
     return study
 
 
@@ -209,12 +224,14 @@ def _identity(parts: Parts) -> dict[str, Any]:
 
 def _begin(parts: Parts, study: optuna.Study) -> None:
     """Write what the study is and enqueue the known schedules; may be killed anywhere and repeated."""
+    study.set_user_attr(records.CONFIG, parts.config.model_dump(mode="json"))
     for key, value in _identity(parts).items():
         study.set_user_attr(key, value)
     study.set_user_attr(records.VERSION, __version__)
     study.set_user_attr(records.METRIC, metric_name(parts))
     study.set_user_attr(records.UNIT_COSTS, list(parts.space.unit_costs))
-    study.set_user_attr(records.FULL_COST, len(parts.space.visits(full_steps(parts))))
+    costs = {name: relative_cost(parts, candidate) for name, candidate in parts.known.items()}
+    study.set_user_attr(records.KNOWN_COSTS, costs)
     study.set_user_attr(records.KNOWN, {name: candidate.key for name, candidate in parts.known.items()})
     starts: dict[str, str] = {}
     for name in _warm_starts(parts.config, parts.known):
@@ -339,25 +356,28 @@ def score_fresh(parts: Parts, study: optuna.Study, candidate: Candidate, images:
 
     A score that is already stored for the same number of images and banks is returned as it is.
     """
-    stored = records.fresh(study.user_attrs, candidate.key)
-    if stored is not None and (stored.images, stored.banks) == (images, banks):
+    stored = records.fresh(study.user_attrs, candidate.key, images, banks)
+    if stored is not None:
         return stored
     values = tuple(parts.evaluator.score(candidate, [images], bank=bank).value for bank in range(1, banks + 1))
     scored = records.Fresh(images, values)
-    study.set_user_attr(records.fresh_key(candidate.key), scored.to_json())
+    study.set_user_attr(records.fresh_key(candidate.key, images, banks), scored.to_json())
     return scored
 
 
 def finalists(parts: Parts, study: optuna.Study) -> dict[str, Candidate]:
-    """What a finished study scores on fresh noise: the winner, uniform, and the best other known schedule."""
+    """What a finished study scores on fresh noise: uniform, the best other known schedule, and the winner.
+
+    The winner comes last: once it has its score, all have.
+    """
     best = Candidate.from_key(winner(study).user_attrs[records.CANDIDATE])
-    found = {"best": best, "uniform": parts.known["uniform"]}
+    found = {"uniform": parts.known["uniform"]}
     values = records.values_by_key(study)
     scored = {name: values[c.key] for name, c in parts.known.items() if c.key in values and name != "uniform"}
     if scored:
         name = min(scored, key=lambda name: scored[name])
         found[name] = parts.known[name]
-    return found
+    return {**found, "best": best}
 
 
 def sample_rows(parts: Parts, study: optuna.Study, images: int, many_steps: int) -> list[tuple[str, NDArray[np.uint8]]]:

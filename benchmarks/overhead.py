@@ -2,8 +2,8 @@
 
     python benchmarks/overhead.py
 
-Runs the first trials of ``digits-4`` (ask to tell, SQLite on disk), then calls the network alone as often and with the
-same batches. Both halves are repeated in turn and the ratio of the totals is reported, since machines are noisy.
+Runs the first forty trials of ``digits-4`` (ask to tell, SQLite on disk), then calls the network alone as often and
+with the same batches. Both halves are repeated in turn and the ratio of the totals is reported: machines are noisy.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from autodiffusion_optuna.evaluation.seeds import Bank
 from autodiffusion_optuna.report import read_report
 from autodiffusion_optuna.storage import open_storage
 
-TRIALS, ROUNDS = 6, 8
+TRIALS, ROUNDS = 40, 2
 
 
 def search_seconds(seed: int) -> tuple[float, int, dict[str, float]]:

@@ -8,7 +8,7 @@ from typing import Any
 
 RESULTS = Path(__file__).parent / "results"
 REGRET = "regret, share of the median's"
-STUDIES = ("digits-4", "digits-6", "digits-10", "digits-4-paper")
+STUDIES = ("digits-4", "digits-4-paper")
 
 
 def load(name: str) -> dict[str, Any]:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import shutil
+import sqlite3
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from command import Adopt, Result
@@ -140,6 +142,33 @@ def test_a_model_without_a_reference(folder: Path, adopt: Adopt, model_folder: P
     check_refused(result, "ships with no reference", "score.reference")
 
 
+def test_parts_that_do_not_fit_are_refused_before_the_study_is_written(folder: Path, adopt: Adopt) -> None:
+    digits = str(DIGITS / "reference.npz")
+    wrong = ["--set", "score.extractor=digits", "--set", f"score.reference={digits}"]
+    check_refused(adopt("run", "--study", "quick.toml", *wrong), "it takes uint8 [B, 1, 28, 28]")
+    np.savez(folder / "large.npz", arr_0=np.zeros((4, 8, 8, 1), np.uint8))
+    result = adopt("run", "--study", "quick.toml", "--set", "score.reference=large.npz")
+    check_refused(result, "gives 16 features", "the reference has 64")
+    assert listing(folder) == ["large.npz", "quick.toml"]
+
+
+def test_a_database_of_another_program_is_left_alone(folder: Path, adopt: Adopt) -> None:
+    with sqlite3.connect("theirs.db") as connection:
+        connection.execute("CREATE TABLE songs (title TEXT)")
+    before = (folder / "theirs.db").read_bytes()
+    for arguments in (["run", "--study", "quick.toml"], ["show", "--study", "quick"]):
+        check_refused(adopt(*arguments, "--storage", "theirs.db"), "another program (songs")
+    assert (folder / "theirs.db").read_bytes() == before
+
+
+def test_a_database_of_another_optuna_is_refused(folder: Path, adopt: Adopt) -> None:
+    assert adopt("run", "--study", "quick.toml", "--set", "search.trials=1").code == 0
+    with sqlite3.connect("adopt.db") as connection:
+        connection.execute("UPDATE alembic_version SET version_num = 'v0.9.0.a'")
+        connection.execute("UPDATE version_info SET schema_version = 1")
+    check_refused(adopt("show", "--study", "quick"), "cannot open storage", "optuna")
+
+
 @pytest.mark.parametrize(
     ("url", "expected"),
     [
@@ -169,8 +198,6 @@ def test_resuming_with_another_measure_shows_the_difference(folder: Path, adopt:
 
 def test_resuming_with_other_weights_is_refused(folder: Path, adopt: Adopt, model_folder: Path) -> None:
     images = folder / "images.npz"
-    import numpy as np
-
     np.savez(images, arr_0=np.random.default_rng(0).integers(0, 255, (80, 8, 8, 1), dtype=np.uint8))
     shutil.copytree(model_folder, folder / "mine")
     arguments = [

@@ -28,7 +28,10 @@ def test_the_presets_of_the_first_release_are_there() -> None:
 
 
 def test_overrides_are_read_as_toml() -> None:
-    config = c.parse_config(TABLE, ["sampling.steps={min=2, max=5}", "score.rungs=[16, 64]", "model.source=my/folder"])
+    config = c.parse_config(
+        TABLE,
+        ["sampling.steps={min=2, max=5}", "score.rungs=[16, 64]", "score.pruner=median", "model.source=my/folder"],
+    )
     assert config.sampling.step_bounds == (2, 5)
     assert config.score.rungs == [16, 64]
     assert config.model.source == "my/folder"
@@ -69,6 +72,9 @@ def test_config_survives_json() -> None:
         ("score.images=100001", "'score.images': input should be less than or equal to 100000"),
         ("score.rungs=[64, 64]", "must increase and stay below images = 256"),
         ("score.rungs=[256]", "must increase and stay below images = 256"),
+        ("score.rungs=[64]", "need each other"),
+        ("score.pruner=median", "need each other"),
+        ("score.seed=4294967296", "less than 4294967296"),
         ("model.precision=fp8", "'float32', 'bfloat16' or 'float16' (given: 'fp8')"),
         ("name=a/b", "'name'"),
     ],

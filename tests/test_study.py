@@ -121,6 +121,7 @@ def test_killed_at_random_moments_and_resumed_equals_undisturbed(folder: Path, u
     assert killed == 5
     assert 0 < len([r for r in rows("sqlite:///killed.db", "quick") if r[1] == "COMPLETE"]) < 24
     subprocess.run(command, cwd=folder, check=True, capture_output=True)
+    assert any(RETRIES in t.user_attrs for t in load_study(open_storage("sqlite:///killed.db"), "quick").trials)
     assert rows("sqlite:///killed.db", "quick") == undisturbed
 
 
@@ -131,6 +132,59 @@ def test_a_study_killed_while_it_was_begun_is_begun_in_full(folder: Path, undist
     half.enqueue_trial(parts.space.encode(parts.known["uniform"]), user_attrs={records.KNOWN_NAME: "uniform"})
     run(folder / "quick.toml", "sqlite:///half.db")
     assert rows("sqlite:///half.db", "quick") == undisturbed
+
+
+def test_killed_at_any_write_of_its_beginning_a_study_is_begun_in_full(
+    folder: Path, adopt: Adopt, undisturbed: list[Row], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each run gets one write further than the one before it."""
+    real, allowed = optuna.Study.set_user_attr, [0]
+
+    def limited(self: optuna.Study, key: str, value: Any) -> None:
+        if allowed[0] == 0:
+            raise KeyboardInterrupt
+        allowed[0] -= 1
+        real(self, key, value)
+
+    parts = study.build(config_with(folder / "quick.toml"))
+    monkeypatch.setattr(optuna.Study, "set_user_attr", limited)
+    for writes in range(50):
+        allowed[0] = writes
+        try:
+            study.open_study(parts, open_storage("sqlite:///cut.db"))
+        except KeyboardInterrupt:
+            assert adopt("show", "--study", "quick", "--storage", "cut.db").code in (0, 1)
+        else:
+            break
+    assert 5 < writes < 49
+    monkeypatch.undo()
+    os.chdir(folder)
+    assert adopt("run", "--study", "quick.toml", "--storage", "cut.db").code == 0
+    assert rows("sqlite:///cut.db", "quick") == undisturbed
+
+
+def test_stopped_while_scoring_on_fresh_noise_it_scores_the_rest(
+    folder: Path, adopt: Adopt, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, calls = study.score_fresh, []
+
+    def stopped(*args: Any) -> Any:
+        calls.append(1)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return real(*args)
+
+    monkeypatch.setattr(study, "score_fresh", stopped)
+    result = adopt("run", "--study", "quick.toml")
+    assert result.code == 130
+    assert "adopt run --study quick.toml" in result.err
+    monkeypatch.undo()
+    os.chdir(folder)
+    assert adopt("run", "--study", "quick.toml", "--storage", "adopt.db").code == 0
+    report = read_report(load_study(open_storage("sqlite:///adopt.db"), "quick"))
+    assert report.best is not None
+    assert report.best.fresh is not None
+    assert sum(known.fresh is not None for known in report.known) == 2
 
 
 def test_a_trial_of_a_live_worker_is_left_alone_and_of_a_dead_one_taken_back(folder: Path) -> None:
@@ -217,8 +271,9 @@ def test_the_whole_command_line(folder: Path, adopt: Adopt) -> None:
     assert "26 of 26 candidates finished" in shown
     scored = adopt("score", "--study", "quick", "--images", "48", "--banks", "2")
     assert scored.code == 0
+    assert adopt("score", "--study", "quick", "--images", "80").code == 0
     report = json.loads(adopt("show", "--study", "quick", "--json").out)
-    assert all(known["fresh"]["images"] == 48 and known["fresh"]["banks"] == 2 for known in report["known"])
+    assert all(known["fresh"]["images"] == 80 and known["fresh"]["banks"] == 3 for known in report["known"])
 
 
 def check_json(data: dict[str, Any]) -> None:

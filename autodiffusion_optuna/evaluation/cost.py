@@ -68,9 +68,10 @@ def unit_latency(evaluate: Callable[[int], object], units: int, device: torch.de
     for skip in skips:  # the first call of a kernel pays for its choice and its memory
         evaluate(skip)
     rounds = [[seconds(evaluate, skip, device) for skip in skips] for _ in range(repeats)]
-    shares = (statistics.median(1 - r[1 + u] / r[0] for r in rounds) for u in range(units))
+    shares = [max(statistics.median(1 - r[1 + u] / r[0] for r in rounds), 0.0) for u in range(units)]
     full = statistics.median(r[0] for r in rounds)
-    return UnitCosts(full, tuple(min(max(share, 0.0), 1.0) for share in shares), "latency")
+    whole = max(sum(shares), 1.0)  # noise can add up to more than the network takes
+    return UnitCosts(full, tuple(share / whole for share in shares), "latency")
 
 
 def seconds(evaluate: Callable[[int], object], skip: int, device: torch.device) -> float:

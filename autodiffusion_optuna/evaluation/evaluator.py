@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from autodiffusion_optuna.candidate import Candidate
-from autodiffusion_optuna.errors import StatisticsError
+from autodiffusion_optuna.errors import ModelError, StatisticsError
 from autodiffusion_optuna.evaluation.features import Extractor
 from autodiffusion_optuna.evaluation.frechet import Moments, frechet_distance, mmd2_unbiased
 from autodiffusion_optuna.evaluation.models import Model
@@ -134,7 +134,12 @@ class Evaluator:
             memory = self.memory if bank == SEARCH_BANK else None
             with _timed(seconds, "network", self.model.device):
                 denoise = remembering(self.model.denoiser, candidate, memory, root, tally)
-                images = self.model.to_images(solve(denoise, noise, nodes))
+                try:
+                    images = self.model.to_images(solve(denoise, noise, nodes))
+                except torch.OutOfMemoryError:
+                    raise ModelError(
+                        f"the device ran out of memory with {self.batch} images in a batch; lower model.batch"
+                    ) from None
             yield images
 
     def _bank_noise(self, bank: int, first: int, last: int) -> Tensor:
@@ -150,14 +155,19 @@ class Evaluator:
         """Below D images the features' own N x N Gram matrix is the cheaper way to the distance."""
         return self.metric == "kid" or moments.n < len(self.reference.mu)
 
-    def _distance(self, moments: Moments, kept: list[Tensor]) -> float:
-        if self.metric == "frechet":
-            return frechet_distance(torch.cat(kept) if kept else moments, self.reference)
-        if self.reference.features is None:
+    def check_metric(self) -> None:
+        """StatisticsError where the reference lacks what the metric needs."""
+        if self.metric == "kid" and self.reference.features is None:
             raise StatisticsError(
                 "metric 'kid' needs the reference's features, and this reference holds moments only; "
                 "give images as score.reference, or use metric = 'frechet'"
             )
+
+    def _distance(self, moments: Moments, kept: list[Tensor]) -> float:
+        if self.metric == "frechet":
+            return frechet_distance(torch.cat(kept) if kept else moments, self.reference)
+        self.check_metric()
+        assert self.reference.features is not None
         return mmd2_unbiased(torch.cat(kept), self.reference.features)
 
 

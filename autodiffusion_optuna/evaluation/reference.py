@@ -54,8 +54,9 @@ class Reference:
     def digest(self) -> str:
         """Short hash of the statistics and the extractor they belong to."""
         digest = hashlib.sha256(self.fingerprint.encode())
-        for part in (self.mu, self.sigma):
-            digest.update(part.cpu().numpy().tobytes())
+        for part in (self.mu, self.sigma, self.features):
+            if part is not None:
+                digest.update(part.cpu().numpy().tobytes())
         return digest.hexdigest()[:16]
 
 

@@ -45,15 +45,16 @@ def choose(children: Sequence[Candidate], complete: Sequence[Record], space: Sea
         return children[0]
     known = embed([record.candidate for record in fitted], space)
     mean, deviation = predict(known, normal_scores([r.losses[0] for r in fitted]), embed(children, space))
-    return children[int(np.argmin(mean - OPTIMISM * deviation))]
+    # Rounded, so that the last bits of a linear algebra library do not decide between equals.
+    return children[int(np.argmin(np.round(mean - OPTIMISM * deviation, 9)))]
 
 
 def _fitted(complete: Sequence[Record]) -> list[Record]:
     """The best trials, and an even choice of the others."""
     ordered = sorted(complete)
     best, rest = ordered[:KEPT_BEST], ordered[KEPT_BEST:]
-    stride = max(1, -(-len(rest) // KEPT_OTHERS))
-    return best + rest[::stride]
+    chosen = np.linspace(0, len(rest) - 1, min(len(rest), KEPT_OTHERS)).round().astype(int)
+    return best + [rest[i] for i in chosen]
 
 
 def embed(candidates: Sequence[Candidate], space: SearchSpace) -> Embedding:
