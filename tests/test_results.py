@@ -1,0 +1,63 @@
+"""The committed benchmark results are complete and say what README claims of them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+RESULTS = Path(__file__).parent.parent / "benchmarks" / "results"
+
+
+def result(name: str) -> Any:
+    return json.loads((RESULTS / f"{name}.json").read_text())["result"]
+
+
+@pytest.mark.parametrize("path", sorted(RESULTS.glob("*.json")), ids=lambda path: path.stem)
+def test_every_result_names_its_machine_and_versions(path: Path) -> None:
+    machine = json.loads(path.read_text())["machine"]
+    assert {"cpu", "cores", "threads", "python", "torch", "numpy", "optuna"} <= machine.keys()
+    assert not any("/" in str(value) for value in machine.values())
+
+
+def test_the_demo_finds_a_far_better_schedule_in_minutes() -> None:
+    demo = result("digits-4")
+    show = demo["show"]
+    known = {k["name"]: k["fresh"] for k in show["known"]}
+    best = show["best"]["fresh"]
+    assert demo["wall_seconds"] < 300
+    assert (best["images"], best["banks"]) == (1000, 3)
+    assert best["mean"] <= 0.65 * known["uniform"]["mean"]
+    assert best["mean"] <= 0.75 * known[demo["best_known"]]["mean"]
+    assert best["high"] < min(known["uniform"]["low"], known[demo["best_known"]]["low"])
+
+
+def test_the_layer_search_stays_within_its_cost() -> None:
+    layers = result("digits-10-layers")
+    assert layers["show"]["best"]["cost"] <= 0.8 + 1e-9
+    assert layers["show"]["stage"] == 2
+    assert {"uniform, every layer on", "best without skips"} == set(layers["without_skips"])
+
+
+def test_the_prefix_memory_changed_no_bit() -> None:
+    prefix = result("prefix")
+    assert prefix["candidates"] >= 200
+    assert prefix["candidates whose values differ in any bit"] == 0
+    assert prefix["evaluations saved, digits-4"] > prefix["evaluations saved, digits-4-paper"] > 0
+
+
+def test_the_distance_is_fast_and_right() -> None:
+    frechet = result("frechet")
+    assert frechet["speed_ratio"] >= 40
+    assert frechet["relative_difference"] < 1e-6
+
+
+@pytest.mark.parametrize("budget", [100, 300])
+def test_our_preset_has_less_regret_than_the_published_search(budget: int) -> None:
+    mixture = result("mixture")
+    assert mixture["candidates"] == 9880
+    ours, published = (mixture[f"{preset}, {budget} trials"] for preset in ("adopt", "paper"))
+    assert ours["seeds"] == published["seeds"] == 10
+    assert ours["regret mean"] < published["regret mean"]
