@@ -14,7 +14,7 @@ from autodiffusion_optuna import records
 from autodiffusion_optuna.candidate import Candidate
 from autodiffusion_optuna.config import StudyConfig, differences, load_config, presets
 from autodiffusion_optuna.errors import StudyError, choose_from
-from autodiffusion_optuna.storage import open_storage, sqlite_path
+from autodiffusion_optuna.storage import is_empty, open_storage
 
 PHASES = ("network", "features", "distance", "storage")
 
@@ -136,9 +136,8 @@ def load_study(storage: RDBStorage, name: str) -> optuna.Study:
 
 
 def peek_storage(url: str) -> RDBStorage | None:
-    """The database at ``url``, or None where a SQLite file does not exist yet: looking never creates one."""
-    path = sqlite_path(url)
-    return None if path is not None and not path.exists() else open_storage(url, create=False)
+    """The database at ``url``, or None where there is none yet: looking never creates one."""
+    return None if is_empty(url) else open_storage(url, create=False)
 
 
 def peek(url: str, name: str) -> optuna.Study | None:

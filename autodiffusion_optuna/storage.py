@@ -78,7 +78,7 @@ def open_storage(url: str, *, create: bool = True) -> RDBStorage:
     try:
         if sqlite:
             _check_sqlite(parsed, create)
-        _check_tables(url, parsed, create)
+        _check_tables(parsed, create)
         storage = RDBStorage(url, engine_kwargs=_engine_options(parsed), skip_table_creation=not create)
         if sqlite and create:
             _set_pragmas(storage.engine)
@@ -88,17 +88,39 @@ def open_storage(url: str, *, create: bool = True) -> RDBStorage:
     return storage
 
 
-def _check_tables(url: str, parsed: URL, create: bool) -> None:
-    """StorageError where Optuna's tables would be put among another program's, or are looked for and not there."""
-    engine = sqlalchemy.create_engine(url, **_engine_options(parsed))
+def is_empty(url: str) -> bool:
+    """Whether there is no database at ``url`` yet, or one without tables; looking never creates one.
+
+    Raises StorageError where the URL does not parse or the database does not open.
+    """
+    parsed = _parse(url)
+    path = sqlite_path(url)
+    if path is not None and not path.exists():
+        return True
     try:
-        tables = set(sqlalchemy.inspect(engine).get_table_names())
+        if path is not None:
+            _check_sqlite(parsed, create=False)
+        return not _tables(parsed)
+    except (SQLAlchemyError, ImportError, OSError) as error:
+        raise StorageError(_reason(url, error)) from None
+
+
+def _tables(parsed: URL) -> set[str]:
+    engine = sqlalchemy.create_engine(parsed, **_engine_options(parsed))
+    try:
+        return set(sqlalchemy.inspect(engine).get_table_names())
     finally:
         engine.dispose()
+
+
+def _check_tables(parsed: URL, create: bool) -> None:
+    """StorageError where Optuna's tables would be put among another program's, or are looked for and not there."""
+    tables = _tables(parsed)
     if "studies" in tables or (create and not tables):
         return
     what = f"holds tables of another program ({min(tables)}, …)" if tables else "holds no studies"
-    raise StorageError(f"database {hide_password(url)!r} {what}; give another with --storage")
+    shown = parsed.render_as_string(hide_password=True)
+    raise StorageError(f"database {shown!r} {what}; give another with --storage")
 
 
 def _parse(url: str) -> URL:

@@ -52,6 +52,14 @@ def test_looking_at_a_database_that_is_not_there_creates_none(tmp_path: Path) ->
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_file_that_was_only_created_is_no_obstacle(tmp_path: Path) -> None:
+    (tmp_path / "a.db").touch()
+    url = f"sqlite:///{tmp_path}/a.db"
+    assert s.is_empty(url)
+    assert s.open_storage(url).get_all_studies() == []
+    assert not s.is_empty(url)
+
+
 def test_a_put_back_trial_keeps_its_number_and_parameters(tmp_path: Path) -> None:
     database = s.open_storage(f"sqlite:///{tmp_path}/a.db")
     study = optuna.create_study(study_name="x", storage=database)
