@@ -20,7 +20,7 @@ from autodiffusion_optuna.evaluation.features import load_extractor
 from autodiffusion_optuna.evaluation.models import DIGITS, load_model
 from autodiffusion_optuna.search.schedules import KNOWN
 
-STEPS, IMAGES, BATCH = (4, 6, 10, 20, 100), 1000, 128
+STEPS, IMAGES, BATCH = (4, 6, 10, 20, 100), 500, 128
 CARD = """\
 # Digits: the bundled model
 
