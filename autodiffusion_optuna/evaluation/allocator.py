@@ -13,9 +13,9 @@ def keep_freed_memory() -> bool:
     """Tell glibc's malloc to reuse freed blocks of any size; whether it could be told.
 
     Activations of an evaluation are megabytes each. By default glibc maps such blocks anew every time and the system
-    clears them, which costs a small network on a CPU a good part of its time (``benchmarks/model_card.py`` measures
-    it). It applies to the whole process, so only programs call it, never a library function. Elsewhere than on glibc
-    it does nothing.
+    clears them, which costs time on some machines and batch sizes and nothing on others (the model card says what it
+    was where that was measured). It applies to the whole process, so only programs call it, never a library function.
+    Elsewhere than on glibc it does nothing.
     """
     if platform.libc_ver()[0] != "glibc":
         return False
