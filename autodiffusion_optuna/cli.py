@@ -18,6 +18,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 
 from autodiffusion_optuna import __version__
+from autodiffusion_optuna.cli_reference import reference_app
 from autodiffusion_optuna.errors import AdoptError, ConfigError, choose_from
 
 if TYPE_CHECKING:
@@ -39,6 +40,7 @@ app = typer.Typer(
     "adopt show --study digits-4            the best schedule beside the known ones\n"
     "adopt sample --study digits-4 --out grid.png",
 )
+app.add_typer(reference_app, name="reference")
 PIPE_WIDTH = 160  # of tables that go to a file or another program
 out = Console(highlight=False, markup=False, width=None if sys.stdout.isatty() else PIPE_WIDTH)
 err = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)

@@ -35,17 +35,36 @@ class ModelConfig(Section):
     """``[model]``: the frozen network and how it is run."""
 
     source: str
-    """A bundled model (``digits``, ``mixture``) or the folder of a diffusers ``UNet2DModel``."""
+    """A bundled model (``digits``, ``mixture``), a diffusers folder or hub id, ``adm:FILE.pt``, a single
+    ``FILE.safetensors``, or ``python:module:function``."""
     device: str = "auto"
     """``auto``, ``cpu``, ``cuda`` or ``cuda:N``."""
     precision: Literal["float32", "bfloat16", "float16"] = "float32"
     """Of the network alone; the sampling state is always float32."""
-    batch: Count = 64
-    """Images in one network evaluation."""
-    clip: bool = True
-    """Clip the predicted image to [-1, 1] at every step."""
+    batch: Count | Literal["auto"] = 64
+    """Images in one network evaluation, fewer where the device runs out of memory; ``auto`` fits the device."""
+    clip: bool | None = None
+    """Clip the predicted image to [-1, 1] at every step; unset: models of pixels do, latent ones cannot."""
     memory_mb: Annotated[int, Field(ge=0)] = 2048
     """Budget of the prefix memory in MiB; 0 turns it off."""
+    compile: bool = False
+    """Compile each layer with torch.compile; worth its minutes on a GPU and for long searches."""
+    preset: str | None = None
+    """Architecture of an ADM checkpoint."""
+    fields: dict[str, bool | int | float | str] = {}
+    """Fields of the architecture in place of the preset's, by their names in guided-diffusion."""
+    classifier: str | None = None
+    """File of an ADM noisy classifier that guides the samples."""
+    labels: Literal["balanced", "random"] = "balanced"
+    """How the images' classes or prompts are drawn."""
+    prompts: str | None = None
+    """Prompts of a text-to-image model: txt, csv, jsonl or COCO captions json."""
+    negative_prompt: str = ""
+    """What classifier-free guidance leads a text-to-image model away from."""
+    size: Annotated[list[Count], Field(min_length=2, max_length=2)] | None = None
+    """[height, width] of the images of a text-to-image model; unset: the model's own."""
+    config: str | None = None
+    """Local diffusers folder with all other parts of a single-file model."""
 
 
 class StepRange(Section):
@@ -61,20 +80,59 @@ class StepRange(Section):
         return self
 
 
-class SamplingConfig(Section):
-    """``[sampling]``: the solver, and how many steps it takes."""
+class Range(Section):
+    """``guidance = {min = 1.0, max = 8.0}``: the search chooses a number between them."""
 
-    solver: str = "ddim"
+    min: float
+    max: float
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Range:
+        if not 0 <= self.min < self.max:
+            raise ValueError(f"min {self.min} must not be negative and must be smaller than max {self.max}")
+        return self
+
+
+Final = Literal["one", "first"]
+Scale = Annotated[float, Field(ge=0)]
+Eta = Annotated[float, Field(ge=0, le=1)]
+Choices = Field(min_length=1)
+
+
+class SamplingConfig(Section):
+    """``[sampling]``: the solver, and how many steps it takes.
+
+    Where a list or a range is given, the search chooses, together with the timesteps.
+    """
+
+    solver: str | Annotated[list[str], Choices] = "ddim"
+    order: Count | Annotated[list[Count], Choices] | None = None
+    """Of a solver that comes in several (deis, dpm_solver, dpmpp, unipc); unset: its lowest."""
     steps: Count | StepRange
-    final: Literal["one", "first"] = "one"
+    final: Final | Annotated[list[Final], Choices] = "one"
     """Where the last update ends: at no noise at all, or at time index 0."""
     min_gap: Count = 1
     """Smallest distance of neighbouring timesteps, in time indices."""
+    guidance: Scale | Annotated[list[Scale], Choices] | Range | None = None
+    """Guidance scale; unset: the model's own."""
+    eta: Eta | Annotated[list[Eta], Choices] | Range = 0.0
+    """Noise that ddim adds: 0 none, 1 as much as DDPM."""
+    amplification_cap: Annotated[float, Field(ge=1)] | None = None
+    """Largest amplification of network errors by a multistep solver; its order is lowered to keep it."""
 
     @property
     def step_bounds(self) -> tuple[int, int]:
         """Smallest and largest number of steps."""
         return (self.steps.min, self.steps.max) if isinstance(self.steps, StepRange) else (self.steps, self.steps)
+
+    @model_validator(mode="after")
+    def _eta_is_for_ddim(self) -> SamplingConfig:
+        solvers = self.solver if isinstance(self.solver, list) else [self.solver]
+        if self.eta != 0.0 and solvers != ["ddim"]:
+            raise ValueError(f"eta {self.eta} is for solver ddim alone, solver is {self.solver!r}; leave eta out")
+        if isinstance(self.eta, Range) and self.eta.max > 1:
+            raise ValueError(f"eta goes up to 1, max is {self.eta.max}")
+        return self
 
 
 class SearchConfig(Section):
@@ -109,9 +167,11 @@ class ScoreConfig(Section):
 
     extractor: str
     weights: str | None = None
-    """File of the extractor's weights, where it ships with none (inception)."""
+    """Its weights, where it ships with none (inception, clip, dinov2, torchscript)."""
+    mode: Literal["clean", "legacy_pytorch", "legacy_tensorflow"] | None = None
+    """How clean-fid resizes for Inception; to be stated for statistics that do not say how they were made."""
     reference: str | None = None
-    """Statistics (npz), image folder or image npz; unset: what the bundled model ships with."""
+    """Statistics, or images in a folder, zip or npz; unset: what the bundled model ships with."""
     metric: Literal["frechet", "kid"] = "frechet"
     images: Images = 256
     rungs: list[Annotated[int, Field(ge=2)]] = []
@@ -154,6 +214,7 @@ class StudyConfig(Section):
     def measured(self) -> dict[str, Any]:
         """Flat settings that decide candidates and values: those that may not change on resume."""
         flat = flatten(self.model_dump(mode="json"))
+        flat["model.clip"] = self.model.clip is not False  # unset is on where there is a choice
         return {key: value for key, value in flat.items() if key not in MAY_CHANGE}
 
     def fingerprint(self) -> str:
@@ -170,6 +231,9 @@ MAY_CHANGE = {
     "score.reference",
     "score.weights",
     "model.memory_mb",
+    "model.classifier",
+    "model.prompts",
+    "model.config",
     "search.trials",
     "score.fresh_images",
     "score.fresh_banks",
@@ -210,7 +274,9 @@ def apply_override(table: dict[str, Any], override: str) -> None:
     if not equals or not key.strip():
         raise ConfigError(f"--set {override!r} has no '='; write --set key=value, for example --set search.trials=100")
     path = key.strip().split(".")
-    if key.strip() not in known_keys() and not any(k.startswith(key.strip() + ".") for k in known_keys()):
+    known = known_keys()
+    open_ended = key.strip().startswith("model.fields.")
+    if not open_ended and key.strip() not in known and not any(k.startswith(key.strip() + ".") for k in known):
         raise ConfigError("--set: " + unknown_key(key.strip()))
     for part in path[:-1]:
         table = table.setdefault(part, {})
@@ -229,7 +295,8 @@ def toml_value(text: str) -> Any:
 
 def known_keys() -> set[str]:
     """Dotted names of all settings."""
-    keys = {"name", "description", "sampling.steps.min", "sampling.steps.max"}
+    keys = {"name", "description"}
+    keys |= {f"sampling.{key}.{end}" for key in ("steps", "guidance", "eta") for end in ("min", "max")}
     for section in ("model", "sampling", "search", "score"):
         kind = StudyConfig.model_fields[section].annotation
         assert isinstance(kind, type)
@@ -267,13 +334,15 @@ def explain(error: ValidationError) -> str:
 def _most_telling(problems: Sequence[ErrorDetails]) -> ErrorDetails:
     """An unknown key before the missing one that it was meant to be; else the first problem.
 
-    A union of an int and a table reports one problem per member: of a table, the table's is the one that helps.
+    A union reports one problem per member: of a table or a list, that member's is the one that helps.
     """
     for problem in problems:
         if problem["type"] == "extra_forbidden":
             return problem
-    of_tables = [p for p in problems if any(StepRange.__name__ in str(part) for part in p["loc"])]
-    return of_tables[0] if of_tables and isinstance(problems[0]["input"], dict) else problems[0]
+    given = problems[0]["input"]
+    member = "Range" if isinstance(given, dict) else "list[" if isinstance(given, list) else None
+    fitting = [p for p in problems if member and any(member in str(part) for part in p["loc"])]
+    return (fitting or problems)[0]
 
 
 def _location_parts() -> set[str]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import base64
 import math
+import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -56,6 +58,17 @@ class NoiseSchedule:
     def lambdas(self) -> Array:
         """log(alpha / sigma) at every index, float64 [T], strictly decreasing."""
         return np.log(self.alphas / self.sigmas)
+
+    def pack(self) -> str:
+        """The three arrays as text: float64 bytes, compressed, base64."""
+        arrays = np.stack([self.alphas, self.sigmas, self.model_times]).astype("<f8")
+        return base64.b64encode(zlib.compress(arrays.tobytes(), 9)).decode("ascii")
+
+    @classmethod
+    def unpack(cls, text: str) -> NoiseSchedule:
+        """Inverse of ``pack``, exact."""
+        arrays = np.frombuffer(zlib.decompress(base64.b64decode(text)), dtype="<f8").reshape(3, -1)
+        return cls(*(np.array(row, dtype=np.float64) for row in arrays))
 
     @property
     def variance_preserving(self) -> bool:

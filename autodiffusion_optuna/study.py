@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import optuna
@@ -20,14 +20,16 @@ from optuna.trial import FrozenTrial, TrialState
 
 from autodiffusion_optuna import __version__, records
 from autodiffusion_optuna.candidate import Candidate
-from autodiffusion_optuna.config import StudyConfig
+from autodiffusion_optuna.config import Range, SamplingConfig, StudyConfig
 from autodiffusion_optuna.errors import AdoptError, ConfigError, StatisticsError, StudyError, choose_from
-from autodiffusion_optuna.evaluation.evaluator import Evaluator
+from autodiffusion_optuna.evaluation.denoiser import Denoiser
+from autodiffusion_optuna.evaluation.evaluator import Evaluator, largest_batch
 from autodiffusion_optuna.evaluation.features import Extractor, load_extractor
-from autodiffusion_optuna.evaluation.models import Model, load_model
+from autodiffusion_optuna.evaluation.models import Model, Options, load_model
 from autodiffusion_optuna.evaluation.prefix import PrefixMemory
-from autodiffusion_optuna.evaluation.reference import Reference, load_reference
-from autodiffusion_optuna.evaluation.solvers import query_steps
+from autodiffusion_optuna.evaluation.reference import Reference, check_images, load_reference
+from autodiffusion_optuna.evaluation.sampling import Sampling
+from autodiffusion_optuna.evaluation.solvers import ORDERS, query_steps, solver_names
 from autodiffusion_optuna.noise import Final
 from autodiffusion_optuna.report import require_same
 from autodiffusion_optuna.search.sampler import AutoDiffusionSampler
@@ -66,54 +68,135 @@ OnTrial = Callable[[Progress], None]
 
 def build(config: StudyConfig, *, trust: bool = False, unit_costs: tuple[float, ...] | None = None) -> Parts:
     """Load and check the parts of a study (AdoptError children). ``unit_costs``: the shares it was begun with."""
-    model = load_model(
-        config.model.source,
-        device=config.model.device,
-        precision=config.model.precision,
-        clip=config.model.clip,
-    )
-    space = _space(config, model, unit_costs)
+    plan = read_plan(config.sampling)  # a wrong solver is refused before a large model is loaded
+    model = open_model(config, trust)
+    for scale in plan.guidance:
+        model.check_scale(scale)
+    batch = largest_batch(model) if config.model.batch == "auto" else config.model.batch
+    space = _space(config, plan, model, batch, unit_costs)
     extractor = load_extractor(
         config.score.extractor,
         model.device,
         weights=None if config.score.weights is None else Path(config.score.weights),
         trust=trust,
+        mode=config.score.mode,
+        image_shape=model.picture_shape,
     )
     reference = _reference(config, model, extractor)
     evaluator = Evaluator(
         model=model,
-        solver=config.sampling.solver,
-        final=config.sampling.final,
+        sampling=plan.fixed,
         extractor=extractor,
         reference=reference,
         metric=config.score.metric,
         seed=config.score.seed,
-        batch=config.model.batch,
+        batch=batch,
         memory=PrefixMemory(config.model.memory_mb * 2**20) if config.model.memory_mb else None,
     )
+    check_images(reference, model.picture_shape)
     _check_features(evaluator)
-    lists = known_schedules(model.schedule, space.full_steps, space.min_gap)
-    # Where no candidate can keep every layer on, the known schedules skip what the budget makes them skip.
-    known = {name: space.fit(Candidate(timesteps), space.max_skip) for name, timesteps in lists.items()}
+    known = _known(model, space)
     _warm_starts(config, known)  # an unknown name is refused before anything is written
     return Parts(config, model, space, _sampler(config, space), evaluator, known)
 
 
+def open_model(config: StudyConfig, trust: bool = False) -> Model:
+    """The model of a study, on its device (ModelError, ConfigError)."""
+    model = config.model
+    options = Options(
+        preset=model.preset,
+        fields=model.fields,
+        classifier=None if model.classifier is None else Path(model.classifier),
+        guidance=None,  # the study's scale belongs to sampling, where it may be searched
+        labels=model.labels,
+        prompts=None if model.prompts is None else Path(model.prompts),
+        negative_prompt=model.negative_prompt,
+        size=None if model.size is None else (model.size[0], model.size[1]),
+        reduced=model.precision != "float32",
+        compile=model.compile,
+        config=None if model.config is None else Path(model.config),
+        trust=trust,
+    )
+    return load_model(model.source, model.device, model.precision, model.clip, options)
+
+
+@dataclass(frozen=True)
+class SamplingPlan:
+    """``[sampling]`` taken apart: what is fixed, and what the search chooses.
+
+    ``fixed``: the settings of every run, the first of each choice among them. ``choices``, ``ranges``: searched
+    settings by name. ``guidance``: the scales that may occur, ends of a range included.
+    """
+
+    fixed: Sampling
+    choices: dict[str, tuple[str | float, ...]]
+    ranges: dict[str, tuple[float, float]]
+    guidance: tuple[float | None, ...]
+
+
+def read_plan(sampling: SamplingConfig) -> SamplingPlan:
+    """What a study's ``[sampling]`` asks for (ConfigError for a solver, an order or a cap that does not exist)."""
+    given: dict[str, tuple[str | float, ...]] = {
+        "solver": tuple(_solvers(sampling)),
+        "final": tuple(_listed(sampling.final)),
+    }
+    ranges: dict[str, tuple[float, float]] = {}
+    for name, value in (("guidance", sampling.guidance), ("eta", sampling.eta)):
+        if isinstance(value, Range):
+            ranges[name] = (value.min, value.max)
+        elif value is not None:
+            given[name] = tuple(dict.fromkeys(float(v) for v in _listed(value)))
+    for solver in given["solver"]:
+        Sampling(str(solver), cap=sampling.amplification_cap).find_solver()
+    first: dict[str, Any] = {name: values[0] for name, values in given.items()}
+    choices = {name: values for name, values in given.items() if len(values) > 1}
+    scales = ranges.get("guidance", given.get("guidance", (None,)))
+    fixed = Sampling(**first, cap=sampling.amplification_cap)
+    return SamplingPlan(fixed, choices, ranges, tuple(None if s is None else float(s) for s in scales))
+
+
+def _solvers(sampling: SamplingConfig) -> list[str]:
+    """Registered names of all solvers asked for; in a list, orders count for the solvers that come in several."""
+    families, orders = _listed(sampling.solver), _listed(sampling.order)
+    single = len(families) == 1
+    names = [solver_names(f, order if single or f in ORDERS else None) for f in families for order in orders]
+    return list(dict.fromkeys(names))
+
+
+def _listed(value: Any) -> list[Any]:
+    return list(dict.fromkeys(value)) if isinstance(value, list) else [value]
+
+
+def _known(model: Model, space: SearchSpace) -> dict[str, Candidate]:
+    """Known schedules by name, with the first of each searched setting; and uniform with each of the others."""
+    lists = known_schedules(model.schedule, space.full_steps, space.min_gap)
+    # Where no candidate can keep every layer on, the known schedules skip what the budget makes them skip.
+    known = {name: space.fit(Candidate(timesteps), space.max_skip) for name, timesteps in lists.items()}
+    start = dict(known["uniform"].settings)
+    for setting, values in space.choices.items():
+        for value in values[1:]:
+            settings = tuple(sorted({**start, setting: value}.items()))
+            other = replace(known["uniform"], settings=settings)
+            known[f"uniform, {setting} {value}"] = space.fit(other, space.max_skip)
+    return known
+
+
 def _check_features(evaluator: Evaluator) -> None:
     """Embed two empty images, so that parts that do not fit are refused before anything is written."""
-    blank = torch.zeros(2, *evaluator.model.shape, dtype=torch.uint8, device=evaluator.model.device)
+    blank = torch.zeros(2, *evaluator.model.picture_shape, dtype=torch.uint8, device=evaluator.model.device)
     given, wanted = evaluator.extractor(blank).shape[1], len(evaluator.reference.mu)
     if given != wanted:
         raise StatisticsError(
             f"extractor {evaluator.extractor.name!r} gives {given} features for the model's images of "
-            f"{list(evaluator.model.shape)}, the reference has {wanted}; use a reference of images of that size"
+            f"{list(evaluator.model.picture_shape)}, the reference has {wanted}; use a reference of images of that size"
         )
     evaluator.check_metric()
 
 
-def _space(config: StudyConfig, model: Model, unit_costs: tuple[float, ...] | None) -> SearchSpace:
+def _space(
+    config: StudyConfig, plan: SamplingPlan, model: Model, batch: int, unit_costs: tuple[float, ...] | None
+) -> SearchSpace:
     low, high = config.sampling.step_bounds
-    query_steps(config.sampling.solver, 1, config.sampling.final)  # an unknown solver is refused here
     units = model.units if config.search.max_skip else ()
     if config.search.max_skip and not model.units:
         raise ConfigError(
@@ -121,9 +204,9 @@ def _space(config: StudyConfig, model: Model, unit_costs: tuple[float, ...] | No
             "skipped; set search.max_skip=0"
         )
     if units and unit_costs is None:
-        unit_costs = model.costs(config.search.cost, batch=config.model.batch).shares
+        unit_costs = model.costs(config.search.cost, batch=batch).shares
     full = config.search.cost_steps or high
-    visits = partial(_visits, config.sampling.solver, config.sampling.final)
+    visits = partial(_visits, plan.fixed)
     return SearchSpace(
         T=model.schedule.T,
         min_steps=low,
@@ -132,14 +215,19 @@ def _space(config: StudyConfig, model: Model, unit_costs: tuple[float, ...] | No
         units=units,
         unit_costs=unit_costs if units and unit_costs else (),
         max_skip=config.search.max_skip,
-        max_cost=None if config.search.max_cost is None else config.search.max_cost * len(visits(full)),
+        max_cost=None if config.search.max_cost is None else config.search.max_cost * len(visits(full, {})),
         visits=visits,
         chunk=config.search.chunk,
+        choices=plan.choices,
+        ranges=plan.ranges,
     )
 
 
-def _visits(solver: str, final: Final, steps: int) -> tuple[int, ...]:
-    return query_steps(solver, steps, final)
+def _visits(fixed: Sampling, steps: int, settings: Mapping[str, str | float]) -> tuple[int, ...]:
+    """Step of each network evaluation, the study's own settings standing in for those that are not searched."""
+    final = settings.get("final", fixed.final)
+    assert final in ("one", "first")
+    return query_steps(str(settings.get("solver", fixed.solver)), steps, cast(Final, final))
 
 
 def _sampler(config: StudyConfig, space: SearchSpace) -> AutoDiffusionSampler:
@@ -200,7 +288,24 @@ def open_study(parts: Parts, storage: RDBStorage) -> optuna.Study:
     else:
         _begin(parts, study)
     study.set_user_attr(records.CONFIG, parts.config.model_dump(mode="json"))  # a longer budget is kept
+    if records.NOISE not in study.user_attrs:  # begun by an older version
+        _describe_model(parts, study)
     return study
+
+
+def _describe_model(parts: Parts, study: optuna.Study) -> None:
+    """Write down what an export needs to know of the model."""
+    model = parts.model
+    facts = {
+        "kind": model.kind,
+        "prediction": model.denoiser.prediction if isinstance(model.denoiser, Denoiser) else None,
+        "shape": list(model.shape),
+        "image_shape": list(model.picture_shape),
+        "guidance": model.guidance,
+        "scale": model.scale,
+    }
+    study.set_user_attr(records.MODEL_FACTS, facts)
+    study.set_user_attr(records.NOISE, model.schedule.pack())
 
 
 def _pruner(config: StudyConfig) -> BasePruner:
@@ -214,11 +319,13 @@ def _pruner(config: StudyConfig) -> BasePruner:
 
 def _identity(parts: Parts) -> dict[str, Any]:
     """What must be equal for values to be compared, besides the config; stored with the study."""
+    conditions = parts.model.conditions
     return {
         "codec": parts.space.codec(),
         "model": parts.model.fingerprint,
         "extractor": parts.evaluator.extractor.fingerprint,
         "reference": parts.evaluator.reference.digest,
+        "conditions": None if conditions is None else conditions.fingerprint,
     }
 
 
@@ -227,6 +334,7 @@ def _begin(parts: Parts, study: optuna.Study) -> None:
     study.set_user_attr(records.CONFIG, parts.config.model_dump(mode="json"))
     for key, value in _identity(parts).items():
         study.set_user_attr(key, value)
+    _describe_model(parts, study)
     study.set_user_attr(records.VERSION, __version__)
     study.set_user_attr(records.METRIC, metric_name(parts))
     study.set_user_attr(records.UNIT_COSTS, list(parts.space.unit_costs))
@@ -256,13 +364,13 @@ def check_same(parts: Parts, study: optuna.Study) -> None:
 
 
 def full_steps(parts: Parts) -> int:
-    """Number of steps whose cost, with every layer on, is 1.0."""
+    """Number of steps whose cost, with every layer on and the first of the solvers, is 1.0."""
     return parts.config.search.cost_steps or parts.space.max_steps
 
 
 def relative_cost(parts: Parts, candidate: Candidate) -> float:
     """Cost of a candidate, 1.0 being ``full_steps`` steps with every layer on."""
-    return parts.space.cost(candidate) / len(parts.space.visits(full_steps(parts)))
+    return parts.space.cost(candidate) / len(parts.space.visits(full_steps(parts), {}))
 
 
 def metric_name(parts: Parts) -> str:

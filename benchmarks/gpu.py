@@ -26,6 +26,7 @@ from autodiffusion_optuna.evaluation.evaluator import Evaluator
 from autodiffusion_optuna.evaluation.features import load_extractor
 from autodiffusion_optuna.evaluation.models import DIGITS, Model, load_model
 from autodiffusion_optuna.evaluation.reference import build_reference, load_reference
+from autodiffusion_optuna.evaluation.sampling import Sampling
 from autodiffusion_optuna.evaluation.seeds import Bank
 from autodiffusion_optuna.search.operators import random_candidate
 from autodiffusion_optuna.search.schedules import known_schedules
@@ -64,7 +65,7 @@ def evaluator(source: str, device: str, precision: str, batch: int) -> Evaluator
         extractor = load_extractor("pixels", model.device)
         noise = Bank(1, 9, model.shape).noise(0, 2048)  # any fixed reference ranks the candidates
         reference = build_reference(model.to_images(noise * 0.5), extractor, "noise")
-    return Evaluator(model, "ddim", "one", extractor, reference, batch=batch)
+    return Evaluator(model, Sampling(), extractor, reference, batch=batch)
 
 
 def bare_seconds(model: Model, evaluations: int, batch: int) -> float:

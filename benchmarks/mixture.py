@@ -21,6 +21,7 @@ from autodiffusion_optuna import AutoDiffusionSampler, Candidate, SearchSpace
 from autodiffusion_optuna.evaluation.evaluator import Evaluator
 from autodiffusion_optuna.evaluation.features import load_extractor
 from autodiffusion_optuna.evaluation.models.mixture import mixture_model
+from autodiffusion_optuna.evaluation.sampling import Sampling
 from autodiffusion_optuna.search.schedules import known_schedules
 
 GRID, STEPS, IMAGES, SEEDS, BUDGETS = 40, 3, 256, 10, (100, 300)
@@ -30,7 +31,7 @@ def enumerate_values() -> dict[tuple[int, ...], float]:
     model = mixture_model(GRID, clip=True)
     extractor = load_extractor("pixels", model.device)
     assert model.reference is not None
-    evaluator = Evaluator(model, "ddim", "one", extractor, model.reference(extractor), batch=IMAGES)
+    evaluator = Evaluator(model, Sampling(), extractor, model.reference(extractor), batch=IMAGES)
     lists = (tuple(reversed(c)) for c in itertools.combinations(range(GRID), STEPS))
     return {timesteps: evaluator.score(Candidate(timesteps), [IMAGES]).value for timesteps in lists}
 

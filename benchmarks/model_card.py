@@ -18,6 +18,7 @@ from autodiffusion_optuna.evaluation.allocator import keep_freed_memory
 from autodiffusion_optuna.evaluation.evaluator import Evaluator
 from autodiffusion_optuna.evaluation.features import load_extractor
 from autodiffusion_optuna.evaluation.models import DIGITS, load_model
+from autodiffusion_optuna.evaluation.sampling import Sampling
 from autodiffusion_optuna.search.schedules import KNOWN
 
 STEPS, IMAGES, BATCH = (4, 6, 10, 20, 100), 500, 128
@@ -82,7 +83,7 @@ def main() -> None:
     model = load_model("digits", clip=True)
     extractor = load_extractor("digits", model.device)
     assert model.reference is not None
-    evaluator = Evaluator(model, "ddim", "one", extractor, model.reference(extractor), batch=BATCH)
+    evaluator = Evaluator(model, Sampling(), extractor, model.reference(extractor), batch=BATCH)
     unkept = speed(model)
     keep_freed_memory()
     distances = {}

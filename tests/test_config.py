@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -108,3 +109,56 @@ def test_a_file_is_named_after_itself(tmp_path: Path) -> None:
         '[model]\nsource = "digits"\n[sampling]\nsteps = 4\n[search]\ntrials = 3\n[score]\nextractor = "digits"\n'
     )
     assert c.load_config(path).name == "mine"
+
+
+def test_an_older_study_without_the_new_settings_measures_the_same() -> None:
+    config = c.parse_config(TABLE)
+    old = config.model_dump(mode="json")
+    old["model"] = {"source": "digits", "device": "auto", "precision": "float32", "batch": 64, "clip": True}
+    old["sampling"] = {"solver": "ddim", "steps": 4, "final": "one", "min_gap": 1}
+    del old["score"]["mode"]
+    assert c.differences(c.parse_config(old), config) == []
+
+
+def test_settings_of_the_solver_may_be_lists_and_ranges() -> None:
+    config = c.parse_config(
+        TABLE,
+        [
+            "sampling.solver=['ddim', 'deis']",
+            "sampling.order=[2, 3]",
+            "sampling.final=['one', 'first']",
+            "sampling.guidance={min=1, max=4}",
+        ],
+    )
+    assert config.sampling.solver == ["ddim", "deis"]
+    assert config.sampling.guidance == c.Range(min=1, max=4)
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("sampling.guidance=-1", "greater than or equal to 0"),
+        ("sampling.guidance={min=4, max=1}", "min 4.0 must not be negative and must be smaller than max 1.0"),
+        ("sampling.guidance={lo=4, max=1}", "unknown setting"),
+        ("sampling.solver=[]", "at least 1 item"),
+        ("sampling.final=last", "'one' or 'first'"),
+        ("sampling.eta=2", "less than or equal to 1"),
+        ("sampling.solver=['ddim', 3]", "valid string"),
+        ("model.batch=several", "batch"),
+        ("model.size=[512]", "at least 2 items"),
+    ],
+)
+def test_a_wrong_setting_of_the_solver_is_one_line(setting: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(message)) as error:
+        c.parse_config(TABLE, [setting])
+    assert "\n" not in str(error.value)
+
+
+def test_eta_is_for_ddim() -> None:
+    with pytest.raises(ConfigError, match="eta 0.5 is for solver ddim alone, solver is 'heun'"):
+        c.parse_config(TABLE, ["sampling.eta=0.5", "sampling.solver=heun"])
+
+
+def test_fields_of_an_architecture_are_open() -> None:
+    config = c.parse_config(TABLE, ["model.fields.num_heads=4", "model.fields.learn_sigma=true"])
+    assert config.model.fields == {"num_heads": 4, "learn_sigma": True}

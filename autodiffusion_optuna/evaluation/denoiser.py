@@ -3,19 +3,36 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from autodiffusion_optuna.errors import ConfigError, ModelError, choose_from
 from autodiffusion_optuna.evaluation.skip import Units, skipping
 from autodiffusion_optuna.noise import NoiseSchedule
 
-Network = Callable[[Tensor, Tensor], Tensor]
-"""(x float32 [B, C, H, W], model times float32 [B]) -> prediction [B, C or 2C, H, W] of any float dtype."""
+Condition = Mapping[str, Tensor]
+"""What a batch of images is conditioned on: tensors [B, ...] by the names that the network's adapter knows."""
+
+UNCONDITIONAL: Condition = {}
+
+Network = Callable[[Tensor, Tensor, Condition], Tensor]
+"""(x float32 [B, C, H, W], model times float32 [B], condition) -> prediction [B, C or 2C, H, W], any float dtype."""
+
+Gradient = Callable[[Tensor, Tensor, Condition], Tensor]
+"""(x float32 [B, C, H, W], model times float32 [B], condition) -> grad_x log p(condition | x_t), float32, x's shape."""
+
+GuidanceKind = Literal["none", "free", "embedded", "classifier"]
+"""How a guidance scale acts.
+
+``free``: prediction = negative + scale (conditional - negative), one batch of two (arXiv 2207.12598, eq. 6); at scale 1
+the negative half is not evaluated. ``embedded``: the network takes the scale as the condition ``"guidance"``.
+``classifier``: eps - scale sigma grad log p(y | x_t) after clipping (arXiv 2105.05233, algorithm 2).
+"""
 
 SkippingDenoise = Callable[[Tensor, float, int], Tensor]
 """(x float [B, C, H, W], time index t, skip set) -> expected clean image, of x's shape and dtype."""
@@ -61,8 +78,10 @@ class Denoiser:
     the second half is a learned variance and is dropped.
     ``precision``: a name of ``PRECISIONS``; below float32 the network runs under autocast. Its input and all
     arithmetic on states stay float32 or the dtype of x, whichever is wider.
-    ``clip``: clamp x0 to [-1, 1]. Solvers derive eps from (x, x0), so eps follows the clipped x0.
-    ``units``: what a skip set refers to; ``None`` where nothing can be skipped.
+    ``clip``: clamp x0 to [-1, 1]. Solvers derive eps from (x, x0), so eps follows the clipped x0. A classifier's
+    guidance is added after the clip and not clipped again, as in guided-diffusion.
+    ``units``: what a skip set refers to; ``None`` where nothing can be skipped. A classifier skips nothing.
+    ``guidance``: how a scale acts; ``classifier``: the gradient that kind ``"classifier"`` needs.
 
     Runs in inference mode and leaves every global setting as it found it.
     ``ConfigError`` for an unknown prediction type or precision.
@@ -75,34 +94,63 @@ class Denoiser:
     precision: str = "float32"
     clip: bool = False
     units: Units | None = None
+    guidance: GuidanceKind = "none"
+    classifier: Gradient | None = None
 
     def __post_init__(self) -> None:
         if self.prediction not in PREDICTIONS:
             raise ConfigError(choose_from("prediction type", self.prediction, PREDICTIONS))
         if self.precision not in PRECISIONS:
             raise ConfigError(choose_from("precision", self.precision, PRECISIONS))
+        assert (self.classifier is not None) == (self.guidance == "classifier")
 
     @torch.inference_mode()
-    def __call__(self, x: Tensor, t: float, skip: int = 0) -> Tensor:
+    def __call__(
+        self,
+        x: Tensor,
+        t: float,
+        skip: int = 0,
+        condition: Condition = UNCONDITIONAL,
+        negative: Condition | None = None,
+        scale: float = 1.0,
+    ) -> Tensor:
         """Expected clean image, of x's shape and dtype.
 
         ``x``: float32 or float64 [B, C, H, W] on the denoiser's device. ``t``: time index in [0, T - 1], may
-        be fractional. ``skip``: bit set over ``units``. ``ModelError`` for a set that names no unit, or a
-        network whose output does not fit.
+        be fractional. ``skip``: bit set over ``units``. ``condition``: of the B images; ``negative``: what
+        classifier-free guidance leads away from; ``scale``: of the guidance, without effect for kind ``"none"``.
+        ``ModelError`` for a set that names no unit, or a network whose output does not fit.
         """
-        prediction = self._predict(x, t, skip)
-        a, b = PREDICTIONS[self.prediction](self.schedule.alpha(t), self.schedule.sigma(t))
-        x0 = a * x + b * prediction
-        return x0.clamp(-1.0, 1.0) if self.clip else x0
-
-    def _predict(self, x: Tensor, t: float, skip: int) -> Tensor:
         # A fill on the device: a tensor made from a host number would have to be copied and waited for.
         model_times = torch.full((x.shape[0],), model_time(self.schedule, t), device=x.device)
+        alpha, sigma = self.schedule.alpha(t), self.schedule.sigma(t)
+        a, b = PREDICTIONS[self.prediction](alpha, sigma)
+        x0 = a * x + b * self._predict(x, model_times, skip, condition, negative, scale)
+        x0 = x0.clamp(-1.0, 1.0) if self.clip else x0
+        if self.classifier is None or scale == 0:
+            return x0
+        gradient = self.classifier(x.float(), model_times, condition).to(x.dtype)
+        return x0 + (scale * sigma**2 / alpha) * gradient  # eps - scale sigma gradient, as x0
+
+    def _predict(
+        self, x: Tensor, model_times: Tensor, skip: int, condition: Condition, negative: Condition | None, scale: float
+    ) -> Tensor:
+        if self.guidance == "embedded":
+            condition = {**condition, "guidance": torch.full_like(model_times, scale)}
+        if self.guidance != "free" or scale == 1:
+            return self._run(x, model_times, skip, condition)
+        assert negative is not None, "classifier-free guidance needs a negative condition"
+        both = {name: torch.cat([negative[name], tensor]) for name, tensor in condition.items()}
+        away, towards = self._run(torch.cat([x, x]), model_times.repeat(2), skip, both).chunk(2)
+        return away + scale * (towards - away)
+
+    def _run(self, x: Tensor, model_times: Tensor, skip: int, condition: Condition) -> Tensor:
+        """The network's prediction in x's shape and dtype."""
         dtype = PRECISIONS[self.precision]
         reduced = torch.autocast(self.device.type, dtype, enabled=dtype != torch.float32)
         skipped = skipping(self.units, skip) if self.units else _nothing_to_skip(skip)
         with reduced, skipped:
-            prediction = self.network(x.float(), model_times)
+            prediction = self.network(x.float(), model_times, condition)
         if prediction.shape[1] == 2 * x.shape[1]:
             prediction = prediction[:, : x.shape[1]]
         if prediction.shape != x.shape:
@@ -111,6 +159,18 @@ class Denoiser:
                 "(or twice the channels with a learned variance)"
             )
         return prediction.to(x.dtype)
+
+
+def store_reduced(network: nn.Module, precision: str) -> None:
+    """Keep the weights of matrix products and convolutions in ``precision``, in place.
+
+    Autocast would round them to it at every evaluation anyway, so predictions under it are the same bit for bit; it
+    halves the memory of large networks. Norms, embeddings and biases stay float32.
+    """
+    dtype = PRECISIONS[precision]
+    for module in network.modules():
+        if dtype != torch.float32 and isinstance(module, (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)):
+            module.weight.data = module.weight.data.to(dtype)
 
 
 def model_time(schedule: NoiseSchedule, t: float) -> float:

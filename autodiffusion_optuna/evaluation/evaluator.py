@@ -17,9 +17,9 @@ from autodiffusion_optuna.evaluation.frechet import Moments, frechet_distance, m
 from autodiffusion_optuna.evaluation.models import Model
 from autodiffusion_optuna.evaluation.prefix import PrefixMemory, Tally, remembering
 from autodiffusion_optuna.evaluation.reference import Reference
+from autodiffusion_optuna.evaluation.sampling import Sampling
 from autodiffusion_optuna.evaluation.seeds import Bank
-from autodiffusion_optuna.evaluation.solvers import SOLVERS, times
-from autodiffusion_optuna.noise import Final
+from autodiffusion_optuna.evaluation.solvers import times
 
 SEARCH_BANK = 0
 """Every candidate is scored on the noise of this bank; fresh banks are numbered from 1."""
@@ -69,12 +69,13 @@ class Evaluator:
     """Scores candidates for one model, solver, extractor and reference.
 
     Every candidate is scored on the same images-to-be: noise of image i comes from (seed, bank, i) alone, so
-    differences between candidates are not blurred by the draw. ``batch`` images share a network evaluation.
+    differences between candidates are not blurred by the draw. ``batch`` images share a network evaluation; where
+    the device runs out of memory, fewer do from then on, which changes no noise, label or prompt.
+    ``sampling``: what the candidates do not choose.
     """
 
     model: Model
-    solver: str
-    final: Final
+    sampling: Sampling
     extractor: Extractor
     reference: Reference
     metric: Literal["frechet", "kid"] = "frechet"
@@ -82,6 +83,12 @@ class Evaluator:
     batch: int = 64
     memory: PrefixMemory | None = None
     _noise: dict[tuple[int, ...], Tensor] = field(default_factory=dict, repr=False)
+    _fits: list[int] = field(default_factory=list, repr=False)
+
+    @property
+    def fitting_batch(self) -> int:
+        """Images that share a network evaluation now: ``batch``, or fewer once the device ran out of memory."""
+        return self._fits[-1] if self._fits else self.batch
 
     def score(
         self,
@@ -123,24 +130,46 @@ class Evaluator:
     def _batches(
         self, candidate: Candidate, start: int, stop: int, bank: int, seconds: Seconds, tally: Tally
     ) -> Iterator[Tensor]:
-        solve = SOLVERS[self.solver]
-        nodes = times(self.model.schedule, candidate.timesteps, self.final)
-        for first in range(start, stop, self.batch):
-            last = min(first + self.batch, stop)
-            noise = self._bank_noise(bank, first, last)
-            # All that decides an x0 besides the queries before it; a solver may treat its last steps
-            # differently, so candidates of different lengths share nothing.
-            root = (self.solver, self.final, candidate.steps, self.seed, bank, first, last)
-            memory = self.memory if bank == SEARCH_BANK else None
-            with _timed(seconds, "network", self.model.device):
-                denoise = remembering(self.model.denoiser, candidate, memory, root, tally)
-                try:
-                    images = self.model.to_images(solve(denoise, noise, nodes))
-                except torch.OutOfMemoryError:
-                    raise ModelError(
-                        f"the device ran out of memory with {self.batch} images in a batch; lower model.batch"
-                    ) from None
+        first = start
+        while first < stop:
+            last = min(first + self.fitting_batch, stop)
+            try:
+                with _timed(seconds, "network", self.model.device):
+                    images = self._draw(candidate, first, last, bank, tally)
+            except torch.OutOfMemoryError:
+                self._shrink(last - first)
+                continue
             yield images
+            first = last
+
+    def _draw(self, candidate: Candidate, first: int, last: int, bank: int, tally: Tally) -> Tensor:
+        """Images ``first`` to ``last`` - 1 of a bank in one batch."""
+        sampling = self.sampling.of(candidate)
+        nodes = times(self.model.schedule, candidate.timesteps, sampling.final)
+        row = Bank(self.seed, bank, self.model.shape)
+        solve = sampling.find_solver(lambda step: row.step_noise(first, last, step).to(self.model.device))
+        # All that decides an x0 besides the queries before it; a solver may treat its last steps
+        # differently, so candidates of different lengths share nothing.
+        root = (sampling, candidate.steps, self.seed, bank, first, last)
+        memory = self.memory if bank == SEARCH_BANK else None
+        conditions = self.model.conditions
+        chosen = row.conditions(first, last, conditions.count, conditions.draw) if conditions else []
+        denoise = remembering(self.model.bind(chosen, sampling.guidance), candidate, memory, root, tally)
+        return self.model.to_images(solve(denoise, self._bank_noise(bank, first, last), nodes))
+
+    def _shrink(self, failed: int) -> None:
+        """Go on with half of a batch that did not fit; ``ModelError`` where it was a single image."""
+        if self.memory is not None:
+            self.memory.clear()  # it may be what filled the device, and the smaller batches share nothing with it
+        self._noise.clear()
+        if self.model.device.type == "cuda":
+            torch.cuda.empty_cache()
+        if failed == 1:
+            raise ModelError(
+                "the device ran out of memory with a single image; lower model.memory_mb, or use model.precision = "
+                "'bfloat16'"
+            )
+        self._fits.append(failed // 2)
 
     def _bank_noise(self, bank: int, first: int, last: int) -> Tensor:
         key = (self.seed, bank, first, last)
@@ -169,6 +198,38 @@ class Evaluator:
         self.check_metric()
         assert self.reference.features is not None
         return mmd2_unbiased(torch.cat(kept), self.reference.features)
+
+
+CPU_BATCH, LARGEST_BATCH = 64, 1024
+SHARE_OF_MEMORY = 0.6  # the rest is for the extractor, the decoder and the prefix memory
+
+
+def largest_batch(model: Model) -> int:
+    """Images in a batch that fits the model's device: a power of two, measured with one and with two images.
+
+    On the CPU, where more than fits the caches is no faster, 64.
+    """
+    if model.device.type != "cuda":
+        return CPU_BATCH
+    one, two = (_peak_bytes(model, images) for images in (1, 2))
+    free, _ = torch.cuda.mem_get_info(model.device)
+    return batch_for(free, one, max(two - one, 1))
+
+
+def batch_for(free: int, first: int, each: int) -> int:
+    """Largest power of two of images that fit in a share of ``free`` bytes: one takes ``first``, others ``each``."""
+    room = int(SHARE_OF_MEMORY * free) - first
+    fitting = min(max(1 + room // each, 1), LARGEST_BATCH)
+    return int(2 ** (fitting.bit_length() - 1))
+
+
+def _peak_bytes(model: Model, images: int) -> int:
+    """Bytes that one evaluation takes on a GPU at its peak, beyond what was there before."""
+    torch.cuda.reset_peak_memory_stats(model.device)
+    before = torch.cuda.memory_allocated(model.device)
+    x = torch.zeros(images, *model.shape, device=model.device)
+    model.to_images(model.bind([0] * images)(x, model.schedule.T // 2, 0))
+    return int(torch.cuda.max_memory_allocated(model.device) - before)
 
 
 class _timed:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from autodiffusion_optuna.candidate import Candidate
 from autodiffusion_optuna.evaluation.denoiser import SkippingDenoise
-from autodiffusion_optuna.evaluation.solvers import Denoise
+from autodiffusion_optuna.evaluation.solvers import Denoise, step_of
 
 Path = tuple[Hashable, ...]
 
@@ -80,20 +80,19 @@ def remembering(
 ) -> Denoise:
     """``denoise(x, t)`` for one run of a solver over one batch, skipping what ``candidate`` skips at t.
 
-    A query at a time that is not on the list takes the last step's skip set. ``memory`` None remembers
-    nothing.
+    A query at a time that is not on the list takes the skip set of the step it belongs to (``step_of``).
+    ``memory`` None remembers nothing.
 
-    ``root`` must hold all that decides the result besides the queries: model, precision, clip and guidance;
-    solver and its settings; ``final``; K, since the updates near the end may depend on the number of steps;
+    ``root`` must hold all that decides the result besides the queries: model, precision, clip, conditions and
+    guidance scale; solver and its settings; ``final``; K, since the updates near the end may depend on the number of steps;
     and the batch, by image bank and position, since bits depend on the batch size too. The path starts anew
     with each call of this function, so a second run or another batch needs its own.
     """
-    skips: dict[float, int] = dict(candidate.pairs)
     path: Path = (root,)
 
     def denoise(x: Tensor, t: float) -> Tensor:
         nonlocal path
-        skip = skips.get(t, candidate.skips[-1])
+        skip = candidate.skips[step_of(candidate.timesteps, t)]
         path = (*path, (t, skip))
         x0 = memory.get(path) if memory is not None else None
         if x0 is not None:

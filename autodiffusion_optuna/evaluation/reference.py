@@ -5,28 +5,26 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import zipfile
-import zlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 from autodiffusion_optuna.errors import StatisticsError
-from autodiffusion_optuna.evaluation.features import Extractor
+from autodiffusion_optuna.evaluation.contents import FORMAT, MODES, Array, Contents, Meta, Statistics, read_contents
+from autodiffusion_optuna.evaluation.features import Extractor, efficientnet_side
 from autodiffusion_optuna.evaluation.frechet import Moments, covariance_factor
+from autodiffusion_optuna.evaluation.images import Images
 
-FORMAT = 1
 KEPT_FEATURES = 1000
 BATCH = 100
-IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg"})
-GREY_MODES, COLOUR_MODES = frozenset({"1", "L", "LA"}), frozenset({"RGB", "RGBA", "P", "CMYK", "YCbCr"})
+
+OnImages = Callable[[int, int], None]
+"""(images embedded so far, images in all)."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,6 +33,7 @@ class Reference:
 
     ``mu``: float64 [D]. ``sigma``: float64 [D, D]. ``n``: images behind them, None where a file does not say.
     ``features``: float32 [M, D] of some of the images, or None; only the kernel distance needs them.
+    ``channels`` and ``size`` (height, width): of the images, None where they are not known.
     """
 
     mu: Tensor
@@ -44,6 +43,8 @@ class Reference:
     extractor: str
     dataset: str
     features: Tensor | None = None
+    channels: int | None = None
+    size: tuple[int, int] | None = None
 
     @cached_property
     def factor(self) -> Tensor:
@@ -60,65 +61,148 @@ class Reference:
         return digest.hexdigest()[:16]
 
 
-def load_reference(path: Path, extractor: Extractor) -> Reference:
-    """Reference statistics for ``extractor`` from a file or a folder.
+def load_reference(path: Path, extractor: Extractor, on_images: OnImages | None = None) -> Reference:
+    """Reference statistics for ``extractor`` from a file or a folder in any format of ``contents.read_contents``.
 
-    Our own npz; an npz with ``mu`` and ``sigma`` only (clean-fid, pytorch-fid, ADM), which for want of a
-    fingerprint only the Inception extractor takes, and whose resize is the user's to know; an npz with images
-    ``arr_0`` uint8 [N, H, W, C]; or a folder of png and jpg images of one size. StatisticsError for all else.
+    Statistics are compared only with features of the same network and resize. In order:
+
+    1. Our own npz: its fingerprint must be the extractor's.
+    2. Statistics whose make is known (from ADM's keys, clean-fid's file names, EDM2's and AutoDiffusion's
+       pickles, dgm-eval's ``model``) where the extractor and its mode are the same.
+    3. Images, in a folder, a zip or an array: they are embedded here. So ADM's npz gives its mu and sigma (of
+       the whole dataset) to Inception in mode legacy_tensorflow, and its images (``arr_0``, some thousands)
+       to everything else.
+    4. Statistics or features of unknown make: for Inception only, and only where the user stated the mode
+       (``load_extractor(mode=...)``), which is then taken to be how they were made: legacy_pytorch for
+       pytorch-fid, legacy_tensorflow for TTUR, EDM and torch-fidelity.
+
+    StatisticsError for all else. ``on_images`` is told of every batch of images embedded.
     """
-    if path.is_dir():
-        return _from_folder(path, extractor)
-    arrays = _read_npz(path)
-    if "meta" in arrays:
-        return _own(path, arrays, extractor)
-    if {"mu", "sigma"} <= arrays.keys() and extractor.name == "inception":
-        reference = Reference(*_mu_sigma(path, arrays), None, extractor.fingerprint, extractor.name, dataset=path.stem)
-        return _validated(path, reference, extractor)
-    if "arr_0" in arrays:
-        return build_reference(_nhwc(path, arrays["arr_0"]), extractor, path.stem)
-    if {"mu", "sigma"} <= arrays.keys():
-        raise StatisticsError(
-            f"{path}: mu and sigma without a fingerprint are taken for Inception's, the study uses "
-            f"{extractor.name!r}; build the reference from images"
-        )
-    raise StatisticsError(f"{path}: holds {', '.join(sorted(arrays)) or 'nothing'}; it needs mu and sigma, or arr_0")
+    contents = read_contents(path)
+    if contents.meta is not None:
+        return _own(path, contents.meta, contents.statistics[0], extractor)
+    for statistics in contents.statistics:
+        if statistics.extractor == extractor.name and statistics.mode == _mode(extractor):
+            return _foreign(path, statistics, extractor)
+    if contents.images is not None:
+        return _build_from(contents.images, extractor, path.stem, on_images)
+    return _foreign(path, _as_stated(path, contents, extractor), extractor)
+
+
+def build_reference_from(
+    path: Path, extractor: Extractor, dataset: str | None = None, on_images: OnImages | None = None
+) -> Reference:
+    """Reference of the images in a folder, zip, npz or npy; StatisticsError where it holds none."""
+    contents = read_contents(path)
+    if contents.images is None:
+        raise StatisticsError(f"{path}: holds {contents.what}, no images; give a folder, zip or array of images")
+    return _build_from(contents.images, extractor, dataset or path.stem, on_images)
 
 
 def build_reference(images: Tensor, extractor: Extractor, dataset: str) -> Reference:
     """Reference of ``images`` uint8 [N, 1 or 3, H, W]; StatisticsError where they do not fit or N < 2."""
-    return _build(torch.split(images, BATCH), len(images), extractor, dataset)
+    shape = (int(images.shape[1]), int(images.shape[2]), int(images.shape[3]))
+    return _build(torch.split(images, BATCH), len(images), shape, extractor, dataset, None)
 
 
 def save_reference(path: Path, reference: Reference) -> None:
-    """Write ``reference`` as an npz that ``load_reference`` reads; a file in its place is replaced whole."""
+    """Write ``reference`` as an npz that ``load_reference`` reads; a file in its place is replaced whole.
+
+    StatisticsError where the file cannot be written.
+    """
     meta = {
         "version": FORMAT,
         "extractor": reference.extractor,
         "fingerprint": reference.fingerprint,
         "n": reference.n,
         "dataset": reference.dataset,
+        "channels": reference.channels,
+        "size": reference.size,
     }
     arrays = {"mu": reference.mu.cpu().numpy(), "sigma": reference.sigma.cpu().numpy()}
     if reference.features is not None:
         arrays["features"] = reference.features.cpu().numpy()
     unfinished = path.with_name(path.name + ".tmp")
-    with unfinished.open("wb") as file:
-        np.savez_compressed(file, allow_pickle=False, meta=np.array(json.dumps(meta)), **arrays)
-    unfinished.replace(path)
+    try:
+        with unfinished.open("wb") as file:
+            np.savez_compressed(file, allow_pickle=False, meta=np.array(json.dumps(meta)), **arrays)
+        unfinished.replace(path)
+    except OSError as error:
+        unfinished.unlink(missing_ok=True)
+        raise StatisticsError(f"cannot write {str(path)!r} ({error.strerror}); give another file") from error
 
 
-def _build(batches: Iterable[Tensor], total: int, extractor: Extractor, dataset: str) -> Reference:
+def check_images(reference: Reference, shape: tuple[int, int, int]) -> None:
+    """StatisticsError where images of ``shape`` (C, H, W) are no match for those behind ``reference``.
+
+    Grey and colour images are never compared. Their sizes may differ, since extractors resize; only
+    efficientnet-lite0 looks at images in a size of their own.
+    """
+    channels, *size = shape
+    if reference.channels not in (None, channels):
+        raise StatisticsError(
+            f"the model's images have {channels} channel(s), those of reference {reference.dataset!r} have "
+            f"{reference.channels}; give a reference of images like the model's"
+        )
+    if reference.extractor == "efficientnet-lite0" and reference.size is not None:
+        seen, wanted = efficientnet_side(*size), efficientnet_side(*reference.size)
+        if seen != wanted:
+            raise StatisticsError(
+                f"extractor 'efficientnet-lite0' sees the model's images in {seen} pixels, those of reference "
+                f"{reference.dataset!r} in {wanted}; give a reference of images of the model's size"
+            )
+
+
+def log_trace_ratio(generated: Moments | Tensor, reference: Reference) -> float:
+    """log(tr S / tr R) of features float [N, D] or their moments: below 0 where their variety is the smaller.
+
+    A Fréchet distance over few images can prefer images of less variety; this shows it. -inf where all images
+    have the same features. StatisticsError for fewer than two images or a reference without variance.
+    """
+    moments = Moments.of(generated) if isinstance(generated, Tensor) else generated
+    spread, wanted = float(moments.covariance.trace()), float(reference.sigma.trace())
+    if wanted <= 0:
+        raise StatisticsError(f"reference {reference.dataset!r} has no variance; build it from more images")
+    return math.log(spread / wanted) if spread > 0 else -math.inf
+
+
+def too_few(n: int, dim: int) -> str | None:
+    """A line of warning where ``n`` images do not span ``dim`` features; None where they do."""
+    if n >= dim:
+        return None
+    return (
+        f"{n:,} images for {dim:,} features: the distance is far above its limit and can prefer images of less "
+        f"variety; compare only at equal counts, and confirm the best with at least {dim:,} images"
+    )
+
+
+# Building
+
+
+def _build_from(images: Images, extractor: Extractor, dataset: str, on_images: OnImages | None) -> Reference:
+    batches = (torch.from_numpy(batch) for batch in images.batches(BATCH))
+    return _build(batches, images.total, images.shape, extractor, dataset, on_images)
+
+
+def _build(
+    batches: Iterable[Tensor],
+    total: int,
+    shape: tuple[int, int, int],
+    extractor: Extractor,
+    dataset: str,
+    on_images: OnImages | None,
+) -> Reference:
     if total < 2:
         raise StatisticsError(f"reference {dataset!r} has {total} image(s); statistics need at least 2")
     moments = Moments(extractor.dim)
     kept: list[Tensor] = []
-    # Evenly spaced, so that images sorted by class are kept in proportion.
-    stride = math.ceil(total / KEPT_FEATURES)
+    stride = _stride(total)
     for batch in batches:
         features = extractor(batch)
         kept.append(features[-moments.n % stride :: stride].cpu())
         moments.add(features)
+        if on_images is not None:
+            on_images(moments.n, total)
     assert moments.n == total
     return Reference(
         mu=moments.mean.cpu(),
@@ -128,49 +212,105 @@ def _build(batches: Iterable[Tensor], total: int, extractor: Extractor, dataset:
         extractor=extractor.name,
         dataset=dataset,
         features=torch.cat(kept),
+        channels=shape[0],
+        size=shape[1:],
     )
 
 
-def _read_npz(path: Path) -> dict[str, np.ndarray[Any, Any]]:
-    advice = "give an npz file or a folder of images"
-    if not path.exists():
-        raise StatisticsError(f"reference {str(path)!r} does not exist; {advice}")
-    try:
-        with path.open("rb") as file:  # numpy leaves a file of its own open where it is not a zip
-            archive = np.load(file, allow_pickle=False)
-            if not isinstance(archive, np.lib.npyio.NpzFile):
-                raise ValueError("one bare array")
-            return {key: archive[key] for key in archive.files}
-    except (ValueError, EOFError, OSError, AttributeError, zipfile.BadZipFile, zlib.error) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise StatisticsError(f"reference {str(path)!r} is not an npz of plain arrays ({reason}); {advice}") from error
+def _stride(total: int) -> int:
+    """Kept features are evenly spaced, so that images sorted by class are kept in proportion."""
+    return math.ceil(total / KEPT_FEATURES)
 
 
-def _own(path: Path, arrays: Mapping[str, np.ndarray[Any, Any]], extractor: Extractor) -> Reference:
-    try:
-        meta = json.loads(str(arrays["meta"]))
-        version, name, digest = int(meta["version"]), str(meta["extractor"]), str(meta["fingerprint"])
-        n, dataset = None if meta["n"] is None else int(meta["n"]), str(meta["dataset"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise StatisticsError(f"{path}: its meta is damaged ({error}); build the reference again") from error
-    if version != FORMAT:
-        raise StatisticsError(f"{path}: has format {version}, this is for {FORMAT}; build the reference again")
-    if digest != extractor.fingerprint:
+# Reading
+
+
+def _mode(extractor: Extractor) -> str | None:
+    """How Inception's images are resized; None for the others, which have one way."""
+    return (extractor.mode or "clean") if extractor.name == "inception" else None
+
+
+def _own(path: Path, meta: Meta, statistics: Statistics, extractor: Extractor) -> Reference:
+    if meta.fingerprint != extractor.fingerprint:
         raise StatisticsError(
-            f"{path}: was made with extractor {name!r} ({digest}), the study uses {extractor.name!r} "
-            f"({extractor.fingerprint}); use the same extractor and weights, or build the reference again"
+            f"{path}: was made with extractor {meta.extractor!r} ({meta.fingerprint}), the study uses "
+            f"{extractor.name!r} ({extractor.fingerprint}); use the same extractor, mode and weights, or build the "
+            "reference again"
         )
-    features = torch.from_numpy(arrays["features"]) if "features" in arrays else None
-    reference = Reference(*_mu_sigma(path, arrays), n, digest, name, dataset, features)
+    features = None if statistics.features is None else torch.from_numpy(statistics.features)
+    mu, sigma = _mu_sigma(path, statistics.mu, statistics.sigma)
+    reference = Reference(
+        mu, sigma, meta.n, meta.fingerprint, meta.extractor, meta.dataset, features, meta.channels, meta.size
+    )
     return _validated(path, reference, extractor)
 
 
-def _mu_sigma(path: Path, arrays: Mapping[str, np.ndarray[Any, Any]]) -> tuple[Tensor, Tensor]:
-    for key in ("mu", "sigma"):
-        if key not in arrays or not np.issubdtype(arrays[key].dtype, np.floating):
+def _as_stated(path: Path, contents: Contents, extractor: Extractor) -> Statistics:
+    """The statistics of unknown make, which the extractor's mode speaks for; StatisticsError where it does not."""
+    unknown = [part for part in contents.statistics if _is_unknown(part)]
+    if not unknown:
+        known = contents.statistics[0]
+        if known.extractor != extractor.name:
+            raise StatisticsError(
+                f"{path}: holds {contents.what}, made with extractor {known.extractor!r}, the study uses "
+                f"{extractor.name!r}; use the same extractor, or build the reference from images"
+            )
+        raise StatisticsError(
+            f"{path}: holds {contents.what}, made in mode {known.mode}, the study's extractor uses "
+            f"{_mode(extractor)}; set the mode to {known.mode}, or build the reference from images"
+        )
+    if extractor.name != "inception":
+        raise StatisticsError(
+            f"{path}: holds {contents.what}; without a fingerprint they are taken for Inception's, the study uses "
+            f"{extractor.name!r}: build the reference from images"
+        )
+    if extractor.mode is None:
+        raise StatisticsError(
+            f"{path}: holds {contents.what}, which do not say how their images were resized; state it as the mode "
+            f"({', '.join(MODES)}): legacy_pytorch for pytorch-fid's, legacy_tensorflow for TTUR's and EDM's"
+        )
+    return unknown[0]
+
+
+def _is_unknown(statistics: Statistics) -> bool:
+    return statistics.extractor is None
+
+
+def _foreign(path: Path, statistics: Statistics, extractor: Extractor) -> Reference:
+    features = None if statistics.features is None else _float32(path, statistics.features)
+    if statistics.mu is not None and statistics.sigma is not None:
+        mu, sigma = _mu_sigma(path, statistics.mu, statistics.sigma)
+    else:
+        assert features is not None
+        moments = Moments.of(features)
+        if moments.n < 2:
+            raise StatisticsError(f"{path}: has features of {moments.n} image(s); statistics need at least 2")
+        mu, sigma = moments.mean, moments.covariance
+    if features is not None:
+        features = features[:: _stride(max(len(features), 1))].clone()
+    dataset = path.stem.removesuffix("_kid")
+    reference = Reference(mu, sigma, statistics.n, extractor.fingerprint, extractor.name, dataset, features)
+    return _validated(path, reference, extractor)
+
+
+def _float32(path: Path, features: Array) -> Tensor:
+    if features.ndim != 2 or not np.issubdtype(features.dtype, np.floating):
+        raise StatisticsError(
+            f"{path}: features are {features.dtype} {list(features.shape)}; they must be float [N, D]"
+        )
+    tensor = torch.from_numpy(features.astype(np.float32))
+    if not bool(tensor.isfinite().all()):
+        raise StatisticsError(f"{path}: holds NaN or infinity; build the reference again")
+    return tensor
+
+
+def _mu_sigma(path: Path, mu: Array | None, sigma: Array | None) -> tuple[Tensor, Tensor]:
+    for key, array in (("mu", mu), ("sigma", sigma)):
+        if array is None or not np.issubdtype(array.dtype, np.floating):
             raise StatisticsError(f"{path}: {key} is missing or no float array; build the reference again")
-    mu, sigma = (torch.from_numpy(arrays[key].astype(np.float64)) for key in ("mu", "sigma"))
-    return mu, sigma
+    assert mu is not None
+    assert sigma is not None
+    return torch.from_numpy(mu.astype(np.float64)), torch.from_numpy(sigma.astype(np.float64))
 
 
 def _validated(path: Path, reference: Reference, extractor: Extractor) -> Reference:
@@ -191,48 +331,3 @@ def _validated(path: Path, reference: Reference, extractor: Extractor) -> Refere
     if reference.n is not None and reference.n < 2:
         raise StatisticsError(f"{path}: was made from {reference.n} image(s); statistics need at least 2")
     return reference
-
-
-def _nhwc(path: Path, images: np.ndarray[Any, Any]) -> Tensor:
-    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] not in (1, 3):
-        raise StatisticsError(
-            f"{path}: arr_0 is {images.dtype} {list(images.shape)}; images are uint8 [N, H, W, 1 or 3]"
-        )
-    return torch.from_numpy(images).permute(0, 3, 1, 2)
-
-
-def _from_folder(folder: Path, extractor: Extractor) -> Reference:
-    files = sorted(file for file in folder.rglob("*") if file.suffix.lower() in IMAGE_SUFFIXES)
-    if not files:
-        raise StatisticsError(f"{str(folder)!r} holds no png or jpg images; give another folder or an npz file")
-    return _build(_image_batches(files), len(files), extractor, folder.name)
-
-
-def _image_batches(files: list[Path]) -> Iterator[Tensor]:
-    """uint8 [up to 100, C, H, W] of image files, all of the first one's C, H and W."""
-    first = _read_image(files[0])
-    for start in range(0, len(files), BATCH):
-        images = [_read_image(file) for file in files[start : start + BATCH]]
-        for file, image in zip(files[start:], images, strict=False):
-            if image.shape != first.shape:
-                raise StatisticsError(
-                    f"{file} is {_size(image)}, {files[0].name} is {_size(first)}; give images of one size"
-                )
-        yield torch.stack(images)
-
-
-def _size(image: Tensor) -> str:
-    channels, height, width = image.shape
-    return f"{width}x{height} {'grey' if channels == 1 else 'colour'}"
-
-
-def _read_image(file: Path) -> Tensor:
-    """uint8 [1 or 3, H, W]."""
-    try:
-        with Image.open(file) as image:
-            if image.mode not in GREY_MODES | COLOUR_MODES:
-                raise StatisticsError(f"{file} has {image.mode!r} pixels; images must have 8 bits a channel")
-            pixels = np.array(image.convert("L" if image.mode in GREY_MODES else "RGB"))
-    except (UnidentifiedImageError, OSError, SyntaxError) as error:
-        raise StatisticsError(f"{file} is not a readable image; remove or replace it") from error
-    return torch.from_numpy(pixels if pixels.ndim == 3 else pixels[..., None]).permute(2, 0, 1)

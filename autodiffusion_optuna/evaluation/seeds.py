@@ -1,8 +1,12 @@
-"""Noise by image index: image i starts from the same noise whatever the batch, the order or the candidate."""
+"""Noise, and what an image is conditioned on, by image index.
+
+Image i starts from the same noise, and has the same label or prompt, whatever the batch, the order or the candidate.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import torch
@@ -11,6 +15,12 @@ from torch import Tensor
 from autodiffusion_optuna.errors import ConfigError
 
 SEARCH_BANK = 0
+
+Draw = Literal["balanced", "random"]
+"""How conditions are drawn: each equally often, or independently."""
+
+# Streams of randomness beside the noise itself, whose key is (seed, bank, image).
+STEP, CONDITION = 1, 2
 
 
 @dataclass(frozen=True)
@@ -41,5 +51,28 @@ class Bank:
             row[...] = self._rng(image).standard_normal(self.shape, dtype=np.float32)
         return torch.from_numpy(noise)
 
-    def _rng(self, image: int) -> np.random.Generator:
-        return np.random.default_rng([self.seed, self.bank, image])
+    def step_noise(self, start: int, stop: int, step: int) -> Tensor:
+        """Noise that a stochastic solver adds after step ``step``, float32 [stop - start, C, H, W].
+
+        Depends on (seed, bank, image, step) only.
+        """
+        rows = [self._rng(i, STEP, step + 1).standard_normal(self.shape, dtype=np.float32) for i in range(start, stop)]
+        return torch.from_numpy(np.stack(rows))
+
+    def conditions(self, start: int, stop: int, count: int, draw: Draw = "balanced") -> list[int]:
+        """Which of ``count`` labels or prompts images ``start`` to ``stop`` - 1 have.
+
+        ``"balanced"``: every ``count`` images in a row have each exactly once, in an order drawn anew for each such
+        row, so any prefix of a bank is as balanced as it can be. ``"random"``: independent and uniform. Depends on
+        (seed, bank, image) only.
+        """
+        if draw == "random":
+            return [int(self._rng(image, CONDITION).integers(count)) for image in range(start, stop)]
+        orders = {
+            row: np.random.default_rng([self.seed, self.bank, row, CONDITION, 1]).permutation(count)
+            for row in {image // count for image in range(start, stop)}
+        }
+        return [int(orders[image // count][image % count]) for image in range(start, stop)]
+
+    def _rng(self, image: int, *stream: int) -> np.random.Generator:
+        return np.random.default_rng([self.seed, self.bank, image, *stream])

@@ -1,13 +1,13 @@
 """The units of a network that can be skipped, and the switch that skips them.
 
-A unit is a residual block or an attention block. A skipped unit returns what its residual branch would be
-added to, so skipping equals zeroing that branch.
+A unit is a residual block, an attention block or a transformer block. A skipped unit returns what its residual branch
+would be added to, so skipping equals zeroing that branch.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -46,9 +46,49 @@ def _attention(block: Any) -> Forward | None:
     return shortcut
 
 
+def _transformer(model: Any) -> Forward | None:
+    """Transformer2DModel of a UNet with one block; where it has several, they are the units, being the finer choice."""
+    if not model.is_input_continuous or len(model.transformer_blocks) != 1:
+        return None
+
+    def shortcut(hidden_states: Tensor, *args: object, return_dict: bool = True, **kwargs: object) -> Any:
+        from diffusers.models.modeling_outputs import Transformer2DModelOutput
+
+        return Transformer2DModelOutput(sample=hidden_states) if return_dict else (hidden_states,)
+
+    return shortcut
+
+
+def _block(block: Any) -> Forward:
+    """BasicTransformerBlock: the sequence as it came."""
+
+    def shortcut(hidden_states: Tensor, *args: object, **kwargs: object) -> Tensor:
+        return hidden_states
+
+    return shortcut
+
+
+def _joint_block(block: Any) -> Forward:
+    """Blocks over an image and a text sequence, which they return in the other order than they take them."""
+
+    def shortcut(
+        hidden_states: Tensor, encoder_hidden_states: Tensor, *args: object, **kwargs: object
+    ) -> tuple[Tensor | None, Tensor]:
+        # The last block of SD3 ends the text sequence.
+        text_ends = getattr(block, "context_pre_only", False)
+        return None if text_ends else encoder_hidden_states, hidden_states
+
+    return shortcut
+
+
 RULES: dict[str, Callable[[Any], Forward | None]] = {
     "ResnetBlock2D": _resnet,
     "Attention": _attention,
+    "Transformer2DModel": _transformer,
+    "BasicTransformerBlock": _block,
+    "JointTransformerBlock": _joint_block,
+    "FluxTransformerBlock": _joint_block,
+    "FluxSingleTransformerBlock": _joint_block,
 }
 """Class name of a module -> rule giving what the module returns when skipped, or None if it is no unit."""
 
@@ -60,6 +100,8 @@ class _Switch:
         self.forward = forward
         self.shortcut = shortcut
         self.skip = False
+
+        self.compiled = False
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self.shortcut(*args, **kwargs) if self.skip else self.forward(*args, **kwargs)
@@ -84,6 +126,11 @@ class Units:
         """The skip set now in force."""
         return sum(1 << u for u, switch in enumerate(self._switches) if switch.skip)
 
+    @property
+    def compiled(self) -> bool:
+        """Whether the units run compiled."""
+        return any(switch.compiled for switch in self._switches)
+
     def apply(self, mask: int) -> None:
         """Skip exactly the units in ``mask`` from now on. ``ModelError`` where it names none of them."""
         if mask < 0 or mask >> len(self):
@@ -106,12 +153,36 @@ def skipping(units: Units, mask: int) -> Iterator[None]:
         units.apply(before)
 
 
+GRAPHS_A_UNIT = 16
+"""How often the forward of one unit may be compiled: once for each shape, precision and memory layout it meets."""
+
+
+def compile_units(units: Units, backend: str | Callable[..., Any] = "inductor") -> None:
+    """Run every unit through ``torch.compile`` from now on; a second call changes nothing.
+
+    A unit is compiled when it first runs, and once more for each new shape of its input. The question whether to skip
+    is asked outside, so skip sets never compile anything. What is compiled rounds differently from what is not.
+    ``backend``: of ``torch.compile``.
+    """
+    from torch._dynamo import config
+
+    # The limit is one for all units of a class, and past it they would silently run as before.
+    config.recompile_limit = max(config.recompile_limit, GRAPHS_A_UNIT * len(units))
+    config.accumulated_recompile_limit = max(config.accumulated_recompile_limit, config.recompile_limit)
+    for switch in units._switches:
+        if not switch.compiled:
+            switch.forward = torch.compile(switch.forward, backend=backend, dynamic=False)
+            switch.compiled = True
+
+
 def find_units(network: nn.Module, run: Callable[[], object]) -> Units:
     """Units of ``network`` in the order in which ``run()``, one forward pass of it, reaches them.
 
-    Each unit's ``forward`` is replaced on the instance by a switch, once however often this is called.
+    A unit inside another unit is none. Each unit's ``forward`` is replaced on the instance by a switch, once however
+    often this is called.
     """
-    shortcuts = {name: shortcut for name, module in network.named_modules() if (shortcut := _shortcut(module))}
+    found = {name: shortcut for name, module in network.named_modules() if (shortcut := _shortcut(module))}
+    shortcuts = {name: shortcut for name, shortcut in found.items() if not _inside(name, found)}
     order = _execution_order(network, shortcuts, run)
     modules = {name: network.get_submodule(name) for name in order}
     switches = tuple(_switch(modules[name], shortcuts[name]) for name in order)
@@ -121,6 +192,12 @@ def find_units(network: nn.Module, run: Callable[[], object]) -> Units:
 def _shortcut(module: nn.Module) -> Forward | None:
     rule = RULES.get(type(module).__name__)
     return rule(module) if rule else None
+
+
+def _inside(name: str, units: Container[str]) -> bool:
+    """Whether the module ``name`` is part of one of ``units``."""
+    parts = name.split(".")
+    return any(".".join(parts[:depth]) in units for depth in range(1, len(parts)))
 
 
 def _execution_order(network: nn.Module, names: dict[str, Forward], run: Callable[[], object]) -> list[str]:

@@ -1,4 +1,4 @@
-"""Deterministic samplers, each a function of (denoise, x, times).
+"""Samplers, each a function of (denoise, x, times).
 
 A solver asks ``denoise`` for the clean image at its noisy states, in order, and combines states and answers
 linearly. Everything else a run needs (which units are skipped, what is remembered, what is counted) lives
@@ -9,17 +9,29 @@ States are ``x = alpha x0 + sigma eps``. Between nodes s and t, with x0 or eps h
 
     x_t = (sigma_t / sigma_s) x_s + (alpha_t - alpha_s sigma_t / sigma_s) x0
         = (alpha_t / alpha_s) x_s + (sigma_t - sigma_s alpha_t / alpha_s) eps.
+
+Both are exact where x0 or eps stands for its mean over the step, in alpha / sigma or in sigma / alpha. A higher
+order is a better mean: a row of weights with sum 1 over the answers at hand, most of them the means of Lagrange
+polynomials. What sets solvers apart is the answer they weigh (x0 or eps), the coordinate of the polynomials
+(lambda = log(alpha / sigma), rho = sigma / alpha, or t) and where they ask.
+
+Weights grow without bound where steps are uneven, and amplify whatever noise the answers carry by the sum of
+their magnitudes. Where it exceeds ``LIMIT``, or a solver's lower ``cap``, the step takes a lower order.
 """
 
 from __future__ import annotations
 
+import bisect
 import functools
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from autodiffusion_optuna.errors import ConfigError, choose_from
@@ -27,6 +39,14 @@ from autodiffusion_optuna.noise import Final, NoiseSchedule, linear
 
 Denoise = Callable[[Tensor, float], Tensor]
 """(x float [B, ...], time index t) -> expected clean image, of x's shape and dtype."""
+
+
+class Node(NamedTuple):
+    """A point of a run: time index, signal level, noise level."""
+
+    t: float
+    alpha: float
+    sigma: float
 
 
 @dataclass(frozen=True)
@@ -37,6 +57,7 @@ class Times:
     ``alpha``, ``sigma``, ``lam``: K + 1 floats, levels and log(alpha / sigma) at the timesteps and the final
     point; ``lam`` ends in infinity where sigma ends in 0.
     ``final``: ``"one"`` ends at alpha = 1, sigma = 0; ``"first"`` ends at index 0 of the schedule.
+    ``schedule``: what the levels were taken from.
     """
 
     timesteps: tuple[float, ...]
@@ -44,18 +65,40 @@ class Times:
     sigma: tuple[float, ...]
     lam: tuple[float, ...]
     final: Final
+    schedule: NoiseSchedule
 
     @property
     def steps(self) -> int:
         """K, the number of timesteps."""
         return len(self.timesteps)
 
+    @property
+    def rho(self) -> tuple[float, ...]:
+        """sigma / alpha at the K + 1 nodes."""
+        return tuple(s / a for a, s in zip(self.alpha, self.sigma, strict=True))
+
     def time(self, node: int) -> float:
         """Time index of a node; the final point counts as index 0."""
         return self.timesteps[node] if node < self.steps else 0
 
+    def node(self, node: int) -> Node:
+        """Node 0 to K."""
+        return Node(self.time(node), self.alpha[node], self.sigma[node])
+
+    def middle(self, node: int) -> Node:
+        """The point halfway in lambda from ``node`` to the next, whose sigma is not 0; its time is a fraction."""
+        t = _time_between(self.schedule, self.time(node), self.time(node + 1))
+        return Node(t, self.schedule.alpha(t), self.schedule.sigma(t))
+
 
 Solver = Callable[[Denoise, Tensor, Times], Tensor]
+Row = tuple[float, ...]
+"""Weights with sum 1 of the newest answers, newest first."""
+
+LIMIT = 1e6
+"""Sum of magnitudes of a row above which a float32 answer would be rounding noise; no row exceeds it."""
+CAP = 8.0
+"""Default cap of ``plms_ab``, a little above the 6.7 of evenly spaced steps."""
 
 
 def times(schedule: NoiseSchedule, timesteps: Sequence[float], final: Final) -> Times:
@@ -74,56 +117,134 @@ def times(schedule: NoiseSchedule, timesteps: Sequence[float], final: Final) -> 
     alpha = (*(schedule.alpha(t) for t in listed), end[0])
     sigma = (*(schedule.sigma(t) for t in listed), end[1])
     lam = tuple(math.log(a / s) if s > 0 else math.inf for a, s in zip(alpha, sigma, strict=True))
-    return Times(listed, alpha, sigma, lam, final)
+    return Times(listed, alpha, sigma, lam, final, schedule)
 
 
-def ddim(denoise: Denoise, x: Tensor, times: Times) -> Tensor:
-    """DDIM with eta = 0 (arXiv 2010.02502, eq. 12). K evaluations, first order."""
+# First order
+
+
+def ddim(
+    denoise: Denoise, x: Tensor, times: Times, eta: float = 0.0, noise: Callable[[int], Tensor] | None = None
+) -> Tensor:
+    """DDIM (arXiv 2010.02502, eq. 12 and 16). K evaluations, first order.
+
+    ``eta`` in (0, 1] adds fresh noise: step i adds ``noise(i)``, standard normal of x's shape and dtype, times
+    ``eta sigma_t sqrt(1 - exp(-2 h))`` with h the step in lambda, eq. 16 for any schedule. 1 is DDPM's sampler.
+    A step that ends at sigma = 0 adds none.
+    """
     for i, t in enumerate(times.timesteps):
-        x = _move_by_data(x, denoise(x, t), times, i)
+        here, there = times.node(i), times.node(i + 1)
+        x0 = denoise(x, t)
+        fresh = eta * there.sigma * math.sqrt(-math.expm1(-2 * (times.lam[i + 1] - times.lam[i])))
+        if fresh == 0:
+            x = _move_by_data(x, x0, here, there)
+        else:
+            assert noise is not None
+            ratio = math.sqrt(there.sigma**2 - fresh**2) / here.sigma
+            x = _combine((ratio, x), (there.alpha - ratio * here.alpha, x0), (fresh, noise(i)))
     return x
 
 
-def dpmpp_2m(denoise: Denoise, x: Tensor, times: Times) -> Tensor:
+def euler(denoise: Denoise, x: Tensor, times: Times) -> Tensor:
+    """Euler's method in sigma / alpha (arXiv 2206.00364, algorithm 1 without line 6). K evaluations.
+
+    First order, and DDIM but for rounding.
+    """
+    return _multistep(denoise, x, times, [(1.0,)] * times.steps, NOISE)
+
+
+# Multistep, weighing clean images
+
+
+def dpmpp_2m(denoise: Denoise, x: Tensor, times: Times, lower_order_final: bool | None = None) -> Tensor:
     """DPM-Solver++(2M) (arXiv 2211.01095, algorithm 2). K evaluations, second order.
 
     The last step is first order below 10 steps, as in the authors' code, and whenever it ends at sigma = 0,
-    where it returns the last clean image.
+    where it returns the last clean image. ``lower_order_final`` says otherwise: see ``_orders``.
     """
-    previous = x
-    for i, t in enumerate(times.timesteps):
-        x0 = denoise(x, t)
-        last = i == times.steps - 1
-        if i == 0 or (last and (times.steps < 10 or times.sigma[i + 1] == 0)):
-            data = x0
-        else:
-            # D = x0 + (x0 - x0_previous) / (2 r) with r = h_i / h_{i+1}. Written without r, because a final
-            # step from index 0 to index 0 has h_{i+1} = 0.
-            extra = (times.lam[i + 1] - times.lam[i]) / (2 * (times.lam[i] - times.lam[i - 1]))
-            data = _combine((1 + extra, x0), (-extra, previous))
-        x = _move_by_data(x, data, times, i)
-        previous = x0
-    return x
+    rows = _rows(times.lam, _orders(times, 2, lower_order_final), _published_by_data)
+    return _multistep(denoise, x, times, rows, DATA)
 
 
-def heun(denoise: Denoise, x: Tensor, times: Times) -> Tensor:
-    """Heun's method in sigma / alpha (arXiv 2206.00364, algorithm 1). Second order.
+def dpmpp_3m(denoise: Denoise, x: Tensor, times: Times, lower_order_final: bool | None = None) -> Tensor:
+    """DPM-Solver++(3M) as in the authors' code, the multistep form of arXiv 2211.01095. K evaluations.
 
-    2K - 1 evaluations with ``final="one"``, whose last step is Euler's; 2K with ``"first"``, the last at
-    index 0.
+    Its second difference has half the weight of the exact integral, which leaves it second order; at few steps
+    it often does better than ``dpmpp_3m_exact`` all the same. The last steps are those of ``dpmpp_2m``.
     """
-    for i, t in enumerate(times.timesteps):
-        x0 = denoise(x, t)
-        guess = _move_by_data(x, x0, times, i)
-        if times.sigma[i + 1] == 0:
-            return guess
-        here = _noise(x, x0, times, i)
-        there = _noise(guess, denoise(guess, times.time(i + 1)), times, i + 1)
-        x = _move_by_noise(x, _combine((0.5, here), (0.5, there)), times, i)
-    return x
+    rows = _rows(times.lam, _orders(times, 3, lower_order_final), _published_by_data)
+    return _multistep(denoise, x, times, rows, DATA)
 
 
-ADAMS_BASHFORTH = (
+def dpmpp_3m_exact(denoise: Denoise, x: Tensor, times: Times, lower_order_final: bool | None = None) -> Tensor:
+    """``dpmpp_3m`` with the exact integrals of the interpolated clean image. K evaluations, third order."""
+    rows = _rows(times.lam, _orders(times, 3, lower_order_final), _exact_by_data)
+    return _multistep(denoise, x, times, rows, DATA)
+
+
+# Multistep, weighing noise
+
+
+def dpm_solver_2(denoise: Denoise, x: Tensor, times: Times, lower_order_final: bool | None = None) -> Tensor:
+    """DPM-Solver-2, multistep (arXiv 2206.00927 in the authors' code). K evaluations, second order.
+
+    The last steps are those of ``dpmpp_2m``.
+    """
+    rows = _rows(times.lam, _orders(times, 2, lower_order_final), _published_by_noise)
+    return _multistep(denoise, x, times, rows, NOISE)
+
+
+def dpm_solver_3(denoise: Denoise, x: Tensor, times: Times, lower_order_final: bool | None = None) -> Tensor:
+    """DPM-Solver-3, multistep (arXiv 2206.00927 in the authors' code). K evaluations.
+
+    Second order, for the reason given at ``dpmpp_3m``. The last steps are those of ``dpmpp_2m``.
+    """
+    rows = _rows(times.lam, _orders(times, 3, lower_order_final), _published_by_noise)
+    return _multistep(denoise, x, times, rows, NOISE)
+
+
+def deis_2(
+    denoise: Denoise, x: Tensor, times: Times, cap: float = LIMIT, lower_order_final: bool | None = None
+) -> Tensor:
+    """DEIS with polynomials of degree 1 in log rho (arXiv 2204.13902, eq. 15). K evaluations, second order.
+
+    ``cap``: the order is lowered until the weights' magnitudes sum to no more. The last steps are those of
+    ``dpmpp_2m``.
+    """
+    rows = _rows(times.lam, _orders(times, 2, lower_order_final), _exact_by_noise, cap)
+    return _multistep(denoise, x, times, rows, NOISE)
+
+
+def deis_3(
+    denoise: Denoise, x: Tensor, times: Times, cap: float = LIMIT, lower_order_final: bool | None = None
+) -> Tensor:
+    """``deis_2`` with polynomials of degree 2. K evaluations, third order."""
+    rows = _rows(times.lam, _orders(times, 3, lower_order_final), _exact_by_noise, cap)
+    return _multistep(denoise, x, times, rows, NOISE)
+
+
+def lms(denoise: Denoise, x: Tensor, times: Times, cap: float = LIMIT) -> Tensor:
+    """Adams-Bashforth of order 4 in rho = sigma / alpha, the linear multistep of k-diffusion. K evaluations.
+
+    ``cap``: the order is lowered until the weights' magnitudes sum to no more.
+    """
+    rows = _rows(times.rho, [min(4, i + 1) for i in range(times.steps)], _lagrange, cap)
+    return _multistep(denoise, x, times, rows, NOISE)
+
+
+def plms_ab(denoise: Denoise, x: Tensor, times: Times, cap: float = CAP) -> Tensor:
+    """``plms`` with the Adams-Bashforth weights of the list itself, uneven as it is. K evaluations.
+
+    The polynomials are in t, of degree 3, and start from one point. Second order, since they average over t
+    what the step integrates over rho. ``cap``: the order is lowered until the weights' magnitudes sum to no
+    more; without it uneven lists amplify a hundredfold.
+    """
+    t = [times.time(node) for node in range(times.steps + 1)]
+    rows = _rows(t, [min(4, i + 1) for i in range(times.steps)], _lagrange, cap)
+    return _multistep(denoise, x, times, rows, NOISE)
+
+
+ADAMS_BASHFORTH: tuple[Row, ...] = (
     (1.0,),
     (3 / 2, -1 / 2),
     (23 / 12, -16 / 12, 5 / 12),
@@ -139,40 +260,221 @@ def plms(denoise: Denoise, x: Tensor, times: Times) -> Tensor:
     """
     history: list[Tensor] = []
     for i, t in enumerate(times.timesteps):
+        here, there = times.node(i), times.node(i + 1)
         x0 = denoise(x, t)
-        here = _noise(x, x0, times, i)
-        history = [here, *history[:3]]
+        history = [_noise(x, x0, here), *history[:3]]
         if i == 0 and times.steps > 1:
-            guess = _move_by_data(x, x0, times, i)
-            there = _noise(guess, denoise(guess, times.time(1)), times, 1)
-            noise = _combine((0.5, here), (0.5, there))
+            guess = _move_by_data(x, x0, here, there)
+            ahead = _noise(guess, denoise(guess, there.t), there)
+            noise = _combine((0.5, history[0]), (0.5, ahead))
         else:
             noise = _combine(*zip(ADAMS_BASHFORTH[len(history) - 1], history, strict=True))
-        x = _move_by_noise(x, noise, times, i)
+        x = _move_by_noise(x, noise, here, there)
     return x
 
 
+# Predictor and corrector
+
+
+def unipc_2(denoise: Denoise, x: Tensor, times: Times) -> Tensor:
+    """UniPC-2, variant B2, predicting clean images (arXiv 2302.04867, algorithm 1). K evaluations.
+
+    The corrector makes the error fall with the third power of the step, until the last step's first order shows.
+    """
+    return _unipc(denoise, x, times, 2)
+
+
+def unipc_3(denoise: Denoise, x: Tensor, times: Times) -> Tensor:
+    """UniPC-3, variant B2, predicting clean images (arXiv 2302.04867, algorithm 1). K evaluations."""
+    return _unipc(denoise, x, times, 3)
+
+
+def _unipc(denoise: Denoise, x: Tensor, times: Times, order: int) -> Tensor:
+    """At each node, the step that led there is taken again with the answer found there; nothing is asked twice.
+
+    Orders rise from 1 and fall to 1 at the end whatever the number of steps, as in the authors' code.
+    """
+    history: list[Tensor] = []
+    before = x
+    for i, t in enumerate(times.timesteps):
+        here, there = times.node(i), times.node(i + 1)
+        history = [denoise(x, t), *history[:order]]
+        if i > 0:
+            known = min(order, i, times.steps - i + 1)  # the order with which the step was predicted
+            points = times.lam[i - known : i + 1][::-1]
+            row = _highest(_exact_or_mean, points, times.lam[i - 1], times.lam[i], LIMIT)
+            x = _move_by_data(before, _weighted(row, history), times.node(i - 1), here)
+        points = times.lam[max(0, i + 1 - min(order, times.steps - i)) : i + 1][::-1]
+        row = _highest(_half_or_exact, points, times.lam[i], times.lam[i + 1], LIMIT)
+        before = x
+        x = _move_by_data(x, _weighted(row, history), here, there)
+    return x
+
+
+# Singlestep
+
+
+def heun(denoise: Denoise, x: Tensor, times: Times) -> Tensor:
+    """Heun's method in sigma / alpha (arXiv 2206.00364, algorithm 1). Second order.
+
+    2K - 1 evaluations with ``final="one"``, whose last step is Euler's; 2K with ``"first"``, the last at
+    index 0.
+    """
+    for i, t in enumerate(times.timesteps):
+        here, there = times.node(i), times.node(i + 1)
+        x0 = denoise(x, t)
+        guess = _move_by_data(x, x0, here, there)
+        if there.sigma == 0:
+            return guess
+        before = _noise(x, x0, here)
+        ahead = _noise(guess, denoise(guess, there.t), there)
+        x = _move_by_noise(x, _combine((0.5, before), (0.5, ahead)), here, there)
+    return x
+
+
+def dpm_solver_2s(denoise: Denoise, x: Tensor, times: Times) -> Tensor:
+    """DPM-Solver-2 (arXiv 2206.00927, algorithm 4), both points of each step taken from the list. K evaluations.
+
+    Second order, in K / 2 steps: from the first node of each pair over the second to the third. First order where
+    no pair is left, and over a pair that would end at sigma = 0.
+    """
+    return _singlestep(denoise, x, times, NOISE)
+
+
+def dpmpp_2s(denoise: Denoise, x: Tensor, times: Times) -> Tensor:
+    """DPM-Solver++(2S) (arXiv 2211.01095, algorithm 1), its points taken from the list as in ``dpm_solver_2s``."""
+    return _singlestep(denoise, x, times, DATA)
+
+
+def dpmpp_2s_mid(denoise: Denoise, x: Tensor, times: Times) -> Tensor:
+    """DPM-Solver++(2S) (arXiv 2211.01095, algorithm 1), inner points halfway in lambda. Second order.
+
+    2K - 1 evaluations with ``final="one"``, whose last step is first order; 2K with ``"first"``. Every second one
+    is at a time between two of the list.
+    """
+    for i, t in enumerate(times.timesteps):
+        here, there = times.node(i), times.node(i + 1)
+        x0 = denoise(x, t)
+        if there.sigma > 0:
+            inner = times.middle(i)
+            x0 = denoise(_move_by_data(x, x0, here, inner), inner.t)
+        x = _move_by_data(x, x0, here, there)
+    return x
+
+
+def _singlestep(denoise: Denoise, x: Tensor, times: Times, form: Form) -> Tensor:
+    """Second order over pairs of listed nodes."""
+    nodes = iter(range(times.steps))
+    for i in nodes:
+        here, inner = times.node(i), times.node(i + 1)
+        first = form.answer(x, denoise(x, here.t), here)
+        guess = form.move(x, first, here, inner)
+        if i + 1 == times.steps or times.sigma[i + 2] == 0:
+            x = guess
+            continue
+        second = form.answer(guess, denoise(guess, inner.t), inner)
+        row = _highest(_half, times.lam[i : i + 2], times.lam[i], times.lam[i + 2], LIMIT)
+        x = form.move(x, _weighted(row, (first, second)), here, times.node(i + 2))
+        next(nodes)
+    return x
+
+
+# By name
+
 SOLVERS: dict[str, Solver] = {
     "ddim": ddim,
-    "dpmpp_2m": dpmpp_2m,
+    "euler": euler,
     "heun": heun,
+    "lms": lms,
     "plms": plms,
+    "plms_ab": plms_ab,
+    "dpm_solver_2": dpm_solver_2,
+    "dpm_solver_3": dpm_solver_3,
+    "dpm_solver_2s": dpm_solver_2s,
+    "dpmpp_2s": dpmpp_2s,
+    "dpmpp_2s_mid": dpmpp_2s_mid,
+    "dpmpp_2m": dpmpp_2m,
+    "dpmpp_3m": dpmpp_3m,
+    "dpmpp_3m_exact": dpmpp_3m_exact,
+    "unipc_2": unipc_2,
+    "unipc_3": unipc_3,
+    "deis_2": deis_2,
+    "deis_3": deis_3,
 }
 
+ORDERS: dict[str, dict[int, str]] = {
+    "dpm_solver": {2: "dpm_solver_2", 3: "dpm_solver_3"},
+    "dpmpp": {2: "dpmpp_2m", 3: "dpmpp_3m"},
+    "unipc": {2: "unipc_2", 3: "unipc_3"},
+    "deis": {2: "deis_2", 3: "deis_3"},
+}
+"""Family -> order -> registered solver."""
 
-def find_solver(name: str) -> Solver:
-    """The solver of that name; ``ConfigError`` where there is none."""
+CAPPED: dict[str, Callable[..., Tensor]] = {"plms_ab": plms_ab, "lms": lms, "deis_2": deis_2, "deis_3": deis_3}
+"""Solvers that take a cap on their amplification."""
+
+
+def solver_names(name: str, order: int | None) -> str:
+    """The registered name of a solver, or of a family at one of its orders; None is its lowest.
+
+    >>> solver_names("deis", 3)
+    'deis_3'
+
+    ``ConfigError`` for an unknown name, an order the family lacks, or an order given to a single solver.
+    """
+    if name in ORDERS:
+        orders = ORDERS[name]
+        chosen = min(orders) if order is None else order
+        if chosen not in orders:
+            raise ConfigError(
+                f"solver {name!r} has no order {order}; choose from {', '.join(map(str, sorted(orders)))}"
+            )
+        return orders[chosen]
+    if name not in SOLVERS:
+        raise ConfigError(choose_from("solver", name, [*SOLVERS, *ORDERS]))
+    if order is not None:
+        raise ConfigError(
+            f"solver {name!r} takes no order, got {order}; leave it out or name one of {', '.join(sorted(ORDERS))}"
+        )
+    return name
+
+
+def find_solver(
+    name: str, *, eta: float = 0.0, noise: Callable[[int], Tensor] | None = None, cap: float | None = None
+) -> Solver:
+    """The solver of that name, ``SOLVERS[name]`` itself where nothing else is given.
+
+    ``eta`` in [0, 1]: share of fresh noise, ``ddim`` only; ``noise(i)`` is then the standard normal of x's shape
+    and dtype for step i, and must depend on nothing that a remembered run would not share. ``cap``, at least 1:
+    largest sum of a step's weights' magnitudes, for the solvers in ``CAPPED``.
+
+    ``ConfigError`` for an unknown solver and for a setting it does not have.
+    """
     if name not in SOLVERS:
         raise ConfigError(choose_from("solver", name, SOLVERS))
-    return SOLVERS[name]
+    if not 0 <= eta <= 1:
+        raise ConfigError(f"eta must lie in [0, 1], got {eta}")
+    if eta > 0 and name != "ddim":
+        raise ConfigError(f"solver {name!r} adds no noise, got eta = {eta}; leave it at 0 or use 'ddim'")
+    if eta > 0 and noise is None:
+        raise ConfigError(f"eta = {eta} needs noise for every step; give it, or leave eta at 0")
+    if cap is not None and name not in CAPPED:
+        raise ConfigError(
+            f"solver {name!r} has no cap, got {cap}; leave it out or use one of {', '.join(sorted(CAPPED))}"
+        )
+    if cap is not None and not cap >= 1:
+        raise ConfigError(f"cap must be at least 1, the amplification of a first-order step, got {cap}")
+    if eta > 0:
+        return functools.partial(ddim, eta=eta, noise=noise)
+    return SOLVERS[name] if cap is None else functools.partial(CAPPED[name], cap=cap)
 
 
 @functools.cache
 def query_steps(solver: str, steps: int, final: Final) -> tuple[int, ...]:
-    """The step, in [0, steps), to which each network evaluation of a run belongs, in order.
+    """The step, in [0, steps), to which each network evaluation of a run belongs, in order; see ``step_of``.
 
-    A query at a time that is not on the list belongs to the last step. Found by running the solver once on a
-    single number, so it cannot disagree with the solver. ``ConfigError`` for an unknown solver.
+    Found by running the solver once on a single number, so it cannot disagree with the solver. ``ConfigError``
+    for an unknown solver.
     """
     nodes = times(linear(steps + 1), range(steps, 0, -1), final)
     asked: list[float] = []
@@ -182,8 +484,27 @@ def query_steps(solver: str, steps: int, final: Final) -> tuple[int, ...]:
         return x
 
     find_solver(solver)(record, torch.zeros(1, 1, 1, 1, dtype=torch.float64), nodes)
-    step_of = {t: i for i, t in enumerate(nodes.timesteps)}
-    return tuple(step_of.get(t, steps - 1) for t in asked)
+    return tuple(step_of(nodes.timesteps, t) for t in asked)
+
+
+def evaluations(solver: str, steps: int, final: Final) -> int:
+    """Network evaluations of a run of ``steps`` steps. ``ConfigError`` for an unknown solver."""
+    return len(query_steps(solver, steps, final))
+
+
+def step_of(timesteps: Sequence[float], t: float) -> int:
+    """The step to which a query at time index ``t`` belongs.
+
+    ``timesteps``: strictly descending. A time between two of the list belongs to the step that crosses it, a time
+    below all, such as the final index 0, to the last step.
+
+    >>> [step_of((50, 20), t) for t in (50, 33.3, 20, 0)]
+    [0, 0, 1, 1]
+    """
+    return max(0, bisect.bisect_right(timesteps, -t, key=lambda s: -s) - 1)
+
+
+# Moves
 
 
 def _combine(*terms: tuple[float, Tensor]) -> Tensor:
@@ -195,19 +516,161 @@ def _combine(*terms: tuple[float, Tensor]) -> Tensor:
     return total
 
 
-def _noise(x: Tensor, x0: Tensor, times: Times, node: int) -> Tensor:
-    """eps of the state ``x`` at ``node`` whose clean image is ``x0``."""
-    sigma = times.sigma[node]
-    return _combine((1 / sigma, x), (-times.alpha[node] / sigma, x0))
+def _weighted(row: Row, history: Sequence[Tensor]) -> Tensor:
+    """The newest answers weighed by ``row``; older ones than it has weights for are left out."""
+    return _combine(*zip(row, history, strict=False))
 
 
-def _move_by_data(x: Tensor, x0: Tensor, times: Times, node: int) -> Tensor:
-    """State at the next node, with the clean image constant in between."""
-    ratio = times.sigma[node + 1] / times.sigma[node]
-    return _combine((ratio, x), (times.alpha[node + 1] - ratio * times.alpha[node], x0))
+def _noise(x: Tensor, x0: Tensor, here: Node) -> Tensor:
+    """eps of the state ``x`` whose clean image is ``x0``."""
+    return _combine((1 / here.sigma, x), (-here.alpha / here.sigma, x0))
 
 
-def _move_by_noise(x: Tensor, noise: Tensor, times: Times, node: int) -> Tensor:
-    """State at the next node, with the noise constant in between."""
-    ratio = times.alpha[node + 1] / times.alpha[node]
-    return _combine((ratio, x), (times.sigma[node + 1] - ratio * times.sigma[node], noise))
+def _data(x: Tensor, x0: Tensor, here: Node) -> Tensor:
+    """x0 itself, in the place of ``_noise``."""
+    return x0
+
+
+def _move_by_data(x: Tensor, x0: Tensor, here: Node, there: Node) -> Tensor:
+    """State at ``there``, with the clean image constant in between."""
+    ratio = there.sigma / here.sigma
+    return _combine((ratio, x), (there.alpha - ratio * here.alpha, x0))
+
+
+def _move_by_noise(x: Tensor, noise: Tensor, here: Node, there: Node) -> Tensor:
+    """State at ``there``, with the noise constant in between."""
+    ratio = there.alpha / here.alpha
+    return _combine((ratio, x), (there.sigma - ratio * here.sigma, noise))
+
+
+class Form(NamedTuple):
+    """What a solver weighs: how it follows from (x, x0, node), and how it moves a state between two nodes."""
+
+    answer: Callable[[Tensor, Tensor, Node], Tensor]
+    move: Callable[[Tensor, Tensor, Node, Node], Tensor]
+
+
+DATA = Form(_data, _move_by_data)
+NOISE = Form(_noise, _move_by_noise)
+
+
+def _multistep(denoise: Denoise, x: Tensor, times: Times, rows: Sequence[Row], form: Form) -> Tensor:
+    """One evaluation a step; step i weighs the newest answers with ``rows[i]``."""
+    history: list[Tensor] = []
+    for i, (t, row) in enumerate(zip(times.timesteps, rows, strict=True)):
+        here, there = times.node(i), times.node(i + 1)
+        history = [form.answer(x, denoise(x, t), here), *history[:3]]
+        x = form.move(x, _weighted(row, history), here, there)
+    return x
+
+
+# Weights
+
+Rule = Callable[[Sequence[float], float, float], Row]
+"""(coordinates of the answers, newest first; start and end of the step) -> row of as many weights."""
+
+
+def _orders(times: Times, order: int, lower_order_final: bool | None) -> list[int]:
+    """Order of each step: rising from 1, and 1 for a last step that ends at sigma = 0, where lambda is infinite.
+
+    ``lower_order_final``: whether the order also falls to 1 over the steps that end above sigma = 0. None is the
+    authors' rule for ``final="first"``, below 10 steps, and no for ``"one"``.
+    """
+    finite = times.steps - (times.sigma[-1] == 0)
+    lower = times.sigma[-1] > 0 and times.steps < 10 if lower_order_final is None else lower_order_final
+    rising = (min(order, i + 1, finite - i if lower else order) for i in range(finite))
+    return [*rising, *[1] * (times.steps - finite)]
+
+
+def _rows(u: Sequence[float], orders: Sequence[int], rule: Rule, cap: float = LIMIT) -> list[Row]:
+    """Row of each step by ``rule`` in the coordinate ``u`` of the K + 1 nodes, at most of the order given."""
+    return [_highest(rule, u[i + 1 - order : i + 1][::-1], u[i], u[i + 1], cap) for i, order in enumerate(orders)]
+
+
+def _highest(rule: Rule, points: Sequence[float], start: float, end: float, cap: float) -> Row:
+    """Row over as many of the newest points as keep the sum of the weights' magnitudes within ``cap``.
+
+    Points that coincide in float64 give infinite weights or none, and go the same way.
+    """
+    with np.errstate(all="ignore"):
+        for count in range(len(points), 1, -1):
+            row = rule(points[:count], start, end)
+            if sum(map(abs, row)) <= min(cap, LIMIT):
+                return row
+    return (1.0,)
+
+
+NODES, GAUSS = np.polynomial.legendre.leggauss(32)
+
+
+def _lagrange(points: Sequence[float], start: float, end: float, tilt: float = 0.0) -> Row:
+    """Mean of each point's Lagrange polynomial from ``start`` to ``end``, with density exp(tilt u).
+
+    By Gauss-Legendre quadrature, exact for tilt 0 and to rounding for steps up to 30 in lambda. A step of no
+    length gives the polynomials' values there.
+    """
+    u = start + (NODES + 1) / 2 * (end - start)
+    density = GAUSS * np.exp(tilt * u - np.max(tilt * u))
+    means = (np.average(product, weights=density) for product in _polynomials(points, u))
+    return tuple(float(mean) for mean in means)
+
+
+def _polynomials(points: Sequence[float], u: NDArray[np.float64]) -> Iterator[NDArray[np.float64]]:
+    """Each point's Lagrange polynomial at ``u``: 1 at its own point, 0 at the others."""
+    for j, point in enumerate(points):
+        product = np.ones_like(u)
+        for k, other in enumerate(points):
+            if k != j:
+                product = product * ((u - other) / (point - other))
+        yield product
+
+
+def _half(points: Sequence[float], start: float, end: float) -> Row:
+    """Two points, the first at ``start``: half the slope, as published for second order.
+
+    ``x0 + (x0 - x0_previous) / (2 r)`` with r = h_i / h_{i+1}. Written without r, because a final step from
+    index 0 to index 0 has h_{i+1} = 0.
+    """
+    extra = float(np.float64(end - start) / (2 * (start - points[1])))
+    return (1 + extra, -extra)
+
+
+def _published(points: Sequence[float], start: float, end: float, tilt: float) -> Row:
+    """As in the code of DPM-Solver: ``_half`` or, over three points, half the second difference it should be."""
+    if len(points) == 2:
+        return _half(points, start, end)
+    exact = _lagrange(points, start, end, tilt)
+    square = sum(weight * (point - start) ** 2 for weight, point in zip(exact, points, strict=True))
+    a, b, c = (np.float64(point) for point in points)
+    second = (1 / ((a - b) * (a - c)), 1 / ((b - a) * (b - c)), 1 / ((c - a) * (c - b)))
+    return tuple(float(weight - square / 2 * part) for weight, part in zip(exact, second, strict=True))
+
+
+# A mean in alpha / sigma = exp(lambda) has density exp(lambda) over lambda, one in sigma / alpha exp(-lambda).
+_exact_by_data: Rule = functools.partial(_lagrange, tilt=1.0)
+_exact_by_noise: Rule = functools.partial(_lagrange, tilt=-1.0)
+_published_by_data: Rule = functools.partial(_published, tilt=1.0)
+_published_by_noise: Rule = functools.partial(_published, tilt=-1.0)
+
+
+def _half_or_exact(points: Sequence[float], start: float, end: float) -> Row:
+    """UniPC's predictor: of two points ``_half``, of three the exact integral."""
+    return _half(points, start, end) if len(points) == 2 else _exact_by_data(points, start, end)
+
+
+def _exact_or_mean(points: Sequence[float], start: float, end: float) -> Row:
+    """UniPC's corrector: of two points their mean, of more the exact integral."""
+    return (0.5, 0.5) if len(points) == 2 else _exact_by_data(points, start, end)
+
+
+@functools.lru_cache(maxsize=4096)
+def _time_between(schedule: NoiseSchedule, high: float, low: float) -> float:
+    """Time index halfway in lambda from index ``high`` to ``low``, by bisection to the last bit."""
+    target = (schedule.lambda_(high) + schedule.lambda_(low)) / 2
+    k = int(np.searchsorted(-schedule.lambdas, -target, side="right").clip(1, schedule.T - 1)) - 1
+    pair = slice(k, k + 2)  # the two indices around it; a schedule of two is quick to read
+    near = NoiseSchedule(schedule.alphas[pair], schedule.sigmas[pair], schedule.model_times[pair])
+    low, high = max(low, k), min(high, k + 1)
+    while low < (t := (low + high) / 2) < high:
+        low, high = (t, high) if near.lambda_(t - k) > target else (low, t)
+    return t

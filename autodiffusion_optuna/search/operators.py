@@ -2,7 +2,8 @@
 
 ``share`` is the largest share of the units that one step may skip now; 0 is stage one. Every child goes
 through the repair of ``SearchSpace``, so it has distinct timesteps and is within the budget, and every skip
-set follows its timestep. A mutation differs from its parent wherever the space lets it.
+set follows its timestep. A mutation differs from its parent wherever the space lets it. Settings are searched in
+both stages; a space without any takes no random number for them.
 """
 
 from __future__ import annotations
@@ -14,67 +15,77 @@ import numpy as np
 from numpy.random import Generator
 from numpy.typing import NDArray
 
-from autodiffusion_optuna.candidate import Candidate, skip_set, unit_indices
+from autodiffusion_optuna.candidate import Candidate, Value, skip_set, unit_indices
 from autodiffusion_optuna.search.space import SearchSpace
 
 Pairs = list[tuple[int, int]]  # (timestep, skip set) by step
-Change = Callable[[Generator, SearchSpace, Pairs, float], Iterable[tuple[int, int]]]
+Named = dict[str, Value]  # searched settings by name, ascending; empty in most spaces
+Change = Callable[[Generator, SearchSpace, Pairs, Named, float], tuple[Pairs, Named]]
 
 TRIES = 20  # of a change that repair may undo
 RESIZE = 0.2  # chance that a local move adds or removes a step, where their number is open
 JUMP = 0.3  # chance that a moved timestep goes anywhere, which leaves local optima
 TWO_MOVES = 0.3  # chance that a local move touches two genes
+SETTING = 0.35  # chance that a local move changes a setting, where any are searched
+OWN_SETTINGS = 0.75  # chance that a child with a shared prefix has all settings of the parent whose prefix it is
+FINEST = 0.01  # of a range: shortest local move of a number
 
 
 def random_candidate(rng: Generator, space: SearchSpace, share: float) -> Candidate:
-    """Number of steps, timesteps and number of skips at each step all uniform, brought within the budget."""
+    """Settings, number of steps, timesteps and number of skips at each step all uniform, brought within the budget."""
+    settings = _random_settings(rng, space)
     limit = space.open_limit(share)
-    most = space.max_steps if limit else space.full_steps
+    most = space.max_steps if limit else space.full_steps_with(settings)
     steps = int(rng.integers(space.min_steps, most + 1))
     # Distinct times of a shorter grid, pulled apart by the gap, are uniform over all lists that obey the gap.
     slack = (steps - 1) * (space.min_gap - 1)
     ranks = np.sort(rng.choice(space.T - slack, steps, replace=False))
     times = ranks + np.arange(steps) * (space.min_gap - 1)
-    return _finish(rng, space, [(int(t), _random_skip(rng, space, limit)) for t in times], share)
+    return _finish(rng, space, [(int(t), _random_skip(rng, space, limit)) for t in times], settings, share)
 
 
 def mutate_paper(rng: Generator, space: SearchSpace, parent: Candidate, share: float, probability: float) -> Candidate:
     """Each timestep is replaced with ``probability`` by an unused one; one at least (AutoDiffusion).
 
     In stage two each skip set is a gene too: with ``probability`` it is drawn anew or one unit is flipped.
-    The published code leaves skip sets as they are, by a slip.
+    The published code leaves skip sets as they are, by a slip. Each setting is one more gene: with
+    ``probability`` a choice becomes another one, and a number is drawn anew.
     """
 
-    def change(rng: Generator, space: SearchSpace, pairs: Pairs, share: float) -> Pairs:
-        limit = space.open_limit(share)
-        genes = _chosen(rng, (2 if limit else 1, len(pairs)), probability)
-        for k in range(len(pairs)):
-            if genes[0, k]:
+    def change(rng: Generator, space: SearchSpace, pairs: Pairs, settings: Named, share: float) -> tuple[Pairs, Named]:
+        limit, steps = space.open_limit(share), len(pairs)
+        of_steps = 2 * steps if limit else steps  # timesteps, then skip sets; the settings follow
+        genes = _chosen(rng, of_steps + len(settings), probability)
+        for k in range(steps):
+            if genes[k]:
                 pairs[k] = (_unused(rng, space, pairs, k), pairs[k][1])
-            if limit and genes[1, k]:
+            if limit and genes[steps + k]:
                 redraw = rng.random() < 0.5
                 skip = _random_skip(rng, space, limit) if redraw else _flip(rng, space, pairs[k][1], limit)
                 pairs[k] = (pairs[k][0], skip)
-        return pairs
+        redrawn = [name for name, gene in zip(settings, genes[of_steps:], strict=True) if gene]
+        return pairs, settings | {name: _other_value(rng, space, name, settings[name]) for name in redrawn}
 
     return _mutant(rng, space, parent, share, change)
 
 
 def mutate_local(rng: Generator, space: SearchSpace, parent: Candidate, share: float) -> Candidate:
-    """One or two timesteps move, mostly between their neighbours, or one or two skip sets change.
+    """One or two timesteps move, mostly between their neighbours, or one or two skip sets or one setting change.
 
     The distance is log-uniform, so fine moves are as likely as coarse ones. Late steps are chosen more
     often: the first steps stay those of the parent, and the prefix memory pays only for the rest.
     """
 
-    def change(rng: Generator, space: SearchSpace, pairs: Pairs, share: float) -> Pairs:
+    def change(rng: Generator, space: SearchSpace, pairs: Pairs, settings: Named, share: float) -> tuple[Pairs, Named]:
         limit = space.open_limit(share)
+        if settings and rng.random() < SETTING:
+            return pairs, _move_setting(rng, space, settings)
         if space.min_steps != space.max_steps and rng.random() < RESIZE:
-            return _resize(rng, space, pairs)
+            return _resize(rng, space, pairs), settings
         move_skips = bool(limit) and rng.random() < 0.5
         for _ in range(2 if rng.random() < TWO_MOVES else 1):
             pairs = _move_skips(rng, space, pairs, limit) if move_skips else _move_time(rng, space, pairs)
-        return pairs
+        return pairs, settings
 
     return _mutant(rng, space, parent, share, change)
 
@@ -84,14 +95,15 @@ def crossover_uniform(
 ) -> Candidate:
     """Each step from either parent with equal chance, by position in execution order (AutoDiffusion).
 
-    The child is as long as one parent, chosen by a coin; steps that the other lacks come from that one.
+    The child is as long as one parent, chosen by a coin; steps that the other lacks come from that one. Each
+    setting comes from either parent with equal chance.
     """
     base, other = (first, second) if rng.random() < 0.5 else (second, first)
     pairs = list(base.pairs)
     for k, pair in enumerate(other.pairs[: base.steps]):
         if rng.random() < 0.5:
             pairs[k] = pair
-    return _finish(rng, space, pairs, share)
+    return _finish(rng, space, pairs, _mixed_settings(rng, space, first, second), share)
 
 
 def crossover_prefix(
@@ -100,7 +112,8 @@ def crossover_prefix(
     """First steps of ``first``, the rest of ``second``; what collides is pushed later, so the prefix stays.
 
     The cut lies between the first and the last step at which the parents differ, so the child is neither of
-    them where that is possible.
+    them where that is possible. The settings are mostly those of ``first``: the solver or the guidance decides
+    what the network is asked, so only candidates with equal settings share a prefix. Else each comes from either.
     """
     shorter = min(first.steps, second.steps)
     unequal = [k for k in range(shorter) if first.pairs[k] != second.pairs[k]] or [0]
@@ -109,31 +122,36 @@ def crossover_prefix(
     pairs = list(first.pairs[:cut])
     for timestep, skip in second.pairs[cut:]:
         pairs.append((min(timestep, pairs[-1][0] - space.min_gap), skip))
-    return _finish(rng, space, pairs, share)
+    settings = first.settings_dict
+    if settings and rng.random() >= OWN_SETTINGS:
+        settings = _mixed_settings(rng, space, first, second)
+    return _finish(rng, space, pairs, settings, share)
 
 
-def _finish(rng: Generator, space: SearchSpace, pairs: Iterable[tuple[int, int]], share: float) -> Candidate:
-    return space.fit(space.repair(pairs), share, rng)
+def _finish(
+    rng: Generator, space: SearchSpace, pairs: Iterable[tuple[int, int]], settings: Named, share: float
+) -> Candidate:
+    return space.fit(space.repair(pairs, tuple(sorted(settings.items()))), share, rng)
 
 
 def _mutant(rng: Generator, space: SearchSpace, parent: Candidate, share: float, change: Change) -> Candidate:
     """``change`` until the repaired child differs from its parent; a random candidate if it never does."""
     base = space.fit(parent, share, rng)
     for _ in range(TRIES):
-        child = _finish(rng, space, change(rng, space, list(base.pairs), share), share)
+        child = _finish(rng, space, *change(rng, space, list(base.pairs), base.settings_dict, share), share)
         if child not in (base, parent):
             return child
     return random_candidate(rng, space, share)
 
 
-def _chosen(rng: Generator, shape: tuple[int, int], probability: float) -> NDArray[np.bool_]:
+def _chosen(rng: Generator, count: int, probability: float) -> NDArray[np.bool_]:
     """Independent choices, given that there is at least one: a redraw keeps their distribution."""
     for _ in range(100):
-        genes = rng.random(shape) < probability
+        genes = rng.random(count) < probability
         if genes.any():
             return genes
-    genes = np.zeros(shape, dtype=np.bool_)
-    genes.flat[int(rng.integers(genes.size))] = True
+    genes = np.zeros(count, dtype=np.bool_)
+    genes[int(rng.integers(count))] = True
     return genes
 
 
@@ -221,3 +239,36 @@ def _random_skip(rng: Generator, space: SearchSpace, limit: int) -> int:
     if not limit:
         return 0
     return skip_set(int(u) for u in rng.choice(len(space.units), int(rng.integers(limit + 1)), replace=False))
+
+
+def _random_settings(rng: Generator, space: SearchSpace) -> Named:
+    """Every choice and every number uniform."""
+    choices = {name: values[int(rng.integers(len(values)))] for name, values in space.choices.items()}
+    numbers = {name: float(rng.uniform(low, high)) for name, (low, high) in space.ranges.items()}
+    return space.canonical_settings({**choices, **numbers})
+
+
+def _mixed_settings(rng: Generator, space: SearchSpace, first: Candidate, second: Candidate) -> Named:
+    """Each setting from either parent with equal chance."""
+    one, other = (space.canonical_settings(parent.settings_dict) for parent in (first, second))
+    return {name: one[name] if rng.random() < 0.5 else other[name] for name in one}
+
+
+def _other_value(rng: Generator, space: SearchSpace, name: str, value: Value) -> Value:
+    """Another of the choices, or a number uniform in its range."""
+    if name in space.ranges:
+        return float(rng.uniform(*space.ranges[name]))
+    others = [choice for choice in space.choices[name] if choice != value]
+    return others[int(rng.integers(len(others)))]
+
+
+def _move_setting(rng: Generator, space: SearchSpace, settings: Named) -> Named:
+    """One setting: another choice, or a number moved by a log-uniform distance, with chance JUMP to anywhere."""
+    name = list(settings)[int(rng.integers(len(settings)))]
+    value = settings[name]
+    if name in space.choices or rng.random() < JUMP:
+        return settings | {name: _other_value(rng, space, name, value)}
+    low, high = space.ranges[name]
+    distance = (high - low) * math.exp(rng.uniform(math.log(FINEST), math.log(0.5)))
+    moved = float(value) + (distance if rng.random() < 0.5 else -distance)
+    return settings | {name: min(max(moved, low), high)}

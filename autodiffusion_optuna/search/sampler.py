@@ -38,6 +38,7 @@ from autodiffusion_optuna.search.space import SearchSpace
 OPERATOR_TRIES = 20  # of an operator whose child is taken
 RANDOM_TRIES = 100  # of random candidates after that; then a repeat is allowed
 REMEMBERED = 256  # proposals kept for ``proposal``
+NEXT_NICHE = 0.5  # chance that parents have not the best value of a choice but the next best one, and so on
 
 # Streams of randomness. None is 0: SeedSequence takes [..., 0] for [...].
 RELATIVE, INDEPENDENT, GENERIC = 1, 2, 3
@@ -185,8 +186,8 @@ class AutoDiffusionSampler(BaseSampler):
         history = self._history(study, trials, number)
         generation = history.index // size
         stage, share = self._stage(space, history, generation)
-        elite = best(history.complete, self.settings.parents)
         rng = self._rng(history.index, RELATIVE)
+        elite = best(self._niche(rng, space, history.complete), self.settings.parents)
         operator = self._operator(history.index)
         wanted = self._litter(operator, study)
         children: dict[Candidate, tuple[str, tuple[int, ...]]] = {}
@@ -200,6 +201,19 @@ class AutoDiffusionSampler(BaseSampler):
             children[candidate] = (origin, parents)
         chosen = surrogate.choose(list(children), history.complete, space)
         return Proposal(chosen, generation, stage, children[chosen][0], share, children[chosen][1])
+
+    def _niche(self, rng: Generator, space: SearchSpace, complete: list[Record]) -> list[Record]:
+        """Trials that share one value of one choice, mostly that of the best trial; all without choices.
+
+        Each solver has timesteps of its own. Where parents come only from the best trials of all, the solver that
+        was lucky first crowds out the others before theirs are found.
+        """
+        if not (space.choices and complete and self.settings.local) or len(complete[0].losses) > 1:
+            return complete
+        name = list(space.choices)[int(rng.integers(len(space.choices)))]
+        ranked = list(dict.fromkeys(record.candidate.settings_dict[name] for record in sorted(complete)))
+        chosen = ranked[min(int(rng.geometric(1 - NEXT_NICHE)), len(ranked)) - 1]
+        return [record for record in complete if record.candidate.settings_dict[name] == chosen]
 
     def _litter(self, operator: str, study: optuna.Study) -> int:
         """Children to choose one from. A random candidate has no rivals, or it would not be random."""

@@ -2,22 +2,34 @@
 
 from __future__ import annotations
 
+import math
+import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from itertools import pairwise
+from dataclasses import dataclass, field
+from functools import cached_property
+from itertools import pairwise, product
 from typing import Any
 
 import numpy as np
 import optuna
-from optuna.distributions import IntDistribution
+from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
 
-from autodiffusion_optuna.candidate import Candidate, skip_set, unit_indices
+from autodiffusion_optuna.candidate import Candidate, Settings, Value, skip_set, unit_indices
 from autodiffusion_optuna.errors import ConfigError
 from autodiffusion_optuna.search.schedules import spread
 
 CODEC = 1
 TOLERANCE = 1e-9  # of a cost or a share: sums of decimal fractions are not exact
+DECIMALS = 3  # of a searched float: finer ones would make candidates distinct that no score can tell apart
+OURS = re.compile(r"steps|t_.*|skip_.*")  # names of the other parameters
+
+Visits = Callable[[int, Mapping[str, Value]], Sequence[int]]
+
+
+def visit_each_step(steps: int, settings: Mapping[str, Value]) -> range:
+    """One network evaluation at each step, whatever the settings."""
+    return range(steps)
 
 
 @dataclass(frozen=True)
@@ -28,12 +40,18 @@ class SearchSpace:
     ``min_gap``: smallest difference of neighbouring timesteps. ``units``: names of the skippable units in
     execution order; ``unit_costs``: the share of one full network evaluation that skipping each saves
     (empty: all 0). ``max_skip``: largest share of the units that one step may skip, 0 for stage one only.
-    ``max_cost``: budget in full network evaluations, None for no budget. ``visits``: for a number of steps,
-    the step index of each network evaluation that the solver makes. ``chunk``: bits in one skip parameter,
-    1 to 32; SQL stores parameters as doubles, which corrupt long integers.
+    ``max_cost``: budget in full network evaluations, None for no budget. ``visits``: for a number of steps
+    and the value of every searched setting by name, the step index of each network evaluation that the solver
+    makes. It may depend on ``choices``, not on ``ranges``. ``chunk``: bits in one skip parameter, 1 to 32; SQL
+    stores parameters as doubles, which corrupt long integers.
+
+    ``choices``: the values of each searched setting that has a list of them, such as the solver, at least two.
+    ``ranges``: lowest and highest value of each that is any number between, such as the guidance scale; it is
+    rounded to three decimals. Both are empty where only timesteps and skips are searched.
 
     A candidate is *canonical* when it obeys all of these. ``decode`` makes any parameter values canonical.
-    Raises ConfigError when the numbers contradict each other or no candidate meets the budget.
+    Raises ConfigError when the numbers contradict each other, no candidate meets the budget, or none that has
+    one of the ``choices`` does.
     """
 
     T: int
@@ -44,18 +62,33 @@ class SearchSpace:
     unit_costs: tuple[float, ...] = ()
     max_skip: float = 0.0
     max_cost: float | None = None
-    visits: Callable[[int], Sequence[int]] = range
+    visits: Visits = visit_each_step
     chunk: int = 32
+    choices: Mapping[str, tuple[Value, ...]] = field(default_factory=dict, hash=False)
+    ranges: Mapping[str, tuple[float, float]] = field(default_factory=dict, hash=False)
 
     def __post_init__(self) -> None:
         self._check_steps()
         self._check_units()
-        cheapest = min(self._cheapest_cost(steps) for steps in range(self.min_steps, self.max_steps + 1))
+        object.__setattr__(self, "choices", {name: self._checked_choice(name) for name in sorted(self.choices)})
+        object.__setattr__(self, "ranges", {name: self._checked_range(name) for name in sorted(self.ranges)})
+        self._check_cost()
+
+    def _check_cost(self) -> None:
+        costs = [(settings, self._cheapest_cost(settings)) for settings in self._variants]
+        cheapest = min(cost for _, cost in costs)
         if not self._affordable(cheapest):
             raise ConfigError(
                 f"max_cost {self.max_cost:g} cannot be met: the cheapest candidate costs {cheapest:.4g} "
                 "network evaluations; raise max_cost or max_skip, or lower min_steps"
             )
+        for name, value in ((name, value) for name, values in self.choices.items() for value in values):
+            least = min(cost for settings, cost in costs if settings[name] == value)
+            if not self._affordable(least):
+                raise ConfigError(
+                    f"{name}={value} cannot meet max_cost {self.max_cost:g}: its cheapest candidate costs {least:.4g} "
+                    "network evaluations; leave it out, raise max_cost or max_skip, or lower min_steps"
+                )
 
     def _check_steps(self) -> None:
         if self.min_steps < 1 or self.min_gap < 1:
@@ -83,19 +116,69 @@ class SearchSpace:
                 f"use 0, or at least {1 / len(self.units):.3g}"
             )
 
+    def _checked_choice(self, name: str) -> tuple[Value, ...]:
+        values = self._checked_values(name, self.choices[name])
+        if len(set(values)) != len(values) or len(values) < 2:
+            raise ConfigError(f"{name} = {list(values)} is searched, so it needs two or more values, each once")
+        return values
+
+    def _checked_range(self, name: str) -> tuple[float, float]:
+        if name in self.choices:
+            raise ConfigError(f"{name} is both a choice and a range; give one of them")
+        self._checked_values(name, self.ranges[name])
+        low, high = (float(bound) for bound in self.ranges[name])
+        if not low < high:
+            raise ConfigError(f"{name} from {low:g} to {high:g} must go from a lower to a higher number")
+        if (low, high) != (round(low, DECIMALS), round(high, DECIMALS)):
+            raise ConfigError(f"{name} from {low:g} to {high:g} must have bounds of at most {DECIMALS} decimals")
+        return low, high
+
+    def _checked_values(self, name: str, values: Iterable[Value]) -> tuple[Value, ...]:
+        """The values as a candidate holds them: plain strings and floats."""
+        if OURS.fullmatch(name):
+            raise ConfigError(f"a searched setting cannot be called {name!r}: timesteps and skips are; rename it")
+        try:
+            return tuple(Candidate((0,), settings=((name, value),)).settings_dict[name] for value in values)
+        except ValueError as error:
+            raise ConfigError(str(error)) from None
+
+    # Settings
+
+    @property
+    def default_settings(self) -> dict[str, Value]:
+        """First choice of each, and the middle of each range; ascending by name, as all settings are."""
+        return self.canonical_settings({})
+
+    def canonical_settings(self, given: Mapping[str, Value]) -> dict[str, Value]:
+        """Every searched setting: as given, numbers rounded and clipped; the default for what is no such value."""
+        values: dict[str, Value] = {}
+        for name, allowed in self.choices.items():
+            values[name] = given[name] if given.get(name) in allowed else allowed[0]
+        for name, (low, high) in self.ranges.items():
+            value = given.get(name)
+            number = (low + high) / 2 if value is None or isinstance(value, str) or math.isnan(value) else float(value)
+            values[name] = round(min(max(number, low), high), DECIMALS) + 0.0  # no -0.0
+        return dict(sorted(values.items()))
+
+    @cached_property
+    def _variants(self) -> list[dict[str, Value]]:
+        """Settings of every combination of choices, the first choices first; numbers at their default."""
+        default, combinations = self.default_settings, product(*self.choices.values())
+        return [default | dict(zip(self.choices, values, strict=True)) for values in combinations]
+
     # Cost
 
     def cost(self, candidate: Candidate) -> float:
         """Network evaluations of a sampling run, in full ones: a step's skips count at each of its visits."""
-        return self._cost(candidate.skips)
+        return self._cost(candidate.skips, self.canonical_settings(candidate.settings_dict))
 
-    def _cost(self, skips: Sequence[int]) -> float:
-        weights = self._weights(len(skips))
+    def _cost(self, skips: Sequence[int], settings: Mapping[str, Value]) -> float:
+        weights = self._weights(len(skips), settings)
         return sum(w * (1.0 - self._saved(skip)) for w, skip in zip(weights, skips, strict=True))
 
-    def _weights(self, steps: int) -> list[int]:
+    def _weights(self, steps: int, settings: Mapping[str, Value]) -> list[int]:
         """Network evaluations at each step."""
-        count = Counter(self.visits(steps))
+        count = Counter(self.visits(steps, settings))
         return [count[step] for step in range(steps)]
 
     def _saved(self, skip: int) -> float:
@@ -104,23 +187,33 @@ class SearchSpace:
     def _affordable(self, cost: float) -> bool:
         return self.max_cost is None or cost <= self.max_cost + TOLERANCE
 
-    def _cheapest_cost(self, steps: int) -> float:
-        saved = sum(sorted(self.unit_costs, reverse=True)[: self.skip_limit(self.max_skip)])
-        return len(self.visits(steps)) * (1.0 - saved)
+    def _cheapest_cost(self, settings: Mapping[str, Value], limit: int | None = None) -> float:
+        """Least cost of any candidate with these settings; ``limit``: most units that a step may skip."""
+        limit = self.skip_limit(self.max_skip) if limit is None else limit
+        saved = sum(sorted(self.unit_costs, reverse=True)[:limit])
+        return min(len(self.visits(k, settings)) for k in self._lengths) * (1.0 - saved)
+
+    @property
+    def _lengths(self) -> range:
+        return range(self.min_steps, self.max_steps + 1)
 
     def skip_limit(self, share: float) -> int:
         """Most units that one step may skip when ``share`` of all units may be skipped."""
         return int(share * len(self.units) + TOLERANCE)
 
-    @property
+    @cached_property
     def stage_one_possible(self) -> bool:
         """Whether a candidate that skips nothing can meet the budget; else skips are open from the start."""
-        return self._affordable(min(len(self.visits(k)) for k in range(self.min_steps, self.max_steps + 1)))
+        return any(self._affordable(self._cheapest_cost(settings, 0)) for settings in self._variants)
 
-    @property
+    @cached_property
     def full_steps(self) -> int:
+        """Most steps that meet the budget with nothing skipped and the default settings; see ``full_steps_with``."""
+        return self.full_steps_with(self.default_settings)
+
+    def full_steps_with(self, settings: Mapping[str, Value]) -> int:
         """Most steps that meet the budget with nothing skipped; ``min_steps`` when none do."""
-        affordable = [k for k in range(self.min_steps, self.max_steps + 1) if self._affordable(len(self.visits(k)))]
+        affordable = [k for k in self._lengths if self._affordable(len(self.visits(k, settings)))]
         return max(affordable, default=self.min_steps)
 
     def open_limit(self, share: float) -> int:
@@ -129,11 +222,18 @@ class SearchSpace:
 
     # Parameters
 
-    def distributions(self) -> dict[str, IntDistribution]:
-        """Every parameter by name, for ``max_steps`` steps; the ranges never depend on each other."""
-        space = {} if self.min_steps == self.max_steps else {"steps": IntDistribution(self.min_steps, self.max_steps)}
+    def distributions(self) -> dict[str, BaseDistribution]:
+        """Every parameter by name, for ``max_steps`` steps; the ranges never depend on each other.
+
+        Settings go by their own names.
+        """
+        space: dict[str, BaseDistribution] = {}
+        if self.min_steps != self.max_steps:
+            space["steps"] = IntDistribution(self.min_steps, self.max_steps)
         for step in range(self.max_steps):
             space |= self._step_distributions(step)
+        space |= {name: CategoricalDistribution(values) for name, values in self.choices.items()}
+        space |= {name: FloatDistribution(low, high) for name, (low, high) in self.ranges.items()}
         return space
 
     def _step_distributions(self, step: int) -> dict[str, IntDistribution]:
@@ -146,27 +246,33 @@ class SearchSpace:
         units = len(self.units) if self.max_skip > 0 else 0
         return [min(self.chunk, units - first) for first in range(0, units, self.chunk)]
 
-    def encode(self, candidate: Candidate) -> dict[str, int]:
-        """Parameter values of a canonical candidate: those of its own steps only."""
-        params = {} if self.min_steps == self.max_steps else {"steps": candidate.steps}
+    def encode(self, candidate: Candidate) -> dict[str, Any]:
+        """Parameter values of a canonical candidate: those of its own steps only, and its settings."""
+        params: dict[str, Any] = {} if self.min_steps == self.max_steps else {"steps": candidate.steps}
         for step, (timestep, skip) in enumerate(candidate.pairs):
             params[f"t_{step:02d}"] = timestep
             for c, width in enumerate(self._chunk_bits()):
                 params[f"skip_{step:02d}_{c}"] = skip >> c * self.chunk & (1 << width) - 1
-        return params
+        return params | candidate.settings_dict
 
     def decode(self, params: Mapping[str, Any]) -> Candidate:
         """Canonical candidate of any sampler's values: unsorted, repeated, over the budget or out of range.
 
         The inverse of ``encode`` on canonical candidates. Parameters of steps beyond ``steps`` are ignored.
-        Raises ConfigError when a parameter is missing.
+        Raises ConfigError when a parameter is missing, or a setting is none of its choices.
         """
         try:
             steps = self.min_steps if self.min_steps == self.max_steps else int(params["steps"])
             pairs = [self._read_step(params, k) for k in range(min(max(steps, self.min_steps), self.max_steps))]
+            settings = {name: params[name] for name in (*self.choices, *self.ranges)}
         except KeyError as error:
             raise ConfigError(f"parameter {error} is missing: not a complete trial of this search space") from None
-        return self.fit(self.repair(pairs), self.max_skip)
+        for name, allowed in self.choices.items():
+            if settings[name] not in allowed:
+                raise ConfigError(
+                    f"parameter {name!r} is {settings[name]!r}; allowed here: {', '.join(map(str, allowed))}"
+                )
+        return self.fit(self.repair(pairs, _ordered(self.canonical_settings(settings))), self.max_skip)
 
     def _read_step(self, params: Mapping[str, Any], step: int) -> tuple[int, int]:
         skip = 0
@@ -175,18 +281,22 @@ class SearchSpace:
         return min(max(int(params[f"t_{step:02d}"]), 0), self.T - 1), skip
 
     def suggest(self, trial: optuna.Trial) -> Candidate:
-        """Candidate of a running trial: asks for ``steps`` first, then for that many times and skip sets."""
-        params: dict[str, int] = {}
+        """Candidate of a running trial: asks for ``steps``, that many times and skip sets, and the settings."""
+        params: dict[str, Any] = {}
         if self.min_steps != self.max_steps:
             params["steps"] = trial.suggest_int("steps", self.min_steps, self.max_steps)
         for step in range(params.get("steps", self.max_steps)):
             for name, distribution in self._step_distributions(step).items():
                 params[name] = trial.suggest_int(name, distribution.low, distribution.high)
+        for name, values in self.choices.items():
+            params[name] = trial.suggest_categorical(name, values)
+        for name, (low, high) in self.ranges.items():
+            params[name] = trial.suggest_float(name, low, high)
         return self.decode(params)
 
     def codec(self) -> dict[str, Any]:
         """What stored parameters mean, as JSON; two spaces with different codecs cannot share a study."""
-        return {
+        codec: dict[str, Any] = {
             "codec": CODEC,
             "T": self.T,
             "steps": [self.min_steps, self.max_steps],
@@ -194,50 +304,74 @@ class SearchSpace:
             "units": list(self.units),
             "chunk": self.chunk,
         }
+        if self.choices:
+            codec["choices"] = {name: list(values) for name, values in self.choices.items()}
+        if self.ranges:
+            codec["ranges"] = {name: list(bounds) for name, bounds in self.ranges.items()}
+        return codec
 
     # Repair
 
     def is_canonical(self, candidate: Candidate) -> bool:
-        """Whether the candidate obeys the grid, the gap, the skip limit and the budget."""
+        """Whether the candidate obeys the grid, the gap, the skip limit, the budget, and has every setting."""
         times, limit = candidate.timesteps, self.skip_limit(self.max_skip)
         return (
             self.min_steps <= candidate.steps <= self.max_steps
             and times[0] < self.T
             and all(a - b >= self.min_gap for a, b in pairwise(times))
             and all(s.bit_length() <= len(self.units) and s.bit_count() <= limit for s in candidate.skips)
+            and candidate.settings_dict == self.canonical_settings(candidate.settings_dict)
             and self._affordable(self.cost(candidate))
         )
 
-    def repair(self, pairs: Iterable[tuple[int, int]]) -> Candidate:
+    def repair(self, pairs: Iterable[tuple[int, int]], settings: Settings = ()) -> Candidate:
         """Candidate of (timestep, skip set) pairs in any order; repeats move to free neighbours.
 
-        As many steps come out as go in, at most ``max_steps``. Skip sets stay with their timestep.
+        As many steps come out as go in, at most ``max_steps``. Skip sets stay with their timestep. ``settings``
+        are taken as they are; ``fit`` completes them.
         """
         ordered = sorted(pairs, reverse=True)
         known = (1 << len(self.units)) - 1
         timesteps = spread([t for t, _ in ordered], self.T, self.min_gap)
-        return Candidate(timesteps, tuple(skip & known for _, skip in ordered))
+        return Candidate(timesteps, tuple(skip & known for _, skip in ordered), settings)
 
     def fit(self, candidate: Candidate, share: float, rng: np.random.Generator | None = None) -> Candidate:
         """The candidate, brought within the budget and ``share``: unchanged where it already is.
 
-        Drops steps or skips more units until the budget holds. Without ``rng``: drops the step nearest to
-        the one before it while more than ``min_steps`` are left, then skips the costliest unit at the step
-        that skips least. With ``rng``: a coin where both are possible, and a random step and unit.
+        Settings that are missing get their default, unknown ones go. Drops steps or skips more units until the
+        budget holds. Without ``rng``: drops the step nearest to the one before it while more than ``min_steps``
+        are left, then skips the costliest unit at the step that skips least. With ``rng``: a coin where both are
+        possible, and a random step and unit. Where neither is enough, as few settings change as will do.
         """
         limit = self.open_limit(share)
         times = list(candidate.timesteps)
         skips = [self._trim(skip, limit, rng) for skip in candidate.skips]
-        while not self._affordable(self._cost(skips)):
+        settings = self._affordable_settings(self.canonical_settings(candidate.settings_dict), limit, rng)
+        while not self._affordable(self._cost(skips, settings)):
             droppable = len(times) > self.min_steps
             coin = rng is not None and bool(rng.random() < 0.5)
-            if droppable and (not coin or not self._skip_more(skips, limit, rng)):
+            if droppable and (not coin or not self._skip_more(skips, settings, limit, rng)):
                 step = _crowded(times) if rng is None else int(rng.integers(len(times)))
                 del times[step], skips[step]
             elif not droppable:
-                saved = self._skip_more(skips, limit, rng)
+                saved = self._skip_more(skips, settings, limit, rng)
                 assert saved, "no candidate meets the budget, which __post_init__ rules out"
-        return Candidate(tuple(times), tuple(skips))
+        return Candidate(tuple(times), tuple(skips), _ordered(settings))
+
+    def _affordable_settings(
+        self, settings: dict[str, Value], limit: int, rng: np.random.Generator | None
+    ) -> dict[str, Value]:
+        """The settings where some candidate with them meets the budget, else the nearest for which one does.
+
+        The nearest differ in the fewest choices; of several the first, or a random one with ``rng``.
+        """
+        if not self.choices or self._affordable(self._cheapest_cost(settings, limit)):
+            return settings
+        others = [v for v in self._variants if self._affordable(self._cheapest_cost(v, limit))]
+        changes = [sum(other[name] != settings[name] for name in self.choices) for other in others]
+        nearest = [other for other, count in zip(others, changes, strict=True) if count == min(changes)]
+        chosen = nearest[0 if rng is None else int(rng.integers(len(nearest)))]
+        return settings | {name: chosen[name] for name in self.choices}
 
     def _trim(self, skip: int, limit: int, rng: np.random.Generator | None) -> int:
         """At most ``limit`` of the units; without ``rng`` evenly spaced, their start varying with the set.
@@ -251,10 +385,12 @@ class SearchSpace:
             return skip_set(int(u) for u in rng.choice(units, limit, replace=False))
         return skip_set(units[(skip + j * len(units) // limit) % len(units)] for j in range(limit))
 
-    def _skip_more(self, skips: list[int], limit: int, rng: np.random.Generator | None) -> bool:
+    def _skip_more(
+        self, skips: list[int], settings: Mapping[str, Value], limit: int, rng: np.random.Generator | None
+    ) -> bool:
         """Make one step cheaper, in place: one more unit, or a costlier one instead; False if impossible."""
         worth = [u for u, cost in enumerate(self.unit_costs) if cost > 0]
-        visited = [k for k, weight in enumerate(self._weights(len(skips))) if weight]
+        visited = [k for k, weight in enumerate(self._weights(len(skips), settings)) if weight]
         free = {k: [u for u in worth if not skips[k] >> u & 1] for k in visited}
         addable = [k for k in visited if skips[k].bit_count() < limit and free[k]]
         if addable and rng is not None:
@@ -280,3 +416,7 @@ class SearchSpace:
 def _crowded(times: Sequence[int]) -> int:
     """Index of the step nearest to the one before it."""
     return min(range(1, len(times)), key=lambda k: times[k - 1] - times[k])
+
+
+def _ordered(settings: Mapping[str, Value]) -> Settings:
+    return tuple(sorted(settings.items()))

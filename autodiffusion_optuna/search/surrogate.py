@@ -8,6 +8,7 @@ instead of values, so any objective will do, and it is fitted anew from the tria
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import product
 from statistics import NormalDist
 from typing import NamedTuple
 
@@ -25,17 +26,26 @@ KEPT_BEST, KEPT_OTHERS = 200, 100  # trials fitted: the cost of an ask must not 
 SCALES = (0.2, 0.4, 0.8, 1.6)  # length scales tried, in units of the median distance
 NOISE = 1e-3  # variance of what the kernel cannot explain, of normal scores
 OPTIMISM = 0.5  # standard deviations by which an uncertain child is preferred
+SETTING_SCALES = (
+    0.5,
+    1.5,
+    4.5,
+)  # length scales of the settings tried: choices that differ, median distances of numbers
 
 
 class Embedding(NamedTuple):
     """Candidates of any length as points of one space.
 
     ``times``: float64 [N, max_steps + 1], the timesteps as shares of T, stretched to ``max_steps`` positions, and
-    the number of steps. ``skips``: float64 [N, max_steps * units], the skip bits at those positions.
+    the number of steps. ``skips``: float64 [N, max_steps * units], the skip bits at those positions. ``choices``:
+    float64 [N, sum of the numbers of choices], one at the one taken of each. ``numbers``: float64 [N, ranges], shares
+    of their ranges. The last two have no columns where no settings are searched.
     """
 
     times: Array
     skips: Array
+    choices: Array
+    numbers: Array
 
 
 def choose(children: Sequence[Candidate], complete: Sequence[Record], space: SearchSpace) -> Candidate:
@@ -70,7 +80,10 @@ def embed(candidates: Sequence[Candidate], space: SearchSpace) -> Embedding:
         if any(candidate.skips):
             for position, step in enumerate(np.rint(at * (candidate.steps - 1)).astype(int)):
                 skips[row, position] = [candidate.skips[step] >> u & 1 for u in range(units)]
-    return Embedding(times, skips.reshape(len(candidates), -1))
+    named = [space.canonical_settings(candidate.settings_dict) for candidate in candidates]
+    choices = [[float(s[n] == value) for n, values in space.choices.items() for value in values] for s in named]
+    numbers = [[(float(s[n]) - low) / (high - low) for n, (low, high) in space.ranges.items()] for s in named]
+    return Embedding(times, skips.reshape(len(candidates), -1), np.array(choices), np.array(numbers))
 
 
 def normal_scores(losses: Sequence[float]) -> Array:
@@ -87,11 +100,14 @@ def predict(known: Embedding, scores: Array, asked: Embedding) -> tuple[Array, A
 
     Matérn 5/2 kernel in the timesteps times an exponential one in the number of skip bits that differ; the length
     scale of both is the one of ``SCALES`` with the largest marginal likelihood (Rasmussen and Williams 2006, eq. 5.8).
+    Settings, where any are searched, add an exponential factor in the number of choices that differ and a Matérn one
+    in the numbers; how much they matter, a length scale of their own, is found likewise.
     """
     among, between = _distances(known, known), _distances(known, asked)
     units = [float(np.median(d[d > 0])) if (d > 0).any() else 1.0 for d in among]
+    searched = known.choices.shape[1] or known.numbers.shape[1]
     best, found = -np.inf, None
-    for scale in SCALES:
+    for scale in product(SCALES, SETTING_SCALES if searched else SETTING_SCALES[:1]):
         covariance = _kernel(among, units, scale) + NOISE * np.eye(len(scores))
         factor = np.linalg.cholesky(covariance)
         white = np.linalg.solve(factor, scores)
@@ -105,14 +121,36 @@ def predict(known: Embedding, scores: Array, asked: Embedding) -> tuple[Array, A
     return projected.T @ white, np.sqrt(variance)
 
 
-def _distances(one: Embedding, other: Embedding) -> tuple[Array, Array]:
-    """Euclidean distance of the times and number of differing skip bits, float64 [N, M] each."""
-    squared = (one.times**2).sum(1)[:, None] + (other.times**2).sum(1) - 2 * one.times @ other.times.T
-    differing = one.skips.sum(1)[:, None] + other.skips.sum(1) - 2 * one.skips @ other.skips.T
-    return np.sqrt(np.maximum(squared, 0.0)), differing
+def _distances(one: Embedding, other: Embedding) -> tuple[Array, Array, Array, Array]:
+    """Between times, skips, choices and numbers, float64 [N, M] each.
+
+    Euclidean for times and numbers; how many skip bits and how many choices differ for the others.
+    """
+    return (
+        _euclidean(one.times, other.times),
+        _differing(one.skips, other.skips),
+        _differing(one.choices, other.choices) / 2,
+        _euclidean(one.numbers, other.numbers),
+    )
 
 
-def _kernel(distances: tuple[Array, Array], units: Sequence[float], scale: float) -> Array:
+def _euclidean(one: Array, other: Array) -> Array:
+    squared = (one**2).sum(1)[:, None] + (other**2).sum(1) - 2 * one @ other.T
+    distances: Array = np.sqrt(np.maximum(squared, 0.0))
+    return distances
+
+
+def _differing(one: Array, other: Array) -> Array:
+    """Number of bits that differ."""
+    differing: Array = one.sum(1)[:, None] + other.sum(1) - 2 * one @ other.T
+    return differing
+
+
+def _kernel(distances: Sequence[Array], units: Sequence[float], scales: tuple[float, float]) -> Array:
+    scale, of_settings = scales
     r = np.sqrt(5.0) * distances[0] / (scale * units[0])
     covariance: Array = (1.0 + r + r**2 / 3.0) * np.exp(-r - distances[1] / (scale * 4 * units[1]))
+    # Both distances are 0 where no settings are searched, and the factor is exactly 1.
+    r = np.sqrt(5.0) * distances[3] / (of_settings * units[3])
+    covariance *= (1.0 + r + r**2 / 3.0) * np.exp(-r - distances[2] / of_settings)
     return covariance

@@ -7,12 +7,14 @@ import pytest
 import torch
 
 from autodiffusion_optuna.candidate import Candidate
-from autodiffusion_optuna.errors import StatisticsError
-from autodiffusion_optuna.evaluation.evaluator import Evaluator
+from autodiffusion_optuna.errors import ConfigError, ModelError, StatisticsError
+from autodiffusion_optuna.evaluation.evaluator import Evaluator, batch_for
 from autodiffusion_optuna.evaluation.features import load_extractor
 from autodiffusion_optuna.evaluation.frechet import frechet_distance
 from autodiffusion_optuna.evaluation.models import load_model
 from autodiffusion_optuna.evaluation.prefix import PrefixMemory
+from autodiffusion_optuna.evaluation.sampling import Sampling
+from autodiffusion_optuna.evaluation.solvers import SOLVERS
 from autodiffusion_optuna.search.operators import mutate_local, random_candidate
 from autodiffusion_optuna.search.space import SearchSpace
 
@@ -24,7 +26,7 @@ def evaluator() -> Evaluator:
     model = load_model("mixture", clip=True)
     extractor = load_extractor("pixels", model.device)
     assert model.reference is not None
-    return Evaluator(model, "ddim", "one", extractor, model.reference(extractor), batch=32)
+    return Evaluator(model, Sampling(), extractor, model.reference(extractor), batch=32)
 
 
 def test_the_value_is_the_distance_of_the_images(evaluator: Evaluator) -> None:
@@ -66,14 +68,73 @@ def test_banks_differ_and_seeds_differ(evaluator: Evaluator) -> None:
     assert len(values | {other}) == 5
 
 
-@pytest.mark.parametrize("solver", ["ddim", "dpmpp_2m", "heun", "plms"])
+def running_out(evaluator: Evaluator, most: int) -> Evaluator:
+    """The same evaluator on a device that holds ``most`` images."""
+    denoiser = evaluator.model.denoiser
+
+    def denoise(x: torch.Tensor, t: float, skip: int) -> torch.Tensor:
+        if len(x) > most:
+            raise torch.OutOfMemoryError
+        return denoiser(x, t, skip)
+
+    return replace(evaluator, model=replace(evaluator.model, denoiser=denoise), _fits=[], _noise={})
+
+
+def test_a_batch_that_does_not_fit_is_halved_and_changes_nothing_but_rounding(evaluator: Evaluator) -> None:
+    small = running_out(evaluator, 9)
+    score = small.score(CANDIDATE, [64])
+    assert score.value == pytest.approx(evaluator.score(CANDIDATE, [64]).value, rel=1e-5)
+    assert (score.run, small.fitting_batch) == (3 * 64, 8)
+    assert small.score(CANDIDATE, [64]).value == score.value
+
+
+def test_a_single_image_that_does_not_fit_is_an_error(evaluator: Evaluator) -> None:
+    with pytest.raises(ModelError, match="out of memory with a single image"):
+        running_out(evaluator, 0).score(CANDIDATE, [64])
+
+
+@pytest.mark.parametrize(
+    ("free", "first", "each", "fitting"),
+    [(1000, 100, 50, 8), (1000, 100, 1, 256), (10, 100, 50, 1), (10**6, 1, 1, 1024)],
+)
+def test_the_batch_that_fits_is_a_power_of_two(free: int, first: int, each: int, fitting: int) -> None:
+    assert batch_for(free, first, each) == fitting
+
+
+def test_noise_of_a_stochastic_solver_belongs_to_the_image(evaluator: Evaluator) -> None:
+    noisy = replace(evaluator, sampling=Sampling(eta=1.0))
+    values = [replace(noisy, batch=batch).score(CANDIDATE, [64]).value for batch in (7, 64)]
+    assert values == pytest.approx([values[0]] * 2, rel=1e-5)
+    assert values[0] != pytest.approx(evaluator.score(CANDIDATE, [64]).value, rel=1e-3)
+    remembering = replace(noisy, memory=PrefixMemory(2**24))
+    other = Candidate((900, 500, 90))
+    assert remembering.score(CANDIDATE, [64]).value == replace(noisy, memory=None).score(CANDIDATE, [64]).value
+    score = remembering.score(other, [64])
+    assert score.value == noisy.score(other, [64]).value
+    assert score.saved == 2 * 64
+
+
+def test_a_candidate_chooses_its_solver(evaluator: Evaluator) -> None:
+    remembering = replace(evaluator, memory=PrefixMemory(2**24))
+    for solver in ("ddim", "heun", "dpmpp_2m", "ddim"):
+        chosen = Candidate(CANDIDATE.timesteps, settings=(("final", "first"), ("solver", solver)))
+        fixed = replace(evaluator, sampling=Sampling(solver, "first")).score(CANDIDATE, [64])
+        assert remembering.score(chosen, [64]).value == fixed.value
+
+
+def test_guidance_of_an_unconditional_model_is_refused(evaluator: Evaluator) -> None:
+    with pytest.raises(ConfigError, match="guidance 2 was given, but model 'mixture' has none"):
+        replace(evaluator, sampling=Sampling(guidance=2.0)).score(CANDIDATE, [32])
+
+
+@pytest.mark.parametrize("solver", sorted(SOLVERS))
 def test_scores_are_bit_equal_with_and_without_the_memory(evaluator: Evaluator, solver: str) -> None:
     """A search-like walk: one-gene changes of good candidates, several lengths, a memory that has to forget."""
     space = SearchSpace(T=1000, min_steps=2, max_steps=5)
     rng = np.random.default_rng(0)
     budget = 40 * 32 * 16 * 4  # forty of the batches' tensors
-    remembering = replace(evaluator, solver=solver, memory=PrefixMemory(budget))
-    plain = replace(evaluator, solver=solver, memory=None)
+    remembering = replace(evaluator, sampling=Sampling(solver), memory=PrefixMemory(budget))
+    plain = replace(evaluator, sampling=Sampling(solver), memory=None)
     candidate, saved = random_candidate(rng, space, 0.0), 0
     for _ in range(40):
         score = remembering.score(candidate, [48])

@@ -171,7 +171,8 @@ def test_fingerprints_differ_by_what_changes_features(tmp_path: Path) -> None:
 
 
 def test_every_extractor_has_a_loader() -> None:
-    assert set(EXTRACTORS) == {"digits", "pixels", "inception"}
+    bundled, published = {"digits", "pixels"}, {"inception", "clip", "dinov2", "efficientnet-lite0"}
+    assert set(EXTRACTORS) == bundled | published | {"torchscript", "python"}
 
 
 @pytest.mark.gpu

@@ -9,12 +9,15 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from torch import nn
+from tiny_models import make_vae, write_class_conditional, write_ddpm
+from torch import Tensor, nn
 
 from autodiffusion_optuna.errors import ConfigError, ModelError
 from autodiffusion_optuna.evaluation.models import DIGITS, MODELS, find_device, load_model
-from autodiffusion_optuna.evaluation.models.diffusers_folder import WEIGHTS, load_folder
+from autodiffusion_optuna.evaluation.models.base import Options
+from autodiffusion_optuna.evaluation.models.diffusers_folder import load_folder
 from autodiffusion_optuna.evaluation.models.mixture import default_mixture, mixture_model
+from autodiffusion_optuna.evaluation.models.parts import WEIGHTS
 from autodiffusion_optuna.evaluation.solvers import SOLVERS, times
 
 X = torch.randn(2, 1, 8, 8, generator=torch.Generator().manual_seed(0))
@@ -148,17 +151,17 @@ def test_images_are_clamped_and_rounded(flat: Path) -> None:
 
 
 def test_missing_parts_are_named(tmp_path: Path, pipeline: Path) -> None:
-    assert "Known: digits, mixture, or the path of a diffusers folder" in refused(tmp_path / "nowhere")
+    assert "Known: digits, mixture" in refused(tmp_path / "nowhere")
     with pytest.raises(ModelError, match=r"unknown model 'digit'; did you mean 'digits'"):
         load_model("digit")
     with pytest.raises(ModelError, match="no such folder"):
         load_folder(tmp_path / "nowhere")
     shutil.rmtree(pipeline / "scheduler")
     assert "looked for scheduler_config.json and scheduler/scheduler_config.json" in refused(pipeline)
-    (pipeline / "unet" / WEIGHTS).rename(pipeline / "unet" / "diffusion_pytorch_model.bin")
-    assert f"holds diffusion_pytorch_model.bin, but only {WEIGHTS} is read" in refused(pipeline)
-    (pipeline / "unet" / "diffusion_pytorch_model.bin").unlink()
-    assert f"no {WEIGHTS}" in refused(pipeline)
+    (pipeline / "unet" / WEIGHTS).rename(pipeline / "unet" / "diffusion_pytorch_model.onnx")
+    assert f"no {WEIGHTS} (it holds diffusion_pytorch_model.onnx)" in refused(pipeline)
+    (pipeline / "unet" / "diffusion_pytorch_model.onnx").unlink()
+    assert f"no {WEIGHTS}; give a folder" in refused(pipeline)
     (pipeline / "unet" / "config.json").unlink()
     assert "no config.json" in refused(pipeline)
 
@@ -167,8 +170,9 @@ def test_missing_parts_are_named(tmp_path: Path, pipeline: Path) -> None:
     ("changes", "reason"),
     [
         ({"_class_name": "UNet2DConditionModel"}, "describes a UNet2DConditionModel; only UNet2DModel"),
-        ({"num_class_embeds": 10}, "class-conditional"),
-        ({"class_embed_type": "timestep"}, "class-conditional"),
+        ({"num_class_embeds": 10}, "1 missing, first 'class_embedding.weight'"),
+        ({"num_class_embeds": "ten"}, "num_class_embeds is 'ten'"),
+        ({"class_embed_type": "timestep"}, "class_embed_type is 'timestep'; only class labels"),
         ({"sample_size": None}, "sample_size is None"),
         ({"sample_size": 7}, "does not run on [1, 7, 7] images"),
         ({"out_channels": 3}, "1 channels in and 3 out"),
@@ -219,9 +223,193 @@ def test_missing_weights_are_not_filled_with_random_ones(flat: Path) -> None:
     assert "1 missing, first 'conv_in.weight'" in refused(flat)
 
 
-def test_latent_pipelines_are_refused(pipeline: Path) -> None:
-    edit(pipeline / "model_index.json", vqvae=["diffusers", "VQModel"])
-    assert "latent models are not supported" in refused(pipeline)
+def test_the_pipeline_is_sampled_as_diffusers_does(tmp_path: Path) -> None:
+    """DDIM on an uneven list is diffusers' DPM-Solver++ of order 1 (arXiv 2211.01095, section 4)."""
+    from diffusers import DPMSolverMultistepScheduler
+
+    network = write_ddpm(tmp_path)
+    steps = [981, 600, 555, 200, 41]
+    noise = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    scheduler = DPMSolverMultistepScheduler(solver_order=1, final_sigmas_type="zero")
+    scheduler.set_timesteps(timesteps=steps)
+    x = noise
+    with torch.inference_mode():
+        for t in scheduler.timesteps:
+            x = scheduler.step(network(x, t).sample, t, x).prev_sample
+    model = load_folder(tmp_path, clip=False)
+    sampled = sample(model, noise, steps)
+    assert torch.equal(sampled, sample(model, noise, steps))
+    torch.testing.assert_close(sampled, x, rtol=1e-5, atol=1e-5)
+
+
+def sample(model: Any, noise: Tensor, steps: list[int]) -> Tensor:
+    return SOLVERS["ddim"](lambda x, t: model.denoiser(x, t, 0), noise, times(model.schedule, steps, "one"))
+
+
+def test_pixels_are_clipped_unless_the_study_says_no(tmp_path: Path) -> None:
+    write_ddpm(tmp_path)
+    x = 9 * torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    assert load_folder(tmp_path).denoiser(x, 900, 0).abs().max() == 1
+    assert load_folder(tmp_path, clip=False).denoiser(x, 900, 0).abs().max() > 1
+
+
+def test_classes_condition_the_network(tmp_path: Path) -> None:
+    network = write_class_conditional(tmp_path, classes=5)
+    model = load_folder(tmp_path, clip=False)
+    assert model.conditions is not None
+    assert (model.conditions.kind, model.conditions.count, model.guidance) == ("labels", 5, "none")
+    x = torch.randn(3, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    labels = [4, 0, 2]
+    with torch.inference_mode():
+        eps = network(x, torch.tensor(300), class_labels=torch.tensor(labels)).sample
+    expected = (x - model.schedule.sigma(300) * eps) / model.schedule.alpha(300)
+    denoise = model.bind(labels)
+    torch.testing.assert_close(denoise(x, 300, 0), expected)
+    assert not torch.allclose(model.bind([0, 0, 2])(x, 300, 0)[0], expected[0])
+    assert torch.equal(denoise(x, 300, 0), denoise(x, 300, 0))
+    assert not torch.equal(denoise(x, 300, 1), denoise(x, 300, 0))
+    assert model.costs().full > 0
+
+
+def test_a_null_class_allows_guidance(tmp_path: Path) -> None:
+    network = write_class_conditional(tmp_path, classes=4)
+    model = load_folder(tmp_path, clip=False, options=Options(fields={"null_class": 1}, guidance=2.5))
+    assert model.conditions is not None
+    assert (model.conditions.count, model.guidance, model.scale) == (3, "free", 2.5)
+    assert model.conditions.rows([0, 1, 2])["label"].tolist() == [0, 2, 3]
+    plain = load_folder(tmp_path)
+    assert plain.conditions is not None
+    assert plain.conditions.fingerprint != model.conditions.fingerprint
+    x = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        towards, away = (network(x, 300, class_labels=torch.tensor(y)).sample for y in ([2, 3], [1, 1]))
+    eps = away + 2.5 * (towards - away)
+    expected = (x - model.schedule.sigma(300) * eps) / model.schedule.alpha(300)
+    torch.testing.assert_close(model.bind([1, 2])(x, 300, 0), expected)
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        (Options(guidance=2.0), r"guidance 2 was given, but model .* has none"),
+        (Options(fields={"null_class": 9}), r"null_class = 9 is no class of .*; use an integer in \[0, 4\]"),
+        (Options(fields={"nul_class": 1}), "field 'nul_class' is not for models such as"),
+        (Options(preset="imagenet64"), "preset = 'imagenet64' is not for models such as"),
+        (Options(prompts=Path("prompts.txt")), "leave model.prompts out"),
+        (Options(size=(64, 64)), "leave model.size out"),
+    ],
+)
+def test_options_of_other_kinds_of_models_are_refused(tmp_path: Path, options: Options, reason: str) -> None:
+    write_class_conditional(tmp_path)
+    with pytest.raises(ConfigError, match=reason):
+        load_folder(tmp_path, options=options)
+
+
+def test_an_unconditional_model_has_no_null_class(flat: Path) -> None:
+    with pytest.raises(ConfigError, match=r"fields = .* is not for models such as 'flat'"):
+        load_folder(flat, options=Options(fields={"null_class": 0}))
+    with pytest.raises(ConfigError, match="guidance 0 was given"):
+        load_folder(flat, options=Options(guidance=0.0))
+
+
+def test_every_format_of_weights_is_the_same_model(flat: Path) -> None:
+    expected = load_folder(flat).denoiser(X, 300, 0)
+    weights = load_file(flat / WEIGHTS)
+    (flat / WEIGHTS).unlink()
+    names = sorted(weights)
+    halves = {"1-of-2": names[::2], "2-of-2": names[1::2]}
+
+    def load_once() -> Tensor:
+        output = load_folder(flat).denoiser(X, 300, 0)
+        for path in flat.glob("diffusion_pytorch_model*"):
+            path.unlink()
+        return output
+
+    torch.save(weights, flat / "diffusion_pytorch_model.bin")
+    assert torch.equal(load_once(), expected)
+
+    shards = {key: f"diffusion_pytorch_model-0000{half}.safetensors" for half in halves for key in halves[half]}
+    (flat / f"{WEIGHTS}.index.json").write_text(json.dumps({"weight_map": shards}))
+    for half, keys in halves.items():
+        save_file({key: weights[key] for key in keys}, flat / f"diffusion_pytorch_model-0000{half}.safetensors")
+    assert torch.equal(load_once(), expected)
+
+    reduced = {key: value.half() for key, value in weights.items()}
+    save_file(reduced, flat / "diffusion_pytorch_model.fp16.safetensors")
+    torch.testing.assert_close(load_once(), expected, rtol=0, atol=1e-2)
+
+    save_file(reduced, flat / "diffusion_pytorch_model.fp16.safetensors")
+    save_file(weights, flat / WEIGHTS)
+    assert torch.equal(load_once(), expected)
+
+
+def test_incomplete_shards_are_refused(flat: Path) -> None:
+    (flat / WEIGHTS).unlink()
+    index = flat / f"{WEIGHTS}.index.json"
+    index.write_text('{"weight_map": {"conv_in.weight": "diffusion_pytorch_model-00001-of-00002.safetensors"}}')
+    assert "names diffusion_pytorch_model-00001-of-00002.safetensors, which is not there" in refused(flat)
+    index.write_text("{}")
+    assert "has no weight_map" in refused(flat)
+
+
+class Harmful:
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Path.touch, (Path("harm-was-done"),)
+
+
+def test_pickles_that_hold_code_are_refused(flat: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (flat / WEIGHTS).unlink()
+    torch.save({"conv_in.weight": Harmful()}, flat / "diffusion_pytorch_model.bin")
+    assert "holds more than tensors" in refused(flat)
+    assert not Path("harm-was-done").exists()
+    torch.save([1, 2], flat / "diffusion_pytorch_model.bin")
+    assert "does not hold tensors by name" in refused(flat)
+    for rest in (b"", b"not a pickle", b"PK"):
+        (flat / "diffusion_pytorch_model.bin").write_bytes(rest)
+        assert "damaged" in refused(flat)
+
+
+def test_reduced_weights_predict_the_same(tmp_path: Path) -> None:
+    write_class_conditional(tmp_path)
+    x = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    plain = load_folder(tmp_path, precision="bfloat16")
+    reduced = load_folder(tmp_path, precision="bfloat16", options=Options(reduced=True))
+    assert torch.equal(plain.bind([0, 3])(x, 300, 0), reduced.bind([0, 3])(x, 300, 0))
+    assert plain.fingerprint == reduced.fingerprint
+
+
+def test_latent_unconditional_pipelines(tmp_path: Path) -> None:
+    from diffusers import DDIMScheduler, LDMPipeline, VQModel
+    from tiny_models import make_unet
+
+    vqvae = VQModel(
+        block_out_channels=(8, 16),
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        norm_num_groups=4,
+        num_vq_embeddings=16,
+    )
+    for name, decoder, channels in (("vqvae", vqvae, 3), ("kl", make_vae(), 4)):
+        folder = tmp_path / name
+        network = make_unet(sample_size=8, in_channels=channels, out_channels=channels)
+        pipeline = LDMPipeline(vqvae=decoder, unet=network, scheduler=DDIMScheduler())
+        pipeline.save_pretrained(folder)
+        model = load_folder(folder)
+        assert (model.shape, model.picture_shape, model.kind) == ((channels, 8, 8), (3, 16, 16), "LDMPipeline")
+        z = torch.randn(2, *model.shape, generator=torch.Generator().manual_seed(0))
+        assert model.denoiser(9 * z, 900, 0).abs().max() > 1
+        assert model.decode is not None
+        with torch.inference_mode():
+            images = decoder.eval().decode(z / decoder.config.scaling_factor).sample
+        torch.testing.assert_close(model.decode(z), images, rtol=1e-4, atol=1e-4)
+        assert model.to_images(z).shape == (2, 3, 16, 16)
+        with pytest.raises(ConfigError, match="are latents, which go beyond"):
+            load_folder(folder, clip=True)
+    edit(tmp_path / "kl" / "vqvae" / "config.json", scaling_factor=1.0)
+    assert load_folder(tmp_path / "kl").fingerprint != model.fingerprint
+    shutil.rmtree(tmp_path / "kl" / "vqvae")
+    assert "no config.json" in refused(tmp_path / "kl")
 
 
 def test_devices_and_settings_are_checked(flat: Path) -> None:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import itertools
 import random
 from collections.abc import Callable
 
@@ -10,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from autodiffusion_optuna.candidate import Candidate
-from autodiffusion_optuna.evaluation.denoiser import Denoiser
+from autodiffusion_optuna.evaluation.denoiser import UNCONDITIONAL, Condition, Denoiser
 from autodiffusion_optuna.evaluation.prefix import PrefixMemory, Tally, remembering
 from autodiffusion_optuna.evaluation.skip import find_units
 from autodiffusion_optuna.evaluation.solvers import SOLVERS, query_steps, times
@@ -25,11 +26,11 @@ X = torch.randn(BATCH, 1, 8, 8, generator=torch.Generator().manual_seed(0))
 def denoiser(make_unet: Callable[..., nn.Module]) -> Denoiser:
     network = make_unet()
 
-    def predict(x: Tensor, model_times: Tensor) -> Tensor:
+    def predict(x: Tensor, model_times: Tensor, condition: Condition) -> Tensor:
         prediction: Tensor = network(x, model_times, return_dict=False)[0]
         return prediction
 
-    units = find_units(network, lambda: predict(X, torch.zeros(BATCH)))
+    units = find_units(network, lambda: predict(X, torch.zeros(BATCH), UNCONDITIONAL))
     return Denoiser(predict, SCHEDULE, "epsilon", torch.device("cpu"), clip=True, units=units)
 
 
@@ -58,14 +59,23 @@ def mutated(candidate: Candidate, rng: random.Random, units: int) -> Candidate:
     return Candidate.from_pairs(pairs)
 
 
+def queries(candidate: Candidate, solver: str, final: Final) -> list[tuple[float, int]]:
+    """(time, skip set) of every query of a run."""
+    asked: list[float] = []
+
+    def record(x: Tensor, t: float) -> Tensor:
+        asked.append(t)
+        return x
+
+    SOLVERS[solver](record, X, times(SCHEDULE, candidate.timesteps, final))
+    steps = query_steps(solver, candidate.steps, final)
+    return [(t, candidate.skips[step]) for t, step in zip(asked, steps, strict=True)]
+
+
 def shared_queries(a: Candidate, b: Candidate, solver: str, final: Final) -> int:
     """Queries of ``a`` and ``b`` before their first difference."""
-    count = 0
-    for step in query_steps(solver, a.steps, final):
-        if a.pairs[step] != b.pairs[step]:
-            return count
-        count += 1
-    return count
+    both = zip(queries(a, solver, final), queries(b, solver, final), strict=True)
+    return sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], both))
 
 
 @pytest.mark.parametrize("final", ["one", "first"])
@@ -74,15 +84,15 @@ def test_remembering_changes_no_bit_and_counts_right(denoiser: Denoiser, solver:
     assert denoiser.units
     rng = random.Random(solver + final)
     parent = Candidate((940, 720, 430, 211, 30), tuple(rng.getrandbits(12) for _ in range(5)))
-    queries = len(query_steps(solver, parent.steps, final))
+    asked = len(query_steps(solver, parent.steps, final))
     children = [mutated(parent, rng, len(denoiser.units)) for _ in range(5)]
     for child in children:
         memory, tally = PrefixMemory(1 << 20), Tally()
         run(denoiser, solver, final, parent, memory, tally)
-        assert tally == Tally(run=queries * BATCH, saved=0)
+        assert tally == Tally(run=asked * BATCH, saved=0)
         remembered = run(denoiser, solver, final, child, memory, tally)
         shared = shared_queries(parent, child, solver, final)
-        assert tally == Tally(run=(2 * queries - shared) * BATCH, saved=shared * BATCH)
+        assert tally == Tally(run=(2 * asked - shared) * BATCH, saved=shared * BATCH)
         assert memory.hits == shared
         assert torch.equal(remembered, run(denoiser, solver, final, child, None, Tally()))
 

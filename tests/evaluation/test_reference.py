@@ -24,7 +24,7 @@ HELD_OUT = Path(__file__).parent.parent / "data" / "digits_heldout.npz"
 PIXELS = load_extractor("pixels", "cpu")
 # Stands for Inception, with four dimensions: only name and dim matter to a reader of statistics.
 INCEPTION = Extractor(
-    "inception", "0" * 16, 4, "FID", torch.device("cpu"), network=lambda images: images.flatten(1).float()
+    "inception", "0" * 16, 4, "FID", torch.device("cpu"), mode="clean", network=lambda images: images.flatten(1).float()
 )
 
 
@@ -150,7 +150,7 @@ def test_a_mismatch_of_extractors_names_both(own: Path) -> None:
         ({"mu": np.ones(4), "sigma": -np.eye(4)}, "no covariance"),
         ({"mu": np.ones(4, dtype=np.int64), "sigma": np.eye(4)}, "no float array"),
         ({"mu": np.array([None] * 4), "sigma": np.eye(4)}, "plain arrays"),
-        ({"feats": np.ones((3, 4))}, "holds feats"),
+        ({"weights": np.ones((3, 4))}, "holds weights"),
         ({"arr_0": np.zeros((5, 4, 4, 3))}, "images are uint8"),
         ({"arr_0": np.zeros((5, 3, 4, 4), dtype=np.uint8)}, "images are uint8"),
         ({"arr_0": np.zeros((1, 2, 2, 1), dtype=np.uint8)}, "at least 2"),

@@ -3,7 +3,7 @@ import pytest
 import torch
 
 from autodiffusion_optuna.errors import ConfigError
-from autodiffusion_optuna.evaluation.seeds import SEARCH_BANK, Bank
+from autodiffusion_optuna.evaluation.seeds import SEARCH_BANK, Bank, Draw
 
 SHAPE = (1, 4, 4)
 
@@ -43,3 +43,28 @@ def test_noise_is_standard_normal() -> None:
 def test_values_out_of_range_are_refused(seed: int, bank: int) -> None:
     with pytest.raises(ConfigError, match="out of range"):
         Bank(seed, bank, SHAPE)
+
+
+@pytest.mark.parametrize("draw", ["balanced", "random"])
+def test_conditions_do_not_depend_on_batches_and_are_in_range(draw: Draw) -> None:
+    bank = Bank(3, 1, SHAPE)
+    whole = bank.conditions(0, 50, 7, draw)
+    assert [c for start in range(0, 50, 9) for c in bank.conditions(start, min(start + 9, 50), 7, draw)] == whole
+    assert set(whole) == set(range(7))
+    assert whole != Bank(3, 2, SHAPE).conditions(0, 50, 7, draw)
+    assert whole != Bank(4, 1, SHAPE).conditions(0, 50, 7, draw)
+
+
+def test_balanced_conditions_have_each_once_a_row_in_new_orders() -> None:
+    drawn = Bank(0, 0, SHAPE).conditions(0, 40, 10)
+    rows = [drawn[i : i + 10] for i in range(0, 40, 10)]
+    assert all(sorted(row) == list(range(10)) for row in rows)
+    assert len({tuple(row) for row in rows}) == 4
+
+
+def test_step_noise_is_its_own_and_does_not_depend_on_batches() -> None:
+    bank = Bank(7, 0, SHAPE)
+    steps = [bank.step_noise(0, 4, step) for step in range(3)]
+    assert torch.equal(bank.step_noise(2, 4, 1), steps[1][2:])
+    rows = torch.cat([bank.noise(0, 4), *steps])
+    assert len({row.numpy().tobytes() for row in rows}) == 16

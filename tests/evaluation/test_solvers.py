@@ -1,153 +1,122 @@
 from __future__ import annotations
 
-import json
+import functools
 import math
-from itertools import pairwise
-from pathlib import Path
+import random
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from solver_runs import LISTS, SCHEDULE, TENSORS, difference, exact, nodes_only, run
 from torch import Tensor
 
 from autodiffusion_optuna.errors import ConfigError
-from autodiffusion_optuna.evaluation.models.mixture import GaussianMixture
-from autodiffusion_optuna.evaluation.solvers import SOLVERS, Denoise, find_solver, query_steps, times
-from autodiffusion_optuna.noise import Final, NoiseSchedule, flow, linear
-
-GOLDEN = Path(__file__).parent.parent / "golden"
-FACTS: dict[str, Any] = json.loads((GOLDEN / "solvers.json").read_text())
-TENSORS = load_file(GOLDEN / "solvers.safetensors")
-LISTS: dict[str, list[int]] = FACTS["lists"]
-SCHEDULE = linear()
-MIXTURE = GaussianMixture(
-    *(torch.tensor(FACTS["model"][part], dtype=torch.float64) for part in ("weights", "means", "stds"))
+from autodiffusion_optuna.evaluation.solvers import (
+    ADAMS_BASHFORTH,
+    CAPPED,
+    LIMIT,
+    ORDERS,
+    SOLVERS,
+    Denoise,
+    Solver,
+    Times,
+    evaluations,
+    find_solver,
+    lms,
+    plms_ab,
+    query_steps,
+    solver_names,
+    step_of,
+    times,
 )
-# Golden name -> solver and final.
-CASES: dict[str, tuple[str, Final]] = {
-    "ddim_one": ("ddim", "one"),
-    "ddim_alpha0": ("ddim", "first"),
-    "plms_compvis_alpha0": ("plms", "first"),
-    "dpmpp_2m_alpha0": ("dpmpp_2m", "first"),
-    "dpmpp_2m_one_lof0": ("dpmpp_2m", "one"),
-    "heun_one": ("heun", "one"),
-    "heun_alpha0": ("heun", "first"),
-}
+from autodiffusion_optuna.noise import Final, NoiseSchedule, cosine, edm, flow
+
+SCHEDULES = [SCHEDULE, cosine(), flow(), edm(np.geomspace(0.002, 80.0, 1000))]
+# Multistep solvers over the noise whose every state is asked for, and the order of each.
+LINEAR_IN_NOISE = {"lms": 4, "plms_ab": 4, "deis_2": 2, "deis_3": 3, "dpm_solver_2": 2, "dpm_solver_3": 3}
 
 
-def exact(schedule: NoiseSchedule = SCHEDULE) -> Denoise:
-    return lambda x, t: MIXTURE.x0(x, schedule.alpha(t), schedule.sigma(t))
-
-
-def run(
-    solver: str, timesteps: list[Any], final: Final, x: Tensor, schedule: NoiseSchedule = SCHEDULE
-) -> tuple[list[float], list[Tensor]]:
-    """Times of all queries, and the states they were made at followed by the result."""
-    asked: list[float] = []
+def weights(solve: Solver, timesteps: list[Any], final: Final) -> list[np.ndarray]:
+    """Weights of all noise answers at each step, newest first, by answering each query with a unit vector."""
+    nodes = times(SCHEDULE, timesteps, final)
+    K = nodes.steps
+    units = torch.eye(K, dtype=torch.float64)
     states: list[Tensor] = []
-    denoise = exact(schedule)
 
-    def record(x: Tensor, t: float) -> Tensor:
-        asked.append(t)
+    def denoise(x: Tensor, t: float) -> Tensor:
+        i = len(states)
         states.append(x)
-        return denoise(x, t)
+        return (x - nodes.sigma[i] * units[i]) / nodes.alpha[i]
 
-    result = SOLVERS[solver](record, x, times(schedule, timesteps, final))
-    return asked, [*states, result]
-
-
-def difference(a: Tensor, b: Tensor) -> float:
-    return float((a.double() - b).norm() / b.norm())
-
-
-def nodes_only(solver: str, states: list[Tensor]) -> list[Tensor]:
-    """Without a solver's inner guesses: Heun's second query a step, and PLMS's second at all."""
-    if solver == "heun":
-        return [*states[:-1:2], states[-1]]
-    return [states[0], *states[2:]] if solver == "plms" else states
+    states.append(solve(denoise, torch.zeros(K, dtype=torch.float64), nodes))
+    rows = []
+    for i in range(K):
+        step = nodes.rho[i + 1] - nodes.rho[i]
+        row = (states[i + 1] / nodes.alpha[i + 1] - states[i] / nodes.alpha[i]) / step
+        rows.append(row[: i + 1].flip(0).numpy())
+    return rows
 
 
-def test_the_mixture_is_the_golden_one() -> None:
-    for t, expected in zip(TENSORS["probe.t"].tolist(), TENSORS["probe.eps"], strict=True):
-        x, alpha, sigma = TENSORS["probe.x"], SCHEDULE.alpha(t), SCHEDULE.sigma(t)
-        assert difference((x - alpha * MIXTURE.x0(x, alpha, sigma)) / sigma, expected) < 1e-12
+# The first four solvers as they were before the rest came: results that studies rest on.
 
 
-@pytest.mark.parametrize("name", sorted(LISTS))
-@pytest.mark.parametrize("final", ["one", "first"])
-def test_nodes_equal_the_golden_ones(name: str, final: Final) -> None:
-    nodes = times(SCHEDULE, LISTS[name], final)
-    prefix = f"{name}.nodes_{'one' if final == 'one' else 'alpha0'}"
-    np.testing.assert_allclose(nodes.alpha, TENSORS[f"{prefix}.alpha"], rtol=1e-13)
-    np.testing.assert_allclose(nodes.sigma, TENSORS[f"{prefix}.sigma"], rtol=1e-12)
-    assert nodes.lam[0] == pytest.approx(SCHEDULE.lambda_(LISTS[name][0]), rel=1e-12)
-    assert math.isinf(nodes.lam[-1]) == (final == "one")
+def old_data(x: Tensor, x0: Tensor, n: Times, i: int) -> Tensor:
+    ratio = n.sigma[i + 1] / n.sigma[i]
+    return ratio * x + (n.alpha[i + 1] - ratio * n.alpha[i]) * x0
 
 
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-10), (torch.float32, 1e-5)])
-@pytest.mark.parametrize("case", sorted(CASES))
-@pytest.mark.parametrize("name", sorted(LISTS))
-def test_every_state_equals_the_official_code(name: str, case: str, dtype: torch.dtype, tolerance: float) -> None:
-    solver, final = CASES[case]
-    asked, states = run(solver, LISTS[name], final, TENSORS["x_T"].to(dtype))
-    golden = next(entry for entry in FACTS["cases"] if entry["name"] == f"{name}.{case}")
-    assert asked == golden["evaluation_times"]
-    reached = nodes_only(solver, states)
-    assert len(reached) == len(LISTS[name]) + 1
-    for state, expected in zip(reached, TENSORS[f"{name}.{case}.states"], strict=True):
-        assert state.dtype == dtype
-        assert difference(state, expected) < tolerance
+def old_noise(x: Tensor, x0: Tensor, n: Times, i: int) -> Tensor:
+    return (1 / n.sigma[i]) * x + (-n.alpha[i] / n.sigma[i]) * x0
 
 
-@pytest.mark.parametrize(("solver", "order"), [("ddim", 1), ("dpmpp_2m", 2), ("heun", 2)])
-def test_error_falls_with_the_order(solver: str, order: int) -> None:
-    errors = []
-    for steps in (64, 128, 256):
-        lam = np.linspace(SCHEDULE.lambda_(999), SCHEDULE.lambda_(0), steps + 1)[1:-1]
-        inner = np.interp(-lam, -SCHEDULE.lambdas, np.arange(1000))
-        _, states = run(solver, [999, *inner.tolist()], "first", TENSORS["x_T"])
-        errors.append(difference(states[-1], TENSORS["K10.truth_alpha0"]))
-    for coarse, fine in pairwise(errors):
-        assert math.log2(coarse / fine) == pytest.approx(order, abs=0.15)
+def old_by_noise(x: Tensor, noise: Tensor, n: Times, i: int) -> Tensor:
+    ratio = n.alpha[i + 1] / n.alpha[i]
+    return ratio * x + (n.sigma[i + 1] - ratio * n.sigma[i]) * noise
 
 
-def dpm_scheduler(final: Final) -> Any:
-    from diffusers import DPMSolverMultistepScheduler
-
-    return DPMSolverMultistepScheduler(final_sigmas_type="zero" if final == "one" else "sigma_min")
-
-
-def through_diffusers(scheduler: Any, timesteps: list[int], x: Tensor) -> Tensor:
-    scheduler.set_timesteps(timesteps=timesteps)
-    for t in scheduler.timesteps:
-        scaled = scheduler.scale_model_input(x, t)
-        alpha, sigma = SCHEDULE.alpha(int(t)), SCHEDULE.sigma(int(t))
-        eps = (scaled - alpha * MIXTURE.x0(scaled, alpha, sigma)) / sigma
-        x = scheduler.step(eps, t, x).prev_sample
+def old(solver: str, denoise: Denoise, x: Tensor, n: Times) -> Tensor:
+    history: list[Tensor] = []
+    previous = x
+    for i, t in enumerate(n.timesteps):
+        x0 = denoise(x, t)
+        if solver == "dpmpp_2m":
+            data = x0
+            if i > 0 and not (i == n.steps - 1 and (n.steps < 10 or n.sigma[i + 1] == 0)):
+                extra = (n.lam[i + 1] - n.lam[i]) / (2 * (n.lam[i] - n.lam[i - 1]))
+                data = (1 + extra) * x0 + -extra * previous
+            x, previous = old_data(x, data, n, i), x0
+            continue
+        guess = old_data(x, x0, n, i)
+        history = [old_noise(x, x0, n, i), *history[:3]]
+        if solver == "ddim" or (solver == "heun" and n.sigma[i + 1] == 0):
+            x = guess
+        elif solver == "heun" or (i == 0 and n.steps > 1):
+            there = old_noise(guess, denoise(guess, n.time(i + 1)), n, i + 1)
+            x = old_by_noise(x, 0.5 * history[0] + 0.5 * there, n, i)
+        else:
+            noise = functools.reduce(
+                torch.add, (w * eps for w, eps in zip(ADAMS_BASHFORTH[len(history) - 1], history, strict=True))
+            )
+            x = old_by_noise(x, noise, n, i)
     return x
 
 
-# Below 10 and from 15 steps on, diffusers and the authors' code agree on when the last step is first order.
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("final", ["one", "first"])
-@pytest.mark.parametrize("steps", [8, 20])
-def test_dpmpp_2m_equals_diffusers(final: Final, steps: int) -> None:
-    timesteps = list(range(1000 - 1000 // steps, 0, -(1000 // steps)))
-    _, states = run("dpmpp_2m", timesteps, final, TENSORS["x_T"])
-    expected = through_diffusers(dpm_scheduler(final), timesteps, TENSORS["x_T"])
-    # diffusers' float32 table holds sigma(0) = 0.01 to 3e-4 only.
-    assert difference(states[-1], expected) < (2e-6 if final == "one" else 1e-5)
+@pytest.mark.parametrize("solver", ["ddim", "dpmpp_2m", "heun", "plms"])
+def test_the_first_solvers_keep_every_bit(solver: str, final: Final, dtype: torch.dtype) -> None:
+    rng = random.Random(solver)
+    x = TENSORS["x_T"].to(dtype)
+    for steps in (1, 2, 5, 9, 10, 12):
+        nodes = times(SCHEDULE, sorted(rng.sample(range(1000), steps), reverse=True), final)
+        assert torch.equal(SOLVERS[solver](exact(), x, nodes), old(solver, exact(), x, nodes))
 
 
-def test_heun_equals_diffusers() -> None:
-    from diffusers import HeunDiscreteScheduler
-
-    timesteps = list(range(900, 0, -100))
-    _, states = run("heun", timesteps, "one", TENSORS["x_T"])
-    scheduler = HeunDiscreteScheduler(beta_start=1e-4, beta_end=0.02)
-    expected = through_diffusers(scheduler, timesteps, TENSORS["x_T"] / SCHEDULE.alpha(900))
-    assert difference(states[-1], expected) < 2e-6
+# Queries
 
 
 @pytest.mark.parametrize("solver", sorted(SOLVERS))
@@ -156,9 +125,9 @@ def test_heun_equals_diffusers() -> None:
 def test_query_steps_are_those_of_a_real_run(solver: str, final: Final, steps: int) -> None:
     timesteps = [950 - 80 * i for i in range(steps)]
     asked, _ = run(solver, timesteps, final, TENSORS["x_T"])
-    assert tuple(timesteps.index(int(t)) if t in timesteps else steps - 1 for t in asked) == query_steps(
-        solver, steps, final
-    )
+    owners = [max([i for i, listed in enumerate(timesteps) if listed >= t]) for t in asked]
+    assert tuple(owners) == query_steps(solver, steps, final)
+    assert len(asked) == evaluations(solver, steps, final)
 
 
 def test_visits() -> None:
@@ -168,19 +137,53 @@ def test_visits() -> None:
     assert query_steps("heun", 3, "first") == (0, 1, 1, 2, 2, 2)
     assert query_steps("plms", 3, "one") == (0, 1, 1, 2)
     assert query_steps("plms", 1, "one") == (0,)
+    assert query_steps("dpmpp_2s_mid", 3, "one") == (0, 0, 1, 1, 2)
+    assert query_steps("dpmpp_2s_mid", 3, "first") == (0, 0, 1, 1, 2, 2)
+    others = set(SOLVERS) - {"heun", "plms", "dpmpp_2s_mid"}
+    assert {evaluations(solver, 7, final) for solver in others for final in ("one", "first")} == {7}
+
+
+def test_a_time_belongs_to_the_step_that_crosses_it() -> None:
+    listed = (900, 500.5, 20)
+    asked = {900: 0, 899.9: 0, 501: 0, 500.5: 1, 20.1: 1, 20: 2, 3.5: 2, 0: 2}
+    assert {t: step_of(listed, t) for t in asked} == asked
+    assert step_of([7], 0) == 0
+
+
+def test_the_middle_is_halfway_in_lambda() -> None:
+    for schedule in SCHEDULES:
+        nodes = times(schedule, [999, 640.25, 640, 1, 0], "first")
+        for i in range(3):
+            t, alpha, sigma = nodes.middle(i)
+            assert nodes.timesteps[i + 1] < t < nodes.timesteps[i]
+            assert math.log(alpha / sigma) == pytest.approx((nodes.lam[i] + nodes.lam[i + 1]) / 2, abs=1e-9)
+        assert nodes.middle(4) == nodes.node(4)
+
+
+# What no list may break
 
 
 @pytest.mark.parametrize("solver", sorted(SOLVERS))
 def test_a_step_from_index_0_to_index_0_changes_nothing(solver: str) -> None:
     timesteps = [*range(990, 0, -90), 0]
-    _, states = run(solver, timesteps, "first", TENSORS["x_T"])
-    reached = nodes_only(solver, states)
+    if solver in ("dpmpp_2s", "dpm_solver_2s"):
+        timesteps.remove(450)  # an odd number, so that the last node stands alone
+        assert len(timesteps) % 2 == 1
+    states: list[Tensor] = []
+
+    def record(x: Tensor, t: float) -> Tensor:
+        states.append(x)
+        # UniPC corrects the state at index 0 before the last step, by nothing where all answers are the same.
+        return torch.full_like(x, 0.3) if solver.startswith("unipc") else exact()(x, t)
+
+    result = SOLVERS[solver](record, TENSORS["x_T"], times(SCHEDULE, timesteps, "first"))
+    reached = [*states, result] if "2s" in solver else nodes_only(solver, [*states, result])
     assert difference(reached[-1], reached[-2]) < 1e-14
 
 
 @pytest.mark.parametrize("solver", sorted(SOLVERS))
 @pytest.mark.parametrize("final", ["one", "first"])
-@pytest.mark.parametrize("schedule", [SCHEDULE, flow()])
+@pytest.mark.parametrize("schedule", SCHEDULES)
 def test_results_are_finite_and_arguments_untouched(solver: str, final: Final, schedule: NoiseSchedule) -> None:
     x = TENSORS["x_T"].float()
     before = x.clone()
@@ -198,15 +201,186 @@ def test_results_are_finite_and_arguments_untouched(solver: str, final: Final, s
     assert all(torch.equal(answer, copy) for answer, copy in answers)
 
 
-def test_bad_arguments_are_named() -> None:
-    with pytest.raises(ConfigError, match=r"unknown solver 'dimm'; did you mean 'ddim'"):
-        find_solver("dimm")
-    with pytest.raises(ConfigError, match="unknown solver"):
-        query_steps("nothing", 4, "one")
-    with pytest.raises(ConfigError, match=r"must lie in \[0, 999\], got 1000 to 5"):
-        times(SCHEDULE, [1000, 5], "one")
-    for listed in ([], [5, 5], [5, 9]):
-        with pytest.raises(ConfigError, match="strictly descending"):
-            times(SCHEDULE, listed, "one")
-    with pytest.raises(ConfigError, match="unknown final 'zero'"):
-        times(SCHEDULE, [5], "zero")  # type: ignore[arg-type]
+indices = st.lists(st.integers(0, 999), min_size=1, max_size=12, unique=True)
+# Fractions that lie as close as two floats can.
+close = st.lists(
+    st.one_of(st.floats(0, 999), st.sampled_from([0.0, 5e-324, 1e-300, 500.0, math.nextafter(500, 0), 998.9999999999])),
+    min_size=1,
+    max_size=12,
+    unique=True,
+)
+
+
+@pytest.mark.parametrize("solver", sorted(SOLVERS))
+@settings(deadline=None, max_examples=60, derandomize=True)
+@given(listed=st.one_of(indices, close), final=st.sampled_from(["one", "first"]))
+def test_no_list_gives_nan(solver: str, listed: list[float], final: Final) -> None:
+    nodes = times(SCHEDULE, sorted(listed, reverse=True), final)
+    x = TENSORS["x_T"][:4].float()
+    for denoise in (exact(), lambda x, t: torch.sin(40 * x + t)):
+        assert SOLVERS[solver](denoise, x, nodes).isfinite().all()
+
+
+@settings(deadline=None, max_examples=60, derandomize=True)
+@given(listed=indices, changed=st.integers(0, 999), final=st.sampled_from(["one", "first"]))
+def test_what_is_asked_alike_is_answered_alike(listed: list[int], changed: int, final: Final) -> None:
+    """States depend on the times asked so far and the number of steps alone, which prefix memory rests on."""
+    first = sorted(listed, reverse=True)
+    if changed in first:
+        return
+    second = sorted([*first[:-1], changed], reverse=True)
+    for solver in SOLVERS:
+        (asked, states), (other_asked, other_states) = (
+            run(solver, timesteps, final, TENSORS["x_T"][:4]) for timesteps in (first, second)
+        )
+        for t, state, other_t, other in zip(asked, states[:-1], other_asked, other_states[:-1], strict=True):
+            if t != other_t:
+                break
+            assert torch.equal(state, other)
+
+
+# Weights
+
+
+@pytest.mark.parametrize("final", ["one", "first"])
+@pytest.mark.parametrize("solver", sorted(LINEAR_IN_NOISE))
+def test_weights_sum_to_1_and_reach_back_as_far_as_the_order(solver: str, final: Final) -> None:
+    rows = weights(SOLVERS[solver], LISTS["K10"], final)
+    assert [row.sum() for row in rows] == pytest.approx([1.0] * 10, abs=1e-8)
+    reach = max(int((abs(row) > 1e-6).sum()) for row in rows)
+    assert reach == LINEAR_IN_NOISE[solver]
+
+
+def test_even_timesteps_give_the_published_weights() -> None:
+    for solve in (functools.partial(plms_ab, cap=math.inf), plms_ab):
+        rows = weights(solve, list(range(900, 0, -100)), "first")
+        for i, row in enumerate(rows):
+            known = ADAMS_BASHFORTH[min(i, 3)]
+            np.testing.assert_allclose(row[: len(known)], known, atol=1e-9)
+
+
+def test_uneven_timesteps_give_large_weights() -> None:
+    row = weights(functools.partial(plms_ab, cap=math.inf), LISTS["K10"], "first")[4]
+    np.testing.assert_allclose(row[:4], [13.4724, -14.2460, 4.7658, -2.9921], atol=1e-4)
+
+
+def test_lms_integrates_cubics_in_rho_exactly() -> None:
+    nodes = times(SCHEDULE, LISTS["K6"], "one")
+    rho = np.array(nodes.rho)
+    for i, row in enumerate(weights(lms, LISTS["K6"], "one")):
+        for power in range(min(i, 3) + 1):
+            mean = (rho[i + 1] ** (power + 1) - rho[i] ** (power + 1)) / (power + 1) / (rho[i + 1] - rho[i])
+            scale = rho[i - min(i, 3)] ** power
+            assert row @ rho[i::-1] ** power == pytest.approx(mean, rel=1e-8, abs=1e-8 * scale)
+
+
+@pytest.mark.parametrize("solver", sorted(CAPPED))
+@pytest.mark.parametrize("cap", [1.0, 2.5, 8.0])
+@settings(deadline=None, max_examples=40, derandomize=True)
+@given(listed=indices, final=st.sampled_from(["one", "first"]))
+def test_a_cap_is_kept(solver: str, cap: float, listed: list[int], final: Final) -> None:
+    timesteps = sorted(set(listed) - {0}, reverse=True) or [1]
+    for row in weights(find_solver(solver, cap=cap), timesteps, final):
+        assert abs(row).sum() <= cap * (1 + 1e-5)
+
+
+def test_a_cap_lowers_the_order_and_no_more_than_it_must() -> None:
+    capped, free = (weights(functools.partial(plms_ab, cap=cap), LISTS["K10"], "first") for cap in (8.0, math.inf))
+    changed = 0
+    for row, other in zip(capped, free, strict=True):
+        if abs(other).sum() <= 8:
+            np.testing.assert_allclose(row, other, atol=1e-9)
+        else:
+            changed += 1
+            assert (abs(row) > 1e-6).sum() < (abs(other) > 1e-6).sum()
+    assert 0 < changed < 9
+
+
+@pytest.mark.parametrize(("end", "expected"), [(581, [4.4875, -3.4875]), (579, [1.0, 0.0])])
+def test_plms_ab_is_capped_at_8(end: int, expected: list[float]) -> None:
+    # Over steps of 40 and 40 r, the weights' magnitudes sum to 1 + r: just below 8, and just above.
+    row = weights(SOLVERS["plms_ab"], [900, 860, end], "first")[1]
+    np.testing.assert_allclose(row, expected, atol=1e-9)
+
+
+def test_no_row_exceeds_the_limit() -> None:
+    timesteps = [999, 998.999999, 998.999998, 1]
+    rows = weights(find_solver("lms", cap=math.inf), timesteps, "one")
+    assert max(abs(row).sum() for row in rows) <= LIMIT
+    assert rows[-1].sum() == pytest.approx(1, abs=1e-3)
+
+
+# Noise
+
+
+def test_ddim_with_eta_equals_its_equation() -> None:
+    """Equations 12 and 16 of arXiv 2010.02502, whose alpha is our alpha squared."""
+    eta, x = 0.6, TENSORS["x_T"]
+    noise = torch.from_numpy(np.random.default_rng(0).standard_normal((10, *x.shape)))
+    for final in ("one", "first"):
+        nodes = times(SCHEDULE, LISTS["K10"], final)
+        expected = x
+        for i, t in enumerate(nodes.timesteps):
+            here, there = nodes.alpha[i] ** 2, nodes.alpha[i + 1] ** 2
+            x0 = exact()(expected, t)
+            eps = (expected - here**0.5 * x0) / (1 - here) ** 0.5
+            spread = eta * math.sqrt((1 - there) / (1 - here)) * math.sqrt(1 - here / there)
+            expected = there**0.5 * x0 + math.sqrt(1 - there - spread**2) * eps + spread * noise[i]
+        solver = find_solver("ddim", eta=eta, noise=lambda i: noise[i])
+        assert difference(solver(exact(), x, nodes), expected) < 1e-12
+
+
+def test_noise_is_asked_for_where_it_is_added() -> None:
+    steps: list[int] = []
+
+    def noise(i: int) -> Tensor:
+        steps.append(i)
+        return torch.zeros(64, 2, dtype=torch.float64)
+
+    solver = find_solver("ddim", eta=1.0, noise=noise)
+    solver(exact(), TENSORS["x_T"], times(SCHEDULE, [900, 400, 0], "one"))
+    solver(exact(), TENSORS["x_T"], times(SCHEDULE, [900, 400, 0], "first"))
+    assert steps == [0, 1, 0, 1]
+
+
+# Names
+
+
+def test_families_and_orders() -> None:
+    assert {name for orders in ORDERS.values() for name in orders.values()} <= set(SOLVERS)
+    assert solver_names("deis", 3) == "deis_3"
+    assert solver_names("deis", None) == "deis_2"
+    assert solver_names("dpmpp", 3) == "dpmpp_3m"
+    assert {name: solver_names(name, None) for name in SOLVERS} == {name: name for name in SOLVERS}
+    for name in SOLVERS:
+        assert find_solver(name) is SOLVERS[name]
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: solver_names("dimm", None), r"unknown solver 'dimm'; did you mean 'ddim'\?"),
+        (lambda: solver_names("unpic", 2), r"unknown solver 'unpic'; did you mean 'unipc'\?"),
+        (lambda: solver_names("deis", 4), "solver 'deis' has no order 4; choose from 2, 3"),
+        (lambda: solver_names("heun", 2), "solver 'heun' takes no order, got 2; leave it out or name one of deis, "),
+        (lambda: find_solver("dimm"), r"unknown solver 'dimm'; did you mean 'ddim'"),
+        (lambda: find_solver("heun", eta=0.5), "solver 'heun' adds no noise, got eta = 0.5"),
+        (lambda: find_solver("ddim", eta=0.5), "eta = 0.5 needs noise"),
+        (lambda: find_solver("ddim", eta=1.5), r"eta must lie in \[0, 1\], got 1.5"),
+        (lambda: find_solver("ddim", eta=math.nan), r"eta must lie in \[0, 1\], got nan"),
+        (lambda: find_solver("ddim", cap=8), "solver 'ddim' has no cap, got 8; leave it out or use one of deis_2, "),
+        (lambda: find_solver("lms", cap=0.5), "cap must be at least 1, .* got 0.5"),
+        (lambda: find_solver("lms", cap=math.nan), "cap must be at least 1, .* got nan"),
+        (lambda: query_steps("nothing", 4, "one"), "unknown solver"),
+        (lambda: evaluations("nothing", 4, "one"), "unknown solver"),
+        (lambda: times(SCHEDULE, [1000, 5], "one"), r"must lie in \[0, 999\], got 1000 to 5"),
+        (lambda: times(SCHEDULE, [], "one"), "strictly descending"),
+        (lambda: times(SCHEDULE, [5, 5], "one"), "strictly descending"),
+        (lambda: times(SCHEDULE, [5, 9], "one"), "strictly descending"),
+        (lambda: times(SCHEDULE, [5], "zero"), "unknown final 'zero'"),  # type: ignore[arg-type]
+    ],
+)
+def test_bad_arguments_are_named(call: Callable[[], Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message) as caught:
+        call()
+    assert "\n" not in str(caught.value)

@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+
+from autodiffusion_optuna.candidate import Value
 from autodiffusion_optuna.search.space import SearchSpace
 
 
-def heun_visits(steps: int) -> tuple[int, ...]:
+def heun_visits(steps: int, settings: Mapping[str, Value]) -> tuple[int, ...]:
     """A second evaluation at the next step of every update but the last."""
     return (*(k for step in range(steps - 1) for k in (step, step + 1)), steps - 1)
+
+
+def solver_visits(steps: int, settings: Mapping[str, Value]) -> Sequence[int]:
+    """Heun's where the solver is heun, else one evaluation at each step."""
+    return heun_visits(steps, settings) if settings["solver"] == "heun" else range(steps)
 
 
 def units(count: int) -> tuple[str, ...]:
@@ -29,3 +37,22 @@ SPACES = {
     "only with skips": SearchSpace(100, 6, 6, units=units(40), unit_costs=COSTS, max_skip=0.2, max_cost=5.4, chunk=32),
     "heun": SearchSpace(1000, 3, 6, units=units(40), unit_costs=COSTS, max_skip=0.3, max_cost=8, visits=heun_visits),
 }
+SOLVERS = {"solver": ("ddim", "heun", "dpmpp")}
+SETTINGS = {
+    "settings": SearchSpace(
+        1000, 4, 4, choices={**SOLVERS, "final": ("one", "first")}, ranges={"guidance": (1.0, 8.0), "eta": (0.0, 0.05)}
+    ),
+    "one setting": SearchSpace(1000, 2, 2, choices={"order": (1.0, 2.0)}),
+    "solvers": SearchSpace(1000, 3, 8, max_cost=8, visits=solver_visits, choices=SOLVERS),
+    # Heun is too expensive unless nearly all that may be skipped is: 7 evaluations of at least 0.76.
+    "heun with skips": SearchSpace(
+        1000, 4, 4, units=units(40), unit_costs=COSTS, max_skip=0.2, max_cost=5.5, visits=solver_visits,
+        choices={"solver": ("heun", "ddim")}, ranges={"guidance": (1.0, 8.0)},
+    ),
+    "all open": SearchSpace(
+        1000, 3, 6, min_gap=5, units=units(40), unit_costs=COSTS, max_skip=0.3, max_cost=5, visits=solver_visits,
+        chunk=8, choices={**SOLVERS, "final": ("one", "first")}, ranges={"guidance": (-1.5, 7.25)},
+    ),
+}  # fmt: skip
+PLAIN = tuple(SPACES)
+SPACES |= SETTINGS

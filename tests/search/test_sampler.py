@@ -11,7 +11,7 @@ from typing import Any
 import optuna
 import pytest
 from optuna.trial import TrialState
-from search_spaces import SPACES, units
+from search_spaces import PLAIN, SPACES, units
 
 from autodiffusion_optuna.candidate import Candidate
 from autodiffusion_optuna.errors import ConfigError
@@ -24,7 +24,8 @@ SPACE = SPACES["budget"]
 
 
 def score(candidate: Candidate) -> float:
-    return sum(abs(t - 500) for t in candidate.timesteps) + sum(s % 97 for s in candidate.skips)
+    steps = sum(abs(t - 500) for t in candidate.timesteps) + sum(s % 97 for s in candidate.skips)
+    return steps + sum(len(v) if isinstance(v, str) else v for _, v in candidate.settings)
 
 
 def go(study: optuna.Study, trials: int, space: SearchSpace = SPACE) -> list[str]:
@@ -75,6 +76,15 @@ print(json.dumps(go(fresh(), 20)))
 """
 
 
+@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("name", PLAIN)
+def test_spaces_without_settings_are_searched_as_ever(preset: str, name: str) -> None:
+    """The keys were recorded before settings could be searched: studies begun then must go on alike."""
+    recorded = json.loads((Path(__file__).parent / "sampler_keys.json").read_text())
+    study = fresh(5, SPACES[name], preset=preset, stage_one_generations=2)
+    assert go(study, 60, SPACES[name]) == recorded[preset][name]
+
+
 @pytest.mark.parametrize("hash_seed", ["1", "4242"])
 def test_another_process_proposes_the_same(hash_seed: str) -> None:
     root = Path(__file__).parents[2]
@@ -84,8 +94,10 @@ def test_another_process_proposes_the_same(hash_seed: str) -> None:
     assert json.loads(done.stdout) == go(fresh(), 20)
 
 
-def test_resumed_runs_equal_one_run(tmp_path: Path) -> None:
-    space = SearchSpace(1000, 4, 4, units=units(20), max_skip=0.2)
+@pytest.mark.parametrize(
+    "space", [SearchSpace(1000, 4, 4, units=units(20), max_skip=0.2), SPACES["all open"]], ids=["plain", "settings"]
+)
+def test_resumed_runs_equal_one_run(tmp_path: Path, space: SearchSpace) -> None:
     whole = go(fresh(space=space), 30, space)
     url = f"sqlite:///{tmp_path / 'study.db'}"
     parts = []

@@ -26,3 +26,9 @@ class TestWithSpace(BasicSamplerTestCase, RelativeSamplerTestCase, MultiObjectiv
     @pytest.fixture
     def sampler(self) -> Callable[[], BaseSampler]:
         return lambda: AutoDiffusionSampler(SPACES["budget"], population_size=4, seed=0)
+
+
+class TestWithSettings(BasicSamplerTestCase, RelativeSamplerTestCase, MultiObjectiveSamplerTestCase):
+    @pytest.fixture
+    def sampler(self) -> Callable[[], BaseSampler]:
+        return lambda: AutoDiffusionSampler(SPACES["all open"], population_size=4, seed=0)

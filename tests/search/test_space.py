@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import pickle
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -7,8 +9,8 @@ import optuna
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from optuna.distributions import IntDistribution
-from search_spaces import COSTS, SPACES, heun_visits, units
+from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
+from search_spaces import COSTS, SETTINGS, SPACES, heun_visits, solver_visits, units
 
 from autodiffusion_optuna.candidate import Candidate
 from autodiffusion_optuna.errors import ConfigError
@@ -19,12 +21,19 @@ NAMES = st.sampled_from(sorted(SPACES))
 SEEDS = st.integers(0, 2**31)
 
 
+def drawn(rng: np.random.Generator, distribution: BaseDistribution) -> Any:
+    if isinstance(distribution, IntDistribution):
+        return int(rng.integers(distribution.low, distribution.high, endpoint=True))
+    if isinstance(distribution, FloatDistribution):
+        return float(rng.uniform(distribution.low, distribution.high))
+    assert isinstance(distribution, CategoricalDistribution)
+    return distribution.choices[int(rng.integers(len(distribution.choices)))]
+
+
 def garbage(space: SearchSpace, seed: int) -> dict[str, Any]:
     """Raw values of a sampler that knows nothing of timesteps."""
     rng = np.random.default_rng(seed)
-    values = {
-        name: int(rng.integers(dist.low, dist.high, endpoint=True)) for name, dist in space.distributions().items()
-    }
+    values = {name: drawn(rng, distribution) for name, distribution in space.distributions().items()}
     for name in list(values)[1::2]:  # repeats and the ends of the range
         if name.startswith("t_"):
             values[name] = int(rng.choice([values["t_00"], 0, space.T - 1]))
@@ -49,7 +58,8 @@ def test_encode_and_decode_are_inverse(name: str, seed: int) -> None:
     assert space.decode(params) == candidate
     ranges = space.distributions()
     assert set(params) <= set(ranges)
-    assert all(ranges[n].low <= v <= ranges[n].high and type(v) is int for n, v in params.items())
+    assert all(ranges[n]._contains(ranges[n].to_internal_repr(v)) for n, v in params.items())
+    assert all(type(v) is (int if isinstance(ranges[n], IntDistribution) else type(v)) for n, v in params.items())
 
 
 @settings(max_examples=200, deadline=None)
@@ -59,7 +69,7 @@ def test_order_of_the_steps_does_not_matter(name: str, seed: int, random: Any) -
     candidate = random_candidate(np.random.default_rng(seed), space, space.max_skip)
     pairs = list(candidate.pairs)
     random.shuffle(pairs)
-    assert space.repair(pairs) == candidate
+    assert space.repair(pairs, candidate.settings) == candidate
 
 
 def test_parameters_are_static_and_short() -> None:
@@ -103,7 +113,7 @@ def test_skips_follow_their_timestep_through_decode() -> None:
 
 def test_cost_counts_every_visit() -> None:
     space = SPACES["heun"]
-    assert heun_visits(3) == (0, 1, 1, 2, 2)
+    assert heun_visits(3, {}) == (0, 1, 1, 2, 2)
     skips = (1 << 2, 0, 1 << 1)
     assert space.cost(Candidate((900, 500, 100), skips)) == pytest.approx(5 - COSTS[2] - 2 * COSTS[1])
 
@@ -169,6 +179,20 @@ def test_is_canonical_sees_each_fault() -> None:
         ({"units": ("a", "b"), "max_skip": 0.4}, "at least 0.5"),
         ({"max_cost": 3.0}, r"max_cost 3 cannot be met: the cheapest candidate costs 4 "),
         ({"units": ("a",), "unit_costs": (0.2,), "max_skip": 1.0, "max_cost": 3.0}, "costs 3.2 "),
+        ({"choices": {"solver": ("heun",)}}, r"solver = \['heun'\] is searched, so it needs two or more"),
+        ({"choices": {"solver": ("heun", "heun")}}, "each once"),
+        ({"choices": {"solver": ("heun", "4.5")}}, "look like a number"),
+        ({"choices": {"solver": ("heun", "a=b")}}, "hold any of"),
+        ({"choices": {"steps": ("few", "many")}}, "cannot be called 'steps'"),
+        ({"ranges": {"t_00": (0, 1)}}, "cannot be called 't_00'"),
+        ({"ranges": {"guidance": (4.0, 4.0)}}, "from a lower to a higher"),
+        ({"ranges": {"guidance": (float("nan"), 4.0)}}, "finite"),
+        ({"ranges": {"guidance": (0.0005, 4.0)}}, "at most 3 decimals"),
+        ({"choices": {"eta": ("a", "b")}, "ranges": {"eta": (0, 1)}}, "both a choice and a range"),
+        (
+            {"choices": {"solver": ("ddim", "heun")}, "visits": solver_visits, "max_cost": 4.0},
+            "solver=heun cannot meet max_cost 4: its cheapest candidate costs 7 ",
+        ),
     ],
 )
 def test_contradictions_are_refused_in_one_line(arguments: dict[str, Any], message: str) -> None:
@@ -197,3 +221,130 @@ def test_codec_names_what_must_not_change() -> None:
     assert SPACES["range"].codec() == {
         "codec": 1, "T": 1000, "steps": [3, 8], "min_gap": 5, "units": [], "chunk": 32,
     }  # fmt: skip
+
+
+def test_codec_names_settings_where_there_are_any() -> None:
+    codec = SPACES["settings"].codec()
+    assert codec["choices"] == {"final": ["one", "first"], "solver": ["ddim", "heun", "dpmpp"]}
+    assert codec["ranges"] == {"eta": [0.0, 0.05], "guidance": [1.0, 8.0]}
+    assert set(SPACES["one setting"].codec()) == {*SPACES["fixed"].codec(), "choices"}
+
+
+def test_settings_are_parameters_under_their_own_names() -> None:
+    space = SPACES["all open"]
+    parameters = space.distributions()
+    assert parameters["solver"] == CategoricalDistribution(("ddim", "heun", "dpmpp"))
+    assert parameters["guidance"] == FloatDistribution(-1.5, 7.25)
+    candidate = space.fit(Candidate((900, 500, 100), settings=(("solver", "heun"),)), 0.3)
+    assert space.encode(candidate)["solver"] == "heun"
+    assert candidate.settings_dict == {"final": "one", "guidance": 2.875, "solver": "heun"}
+
+
+def test_defaults_are_the_first_choices_and_the_middles() -> None:
+    space = SPACES["settings"]
+    assert list(space.default_settings.items()) == [
+        ("eta", 0.025), ("final", "one"), ("guidance", 4.5), ("solver", "ddim"),
+    ]  # fmt: skip
+    assert SPACES["one setting"].default_settings == {"order": 1.0}
+    assert SPACES["fixed"].default_settings == {}
+
+
+def test_fit_completes_settings_and_drops_unknown_ones() -> None:
+    space = SPACES["settings"]
+    odd = Candidate.from_pairs(
+        [(9, 0), (8, 0), (7, 0), (6, 0)],
+        {"guidance": 99.0, "eta": 0.0123456, "solver": "unheard of", "tune": "jazz"}.items(),
+    )
+    assert not space.is_canonical(odd)
+    fitted = space.fit(odd, 0)
+    assert fitted.settings_dict == {"eta": 0.012, "final": "one", "guidance": 8.0, "solver": "ddim"}
+    assert space.is_canonical(fitted)
+    assert space.fit(fitted, 0) == fitted
+    assert SPACES["fixed"].fit(odd, 0).settings == ()
+
+
+def test_decode_refuses_missing_and_unknown_settings() -> None:
+    space = SPACES["one setting"]
+    with pytest.raises(ConfigError, match="'order' is missing"):
+        space.decode({"t_00": 9, "t_01": 5})
+    with pytest.raises(ConfigError, match=r"'order' is 3; allowed here: 1.0, 2.0"):
+        space.decode({"t_00": 9, "t_01": 5, "order": 3})
+
+
+def test_cost_depends_on_the_settings() -> None:
+    space = SPACES["solvers"]
+    times = (900, 700, 500, 300, 100)
+    costs = {s: space.cost(Candidate(times, settings=(("solver", s),))) for s in ("ddim", "heun", "dpmpp")}
+    assert costs == {"ddim": 5, "heun": 9, "dpmpp": 5}
+    assert space.cost(Candidate(times)) == 5  # the default solver's
+    assert (space.full_steps, space.full_steps_with({"solver": "heun"})) == (8, 4)
+
+
+def test_over_budget_drops_steps_or_skips_before_the_solver_changes() -> None:
+    dropped = SPACES["solvers"].fit(Candidate((900, 700, 500, 300, 100), settings=(("solver", "heun"),)), 0)
+    assert (dropped.steps, dropped.settings) == (4, (("solver", "heun"),))
+    space = SPACES["heun with skips"]
+    costly = Candidate((900, 700, 500, 300), settings=(("guidance", 3.0), ("solver", "heun")))
+    assert (space.stage_one_possible, space.open_limit(0.0)) == (True, 0)
+    skipping = space.fit(costly, 0.2)
+    assert skipping.settings == costly.settings
+    assert any(skipping.skips)
+    for rng in (None, np.random.default_rng(0)):
+        changed = space.fit(costly, 0.0, rng)  # nothing may be skipped in stage one
+        assert changed == Candidate(costly.timesteps, settings=(("guidance", 3.0), ("solver", "ddim")))
+
+
+def test_as_few_settings_change_as_will_do() -> None:
+    def visits(steps: int, settings: Any) -> range:
+        return range(steps * (1 + (settings["a"] == "dear") + (settings["b"] == "dear")))
+
+    space = SearchSpace(
+        1000, 2, 2, max_cost=4, visits=visits,
+        choices={"a": ("dear", "cheap"), "b": ("dear", "cheap"), "c": ("x", "y")}, ranges={"g": (0, 1)},
+    )  # fmt: skip
+    rng = np.random.default_rng(0)
+    settings = (("a", "dear"), ("b", "dear"), ("c", "y"), ("g", 0.25))
+    found = {space.fit(Candidate((9, 1), settings=settings), 0, rng).settings for _ in range(50)}
+    assert found == {
+        (("a", "cheap"), ("b", "dear"), ("c", "y"), ("g", 0.25)),
+        (("a", "dear"), ("b", "cheap"), ("c", "y"), ("g", 0.25)),
+    }
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.floats(allow_infinity=True), st.integers(-2000, 2000), st.integers(1, 3000))
+def test_numbers_are_rounded_within_their_range(value: float, low: int, width: int) -> None:
+    space = SearchSpace(1000, 1, 1, ranges={"guidance": (low / 1000, (low + width) / 1000)})
+    once = space.canonical_settings({"guidance": value})
+    number = once["guidance"]
+    assert isinstance(number, float)
+    assert low / 1000 <= number <= (low + width) / 1000
+    assert repr(number) == repr(round(number, 3) + 0.0)
+    assert space.canonical_settings(once) == once
+    if low / 1000 <= value <= (low + width) / 1000:
+        assert abs(number - value) <= 0.0005 + 1e-12
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_settings_survive_a_database(name: str, tmp_path: Path) -> None:
+    space, rng = SPACES[name], np.random.default_rng(0)
+    candidates = [random_candidate(rng, space, space.max_skip) for _ in range(5)]
+    url = f"sqlite:///{tmp_path / 'study.db'}"
+    study = optuna.create_study(study_name="s", storage=url)
+    for candidate in candidates:
+        study.enqueue_trial(space.encode(candidate))
+        trial = study.ask()
+        assert space.suggest(trial) == candidate
+        study.tell(trial, 1.0)
+    stored = optuna.load_study(study_name="s", storage=url)
+    assert [space.decode(trial.params) for trial in stored.trials] == candidates
+    assert [space.encode(c) for c in candidates] == [trial.params for trial in stored.trials]
+
+
+def test_equal_spaces_are_equal_and_hash_alike() -> None:
+    def space(solvers: tuple[str, ...]) -> SearchSpace:
+        return SearchSpace(1000, 4, 4, choices={"solver": solvers}, ranges={"eta": (0, 1)})
+
+    assert space(("a", "b")) == space(("a", "b")) != space(("b", "a"))
+    assert hash(space(("a", "b"))) == hash(space(("a", "b")))
+    assert pickle.loads(pickle.dumps(space(("a", "b")))) == space(("a", "b"))

@@ -1,19 +1,20 @@
-"""Models by name or path, each made into one ``Model``."""
+"""Models by name, path, hub id or plug-in, each made into one ``Model``."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-from autodiffusion_optuna.errors import ModelError, choose_from
-from autodiffusion_optuna.evaluation.models.base import Model, find_device
+from autodiffusion_optuna.errors import ConfigError, ModelError, choose_from
+from autodiffusion_optuna.evaluation.models.base import Conditions, Model, Options, find_device
 from autodiffusion_optuna.evaluation.models.diffusers_folder import load_folder
 from autodiffusion_optuna.evaluation.models.mixture import mixture_model
 from autodiffusion_optuna.evaluation.reference import load_reference
 
-__all__ = ["MODELS", "Model", "find_device", "load_model"]
+__all__ = ["MODELS", "Conditions", "Model", "Options", "find_device", "load_model"]
 
 Loader = Callable[[str, str, bool], Model]
 
@@ -25,6 +26,17 @@ MODELS: dict[str, Loader] = {
 }
 """Name -> (device, precision, clip) -> model."""
 
+PIPELINES = {
+    "StableDiffusionPipeline": "text",
+    "StableDiffusionXLPipeline": "text",
+    "StableDiffusion3Pipeline": "text",
+    "FluxPipeline": "text",
+    "DiTPipeline": "dit",
+}
+"""Pipeline class of a diffusers folder -> loader; every other folder is one of a UNet2DModel."""
+
+SINGLE_FILES = (".safetensors", ".ckpt", ".pt", ".pth", ".bin")
+
 
 def _digits(device: str, precision: str, clip: bool) -> Model:
     """The bundled model, with the statistics of the digits it was trained on."""
@@ -32,16 +44,86 @@ def _digits(device: str, precision: str, clip: bool) -> Model:
     return replace(model, reference=partial(load_reference, DIGITS / "reference.npz"))
 
 
-def load_model(source: str, device: str = "cpu", precision: str = "float32", clip: bool = False) -> Model:
-    """The model named ``source`` in ``MODELS``, or else in the diffusers folder at the path ``source``.
+def load_model(
+    source: str,
+    device: str = "cpu",
+    precision: str = "float32",
+    clip: bool | None = False,
+    options: Options | None = None,
+) -> Model:
+    """The model that ``source`` names, frozen and on its device.
 
+    ``source``: a name of ``MODELS``; a folder that diffusers saved; a hub id, ``org/name`` or
+    ``org/name@revision``; ``adm:FILE``, a guided-diffusion checkpoint; a single ``FILE.safetensors`` of a
+    text-to-image model; or ``python:module:function``.
     ``device``: ``"auto"`` (a GPU if there is one), ``"cpu"``, ``"cuda"`` or ``"cuda:N"``.
-    ``precision``: of the network, a name of ``denoiser.PRECISIONS``. ``clip``: clamp x0 to [-1, 1].
-    Nothing is downloaded. ``ModelError`` where the model or the device cannot be used, ``ConfigError`` where
-    another argument is wrong.
+    ``precision``: of the network, a name of ``denoiser.PRECISIONS``. ``clip``: clamp x0 to [-1, 1]; None: for
+    models of pixels. ``options``: everything else.
+    Only a hub id is ever downloaded. ``ModelError`` where the model or the device cannot be used, ``ConfigError``
+    where another argument is wrong.
     """
+    options = options or Options()
+    scheme, colon, rest = source.partition(":")
     if source in MODELS:
-        return MODELS[source](device, precision, clip)
-    if not Path(source).is_dir():
-        raise ModelError(f"{choose_from('model', source, MODELS)}, or the path of a diffusers folder")
-    return load_folder(Path(source), device, precision, clip)
+        return _bundled(source, device, precision, clip, options)
+    if colon and scheme == "adm":
+        from autodiffusion_optuna.evaluation.models.adm import load_adm
+
+        return load_adm(Path(rest), device, precision, clip is not False, options)
+    if colon and scheme == "python":
+        from autodiffusion_optuna.evaluation.models.plugin import load_plugin
+
+        return load_plugin(source, device, precision, clip, options)
+    if Path(source).is_dir():
+        return _folder(Path(source), device, precision, clip, Path(source).resolve().name, options)
+    if Path(source).suffix in SINGLE_FILES:
+        return _single_file(Path(source), device, precision, clip, options)
+    if source.count("/") == 1 and not source.startswith((".", "/", "~")):
+        from autodiffusion_optuna.evaluation.models.hub import resolve
+
+        return _folder(resolve(source), device, precision, clip, source, options)
+    raise ModelError(
+        f"{choose_from('model', source, MODELS)}; or the path of a diffusers folder, a hub id (org/name), adm:FILE.pt "
+        "or python:module:function"
+    )
+
+
+def _bundled(name: str, device: str, precision: str, clip: bool | None, options: Options) -> Model:
+    for setting in ("preset", "fields", "classifier", "prompts", "size", "config"):
+        if getattr(options, setting):
+            raise ConfigError(f"model.{setting} was given, but the bundled model {name!r} takes none; leave it out")
+    return MODELS[name](device, precision, clip is not False)
+
+
+def _folder(folder: Path, device: str, precision: str, clip: bool | None, name: str, options: Options) -> Model:
+    kind = PIPELINES.get(_pipeline(folder), "unet")
+    if kind == "text":
+        from autodiffusion_optuna.evaluation.models.text_to_image import load_text_to_image
+
+        return load_text_to_image(folder, device, precision, clip, name, options)
+    if kind == "dit":
+        from autodiffusion_optuna.evaluation.models.dit import load_dit
+
+        return load_dit(folder, device, precision, clip, name, options)
+    return load_folder(folder, device, precision, clip, name=name, options=options)
+
+
+def _pipeline(folder: Path) -> str:
+    """Class of the pipeline that a folder holds; empty where it holds none, or what it holds cannot be read."""
+    try:
+        return str(json.loads((folder / "model_index.json").read_text(encoding="utf-8"))["_class_name"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return ""
+
+
+def _single_file(path: Path, device: str, precision: str, clip: bool | None, options: Options) -> Model:
+    if not path.is_file():
+        raise ModelError(f"{path}: no such file; give the path of a checkpoint, or a folder that diffusers saved")
+    if path.suffix != ".safetensors":
+        raise ModelError(
+            f"{path}: a bare {path.suffix} file says nothing of its architecture; for a guided-diffusion checkpoint "
+            f"write adm:{path} with model.preset, for others give safetensors or a diffusers folder"
+        )
+    from autodiffusion_optuna.evaluation.models.text_to_image import load_single_file
+
+    return load_single_file(path, device, precision, clip, path.stem, options)

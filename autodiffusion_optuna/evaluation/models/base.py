@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
 
-from autodiffusion_optuna.errors import ModelError
+from autodiffusion_optuna.errors import ConfigError, ModelError
 from autodiffusion_optuna.evaluation.cost import CostKind, UnitCosts, check_kind, unit_latency, unit_macs
-from autodiffusion_optuna.evaluation.denoiser import SkippingDenoise
+from autodiffusion_optuna.evaluation.denoiser import Condition, Denoiser, GuidanceKind, SkippingDenoise
+from autodiffusion_optuna.evaluation.seeds import Draw
 from autodiffusion_optuna.noise import NoiseSchedule
 
 if TYPE_CHECKING:
@@ -19,14 +22,62 @@ if TYPE_CHECKING:
     from autodiffusion_optuna.evaluation.reference import Reference
 
 
+@dataclass(frozen=True)
+class Options:
+    """What a study file says of its model besides source, device, precision and clip. Paths are as the user gave them.
+
+    ``preset``, ``fields``: architecture of a bare checkpoint (ADM). ``classifier``: checkpoint of a noisy classifier.
+    ``guidance``: scale, None for the model's own. ``labels``: how class labels are drawn. ``prompts``: file of prompts
+    (txt, csv, jsonl, COCO captions json); ``negative_prompt``: of text-to-image models. ``size``: (height, width) of
+    the images, None for the model's own. ``reduced``: keep weights in the precision they are used in. ``compile``:
+    compile each unit with torch.compile.
+    ``config``: local folder with the configs of a single-file checkpoint. ``trust``: allow Python plug-ins.
+    """
+
+    preset: str | None = None
+    fields: Mapping[str, Any] = field(default_factory=dict)
+    classifier: Path | None = None
+    guidance: float | None = None
+    labels: Draw = "balanced"
+    prompts: Path | None = None
+    negative_prompt: str = ""
+    size: tuple[int, int] | None = None
+    reduced: bool = False
+    compile: bool = False
+    config: Path | None = None
+    trust: bool = False
+
+
+@dataclass(frozen=True, eq=False)
+class Conditions:
+    """What the images of a model are conditioned on.
+
+    ``count``: labels or prompts there are. ``rows``: the condition [n, ...] of n of them, by index in [0, count).
+    ``negative``: the condition [n, ...] that classifier-free guidance leads away from; None where there is none.
+    ``draw``: how an image's index is chosen. ``fingerprint``: hex digest of all conditions and of ``draw``.
+    """
+
+    kind: Literal["labels", "prompts"]
+    count: int
+    rows: Callable[[Sequence[int]], Condition]
+    negative: Callable[[int], Condition] | None
+    fingerprint: str
+    draw: Draw = "balanced"
+
+
 @dataclass(frozen=True, eq=False)
 class Model:
     """A frozen diffusion model on one device.
 
     ``fingerprint``: sha256 in hexadecimal over weights and configs; the same wherever the files lie, and
-    without device, precision and clip. ``shape``: (C, H, W) of a state. ``denoiser``: (x, t, skip) -> x0.
+    without device, precision and clip. ``shape``: (C, H, W) of a state. ``denoiser``: (x, t, skip) -> x0, of a
+    conditional model a ``Denoiser`` that also takes conditions.
     ``units``: names of the skippable units in execution order. ``reference``: statistics of the data the
     model was trained on, for an extractor; None where the model ships with none.
+    ``conditions``: None where the model is unconditional. ``guidance``: how a scale acts; ``scale``: the one used
+    where the study sets none. ``decode``: float32 [B, C, H, W] states -> images in [-1, 1], None where states are
+    images; ``image_shape``: (C, H, W) of an image, None for the state's.
+    ``kind``: class of the diffusers pipeline, or of the bare network; "adm", "plugin" and "mixture" for the others.
     """
 
     name: str
@@ -37,20 +88,54 @@ class Model:
     device: torch.device
     units: tuple[str, ...] = ()
     reference: Callable[[Extractor], Reference] | None = None
+    conditions: Conditions | None = None
+    guidance: GuidanceKind = "none"
+    scale: float = 1.0
+    decode: Callable[[Tensor], Tensor] | None = None
+    image_shape: tuple[int, int, int] | None = None
+    kind: str = "UNet2DModel"
     _costs: dict[tuple[CostKind, int], UnitCosts] = field(default_factory=dict, repr=False)
+
+    @property
+    def picture_shape(self) -> tuple[int, int, int]:
+        """(C, H, W) of an image."""
+        return self.image_shape or self.shape
+
+    def bind(self, chosen: Sequence[int], scale: float | None = None) -> SkippingDenoise:
+        """``denoiser`` for a batch whose images have the labels or prompts ``chosen``, by index, at a guidance scale.
+
+        An unconditional model has nothing to choose and ignores ``chosen``. ``ConfigError`` where it is given a scale.
+        """
+        if self.conditions is None:
+            self.check_scale(scale)
+            return self.denoiser
+        assert isinstance(self.denoiser, Denoiser)
+        negative = self.conditions.negative(len(chosen)) if self.conditions.negative else None
+        strength = self.scale if scale is None else scale
+        return partial(self.denoiser, condition=self.conditions.rows(chosen), negative=negative, scale=strength)
+
+    def check_scale(self, scale: float | None) -> None:
+        """``ConfigError`` where a guidance scale is given to a model that has no guidance."""
+        if scale is not None and self.guidance == "none":
+            raise ConfigError(
+                f"guidance {scale:g} was given, but model {self.name!r} has none (it is unconditional, or has neither "
+                "a classifier nor an empty condition); leave guidance out"
+            )
 
     def costs(self, kind: CostKind = "macs", batch: int = 1) -> UnitCosts:
         """Cost of one evaluation and what each unit saves of it; found once, then kept.
 
-        ``batch``: images an evaluation, for ``"latency"`` only. ``ConfigError`` for an unknown kind.
+        ``batch``: images an evaluation, for ``"latency"`` only. Classifier-free guidance counts both of its halves; a
+        classifier, which skips nothing, is not counted. ``ConfigError`` for an unknown kind.
         """
         kind = check_kind(kind)
         batch = 1 if kind == "macs" else batch
         if (kind, batch) not in self._costs:
             x = torch.zeros(batch, *self.shape, device=self.device)
+            denoise = self.bind([0] * batch, 0.0 if self.guidance == "classifier" else None)
 
             def evaluate(skip: int) -> Tensor:
-                return self.denoiser(x, self.schedule.T // 2, skip)
+                return denoise(x, self.schedule.T // 2, skip)
 
             units = len(self.units)
             if kind == "macs":
@@ -60,8 +145,10 @@ class Model:
         return self._costs[kind, batch]
 
     def to_images(self, x: Tensor) -> Tensor:
-        """uint8 [B, C, H, W] of ``x`` float [B, C, H, W]: [-1, 1] becomes [0, 255], clamped and rounded."""
-        return ((x + 1) * 127.5).clamp(0, 255).round().to(torch.uint8)
+        """uint8 [B, C, H, W] of states ``x`` float [B, C, H, W]: [-1, 1] becomes [0, 255], clamped and rounded."""
+        with torch.inference_mode():
+            images = x if self.decode is None else self.decode(x.float())
+            return ((images + 1) * 127.5).clamp(0, 255).round().to(torch.uint8)
 
 
 def find_device(device: str) -> torch.device:

@@ -1,211 +1,141 @@
-"""Models from a local folder that diffusers saved: an unconditional UNet2DModel over pixels."""
+"""Models from a local folder that diffusers saved: a UNet2DModel over pixels or latents, with classes or without."""
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from autodiffusion_optuna.errors import ConfigError, ModelError, choose_from
-from autodiffusion_optuna.evaluation.denoiser import PREDICTIONS, Denoiser
-from autodiffusion_optuna.evaluation.models.base import Model, find_device
-from autodiffusion_optuna.evaluation.skip import Units, find_units
-from autodiffusion_optuna.noise import NoiseSchedule, from_scheduler_config
+from autodiffusion_optuna.errors import ConfigError, ModelError
+from autodiffusion_optuna.evaluation.denoiser import UNCONDITIONAL, Condition, Denoiser, GuidanceKind
+from autodiffusion_optuna.evaluation.models.base import Conditions, Model, Options, find_device
+from autodiffusion_optuna.evaluation.models.checks import (
+    check_options,
+    check_precision,
+    choose_clip,
+    decoded_shape,
+    sides_of,
+    trace_units,
+)
+from autodiffusion_optuna.evaluation.models.labels import label_conditions
+from autodiffusion_optuna.evaluation.models.parts import digest, load_part, load_scheduler, read_config, read_json
+from autodiffusion_optuna.evaluation.models.vae import load_vae
+from autodiffusion_optuna.evaluation.skip import compile_units
 
 NETWORK = "UNet2DModel"
-WEIGHTS = "diffusion_pytorch_model.safetensors"
-SCHEDULER = "scheduler_config.json"
-
-
-@dataclass(frozen=True)
-class _Files:
-    """Where the parts of one model lie; all of them exist."""
-
-    config: Path
-    weights: Path
-    scheduler: Path
+DECODERS = ("vae", "vqvae")
+"""Names that pipelines give the part that decodes latents."""
 
 
 def load_folder(
-    folder: Path, device: str = "cpu", precision: str = "float32", clip: bool = False, name: str = ""
+    folder: Path,
+    device: str = "cpu",
+    precision: str = "float32",
+    clip: bool | None = None,
+    name: str = "",
+    options: Options | None = None,
 ) -> Model:
     """The model in ``folder``, which holds a pipeline (``unet/``, ``scheduler/``) or the parts of one.
 
-    The flat layout has ``config.json`` and ``diffusion_pytorch_model.safetensors`` at the top and
-    ``scheduler_config.json`` beside them or in ``scheduler/``. Only safetensors are read and nothing is
-    downloaded. ``name`` defaults to the folder's.
-    ``ModelError`` where a part is missing or broken, or the model is of a kind not supported.
+    The flat layout has ``config.json`` and the weights at the top and ``scheduler_config.json`` beside them or in
+    ``scheduler/``. Weights are safetensors, or ``.bin`` files of tensors alone; nothing is downloaded. With a ``vae``
+    or ``vqvae``, states are latents (LDMPipeline, arXiv 2112.10752). A network with ``num_class_embeds`` is
+    class-conditional; ``options.fields = {"null_class": i}`` says that it was trained with class i as no class, which
+    allows classifier-free guidance (scale 1 unless given) and leaves the other classes to be drawn.
+    ``clip``: clamp x0 to [-1, 1]; None: of pixels. ``name`` defaults to the folder's.
+    ``ModelError`` where a part is missing or broken, or the model is of a kind not supported; ``ConfigError`` where
+    an option does not suit the model.
     """
+    options = options or Options()
+    check_precision(precision)
     place = find_device(device)
-    files = _find_files(folder)
-    config, scheduler = _read_json(files.config), _read_json(files.scheduler)
-    shape = _check_network(config, files.config)
-    schedule = _schedule(scheduler, files.scheduler)
-    prediction = _prediction(scheduler, files.scheduler)
-    network = _load_network(config, files).to(place)
-    units = _units(network, shape, place, files)
+    name = name or folder.resolve().name
+    unet, decoder, kind = _find_parts(folder)
+    clip = choose_clip(clip, name, latent=decoder is not None)
+    config, path = read_config(unet, [NETWORK]), unet / "config.json"
+    shape = _check_network(config, path)
+    conditions = _conditions(config, options, name, path, place)
+    part = load_part(unet, NETWORK, config, precision if options.reduced else None)
+    scheduler = load_scheduler(folder)
+    vae = load_vae(decoder, place, precision) if decoder else None
+    network = part.network.to(place)
 
-    def predict(x: Tensor, model_times: Tensor) -> Tensor:
-        prediction: Tensor = network(x, model_times, return_dict=False)[0]
-        return prediction
+    def predict(x: Tensor, model_times: Tensor, condition: Condition) -> Tensor:
+        output: Tensor = network(x, model_times, class_labels=condition.get("label"), return_dict=False)[0]
+        return output
 
-    denoiser = Denoiser(predict, schedule, prediction, place, precision, clip, units)
-    fingerprint = _fingerprint(files, config, scheduler)
-    return Model(name or folder.resolve().name, fingerprint, shape, schedule, denoiser, place, units.names)
+    some = conditions.rows([0]) if conditions else UNCONDITIONAL
+    units = trace_units(network, lambda x, t: predict(x, t, some), shape, place, precision, path)
+    if options.compile:
+        compile_units(units)
+    guidance: GuidanceKind = "free" if conditions and conditions.negative else "none"
+    denoiser = Denoiser(predict, scheduler.schedule, scheduler.prediction, place, precision, clip, units, guidance)
+    fingerprint = digest(part.files, config, scheduler.config, *([{"vae": vae.digest}] if vae else []))
+    model = Model(
+        name,
+        fingerprint,
+        shape,
+        scheduler.schedule,
+        denoiser,
+        place,
+        units.names,
+        conditions=conditions,
+        guidance=guidance,
+        scale=1.0 if options.guidance is None else options.guidance,
+        decode=vae.decode if vae else None,
+        image_shape=decoded_shape(vae, shape, path) if vae else None,
+        kind=kind,
+    )
+    model.check_scale(options.guidance)
+    return model
 
 
-def _find_files(folder: Path) -> _Files:
+def _find_parts(folder: Path) -> tuple[Path, Path | None, str]:
+    """Where the network lies, the decoder of latents if there is one, and what kind of model they make."""
     if not folder.is_dir():
         raise ModelError(f"{folder}: no such folder; give one that diffusers' save_pretrained wrote")
     index = folder / "model_index.json"
-    parts = _read_json(index) if index.is_file() else {}
-    latent = sorted({"vae", "vqvae"} & parts.keys())
-    if latent:
-        raise ModelError(f"{folder}: the pipeline has a {latent[0]}; latent models are not supported, pixel ones are")
+    named = read_json(index) if index.is_file() else {}
+    decoder = next((folder / part for part in DECODERS if part in named or (folder / part).is_dir()), None)
     unet = folder / "unet" if (folder / "unet").is_dir() else folder
-    places = [folder / SCHEDULER, folder / "scheduler" / SCHEDULER]
-    scheduler = next((place for place in places if place.is_file()), None)
-    for needed in (unet / "config.json", unet / WEIGHTS):
-        if not needed.is_file():
-            raise ModelError(_missing(needed))
-    if scheduler is None:
-        raise ModelError(
-            f"{folder}: no noise schedule; looked for {SCHEDULER} and scheduler/{SCHEDULER}. "
-            "Save the scheduler the model was trained with there (scheduler.save_pretrained)"
-        )
-    return _Files(unet / "config.json", unet / WEIGHTS, scheduler)
-
-
-def _missing(needed: Path) -> str:
-    """One line for a file that is not there, with what to do if the weights are in another format."""
-    if needed.name == WEIGHTS:
-        others = sorted(path.name for path in needed.parent.glob("diffusion_pytorch_model*"))
-        if others:
-            return (
-                f"{needed.parent}: holds {', '.join(others)}, but only {WEIGHTS} is read; "
-                "load the model in diffusers and save it with save_pretrained(safe_serialization=True)"
-            )
-    return f"{needed.parent}: no {needed.name}; give a folder that diffusers' save_pretrained wrote"
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ModelError(f"{path}: cannot be read as JSON ({_first_line(error)}); save it anew") from error
-    if not isinstance(data, dict):
-        raise ModelError(f"{path}: holds a JSON {type(data).__name__}, expected an object; save it anew")
-    return data
+    return unet, decoder, str(named.get("_class_name", NETWORK))
 
 
 def _check_network(config: Mapping[str, Any], path: Path) -> tuple[int, int, int]:
-    """(C, H, W) of a config's images; ``ModelError`` where such a network is not supported."""
-    kind = config.get("_class_name")
-    if kind != NETWORK:
-        raise ModelError(f"{path}: describes a {kind}; only {NETWORK} is supported")
-    if config.get("num_class_embeds") is not None or config.get("class_embed_type") is not None:
-        raise ModelError(f"{path}: the model is class-conditional; only unconditional models are supported so far")
-    size, channels, out = (config.get(key) for key in ("sample_size", "in_channels", "out_channels"))
-    sides = size if isinstance(size, (list, tuple)) else (size, size)
-    if len(sides) != 2 or not all(isinstance(side, int) and side > 0 for side in sides):
-        raise ModelError(f"{path}: sample_size is {size!r}; set it to the side of the images, or [height, width]")
+    """(C, H, W) of a config's states; ``ModelError`` where such a network is not supported."""
+    if config.get("class_embed_type") is not None:
+        raise ModelError(
+            f"{path}: class_embed_type is {config['class_embed_type']!r}; only class labels (num_class_embeds, "
+            "and no class_embed_type) are supported"
+        )
+    sides = sides_of(config.get("sample_size"), path)
+    channels, out = config.get("in_channels"), config.get("out_channels")
     if not isinstance(channels, int) or out not in (channels, 2 * channels):
         raise ModelError(
             f"{path}: {channels} channels in and {out} out; expected as many out as in, "
             "or twice as many (learned variance)"
         )
-    return channels, sides[0], sides[1]
+    return channels, *sides
 
 
-def _schedule(config: Mapping[str, Any], path: Path) -> NoiseSchedule:
-    kind = str(config.get("_class_name", ""))
-    if not ({"beta_schedule", "trained_betas"} & config.keys() or "FlowMatch" in kind):
-        raise ModelError(f"{path}: {kind or 'this config'} has no betas; save a DDPM- or flow-matching scheduler")
-    try:
-        return from_scheduler_config(config)
-    except (ConfigError, TypeError, ValueError) as error:
-        raise ModelError(f"{path}: {_first_line(error)}") from error
-
-
-def _prediction(config: Mapping[str, Any], path: Path) -> str:
-    """What the network predicts; flow-matching schedulers do not say, as they know of one kind only."""
-    flow = "FlowMatch" in str(config.get("_class_name", ""))
-    kind = config.get("prediction_type") or ("flow_prediction" if flow else "epsilon")
-    if kind not in PREDICTIONS:
-        raise ModelError(f"{path}: {choose_from('prediction_type', str(kind), PREDICTIONS)}")
-    return str(kind)
-
-
-def _units(network: nn.Module, shape: tuple[int, int, int], device: torch.device, files: _Files) -> Units:
-    x, t = torch.zeros(1, *shape, device=device), torch.zeros(1, device=device)
-    try:
-        return find_units(network, lambda: network(x, t))
-    except RuntimeError as error:
-        raise ModelError(
-            f"{files.config}: the network does not run on {list(shape)} images ({_first_line(error)})"
-        ) from error
-
-
-def _load_network(config: Mapping[str, Any], files: _Files) -> nn.Module:
-    """The network with its weights, frozen. Neither diffusers' warnings nor its lists of keys are shown."""
-    from diffusers import UNet2DModel
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    try:
-        network: nn.Module = UNet2DModel.from_config(dict(config))
-    except Exception as error:  # whatever a constructor makes of a wrong value
-        raise ModelError(f"{files.config}: diffusers cannot build this model ({_first_line(error)})") from error
-    try:
-        stored = load_file(files.weights)
-    except (SafetensorError, OSError) as error:
-        raise ModelError(f"{files.weights}: is damaged or cut short ({_first_line(error)}); copy it anew") from error
-    weights = {_modern(key): value for key, value in stored.items()}
-    _check_weights(weights, network.state_dict(), files)
-    network.load_state_dict(weights)
-    return network.float().eval().requires_grad_(False)
-
-
-LEGACY = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
-
-
-def _modern(key: str) -> str:
-    """The present name of a weight; older versions of diffusers named attention's projections otherwise."""
-    return ".".join(LEGACY.get(part, part) for part in key.split("."))
-
-
-def _check_weights(given: Mapping[str, Tensor], wanted: Mapping[str, Tensor], files: _Files) -> None:
-    """``ModelError`` that names the first weight that does not fit."""
-    fits = f"{files.weights}: weights do not fit {files.config.name}, "
-    for key in sorted(given.keys() & wanted.keys()):
-        shape, expected = list(given[key].shape), list(wanted[key].shape)
-        if shape != expected:
-            raise ModelError(f"{fits}{key} has shape {shape} instead of {expected}; take both from one model")
-    for what, keys in (
-        ("missing", wanted.keys() - given.keys()),
-        ("unexpected", given.keys() - wanted.keys()),
-    ):
-        if keys:
-            raise ModelError(f"{fits}{len(keys)} {what}, first {min(keys)!r}; take both from one model")
-
-
-def _fingerprint(files: _Files, *configs: Mapping[str, Any]) -> str:
-    """sha256 over the weights file and the configs, without what tells only where they came from."""
-    ignored = {"_diffusers_version", "_name_or_path"}
-    digest = hashlib.sha256()
-    for config in configs:
-        kept = {key: value for key, value in config.items() if key not in ignored}
-        digest.update(json.dumps(kept, sort_keys=True).encode())
-    with files.weights.open("rb") as file:
-        digest.update(hashlib.file_digest(file, "sha256").digest())
-    return digest.hexdigest()
-
-
-def _first_line(error: BaseException) -> str:
-    return next(iter(str(error).splitlines()), type(error).__name__)[:200]
+def _conditions(
+    config: Mapping[str, Any], options: Options, name: str, path: Path, device: torch.device
+) -> Conditions | None:
+    """The classes to be drawn, all but the null class; None where the network is unconditional."""
+    count, null = config.get("num_class_embeds"), options.fields.get("null_class")
+    check_options(options, name, () if count is None else ("fields",))
+    if count is None:
+        return None
+    if type(count) is not int or count < 1:
+        raise ModelError(f"{path}: num_class_embeds is {count!r}; set it to the number of classes, or leave it out")
+    if unknown := options.fields.keys() - {"null_class"}:
+        raise ConfigError(
+            f"field {min(unknown)!r} is not for models such as {name!r}; model.fields may hold null_class"
+        )
+    if null is not None and (type(null) is not int or not 0 <= null < count):
+        raise ConfigError(f"null_class = {null!r} is no class of {name!r}; use an integer in [0, {count - 1}]")
+    labels = [label for label in range(count) if label != null]
+    return label_conditions(labels, device, null, options.labels)

@@ -106,7 +106,9 @@ def mixture_model(T: int = 1000, device: str = "cpu", clip: bool = False) -> Mod
             x0 = mixture.x0(x, schedule.alpha(t), schedule.sigma(t))
             return x0.clamp(-1.0, 1.0) if clip else x0
 
-    model = Model("mixture", mixture.fingerprint(schedule), SHAPE, schedule, denoise, find_device(device))
+    model = Model(
+        "mixture", mixture.fingerprint(schedule), SHAPE, schedule, denoise, find_device(device), kind="mixture"
+    )
 
     def reference(extractor: Extractor) -> Reference:
         draws = mixture.sample(REFERENCE_IMAGES, REFERENCE_SEED).reshape(-1, *SHAPE)

@@ -1,0 +1,120 @@
+"""Models of the Hugging Face hub, as local folders: from the standard cache, or else downloaded into it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Iterable
+from pathlib import Path, PurePosixPath
+
+from autodiffusion_optuna.errors import ModelError
+from autodiffusion_optuna.evaluation.models.parts import STEM, first_line, read_json
+
+SOURCE = re.compile(r"(?P<id>[\w.-]+/[\w.-]+)(@(?P<revision>[\w./-]+))?")
+INDEX = "model_index.json"
+TEXTS = (".json", ".txt", ".model")
+"""Configs, indices of shards, and tokenizers; .model is SentencePiece's."""
+WEIGHTS = re.compile(
+    rf"(?P<stem>{STEM}|model|pytorch_model)(\.(?P<variant>fp16))?(?P<shard>-\d+-of-\d+)?\.(?P<kind>safetensors|bin)"
+)
+SECONDS = 20.0
+"""How long the hub may take to answer at all."""
+UNUSED = ("safety_checker", "feature_extractor", "image_encoder")
+"""Parts of pipelines that making images from noise does not need."""
+
+
+def resolve(source: str) -> Path:
+    """The local folder of the model ``"org/name"``, or ``"org/name@revision"`` for a branch, tag or commit.
+
+    What the standard cache holds in whole (``HF_HOME``) is taken as it is, without asking the hub. Anything else is
+    downloaded into it: configs, tokenizers and, of each part, its weights in one format (``needed_files``).
+    ``ModelError`` where the id is malformed, or the model is not in the cache and the hub cannot be asked or refuses.
+    """
+    match = SOURCE.fullmatch(source)
+    if match is None:
+        raise ModelError(f"{source!r} is no hub id; write org/name, or org/name@revision")
+    repository, revision = match["id"], match["revision"]
+    cached = _cached(repository, revision)
+    return cached if cached and is_complete(cached) else _download(repository, revision, source)
+
+
+def _cached(repository: str, revision: str | None) -> Path | None:
+    from huggingface_hub import try_to_load_from_cache
+
+    for name in (INDEX, "config.json"):
+        found = try_to_load_from_cache(repository, name, revision=revision)
+        if isinstance(found, str):
+            return Path(found).parent
+    return None
+
+
+def is_complete(folder: Path) -> bool:
+    """Whether ``folder`` has every part that its ``model_index.json`` names, and weights beside every config."""
+    flat = (folder / "config.json").is_file()
+    named = [] if flat or not (folder / INDEX).is_file() else _parts(folder / INDEX)
+    configs = [path for path in (folder / "config.json", *folder.glob("*/config.json")) if path.is_file()]
+    return (
+        bool(configs)
+        and all((folder / part).is_dir() for part in named)
+        and all(_has_weights(path.parent) for path in configs if path.parent.name not in UNUSED)
+    )
+
+
+def _parts(index: Path) -> list[str]:
+    """Names of the parts of a pipeline that are used here."""
+    entries = read_json(index).items()
+    return [name for name, entry in entries if isinstance(entry, list) and all(entry) and name not in UNUSED]
+
+
+def _has_weights(folder: Path) -> bool:
+    """Whether all files of one format are there; a file of the cache is a link, and may lead nowhere."""
+    found = [match for path in folder.iterdir() if path.is_file() and (match := WEIGHTS.fullmatch(path.name))]
+    shards = {match["shard"].partition("-of-")[2]: 0 for match in found if match["shard"]}
+    return any(not match["shard"] for match in found) or any(
+        len([1 for match in found if match["shard"] and match["shard"].endswith(f"-of-{total}")]) >= int(total)
+        for total in shards
+    )
+
+
+def needed_files(files: Iterable[str], parts: Collection[str]) -> list[str]:
+    """Which of a repository's ``files`` a model needs: those at the top and in the folders ``parts``.
+
+    Of a part's weights one set is taken: full precision before fp16, safetensors before .bin, one file before shards.
+    Original checkpoints, and weights for other frameworks, are left out.
+    """
+    wanted: list[str] = []
+    weights: dict[PurePosixPath, dict[tuple[bool, bool, bool], list[str]]] = {}
+    for name in sorted(files):
+        path = PurePosixPath(name)
+        if path.parent.parts not in {(), *((part,) for part in parts)}:
+            continue
+        if path.suffix in TEXTS:
+            wanted.append(name)
+        elif match := WEIGHTS.fullmatch(path.name):
+            rank = (match["variant"] is not None, match["kind"] == "bin", match["shard"] is not None)
+            weights.setdefault(path.parent, {}).setdefault(rank, []).append(name)
+    return wanted + [name for formats in weights.values() for name in formats[min(formats)]]
+
+
+def _download(repository: str, revision: str | None, source: str) -> Path:
+    from huggingface_hub import HfApi, constants, hf_hub_download, snapshot_download
+
+    home = f"in the cache {constants.HF_HUB_CACHE}"
+    if constants.HF_HUB_OFFLINE:
+        raise ModelError(
+            f"{source!r} is not (or not in whole) {home}, and HF_HUB_OFFLINE forbids to download it; unset it, "
+            f"or run 'hf download {repository}' where the hub can be reached and copy the cache or the folder here"
+        )
+    try:
+        about = HfApi().model_info(repository, revision=revision, timeout=SECONDS)
+        files = [file.rfilename for file in about.siblings or []]
+        parts = _parts(Path(hf_hub_download(repository, INDEX, revision=revision))) if INDEX in files else ["scheduler"]
+        chosen = needed_files(files, parts)
+        return Path(snapshot_download(repository, revision=revision, allow_patterns=chosen))
+    except ModelError:
+        raise
+    except Exception as error:  # the client raises errors of its own, of its HTTP library and of the system
+        raise ModelError(
+            f"{source!r} is not (or not in whole) {home}, and downloading it failed ({type(error).__name__}: "
+            f"{first_line(error)}); check the id, the network and, for gated models, 'hf auth login', "
+            "or give the path of a local folder"
+        ) from error

@@ -1,0 +1,216 @@
+"""Models from a user's own Python function."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import json
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from autodiffusion_optuna.errors import AdoptError, ConfigError, ModelError
+from autodiffusion_optuna.evaluation.denoiser import (
+    PREDICTIONS,
+    UNCONDITIONAL,
+    Condition,
+    Denoiser,
+    Network,
+    store_reduced,
+)
+from autodiffusion_optuna.evaluation.models.base import Model, Options, find_device
+from autodiffusion_optuna.evaluation.models.checks import check_options, check_precision, choose_clip, trace_units
+from autodiffusion_optuna.evaluation.models.labels import label_conditions
+from autodiffusion_optuna.evaluation.models.parts import first_line
+from autodiffusion_optuna.evaluation.skip import compile_units
+from autodiffusion_optuna.noise import NoiseSchedule
+
+
+@dataclass(frozen=True, eq=False)
+class PluginModel:
+    """What a plug-in's function returns, or a mapping with these keys.
+
+    ``network``: (x float32 [B, C, H, W], model times float32 [B], condition) -> prediction [B, C or 2C, H, W]; the
+    second half of 2C channels is a learned variance and is dropped. ``condition`` is ``{}``, or with ``labels``
+    ``{"label": int64 [B]}``. A ``torch.nn.Module`` is moved to the device and frozen, and its blocks of the classes in
+    ``skip.RULES`` can be skipped. ``shape``: (C, H, W) of a state. ``schedule``: of the noise, see ``noise``.
+    ``prediction``: a name of ``denoiser.PREDICTIONS``. ``fingerprint``: tells this model and its weights from all
+    others, such as the sha256 of the weights' file; a study is resumed only with the same one.
+    ``labels``: number of classes; None where the model is unconditional. ``decode``: float32 [B, C, H, W] states
+    -> images [B, 1 or 3, H', W'] in about [-1, 1]; None where states are images.
+    """
+
+    network: Network
+    shape: tuple[int, int, int]
+    schedule: NoiseSchedule
+    prediction: str
+    fingerprint: str
+    labels: int | None = None
+    decode: Callable[[Tensor], Tensor] | None = None
+
+
+def load_plugin(
+    source: str,
+    device: str = "cpu",
+    precision: str = "float32",
+    clip: bool | None = None,
+    options: Options | None = None,
+) -> Model:
+    """The model that a user's function makes; ``source``: ``"python:module:function"``.
+
+    The module is imported with the current folder on the path, and ``function(device=torch.device(...))`` returns a
+    ``PluginModel``, a mapping with its fields, or a whole ``Model``. As this runs code, ``options.trust`` must be set.
+    A file ``mine.py`` with this function is the source ``"python:mine:shrink"``::
+
+        import torch
+        from autodiffusion_optuna.evaluation.models.plugin import PluginModel
+        from autodiffusion_optuna.noise import linear
+
+        def shrink(device):
+            schedule = linear(1000)
+            def network(x, t, condition):  # eps of data that is standard normal
+                sigma = torch.as_tensor(schedule.sigmas, dtype=torch.float32, device=device)[t.long()]
+                return sigma[:, None, None, None] * x
+            return PluginModel(network, (3, 8, 8), schedule, "epsilon", fingerprint="standard normal, 1")
+
+    ``clip``: clamp x0 to [-1, 1]; None: of pixels. A whole ``Model`` sets its own precision and clip.
+    ``ConfigError`` without trust or with an option that the model does not use, ``ModelError`` that names the function
+    where it, or later its network, raises or returns something else.
+    """
+    options = options or Options()
+    if not options.trust:
+        raise ConfigError(f"{source} would run Python code of your own; add --trust if you mean it to")
+    check_precision(precision)
+    place = find_device(device)
+    name = source.removeprefix("python:")
+    check_options(options, name)
+    made = _guarded(_function(name), name)(device=place)
+    if isinstance(made, Model):
+        return _whole(made, name, precision, clip, options)
+    plugin = _check(made, name)
+    clip = choose_clip(clip, name, latent=plugin.decode is not None)
+    conditions = label_conditions(range(plugin.labels), place, draw=options.labels) if plugin.labels else None
+    some = conditions.rows([0]) if conditions else UNCONDITIONAL
+    network: Network = plugin.network
+    units = None
+    if isinstance(network, nn.Module):
+        network.to(place).eval().requires_grad_(False)
+        if options.reduced:
+            store_reduced(network, precision)
+        run = _guarded(lambda x, t: plugin.network(x, t, some), name)
+        units = trace_units(network, run, plugin.shape, place, precision, name)
+    if units and options.compile:
+        compile_units(units)
+    denoiser = Denoiser(_guarded(network, name), plugin.schedule, plugin.prediction, place, precision, clip, units)
+    decode = None if plugin.decode is None else _guarded(plugin.decode, name)
+    model = Model(
+        name,
+        _fingerprint(plugin),
+        plugin.shape,
+        plugin.schedule,
+        denoiser,
+        place,
+        units.names if units else (),
+        conditions=conditions,
+        decode=decode,
+        image_shape=_try(denoiser, plugin, decode, some, name),
+        kind="plugin",
+    )
+    model.check_scale(options.guidance)
+    return model
+
+
+def _function(name: str) -> Callable[..., Any]:
+    """The function ``"module:function"``, with the current folder on the path."""
+    module, colon, function = name.partition(":")
+    if not (module and colon and function):
+        raise ConfigError(f"'python:{name}' names no function; write python:module:function")
+    if "" not in sys.path:
+        sys.path.insert(0, "")  # and left there, for what the function imports later
+    found = getattr(_guarded(importlib.import_module, name)(module), function, None)
+    if not callable(found):
+        raise ModelError(f"{name}: module {module!r} has no function {function!r}; write python:module:function")
+    return cast("Callable[..., Any]", found)
+
+
+def _guarded(function: Callable[..., Any], name: str) -> Callable[..., Any]:
+    """``function`` whose errors are one line; what the evaluator mends itself, too little memory, goes through."""
+
+    def guarded(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return function(*args, **kwargs)
+        except (AdoptError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:  # whatever a user's code raises
+            raise ModelError(f"{name} raised {type(error).__name__}: {first_line(error)}; mend the plug-in") from error
+
+    return guarded
+
+
+def _whole(model: Model, name: str, precision: str, clip: bool | None, options: Options) -> Model:
+    """A ``Model`` as it was made; ``ConfigError`` where the study sets what the function has already decided."""
+    for setting, given in (("precision", precision != "float32"), ("clip", clip is not None)):
+        if given:
+            raise ConfigError(f"{name} returns a whole Model, which sets its own {setting}; leave model.{setting} out")
+    model.check_scale(options.guidance)
+    return model if options.guidance is None else replace(model, scale=options.guidance)
+
+
+def _check(made: object, name: str) -> PluginModel:
+    """What the function returned; ``ModelError`` that names the first field that does not fit."""
+    if isinstance(made, Mapping):
+        try:
+            made = PluginModel(**made)
+        except TypeError as error:
+            raise ModelError(f"{name}: {first_line(error).replace('PluginModel.__init__()', 'the mapping')}") from error
+    if not isinstance(made, PluginModel):
+        raise ModelError(f"{name} returned a {type(made).__name__}; return a PluginModel, a mapping like it or a Model")
+    shape, labels = made.shape, made.labels
+    sizes = isinstance(shape, (tuple, list)) and len(shape) == 3 and all(type(n) is int and n > 0 for n in shape)
+    for field, fits, wanted in (
+        ("network", callable(made.network), "a function of (x, t, condition)"),
+        ("shape", sizes, "(C, H, W), positive integers"),
+        ("schedule", isinstance(made.schedule, NoiseSchedule), "a NoiseSchedule"),
+        ("prediction", made.prediction in PREDICTIONS, f"one of {', '.join(PREDICTIONS)}"),
+        ("fingerprint", isinstance(made.fingerprint, str) and made.fingerprint != "", "a text that is not empty"),
+        ("labels", labels is None or (type(labels) is int and labels > 0), "a positive integer, or None"),
+        ("decode", made.decode is None or callable(made.decode), "a function of states, or None"),
+    ):
+        if not fits:
+            raise ModelError(
+                f"{name}: {field} is {first_line(ValueError(repr(getattr(made, field))))}; make it {wanted}"
+            )
+    channels, height, width = shape
+    return replace(made, shape=(channels, height, width))
+
+
+def _try(
+    denoiser: Denoiser, plugin: PluginModel, decode: Callable[[Tensor], Tensor] | None, some: Condition, name: str
+) -> tuple[int, int, int] | None:
+    """Run the network and the decoder once; (C, H, W) of an image, None where states are images."""
+    x = torch.zeros(1, *plugin.shape, device=denoiser.device)
+    try:
+        x0 = denoiser(x, plugin.schedule.T // 2, condition=some)
+    except ModelError as error:
+        raise error if str(error).startswith(name) else ModelError(f"{name}: {error}") from error
+    if decode is None:
+        return None
+    with torch.inference_mode():
+        images = decode(x0)
+    if not isinstance(images, Tensor) or images.ndim != 4 or len(images) != 1 or images.shape[1] not in (1, 3):
+        shape = list(images.shape) if isinstance(images, Tensor) else type(images).__name__
+        raise ModelError(f"{name}: decode returned {shape} for one state; return images [B, 1 or 3, H, W]")
+    return images.shape[1], images.shape[2], images.shape[3]
+
+
+def _fingerprint(plugin: PluginModel) -> str:
+    """sha256 over all that a plug-in says of its model."""
+    said = json.dumps([plugin.fingerprint, plugin.shape, plugin.prediction, plugin.labels, plugin.decode is not None])
+    whole = hashlib.sha256(f"plugin {said}".encode())
+    for levels in (plugin.schedule.alphas, plugin.schedule.sigmas, plugin.schedule.model_times):
+        whole.update(levels.tobytes())
+    return whole.hexdigest()

@@ -1,0 +1,215 @@
+"""Prompts as the networks of text-to-image models take them: encoded once, by the model's own text encoders."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from autodiffusion_optuna.errors import ModelError
+from autodiffusion_optuna.evaluation.models.parts import digest, find_weights, first_line, read_json
+
+ENCODERS = ("CLIPTextModel", "CLIPTextModelWithProjection", "T5EncoderModel")
+TOKENIZERS = ("CLIPTokenizer", "CLIPTokenizerFast", "T5Tokenizer", "T5TokenizerFast")
+NAMES = ("text_encoder", "text_encoder_2", "text_encoder_3")
+
+BATCH = 16
+"""Prompts encoded at once."""
+
+CLIP_LENGTH, SD3_LENGTH, FLUX_LENGTH = 77, 256, 512
+"""Tokens of the released CLIP models, and those that the pipelines of Stable Diffusion 3 and Flux take from T5."""
+
+
+@dataclass(frozen=True, eq=False)
+class TextEncoder:
+    """A text encoder on a device, with its tokenizer. ``length``: tokens that every prompt is cut or filled to."""
+
+    tokenizer: Any
+    model: Any
+    length: int
+
+    @torch.inference_mode()
+    def __call__(self, prompts: Sequence[str], layer: int = -1) -> tuple[Tensor, Tensor | None]:
+        """(tokens [n, length, D] of a layer, whole prompts [n, P] or None), on the CPU.
+
+        ``layer``: -1 is the last with its norm, -2 the one before without.
+        """
+        text = self.tokenizer(
+            list(prompts), padding="max_length", max_length=self.length, truncation=True, return_tensors="pt"
+        )
+        masked = getattr(self.model.config, "use_attention_mask", False)
+        mask = text.attention_mask.to(self.model.device) if masked else None
+        ids = text.input_ids.to(self.model.device)
+        out = self.model(ids, attention_mask=mask, output_hidden_states=layer != -1)
+        tokens = out.last_hidden_state if layer == -1 else out.hidden_states[layer]
+        whole = next((out[key] for key in ("text_embeds", "pooler_output") if out.get(key) is not None), None)
+        return tokens.cpu(), None if whole is None else whole.cpu()
+
+
+Encoders = Mapping[str, TextEncoder]
+"""By name of their folders, ``NAMES``; some may be absent."""
+
+Encode = Callable[[Sequence[str], Encoders, Any], dict[str, Tensor]]
+"""(prompts, encoders, config of the network) -> tensors [n, ...] of a condition by name."""
+
+
+def encode_sd(prompts: Sequence[str], encoders: Encoders, config: Any) -> dict[str, Tensor]:
+    """Stable Diffusion 1.x and 2.x: ``text`` [n, L, D]."""
+    return {"text": _need(encoders, "text_encoder")(prompts)[0]}
+
+
+def encode_sdxl(prompts: Sequence[str], encoders: Encoders, config: Any) -> dict[str, Tensor]:
+    """SDXL: ``text`` [n, L, D1 + D2] of both encoders, ``pooled`` [n, P] of the second (arXiv 2307.01952, table 1)."""
+    first, _ = _need(encoders, "text_encoder")(prompts, -2)
+    second, pooled = _need(encoders, "text_encoder_2")(prompts, -2)
+    assert pooled is not None
+    return {"text": torch.cat([first, second], -1), "pooled": pooled}
+
+
+def encode_sd3(prompts: Sequence[str], encoders: Encoders, config: Any) -> dict[str, Tensor]:
+    """Stable Diffusion 3: ``text`` [n, L + 256, D], CLIP's tokens then T5's; ``pooled`` [n, P1 + P2] of both CLIPs.
+
+    An encoder that is absent counts as zeros, as in training (arXiv 2403.03206); of a CLIP its tokens
+    are taken to be as wide as its whole prompt, which holds for the released ones.
+    """
+    clips = [encoders[name](prompts, -2) if name in encoders else None for name in NAMES[:2]]
+    if not encoders:
+        raise ModelError("the pipeline has none of its three text encoders, so its prompts cannot be read; add one")
+    n, width = len(prompts), config.joint_attention_dim
+    there = [clip for clip in clips if clip is not None]
+    absent = max(config.pooled_projection_dim - sum(clip[1].shape[1] for clip in there if clip[1] is not None), 0)
+    length = there[0][0].shape[1] if there else CLIP_LENGTH
+    zeros = (torch.zeros(n, length, absent), torch.zeros(n, absent))
+    tokens, whole = zip(*(clip or zeros for clip in (clips if there else clips[:1])), strict=True)
+    clip_text = torch.cat(tokens, -1)
+    clip_text = functional.pad(clip_text, (0, width - clip_text.shape[-1]))
+    t5_text = encoders[NAMES[2]](prompts)[0] if NAMES[2] in encoders else torch.zeros(n, SD3_LENGTH, width)
+    return {"text": torch.cat([clip_text, t5_text], 1), "pooled": torch.cat(whole, -1)}
+
+
+def encode_flux(prompts: Sequence[str], encoders: Encoders, config: Any) -> dict[str, Tensor]:
+    """Flux: ``text`` [n, 512, D] of T5, ``pooled`` [n, P] of CLIP."""
+    _, pooled = _need(encoders, "text_encoder")(prompts)
+    text, _ = _need(encoders, "text_encoder_2")(prompts)
+    assert pooled is not None
+    return {"text": text, "pooled": pooled}
+
+
+def _need(encoders: Encoders, name: str) -> TextEncoder:
+    if name not in encoders:
+        raise ModelError(f"the pipeline has no {name}, without which its prompts cannot be read; add it")
+    return encoders[name]
+
+
+def encode_all(
+    encode: Encode, prompts: Sequence[str], encoders: Encoders, config: Any, dtype: torch.dtype
+) -> dict[str, Tensor]:
+    """Tensors [n, ...] of a condition by name for n prompts, in ``dtype`` on the CPU."""
+    batches = [encode(prompts[i : i + BATCH], encoders, config) for i in range(0, len(prompts), BATCH)]
+    return {name: torch.cat([batch[name].to(dtype) for batch in batches]) for name in batches[0]}
+
+
+def load_encoders(
+    folder: Path, index: Mapping[str, Any], device: torch.device, dtype: torch.dtype, t5_length: int
+) -> dict[str, TextEncoder]:
+    """The text encoders of the pipeline in ``folder``, whose ``model_index.json`` is ``index``.
+
+    ``t5_length``: tokens of a prompt for T5; for CLIP the tokenizer says. Nothing is downloaded.
+    ``ModelError`` where transformers is not installed, or a part is missing, broken or of another class.
+    """
+    encoders = {}
+    for name in _present(index):
+        path, tokenizer_path = folder / name, folder / name.replace("text_encoder", "tokenizer")
+        model = _load_model(path, index[name][1], device, dtype)
+        tokenizer = _load_tokenizer(tokenizer_path, index.get(tokenizer_path.name))
+        longest = getattr(model.config, "max_position_embeddings", None)
+        length = min(tokenizer.model_max_length, longest) if longest else t5_length
+        encoders[name] = TextEncoder(tokenizer, model, length)
+    return encoders
+
+
+def encoders_digest(folder: Path, index: Mapping[str, Any]) -> str:
+    """sha256 in hexadecimal over configs, weights and tokenizers of the text encoders in ``folder``."""
+    whole = hashlib.sha256()
+    for name in _present(index):
+        path, tokenizer = folder / name, folder / name.replace("text_encoder", "tokenizer")
+        whole.update(name.encode() + digest(find_weights(path, "model"), read_json(path / "config.json")).encode())
+        for file in sorted(file for file in tokenizer.iterdir() if file.is_file()):
+            whole.update(file.name.encode() + hashlib.sha256(file.read_bytes()).digest())
+    return whole.hexdigest()
+
+
+def _present(index: Mapping[str, Any]) -> list[str]:
+    """Names of the text encoders that a pipeline has; an entry [null, null] is one that was left out."""
+    return [name for name in NAMES if isinstance(index.get(name), list) and None not in index[name]]
+
+
+def _transformers() -> Any:
+    try:
+        import transformers
+    except ImportError:
+        raise ModelError(
+            "text-to-image models need transformers, which is not installed; "
+            "run pip install 'autodiffusion-optuna[text]'"
+        ) from None
+    return transformers
+
+
+def _load_model(path: Path, kind: str, device: torch.device, dtype: torch.dtype) -> Any:
+    transformers = _transformers()
+    if kind not in ENCODERS:
+        raise ModelError(f"{path}: is a {kind}; only {', '.join(ENCODERS)} are supported")
+    files = find_weights(path, "model")
+    variant = "fp16" if ".fp16" in files[0].name else None
+    try:
+        with _quiet(transformers):
+            model, info = getattr(transformers, kind).from_pretrained(
+                path,
+                dtype=dtype,
+                variant=variant,
+                use_safetensors=True,
+                local_files_only=True,
+                output_loading_info=True,
+            )
+    except Exception as error:  # whatever transformers makes of a broken file
+        raise ModelError(f"{path}: transformers cannot load this {kind} ({first_line(error)}); copy it anew") from error
+    if info["missing_keys"]:
+        missing = sorted(info["missing_keys"])
+        raise ModelError(f"{path}: weights do not fit config.json, {len(missing)} missing, first {missing[0]!r}")
+    return model.to(device).eval().requires_grad_(False)
+
+
+def _load_tokenizer(path: Path, entry: Any) -> Any:
+    transformers = _transformers()
+    kind = entry[1] if isinstance(entry, list) and len(entry) == 2 else None
+    if kind not in TOKENIZERS:
+        raise ModelError(f"{path}: is a {kind}; only {', '.join(TOKENIZERS)} are supported")
+    if not path.is_dir():
+        raise ModelError(f"{path}: no such folder; copy the whole pipeline")
+    try:
+        with _quiet(transformers):
+            return getattr(transformers, kind).from_pretrained(path, local_files_only=True)
+    except Exception as error:  # whatever transformers makes of a broken file
+        raise ModelError(f"{path}: transformers cannot load this {kind} ({first_line(error)}); copy it anew") from error
+
+
+@contextlib.contextmanager
+def _quiet(transformers: Any) -> Iterator[None]:
+    """No progress bars and no warnings of transformers inside the block."""
+    log = transformers.utils.logging
+    level, bars = log.get_verbosity(), log.is_progress_bar_enabled()
+    log.set_verbosity_error()
+    log.disable_progress_bar()
+    try:
+        yield
+    finally:
+        log.set_verbosity(level)
+        if bars:
+            log.enable_progress_bar()

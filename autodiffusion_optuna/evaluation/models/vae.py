@@ -1,0 +1,112 @@
+"""The decoder of a latent model: latents to images."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from autodiffusion_optuna.errors import ModelError
+from autodiffusion_optuna.evaluation.denoiser import PRECISIONS
+from autodiffusion_optuna.evaluation.models.parts import digest, load_part, read_config
+
+AUTOENCODERS = ("AutoencoderKL", "VQModel")
+
+SLICE_PIXELS = 2**21
+"""Pixels decoded at once, 8 images of 512x512. A decoder needs about 2 KiB of memory a pixel, a latent 0.25 byte."""
+
+
+@dataclass(frozen=True, eq=False)
+class Vae:
+    """A frozen decoder on one device.
+
+    ``channels``: of a latent. ``factor``: side of an image / side of its latent. ``digest``: sha256 in hexadecimal of
+    weights and config. ``decode``: float32 [B, c, h, w] latents as the diffusion model knows them, that is scaled
+    -> float32 [B, 3, H, W] in about [-1, 1].
+    """
+
+    channels: int
+    factor: int
+    digest: str
+    decode: Callable[[Tensor], Tensor]
+
+
+def load_vae(folder: Path, device: torch.device, precision: str = "float32", scaling: float | None = None) -> Vae:
+    """The decoder of the AutoencoderKL or VQModel in ``folder``, which holds its ``config.json`` and weights.
+
+    Latents are divided by ``scaling_factor`` and moved by ``shift_factor``, or scaled and moved by channel where the
+    config has ``latents_mean`` and ``latents_std`` (arXiv 2112.10752, section D.1). ``scaling``: in place of the
+    config's factor. ``precision``: of the decoder, under autocast; float16 is raised to float32 where the config has
+    ``force_upcast``, because such decoders overflow. Nothing is downloaded.
+    ``ModelError`` where a file is missing or broken, or the class is another.
+    """
+    stored = read_config(folder, AUTOENCODERS)
+    part = load_part(folder, stored["_class_name"], stored)
+    config: Any = part.network.config
+    network: Any = part.network.to(device)
+    network.encoder = nn.Identity()  # a third of the weights, and never run
+    channels = config.get("vq_embed_dim") or config.latent_channels
+    gain, offset = _affine(config, scaling, channels, folder, device)
+    upcast = precision == "float16" and config.force_upcast
+    dtype = torch.float32 if upcast else PRECISIONS[precision]
+
+    def decode(latents: Tensor) -> Tensor:
+        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+            images: Tensor = network.decode(latents * gain + offset, return_dict=False)[0]
+        return images.float()
+
+    factor = 2 ** (len(config.block_out_channels) - 1)
+    override = {} if scaling is None else {"scaling_factor": scaling}
+    return Vae(channels, factor, digest(part.files, {**stored, **override}), _Sliced(decode, factor))
+
+
+def _affine(
+    config: Any, scaling: float | None, channels: int, folder: Path, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """(gain, offset), float32 [1, c or 1, 1, 1]: a diffusion model's latents times gain plus offset are decoded."""
+    factor = config.scaling_factor if scaling is None else scaling
+    mean, std = config.get("latents_mean"), config.get("latents_std")
+    shift = config.get("shift_factor") or 0.0
+    try:
+        gain = torch.tensor(std or [1.0], dtype=torch.float32).reshape(1, -1, 1, 1) / float(factor)
+        offset = torch.tensor(mean or [float(shift)], dtype=torch.float32).reshape(1, -1, 1, 1)
+    except (TypeError, ValueError, ZeroDivisionError):
+        gain, offset = torch.tensor(torch.inf), torch.tensor(0.0)
+    fits = all(t.ndim == 4 and t.shape[1] in (1, channels) and t.isfinite().all() for t in (gain, offset))
+    if not fits:
+        raise ModelError(
+            f"{folder / 'config.json'}: scaling_factor {factor!r}, shift_factor {shift!r}, latents_mean {mean!r} and "
+            f"latents_std {std!r} do not scale latents of {channels} channels; copy the config anew"
+        )
+    return gain.to(device), offset.to(device)
+
+
+class _Sliced:
+    """Decodes a few images at a time, and fewer from then on if even they do not fit the device's memory."""
+
+    def __init__(self, decode: Callable[[Tensor], Tensor], factor: int) -> None:
+        self.decode = decode
+        self.factor = factor
+        self.pixels = SLICE_PIXELS
+
+    @torch.inference_mode()
+    def __call__(self, latents: Tensor) -> Tensor:
+        """Images float32 [B, 3, H, W]. ``torch.OutOfMemoryError`` where not even one image fits."""
+        area = latents.shape[2] * latents.shape[3] * self.factor**2
+        images: list[Tensor] = []
+        done = 0
+        while done < len(latents):
+            count = max(1, self.pixels // area)
+            try:
+                images.append(self.decode(latents[done : done + count].float()))
+            except torch.OutOfMemoryError:
+                if count == 1:
+                    raise
+                self.pixels = count // 2 * area
+                continue
+            done += count
+        return torch.cat(images)
