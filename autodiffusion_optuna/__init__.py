@@ -2,28 +2,46 @@
 
 from __future__ import annotations
 
+import importlib
 from typing import TYPE_CHECKING
 
 from autodiffusion_optuna.candidate import Candidate
 from autodiffusion_optuna.errors import AdoptError
 
 if TYPE_CHECKING:
+    from autodiffusion_optuna.pipelines import apply, remove
+    from autodiffusion_optuna.schedule import Schedule
     from autodiffusion_optuna.search.sampler import AutoDiffusionSampler
     from autodiffusion_optuna.search.space import SearchSpace
 
 __version__ = "0.1.0"
 
-__all__ = ["AdoptError", "AutoDiffusionSampler", "Candidate", "SearchSpace", "__version__"]
+__all__ = [
+    "AdoptError",
+    "AutoDiffusionSampler",
+    "Candidate",
+    "Schedule",
+    "SearchSpace",
+    "__version__",
+    "apply",
+    "remove",
+]
+
+LAZY = {
+    "AutoDiffusionSampler": "search.sampler",
+    "Schedule": "schedule",
+    "SearchSpace": "search.space",
+    "apply": "pipelines",
+    "remove": "pipelines",
+}
+"""Public name -> its module, imported when the name is first asked for: the command line must start fast."""
 
 
 def __getattr__(name: str) -> object:
-    """Import Optuna only when one of its users is asked for: the command line must start fast."""
-    if name == "AutoDiffusionSampler":
-        from autodiffusion_optuna.search.sampler import AutoDiffusionSampler
+    if name not in LAZY:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{LAZY[name]}"), name)
 
-        return AutoDiffusionSampler
-    if name == "SearchSpace":
-        from autodiffusion_optuna.search.space import SearchSpace
 
-        return SearchSpace
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+def __dir__() -> list[str]:
+    return sorted({*globals(), *LAZY})

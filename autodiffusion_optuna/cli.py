@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shlex
 import sys
 import time
@@ -46,6 +47,11 @@ out = Console(highlight=False, markup=False, width=None if sys.stdout.isatty() e
 err = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
 
 StudyName = Annotated[str, typer.Option("--study", help="A study in the database.")]
+StudyOption = Annotated[str | None, typer.Option("--study", help="A study in the database.")]
+ScheduleOption = Annotated[
+    Path | None, typer.Option("--schedule", help="A schedule that adopt export --format json wrote.")
+]
+Overrides = Annotated[list[str] | None, typer.Option("--set", help="key=value, as in the study file.")]
 StorageUrl = Annotated[
     str | None,
     typer.Option("--storage", help="Database URL or SQLite file; default $ADOPT_STORAGE, else sqlite:///adopt.db."),
@@ -63,7 +69,7 @@ def _say(text: str) -> None:
 @app.command()
 def run(
     study: Annotated[str, typer.Option("--study", help="A study file, a preset's name, or a study in the database.")],
-    overrides: Annotated[list[str] | None, typer.Option("--set", help="key=value, as in the study file.")] = None,
+    overrides: Overrides = None,
     storage: StorageUrl = None,
     trust: Trust = False,
 ) -> None:
@@ -126,6 +132,7 @@ def _search(config: StudyConfig, url: str, begun: optuna.Study | None, trust: bo
     done = records.finished(study)
     verb = "going on" if done else "starting"
     _say(f"study {config.name}: {done} of {config.search.trials} candidates finished, {verb}. Ctrl-C stops it safely.")
+    _warn(studies.warnings(parts, config.score.images))
     try:
         with _progress(config, study) as on_trial:
             studies.work(parts, study, database, on_trial)
@@ -273,19 +280,33 @@ def show(
 
 @app.command()
 def score(
-    study: StudyName,
+    study: StudyOption = None,
+    schedule: ScheduleOption = None,
+    model: Annotated[str | None, typer.Option("--model", help="With --schedule: another model to try it on.")] = None,
     images: Annotated[int | None, typer.Option("--images", help="Images a bank; default the study's.")] = None,
     banks: Annotated[int | None, typer.Option("--banks", help="Banks of fresh noise; default the study's.")] = None,
+    overrides: Overrides = None,
     storage: StorageUrl = None,
     trust: Trust = False,
 ) -> None:
-    """Score the winner and the known schedules on fresh noise, with 95 % intervals."""
+    """Score the winner and the known schedules, or a schedule from a file, on fresh noise, with 95 % intervals."""
+    settings = _fresh_overrides(images, banks)
+    if _wants_schedule(study, schedule, model=model, overrides=overrides):
+        assert schedule is not None
+        given = [] if model is None else [f"model.source={json.dumps(model)}"]
+        _score_schedule(schedule, [*given, *(overrides or []), *settings], trust)
+    else:
+        assert study is not None
+        _score_study(study, settings, storage, trust)
+
+
+def _score_study(study: str, overrides: list[str], storage: str | None, trust: bool) -> None:
     from autodiffusion_optuna import study as runner
     from autodiffusion_optuna.candidate import Candidate
     from autodiffusion_optuna.report import read_report
     from autodiffusion_optuna.storage import storage_url
 
-    found, parts = _load(study, storage_url(storage), trust, _fresh_overrides(images, banks))
+    found, parts = _load(study, storage_url(storage), trust, overrides)
     best = runner.winner(found).user_attrs["candidate"]
     keys = dict.fromkeys([best, *(candidate.key for candidate in parts.known.values())])
     fresh = parts.config.score
@@ -293,6 +314,49 @@ def score(
         err.print(f"scoring {position} of {len(keys)}: {key}")
         runner.score_fresh(parts, found, Candidate.from_key(key), fresh.fresh_images, fresh.fresh_banks)
     _print_table(read_report(found))
+    _warn(runner.warnings(parts, fresh.fresh_images))
+
+
+def _score_schedule(path: Path, overrides: list[str], trust: bool) -> None:
+    from autodiffusion_optuna import study as runner
+    from autodiffusion_optuna import transfer
+    from autodiffusion_optuna.evaluation.allocator import keep_freed_memory
+    from autodiffusion_optuna.schedule import Schedule
+
+    keep_freed_memory()
+    opened = transfer.open_schedule(Schedule.read(path), overrides, trust=trust)
+    settings = opened.parts.config.score
+    err.print(f"scoring {', '.join(opened.rivals)} on {settings.fresh_banks} banks of {settings.fresh_images} images …")
+    scored = transfer.score_rivals(opened)
+    table = Table(box=None, pad_edge=False)
+    noise = f"fresh noise, {settings.fresh_banks} x {settings.fresh_images}, 95 %"
+    for column in ("schedule", f"{runner.metric_name(opened.parts)}, {noise}", "timesteps"):
+        table.add_column(column, overflow="fold")
+    for name, fresh in scored.items():
+        timesteps = " ".join(map(str, opened.rivals[name].timesteps))
+        table.add_row(name, f"{fresh.mean:.4g} ± {fresh.half_width:.2g}", timesteps)
+    _say(f"model {opened.parts.model.name}, solver {opened.parts.evaluator.sampling.solver}")
+    out.print(table)
+    _warn(runner.warnings(opened.parts, settings.fresh_images))
+
+
+def _warn(warnings: list[str]) -> None:
+    for warning in warnings:
+        err.print(f"warning: {warning}")
+
+
+def _wants_schedule(study: str | None, schedule: Path | None, **others: object) -> bool:
+    """Whether a schedule file is meant rather than a study; ConfigError where neither is given, or both are."""
+    if (study is None) == (schedule is None):
+        given = "both --study and --schedule" if study else "neither --study nor --schedule"
+        raise ConfigError(f"{given} given; name a study of the database, or a file of adopt export --format json")
+    if schedule is not None:
+        return True
+    for name, value in others.items():
+        if value:
+            option = "--set" if name == "overrides" else f"--{name}"
+            raise ConfigError(f"{option} goes with --schedule; a study keeps its own settings")
+    return False
 
 
 def _fresh_overrides(images: int | None, banks: int | None) -> list[str]:
@@ -302,49 +366,66 @@ def _fresh_overrides(images: int | None, banks: int | None) -> list[str]:
 
 @app.command()
 def sample(
-    study: StudyName,
     path: Annotated[Path, typer.Option("--out", help="Picture to write (PNG).")],
-    images: Annotated[int, typer.Option("--images", min=1, max=64, help="Columns: different noises.")] = 12,
-    steps: Annotated[int, typer.Option("--many-steps", min=1, help="Steps of the last row.")] = 100,
+    study: StudyOption = None,
+    schedule: ScheduleOption = None,
+    images: Annotated[int, typer.Option("--images", min=1, max=1024, help="Different noises.")] = 12,
+    steps: Annotated[int, typer.Option("--many-steps", min=1, help="With --study: steps of the last row.")] = 100,
+    overrides: Overrides = None,
     storage: StorageUrl = None,
     trust: Trust = False,
 ) -> None:
-    """Draw the same noises with uniform steps, with the best schedule and with many steps."""
+    """Draw the same noises with uniform steps and with the best schedule; of a study also with many steps."""
     from autodiffusion_optuna import study as runner
+    from autodiffusion_optuna import transfer
+    from autodiffusion_optuna.evaluation.allocator import keep_freed_memory
     from autodiffusion_optuna.plots import draw_grid
+    from autodiffusion_optuna.schedule import Schedule
     from autodiffusion_optuna.storage import storage_url
 
+    from_file = _wants_schedule(study, schedule, overrides=overrides)
     if not path.parent.is_dir():
         raise ConfigError(
             f"folder {str(path.parent)!r} for the picture does not exist; create it or give another --out"
         )
-    found, parts = _load(study, storage_url(storage), trust)
-    rows = runner.sample_rows(parts, found, images, steps)
+    if from_file:
+        assert schedule is not None
+        keep_freed_memory()
+        rows = transfer.sample_rivals(
+            transfer.open_schedule(Schedule.read(schedule), overrides or [], trust=trust), images
+        )
+    else:
+        assert study is not None
+        found, parts = _load(study, storage_url(storage), trust)
+        rows = runner.sample_rows(parts, found, images, steps)
     draw_grid(rows, path)
     _say(f"wrote {path}")
+
+
+FORMS = {"json": "{}.json", "diffusers": "{}.py", "comfyui": "{}-sigmas.txt"}
+"""Form of an export -> name of its file."""
 
 
 @app.command()
 def export(
     study: StudyName,
-    form: Annotated[str, typer.Option("--format", help="json, python, or both.")] = "both",
+    form: Annotated[
+        str, typer.Option("--format", help="json, diffusers, comfyui, or both for the first two.")
+    ] = "both",
     folder: Annotated[Path | None, typer.Option("--out", help="Folder to write to; default: print.")] = None,
     storage: StorageUrl = None,
 ) -> None:
-    """The best schedule as JSON, and as Python that applies it to a diffusers model."""
-    from autodiffusion_optuna.export import export_python, export_schedule
+    """The best schedule as JSON, as Python that applies it with diffusers, or as sigmas for ComfyUI."""
+    from autodiffusion_optuna.export import export_text
     from autodiffusion_optuna.storage import storage_url
 
-    if form not in ("json", "python", "both"):
-        raise ConfigError(choose_from("format", form, ["json", "python", "both"]))
+    wanted = {"both": ["json", "diffusers"], "python": ["diffusers"]}.get(form, [form])
+    if not set(wanted) <= FORMS.keys():
+        raise ConfigError(choose_from("format", form, [*FORMS, "both"]))
     if folder is not None and not folder.is_dir():
         raise ConfigError(f"folder {str(folder)!r} does not exist; create it or give another --out")
     found = _existing(study, storage_url(storage))[1]
-    texts: dict[str, str] = {}
-    if form != "python":
-        texts[f"{study}.json"] = json.dumps(export_schedule(found), indent=2) + "\n"
-    if form != "json":
-        texts[f"{study}.py"] = export_python(found)
+    texts = {FORMS[one].format(study): export_text(found, one) for one in wanted}
     if folder is None:
         print("\n".join(texts.values()), end="")
         return
@@ -385,6 +466,7 @@ def _print_result(study: optuna.Study, url: str) -> None:
 
     report = read_report(study)
     _print_table(report)
+    _warn(_variety(report))
     shown = hide_password(url)
     tail = "" if url == storage_url(None) else f" --storage {shlex.quote(shown)}"
     name, more = report.config.name, report.config.search.trials * 2
@@ -398,6 +480,19 @@ def _print_result(study: optuna.Study, url: str) -> None:
         _say(f"  {command}    # {why}")
 
 
+LOST_VARIETY = -0.2
+"""log of the variance of features over the reference's below which the best schedule is worth a look."""
+
+
+def _variety(report: StudyReport) -> list[str]:
+    """A warning where the best schedule may owe its value to images that are too much alike."""
+    ratio = report.best.trace_ratio if report.best else None
+    if ratio is None or ratio > LOST_VARIETY:
+        return []
+    share = math.exp(ratio)
+    return [f"the features of the best schedule's images have {share:.0%} of the reference's variance; look at samples"]
+
+
 def _print_table(report: StudyReport) -> None:
     """Schedules from best to worst: timesteps, value on the search's noise, value on fresh noise."""
     if report.best is None:
@@ -409,8 +504,11 @@ def _print_table(report: StudyReport) -> None:
     for column, justify in (("schedule", "left"), (report.metric, "right"), (noise, "right")):
         table.add_column(column, justify=justify)  # type: ignore[arg-type]
     table.add_column("cost", justify="right")
-    table.add_column("timesteps", overflow="fold")
     best = report.best
+    searched = bool(best.candidate.settings)
+    if searched:
+        table.add_column("settings", overflow="fold")
+    table.add_column("timesteps", overflow="fold")
     rows: list[tuple[str, float | None, Fresh | None, float, Candidate]]
     rows = [("best found", best.value, best.fresh, best.cost, best.candidate)]
     known = sorted(report.known, key=lambda k: float("inf") if k.value is None else k.value)
@@ -419,7 +517,8 @@ def _print_table(report: StudyReport) -> None:
         shown = "-" if value is None else f"{value:.4g}"
         interval = "-" if fresh is None else f"{fresh.mean:.4g} ± {fresh.half_width:.2g}"
         timesteps = " ".join(str(t) for t in candidate.timesteps)
-        table.add_row(name, shown, interval, f"{cost:.2f}", timesteps)
+        chosen = [", ".join(f"{setting} {value}" for setting, value in candidate.settings)] if searched else []
+        table.add_row(name, shown, interval, f"{cost:.2f}", *chosen, timesteps)
     out.print(table)
     if any(best.candidate.skips):
         _print_skips(report)

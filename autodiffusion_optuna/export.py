@@ -1,9 +1,9 @@
-"""Take a result out of a study: a JSON schedule, and Python that applies it to a diffusers model. Torch-free."""
+"""Take a result out of a study: a JSON schedule, a script for diffusers, sigmas for ComfyUI. Torch-free."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,196 +11,549 @@ import optuna
 
 from autodiffusion_optuna import __version__, records
 from autodiffusion_optuna.candidate import Candidate
-from autodiffusion_optuna.config import StudyConfig
-from autodiffusion_optuna.errors import ConfigError, StudyError
-from autodiffusion_optuna.report import read_report
+from autodiffusion_optuna.config import Range, StudyConfig
+from autodiffusion_optuna.errors import ConfigError, StudyError, choose_from
+from autodiffusion_optuna.noise import NoiseSchedule
+from autodiffusion_optuna.pipelines import NOT_PIPELINES, SCALING, Recipe, find_recipe
+from autodiffusion_optuna.report import Best, read_report
+from autodiffusion_optuna.schedule import ConfigPart, FreshPart, ModelPart, NoisePart, Schedule, ScorePart
 
-FORMAT = 1
 BUNDLED = ("digits",)
+TEXT_PIPELINES = ("StableDiffusionPipeline", "StableDiffusionXLPipeline", "StableDiffusion3Pipeline", "FluxPipeline")
+IMAGES = 16
+"""Images that a script without prompts draws."""
 
 
-def export_schedule(study: optuna.Study) -> dict[str, Any]:
-    """Everything needed to repeat the best candidate's images: model, solver, timesteps, skipped units by name."""
+def export_schedule(study: optuna.Study) -> Schedule:
+    """Everything needed to repeat the best candidate's images (StudyError where there is none yet)."""
     report = read_report(study)
     if report.best is None:
         raise StudyError(f"study {report.config.name!r} has no finished trial to export; run it first")
     config, best, attrs = report.config, report.best, study.user_attrs
-    return {
-        "format": FORMAT,
-        "study": config.name,
-        "model": {"source": config.model.source, "sha256": attrs["model"], "clip": config.model.clip},
-        "solver": {"name": config.sampling.solver, "final": config.sampling.final},
-        "train_timesteps": attrs["codec"]["T"],
-        "timesteps": list(best.candidate.timesteps),
-        "skips": best.candidate.skip_names(report.units),
-        "cost": best.cost,
-        "score": {
-            "metric": report.metric,
-            "value": best.value,
-            "images": config.score.images,
-            "fresh": None if best.fresh is None else best.fresh.summary(),
-        },
-        "made_with": {
+    candidate = best.candidate
+    sampling = _sampling(config, candidate, attrs)
+    packed = attrs.get(records.NOISE)
+    return Schedule(
+        study=config.name,
+        model=_model(config, attrs),
+        train_timesteps=attrs["codec"]["T"],
+        amplification_cap=config.sampling.amplification_cap,
+        timesteps=candidate.timesteps,
+        skips=tuple(tuple(names) for names in candidate.skip_names(report.units)),
+        cost=best.cost,
+        score=_score(config, report.metric, best),
+        conditions=attrs.get("conditions"),
+        noise=NoisePart.of(NoiseSchedule.unpack(packed), candidate.timesteps, sampling["final"]) if packed else None,
+        config=ConfigPart(model=config.model, score=config.score),
+        made_with={
             "autodiffusion_optuna": attrs.get(records.VERSION, __version__),
             "optuna": optuna.__version__,
         },
+        **sampling,
+    )
+
+
+def _sampling(config: StudyConfig, candidate: Candidate, attrs: dict[str, Any]) -> dict[str, Any]:
+    """Solver, final, eta and guidance: what the candidate chose, else what the study fixes."""
+    from autodiffusion_optuna.evaluation.solvers import solver_names
+
+    fixed, chosen = config.sampling, candidate.settings_dict
+    facts = attrs.get(records.MODEL_FACTS, {})
+    guided = facts.get("guidance", "none") != "none"
+    guidance = chosen.get("guidance", _first(fixed.guidance))
+    solver = chosen.get("solver") or solver_names(_first(fixed.solver), _first(fixed.order))
+    return {
+        "solver": solver,
+        "final": chosen.get("final", _first(fixed.final)),
+        "eta": chosen.get("eta", _first(fixed.eta)),
+        "guidance": (facts["scale"] if guidance is None else guidance) if guided else None,
     }
+
+
+def _first(value: Any) -> Any:
+    """A setting that is not searched: itself, or the only one of a list."""
+    assert not isinstance(value, Range), "a searched setting is the candidate's"
+    return value[0] if isinstance(value, list) else value
+
+
+def _model(config: StudyConfig, attrs: dict[str, Any]) -> ModelPart:
+    facts = attrs.get(records.MODEL_FACTS, {"kind": "mixture" if config.model.source == "mixture" else "UNet2DModel"})
+    shape, image_shape = facts.get("shape"), facts.get("image_shape")
+    return ModelPart(
+        source=config.model.source,
+        sha256=attrs["model"],
+        kind=facts["kind"],
+        prediction=facts.get("prediction"),
+        # Unset: models of pixels clip, and latent ones cannot.
+        clip=shape == image_shape if config.model.clip is None else config.model.clip,
+        precision=config.model.precision,
+        guidance=facts.get("guidance", "none"),
+        shape=shape and tuple(shape),
+        image_shape=image_shape and tuple(image_shape),
+    )
+
+
+def _score(config: StudyConfig, metric: str, best: Best) -> ScorePart:
+    fresh = None if best.fresh is None else FreshPart(**best.fresh.summary())
+    return ScorePart(metric=metric, value=best.value, images=config.score.images, fresh=fresh)
 
 
 def load_schedule(path: Path, units: tuple[str, ...]) -> Candidate:
     """Candidate of an exported JSON schedule for a model with the given unit names (ConfigError)."""
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-        position = {name: index for index, name in enumerate(units)}
-        skips = [[position[name] for name in names] for names in data["skips"]]
-        return Candidate.from_json({"timesteps": data["timesteps"], "skips": skips})
-    except OSError as error:
-        raise ConfigError(f"cannot read schedule {str(path)!r}: {error.strerror}") from None
-    except KeyError as error:
-        raise ConfigError(f"schedule {path.name}: the model has no unit, or the file no key, named {error}") from None
-    except (ValueError, TypeError) as error:
-        raise ConfigError(f"schedule {path.name} is not one that adopt export wrote: {error}") from None
+    return Schedule.read(path).candidate(units)
 
 
-def export_python(study: optuna.Study) -> str:
-    """A script that samples with the best candidate: plain diffusers where it has the solver, else this package.
+def export_text(study: optuna.Study, form: str) -> str:
+    """The best candidate as a file's text; ``form``: a name of ``FORMS`` (ConfigError, StudyError)."""
+    return schedule_text(export_schedule(study), form)
 
-    Raises ConfigError for a model that diffusers cannot load.
+
+def schedule_text(schedule: Schedule, form: str) -> str:
+    """A schedule as a file's text; ``form``: a name of ``FORMS``.
+
+    ``ConfigError`` for an unknown form, and for a model that neither diffusers nor ComfyUI can load.
     """
-    schedule, report = export_schedule(study), read_report(study)
-    assert report.best is not None
-    config = report.config
-    source = config.model.source
-    if source == "mixture":
-        raise ConfigError("the analytic mixture is not a diffusers model; export it with --format json")
-    writer = _SCHEDULERS.get(config.sampling.solver)
-    scheduler = writer(config, len(schedule["timesteps"])) if writer else None
-    if scheduler is None:
-        return _package_script(schedule, config, report.best.candidate)
-    return _diffusers_script(schedule, config, scheduler)
+    if form not in FORMS:
+        raise ConfigError(choose_from("format", form, FORMS))
+    if form != "json" and schedule.model.kind == "mixture":
+        raise ConfigError(
+            "the analytic mixture is not a model of diffusers or ComfyUI; export it with adopt export --format json"
+        )
+    return FORMS[form](schedule)
 
 
-def _dpm_solver(order: int) -> Callable[[StudyConfig, int], tuple[str, dict[str, Any]] | None]:
-    def write(config: StudyConfig, steps: int) -> tuple[str, dict[str, Any]] | None:
-        return "DPMSolverMultistepScheduler", {
-            "algorithm_type": "dpmsolver++",
-            "solver_type": "midpoint",
-            "solver_order": order,  # order 1 is DDIM, exactly, on any list of timesteps
-            "final_sigmas_type": "zero" if config.sampling.final == "one" else "sigma_min",
-            "lower_order_final": steps < 10,
-            "euler_at_final": False,
-            "thresholding": config.model.clip,  # with a ratio and maximum of 1: a plain clip to [-1, 1]
-            "dynamic_thresholding_ratio": 1.0,
-            "sample_max_value": 1.0,
-            "use_karras_sigmas": False,
-        }
-
-    return write
+# diffusers
 
 
-def _heun(config: StudyConfig, steps: int) -> tuple[str, dict[str, Any]] | None:
-    if config.sampling.final != "one":
-        return None  # diffusers' Heun always ends without noise
-    return "HeunDiscreteScheduler", {
-        "timestep_spacing": "leading",
-        "clip_sample": config.model.clip,
-        "clip_sample_range": 1.0,
-        "use_karras_sigmas": False,
-    }
+def diffusers_script(schedule: Schedule) -> str:
+    """A script that draws images by the schedule with an unmodified model.
+
+    Plain diffusers where it has the solver and nothing is skipped; else with ``autodiffusion_optuna.apply``; with this
+    package's own sampler where diffusers has no scheduler that takes the steps, or cannot load the model. The last two
+    read the schedule's JSON, ``STUDY.json``, from the folder of the script.
+    """
+    kind = schedule.model.kind
+    if kind in NOT_PIPELINES:
+        return _package_script(schedule, f"diffusers has no pipeline for this model ({kind})")
+    if kind in (*TEXT_PIPELINES, "DiTPipeline") and schedule.model.guidance == "free" and (schedule.guidance or 0) < 1:
+        return _package_script(schedule, "diffusers' pipelines apply no guidance below a scale of 1")
+    try:
+        recipe = find_recipe(schedule)
+    except ConfigError as error:
+        schedule.require_noise()
+        return _package_script(schedule, str(error).partition(";")[0])
+    if kind in (*TEXT_PIPELINES, "DiTPipeline"):
+        return _pipeline_script(schedule, recipe)
+    return _unet_script(schedule, recipe)
 
 
-_SCHEDULERS: dict[str, Callable[[StudyConfig, int], tuple[str, dict[str, Any]] | None]] = {
-    "ddim": _dpm_solver(1),
-    "dpmpp_2m": _dpm_solver(2),
-    "heun": _heun,
-}
-"""Solver -> diffusers scheduler class and options that take its steps on an uneven list."""
-
-
-def _head(schedule: dict[str, Any], config: StudyConfig) -> str:
-    fresh = schedule["score"]["fresh"]
+def _head(schedule: Schedule, note: str = "") -> str:
+    fresh = schedule.score.fresh
     scored = (
-        f"{fresh['mean']:.4g} on {fresh['banks']} x {fresh['images']} fresh images"
+        f"{fresh.mean:.4g} on {fresh.banks} x {fresh.images} fresh images"
         if fresh
-        else f"{schedule['score']['value']:.4g} on the search's {schedule['score']['images']} images"
+        else f"{schedule.score.value:.4g} on the search's {schedule.score.images} images"
     )
-    solver = f"{config.sampling.solver}, {len(schedule['timesteps'])} steps"
-    return f'"""Schedule found by adopt, study {config.name}: {solver}, {schedule["score"]["metric"]} {scored}."""\n'
+    steps = f"{schedule.solver}, {len(schedule.timesteps)} steps"
+    note = f"\n\n{note}." if note else ""
+    return f'"""Study {schedule.study}: {steps}, {schedule.score.metric} {scored}.{note}\n"""\n\n'
 
 
-def _model_line(source: str) -> tuple[str, str]:
+def _imports(*lines: str) -> str:
+    """Import lines in groups: standard library, others, this package."""
+    own = sorted(line for line in lines if "autodiffusion_optuna" in line)
+    standard = sorted(line for line in lines if line in STANDARD)
+    others = sorted((line for line in lines if line not in own + standard), key=lambda line: line.split()[1])
+    return "\n\n".join("\n".join(group) for group in (standard, others, own) if group) + "\n\n"
+
+
+TYPES, PATH = "import types", "from pathlib import Path"
+FILES = "from importlib.resources import files"
+STANDARD = (TYPES, PATH, FILES)
+TORCH = "import torch"
+APPLY = "from autodiffusion_optuna import apply"
+DEVICE = '"cuda" if torch.cuda.is_available() else "cpu"'
+
+
+def _beside(schedule: Schedule) -> str:
+    """Expression of the path of the schedule's JSON."""
+    return f'Path(__file__).with_name("{schedule.study}.json")'
+
+
+def _constant(name: str, values: Sequence[object]) -> str:
+    return f"{name} = {list(values)!r}\n"
+
+
+def _options(options: dict[str, Any]) -> str:
+    return "".join(f"    {key}={value!r},\n" for key, value in options.items())
+
+
+def _source(schedule: Schedule) -> tuple[str, str]:
+    """Expression of what from_pretrained is given, and its further arguments."""
+    source = schedule.model.source
     if source in BUNDLED:
-        return "from importlib.resources import files\n\n", (
-            f'str(files("autodiffusion_optuna") / "assets" / "{source}")'
-        )
-    return "", repr(source)
+        return f'str(files("autodiffusion_optuna") / "assets" / "{source}")', ""
+    name, _, revision = source.partition("@")
+    if revision and not Path(source).exists():
+        return repr(name), f", revision={revision!r}"
+    return repr(source), ""
 
 
-def _subfolder(source: str, name: str) -> str:
-    """The loader's subfolder argument: pipelines keep their parts in folders, a bare model does not."""
-    return f', subfolder="{name}"' if source in BUNDLED or (Path(source) / name).is_dir() else ""
+def _constants(recipe: Recipe, schedule: Schedule) -> str:
+    """What the scheduler is told, as the script's constants."""
+    if recipe.argument == "timesteps":
+        return _constant("TIMESTEPS", schedule.timesteps)
+    if recipe.argument == "sigmas":
+        return _constant("SIGMAS", recipe.sigmas[:-1])
+    return _constant("TIMESTEPS", recipe.timesteps) + _constant("SIGMAS", recipe.sigmas)
 
 
-def _diffusers_script(schedule: dict[str, Any], config: StudyConfig, scheduler: tuple[str, dict[str, Any]]) -> str:
-    source = config.model.source
-    imports, model = _model_line(source)
-    name, options = scheduler
-    arguments = "".join(f"    {key}={value!r},\n" for key, value in options.items())
-    masked = any(schedule["skips"])
-    skip_import = "\nfrom autodiffusion_optuna.evaluation.skip import find_units, skipping\n" if masked else ""
-    skip_setup = f"SKIPS = {schedule['skips']}  # by step\n" if masked else ""
-    return (
-        _head(schedule, config)
-        + imports
-        + f"import torch\nfrom diffusers import {name}, UNet2DModel\n"
-        + skip_import
-        + f"\nMODEL = {model}\nTIMESTEPS = {schedule['timesteps']}\n"
-        + skip_setup
-        + f"\nunet = UNet2DModel.from_pretrained(MODEL{_subfolder(source, 'unet')}).eval()\n"
-        + f"scheduler = {name}.from_pretrained(\n    MODEL{_subfolder(source, 'scheduler')},\n{arguments})\n"
-        + "scheduler.set_timesteps(timesteps=TIMESTEPS)\n"
-        + _loop(name, masked)
-    )
-
-
-def _loop(scheduler: str, masked: bool) -> str:
-    scale = "scheduler.scale_model_input(x, t)" if scheduler == "HeunDiscreteScheduler" else "x"
-    start = " * scheduler.init_noise_sigma" if scheduler == "HeunDiscreteScheduler" else ""
-    call = f"unet({scale}, t).sample"
-    if masked:
-        setup = (
-            "\nunits = find_units(unet, lambda: unet(torch.zeros(1, *SHAPE), 0))\n"
-            "bit = {name: 1 << u for u, name in enumerate(units.names)}\n"
-            "masks = {t: sum(bit[name] for name in names) for t, names in zip(TIMESTEPS, SKIPS)}\n"
-        )
-        body = f"        with skipping(units, masks[int(t)]):\n            output = {call}\n"
+def _own_timesteps(recipe: Recipe, scheduler: str) -> str:
+    """Code that makes the scheduler take the list whatever it is asked for."""
+    if recipe.argument is not None:
+        why = "    # No pipeline of this kind hands a list on."
+        body = f"    type(self).set_timesteps(self, {recipe.argument}={recipe.argument.upper()}, device=device)\n"
     else:
-        setup, body = "", f"        output = {call}\n"
+        why = "    # This scheduler takes no list; set its own, then put ours in its place."
+        body = (
+            f"    type(self).set_timesteps(self, {recipe.steps}, device=device)\n"
+            "    self.timesteps = torch.tensor(TIMESTEPS, device=device)\n"
+            "    self.sigmas = torch.tensor(SIGMAS)\n"
+        )
+    text = f"\n\ndef set_timesteps(self, num_inference_steps=None, device=None, **kwargs):\n{why}\n{body}"
+    methods = ["set_timesteps"]
+    if recipe.euler_last:
+        text += (
+            "\n\ndef step(self, model_output, timestep, sample, return_dict=True):\n"
+            f"    if self.step_index == {recipe.steps - 1}:\n"
+            "        self.lower_order_nums = 0  # the last step, to no noise at all, is first order\n"
+            "    return type(self).step(self, model_output, timestep, sample, return_dict=return_dict)\n"
+        )
+        methods.append("step")
+    lines = [f"{scheduler}.{method} = types.MethodType({method}, {scheduler})\n" for method in methods]
+    return text + "\n\n" + "".join(lines)
+
+
+def _pipeline_script(schedule: Schedule, recipe: Recipe) -> str:
+    """For the pipelines of ``TEXT_PIPELINES``, which pass a list on, and DiT, which does not."""
+    kind = schedule.model.kind
+    text = kind in TEXT_PIPELINES
+    unscaled = recipe.scales and kind not in SCALING
+    applied = schedule.masked or unscaled
+    injected = not applied and (recipe.argument is None or not text)
+    note = ""
+    if applied:
+        why = "skips layers" if schedule.masked else f"uses a scheduler whose states {kind} does not scale"
+        note = f"The schedule {why}: autodiffusion_optuna.apply does that. Keep {schedule.study}.json beside this file"
+    classes = kind if applied else ", ".join(sorted((recipe.scheduler, kind)))
+    imports = [TORCH, f"from diffusers import {classes}"]
+    imports += [PATH, APPLY] if applied else []
+    imports += [TYPES] if injected else []
+    model, arguments = _source(schedule)
+    what = 'PROMPTS = ["a photograph of a cat"]\n' if text else "LABELS = [0, 1, 2, 3]  # classes by index\n"
     return (
-        "SHAPE = (unet.config.in_channels, unet.config.sample_size, unet.config.sample_size)\n"
-        + setup
-        + "\ngenerator = torch.Generator().manual_seed(0)\n"
-        + f"x = torch.randn(16, *SHAPE, generator=generator){start}\n"
-        + "with torch.inference_mode():\n    for t in scheduler.timesteps:\n"
-        + body
-        + "        x = scheduler.step(output, t, x).prev_sample\n"
-        + "images = ((x + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)  # [16, C, H, W]\n"
+        _head(schedule, note)
+        + _imports(*imports)
+        + f"MODEL = {model}\n"
+        + what
+        + ("" if applied else _constants(recipe, schedule))
+        + "\n"
+        + _load_pipeline(schedule, arguments)
+        + f"pipe.to({DEVICE})\n"
+        + (f"apply(pipe, {_beside(schedule)})\n" if applied else _set_scheduler(recipe))
+        + (_own_timesteps(recipe, "pipe.scheduler") if injected else "")
+        + _call(schedule, None if applied or injected else recipe.argument)
     )
 
 
-def _package_script(schedule: dict[str, Any], config: StudyConfig, best: Candidate) -> str:
-    """For solvers that diffusers has no scheduler for on uneven lists."""
+def _load_pipeline(schedule: Schedule, arguments: str) -> str:
+    kind, precision = schedule.model.kind, schedule.model.precision
+    loader = f"{kind}.from_pretrained(MODEL"
+    if schedule.model.source.endswith(".safetensors"):
+        config = schedule.config.model.config if schedule.config else None
+        loader = f"{kind}.from_single_file(MODEL" + (f", config={config!r}" if config else "")
+    dtype = "" if precision == "float32" else f", torch_dtype=torch.{precision}"
+    return f"pipe = {loader}{arguments}{dtype})\n"
+
+
+def _set_scheduler(recipe: Recipe) -> str:
     return (
-        _head(schedule, config)
-        + "import torch\n\n"
-        + "from autodiffusion_optuna import Candidate\n"
-        + "from autodiffusion_optuna.evaluation.models import load_model\n"
-        + "from autodiffusion_optuna.evaluation.prefix import Tally, remembering\n"
-        + "from autodiffusion_optuna.evaluation.solvers import SOLVERS, times\n"
-        + f"\nmodel = load_model({config.model.source!r}, clip={config.model.clip!r})\n"
-        + f"candidate = Candidate.from_key({best.key!r})\n"
-        + f"nodes = times(model.schedule, candidate.timesteps, {config.sampling.final!r})\n"
-        + "denoise = remembering(model.denoiser, candidate, None, (), Tally())\n"
-        + "x = torch.randn(16, *model.shape, generator=torch.Generator().manual_seed(0))\n"
-        + f"images = model.to_images(SOLVERS[{config.sampling.solver!r}](denoise, x, nodes))  # uint8 [16, C, H, W]\n"
+        f"pipe.scheduler = {recipe.scheduler}.from_config(\n    pipe.scheduler.config,\n{_options(recipe.options)})\n"
     )
+
+
+def _call(schedule: Schedule, argument: str | None) -> str:
+    """The pipeline's call; ``argument``: that takes the list, None where the scheduler already knows it."""
+    model = schedule.config.model if schedule.config else None
+    lines = ["PROMPTS" if schedule.model.kind in TEXT_PIPELINES else "class_labels=LABELS"]
+    steps = len(schedule.timesteps)
+    lines.append(f"{argument}={argument.upper()}" if argument else f"num_inference_steps={steps}")
+    if schedule.guidance is not None:
+        lines.append(f"guidance_scale={schedule.guidance!r}")
+    if schedule.model.kind in TEXT_PIPELINES:
+        if model and model.negative_prompt:
+            lines.append(f"negative_prompt=[{model.negative_prompt!r}] * len(PROMPTS)")
+        if schedule.model.image_shape:
+            _, height, width = schedule.model.image_shape
+            lines += [f"height={height}", f"width={width}"]
+    lines.append("generator=torch.Generator().manual_seed(0)")
+    return "images = pipe(\n" + "".join(f"    {line},\n" for line in lines) + ").images\n"
+
+
+def _unet_script(schedule: Schedule, recipe: Recipe) -> str:
+    """For a UNet2DModel: a loop of its own, as pipelines pass on neither class labels nor a list."""
+    decoder = _decoder(schedule)
+    if schedule.model.shape != schedule.model.image_shape and decoder is None:
+        return _package_script(schedule, "the decoder of this model's latents was not found, or is not a plain one")
+    masked = schedule.masked
+    note = (
+        f"The schedule skips layers: autodiffusion_optuna.apply does that. Keep {schedule.study}.json beside this file"
+    )
+    injected = not masked and recipe.argument is None
+    scheduler = "DDPMScheduler" if masked else recipe.scheduler
+    classes = ["UNet2DModel", scheduler, *(["DDPMPipeline"] if masked else []), *([decoder[0]] if decoder else [])]
+    imports = [TORCH, f"from diffusers import {', '.join(sorted(classes))}"]
+    imports += [PATH, APPLY] if masked else []
+    imports += [TYPES] if injected else []
+    imports += [FILES] if schedule.model.source in BUNDLED else []
+    model, arguments = _source(schedule)
+    options = "" if masked else "\n" + _options(recipe.options)
+    unet = f"UNet2DModel.from_pretrained(MODEL{arguments}{_subfolder(schedule, 'unet')}).eval().to(device)"
+    call = f"MODEL{arguments}{_subfolder(schedule, 'scheduler')}"
+    built = (
+        f"{scheduler}.from_pretrained({call})" if masked else (f"{scheduler}.from_pretrained(\n    {call},{options})")
+    )
+    return (
+        _head(schedule, note if masked else "")
+        + _imports(*imports)
+        + f"MODEL = {model}\n"
+        + ("" if masked else _constants(recipe, schedule))
+        + f"\ndevice = {DEVICE}\n"
+        + f"unet = {unet}\n"
+        + f"scheduler = {built}\n"
+        + (f"scheduler = apply(DDPMPipeline(unet, scheduler), {_beside(schedule)}).scheduler\n" if masked else "")
+        + (_own_timesteps(recipe, "scheduler") if injected else "")
+        + _loop(schedule, recipe, decoder)
+    )
+
+
+def _loop(schedule: Schedule, recipe: Recipe, decoder: tuple[str, str] | None) -> str:
+    listed = "" if schedule.masked or recipe.argument is None else f"{recipe.argument}={recipe.argument.upper()}, "
+    asked = listed or f"{len(schedule.timesteps)}, "
+    scales = recipe.scales and not schedule.masked  # apply keeps states as this model knows them
+    setup, label, guided = _labels(schedule)
+    text = f"scheduler.set_timesteps({asked}device=device)\n{setup}"
+    shape = "(unet.config.in_channels, unet.config.sample_size, unet.config.sample_size)"
+    if schedule.model.shape:
+        shape = repr(schedule.model.shape)
+    text += (
+        f"\ngenerator = torch.Generator().manual_seed(0)\nx = torch.randn({IMAGES}, *{shape}, generator=generator)\n"
+        f"x = x.to(device){' * scheduler.init_noise_sigma' if scales else ''}\n"
+        "with torch.inference_mode():\n    for t in scheduler.timesteps:\n"
+    )
+    given = "x"
+    if scales:
+        text += "        scaled = scheduler.scale_model_input(x, t)\n"
+        given = "scaled"
+    text += f"        output = unet({given}, t{label}).sample\n"
+    if guided:
+        text += f"        away = unet({given}, t, class_labels=none).sample\n"
+        text += f"        output = away + {schedule.guidance!r} * (output - away)\n"
+    stochastic = ", generator=generator" if schedule.eta else ""
+    text += "        output = output[:, : x.shape[1]]  # a learned variance is not used\n"
+    text += f"        x = scheduler.step(output, t, x{stochastic}).prev_sample\n"
+    if scales and schedule.final == "first":
+        text += f"    x = x * {schedule.require_noise().alpha[-1]!r}  # this scheduler's states are x / alpha\n"
+    if decoder:
+        text += f"    vae = {decoder[0]}.from_pretrained(MODEL, subfolder={decoder[1]!r}).eval().to(device)\n"
+        text += "    x = vae.decode(x / vae.config.scaling_factor).sample\n"
+    return text + f"images = ((x + 1) * 127.5).clamp(0, 255).round().to(torch.uint8).cpu()  # [{IMAGES}, C, H, W]\n"
+
+
+def _labels(schedule: Schedule) -> tuple[str, str, bool]:
+    """Code that chooses classes, the network's argument, and whether it is guided away from the null class."""
+    if schedule.conditions is None:
+        return "", "", False
+    null = schedule.config.model.fields.get("null_class") if schedule.config else None
+    classes = "range(unet.config.num_class_embeds)"
+    if null is not None:
+        classes = f"[c for c in {classes} if c != {null}]"
+    setup = (
+        f"classes = {classes}\n"
+        f"labels = torch.tensor([classes[i % len(classes)] for i in range({IMAGES})], device=device)\n"
+    )
+    guided = schedule.model.guidance == "free" and schedule.guidance not in (None, 1)
+    if guided:
+        setup += f"none = torch.full_like(labels, {null})\n"
+    return setup, ", class_labels=labels", guided
+
+
+def _subfolder(schedule: Schedule, part: str) -> str:
+    """The loader's subfolder argument: pipelines keep their parts in folders, a bare model does not."""
+    source = schedule.model.source
+    config = "scheduler_config.json" if part == "scheduler" else "config.json"
+    inside = source in BUNDLED or _file(source, f"{part}/{config}") is not None
+    if not inside and not Path(source).exists():  # a hub id that is not at hand: the usual layout
+        inside = _file(source, "config.json") is None
+    return f', subfolder="{part}"' if inside else ""
+
+
+def _file(source: str, name: str) -> Path | None:
+    """A file of a model in a local folder or in the hub's cache; nothing is downloaded."""
+    if Path(source).is_dir():
+        return Path(source) / name if (Path(source) / name).is_file() else None
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    repository, _, revision = source.partition("@")
+    try:
+        found = try_to_load_from_cache(repository, name, revision=revision or None)
+    except HFValidationError:
+        return None
+    return Path(found) if isinstance(found, str) else None
+
+
+def _decoder(schedule: Schedule) -> tuple[str, str] | None:
+    """(class, subfolder) of a latent model's decoder, whose latents are scaled by one factor."""
+    for part in ("vqvae", "vae"):
+        path = _file(schedule.model.source, f"{part}/config.json")
+        if path is not None:
+            config = json.loads(path.read_text(encoding="utf-8"))
+            plain = not any(config.get(key) for key in ("latents_mean", "latents_std", "shift_factor"))
+            return (config["_class_name"], part) if plain else None
+    return None
+
+
+def _package_script(schedule: Schedule, why: str) -> str:
+    """With this package's own sampler."""
+    note = (
+        f"{why[0].upper()}{why[1:]}:\n"
+        f"this script uses the sampler that the search used. Keep {schedule.study}.json beside it"
+    )
+    options = _model_options(schedule)
+    names = "Options, load_model" if options else "load_model"
+    arguments = [f"clip={schedule.model.clip!r}"]
+    if schedule.model.precision != "float32":
+        arguments.append(f"precision={schedule.model.precision!r}")
+    if options:
+        arguments.append("options=Options(" + ", ".join(f"{key}={value}" for key, value in options.items()) + ")")
+    return (
+        _head(schedule, note)
+        + _imports(
+            PATH,
+            TORCH,
+            "from autodiffusion_optuna import Schedule",
+            f"from autodiffusion_optuna.evaluation.models import {names}",
+            "from autodiffusion_optuna.evaluation.prefix import Tally, remembering",
+            "from autodiffusion_optuna.evaluation.sampling import Sampling",
+            "from autodiffusion_optuna.evaluation.solvers import times",
+        )
+        + f"schedule = Schedule.read({_beside(schedule)})\n"
+        + f"model = load_model({schedule.model.source!r}, {', '.join(arguments)})\n"
+        + "candidate = schedule.candidate(model.units, T=model.schedule.T)\n"
+        + "sampling = Sampling(**schedule.sampling_settings())\n\n"
+        + "generator = torch.Generator().manual_seed(0)\n"
+        + f"x = torch.randn({IMAGES}, *model.shape, generator=generator)\n"
+        + f"chosen = [i % model.conditions.count for i in range({IMAGES})] if model.conditions else []\n"
+        + "denoise = remembering(model.bind(chosen, sampling.guidance), candidate, None, (), Tally())\n"
+        + "solve = sampling.find_solver(lambda step: torch.randn(x.shape, generator=generator))\n"
+        + "nodes = times(model.schedule, candidate.timesteps, sampling.final)\n"
+        + f"images = model.to_images(solve(denoise, x, nodes))  # uint8 [{IMAGES}, C, H, W]\n"
+    )
+
+
+def _model_options(schedule: Schedule) -> dict[str, str]:
+    """Arguments of ``Options``, as code, where they differ from its defaults."""
+    if schedule.config is None:
+        return {}
+    model = schedule.config.model
+    options = {key: repr(getattr(model, key)) for key in ("preset", "fields", "negative_prompt") if getattr(model, key)}
+    for key in ("classifier", "prompts", "config"):
+        if getattr(model, key) is not None:
+            options[key] = f"Path({getattr(model, key)!r})"
+    if model.size is not None:
+        options["size"] = repr(tuple(model.size))
+    if schedule.model.kind == "plugin":
+        options["trust"] = "True"  # whoever runs the script runs the plug-in's code
+    return options
+
+
+# ComfyUI
+
+COMFYUI: dict[str, tuple[str, str]] = {
+    "ddim": ("euler", ""),
+    "euler": ("euler", ""),
+    "heun": ("heun", ""),
+    "lms": ("lms", ""),
+    "dpmpp_2m": ("dpmpp_2m", ""),
+    "plms": ("ipndm", "approximately: its first step is Euler's, and so is its last where it ends at 0"),
+    "unipc_2": ("uni_pc_bh2", "approximately: its order is 3"),
+    "unipc_3": ("uni_pc_bh2", "approximately: it stops a little above sigma = 0"),
+    "deis_2": ("deis", "approximately: its order is 3, its weights are by another rule"),
+    "deis_3": ("deis", "approximately: its weights are by another rule"),
+    "dpmpp_3m": ("dpmpp_3m_sde", "approximately: set eta = 0 in the node SamplerDPMPP_3M_SDE"),
+    "dpmpp_2s_mid": ("dpmpp_2s_ancestral", "set eta = 0 in the node SamplerDPMPP_2S_Ancestral"),
+}
+"""Solver -> ComfyUI's name of the sampler that takes the same steps, and what differs."""
+
+
+def comfyui_sigmas(schedule: Schedule) -> str:
+    """Comment lines, then the text for ComfyUI's node ManualSigmas.
+
+    K + 1 noise levels in ComfyUI's convention, sigma / alpha for eps and v models and s in [0, 1] for flows, the last
+    one 0 with ``final = "one"``. Without exponents, which the node does not read.
+    """
+    noise = schedule.require_noise()
+    flow = schedule.model.prediction == "flow_prediction"
+    levels = noise.sigma if flow else [s / a for a, s in zip(noise.alpha, noise.sigma, strict=True)]
+    lines = [
+        f"Study {schedule.study}: paste the last line into the node ManualSigmas.",
+        _comfyui_sampler(schedule, flow),
+    ]
+    lines += _comfyui_notes(schedule, flow)
+    return "".join(f"# {line}\n" for line in lines) + ", ".join(_fixed(level) for level in levels) + "\n"
+
+
+def _comfyui_sampler(schedule: Schedule, flow: bool) -> str:
+    name, note = COMFYUI.get(schedule.solver, ("", ""))
+    if schedule.eta:
+        name, note = "euler_ancestral", f"set eta = {schedule.eta:g} in the node SamplerEulerAncestral"
+    if not name or schedule.amplification_cap is not None:
+        capped = " with an amplification cap" if schedule.amplification_cap is not None else ""
+        return f"Sampler: ComfyUI has none that takes the steps of {schedule.solver}{capped}; the nearest is euler."
+    if flow and name != "euler" and not note:
+        note = "approximately: for flows it works in another coordinate"
+    return f"Sampler: {name}" + (f" ({note})." if note else ".")
+
+
+def _comfyui_notes(schedule: Schedule, flow: bool) -> list[str]:
+    notes = []
+    if schedule.guidance is not None:
+        what = "guidance of FluxGuidance, with a cfg of 1" if schedule.model.guidance == "embedded" else "cfg"
+        notes.append(f"Guidance: {schedule.guidance:g} ({what}).")
+    if schedule.timesteps[0] < schedule.train_timesteps - 1:
+        scale = "this level" if flow else "its level alone, not by sqrt(1 + sigma^2)"
+        notes.append(f"The first level is not the model's highest: ComfyUI scales the first noise by {scale}.")
+    if schedule.masked:
+        notes.append(
+            "ComfyUI cannot skip layers by step: these are the schedule's timesteps alone, at their full cost."
+        )
+    if schedule.final == "first" and schedule.solver.startswith(("dpmpp", "deis", "unipc")):
+        notes.append("The last step, which ends above 0, may be of a higher order than in the search.")
+    if schedule.model.kind not in TEXT_PIPELINES:
+        notes.append(f"ComfyUI has no loader for this model ({schedule.model.kind}); a custom node has to bring one.")
+    return notes
+
+
+def _fixed(level: float) -> str:
+    """12 decimals, without trailing zeros and never with an exponent."""
+    return f"{level:.12f}".rstrip("0").rstrip(".") or "0"
+
+
+FORMS: dict[str, Callable[[Schedule], str]] = {
+    "json": Schedule.text,
+    "diffusers": diffusers_script,
+    "python": diffusers_script,
+    "comfyui": comfyui_sigmas,
+}
+"""Format -> a schedule's text in it."""

@@ -11,34 +11,38 @@ from PIL import Image, ImageDraw, ImageFont
 
 from autodiffusion_optuna.errors import ConfigError
 
-CELL = 84
-"""Smallest side of one drawn image in pixels; small images are enlarged by a whole factor."""
+CELL, LARGEST_CELL = 84, 192
+"""Bounds of the side of one drawn image in pixels: small images are enlarged by a whole factor, large ones reduced."""
 MARGIN, GAP, FONT_SIZE = 16, 4, 18
+COLUMNS = 16
+"""Images side by side; more of them go on below."""
 
 
 def draw_grid(rows: Sequence[tuple[str, NDArray[np.uint8]]], path: Path) -> None:
     """Write labelled rows of images to a PNG or JPEG file.
 
-    ``rows``: (label, uint8 [N, C, H, W]) with C = 1 or 3, all of one shape; a column is one noise.
+    ``rows``: (label, uint8 [N, C, H, W]) with C = 1 or 3, all of one shape; the n-th images of all are of one noise.
     Raises ConfigError where the file cannot be written.
     """
-    count, _, height, width = rows[0][1].shape
-    scale = max(1, CELL // max(height, width))
-    cell_w, cell_h = width * scale, height * scale
+    count = len(rows[0][1])
+    lines, columns = -(-count // COLUMNS), min(count, COLUMNS)
+    cell_w, cell_h = _cell(*rows[0][1].shape[2:])
     font = ImageFont.load_default(size=FONT_SIZE)
     label_w = max(int(font.getlength(label)) for label, _ in rows) + MARGIN
+    block = lines * (cell_h + GAP)
     size = (
-        2 * MARGIN + label_w + count * (cell_w + GAP) - GAP,
-        2 * MARGIN + len(rows) * (cell_h + GAP) - GAP,
+        2 * MARGIN + label_w + columns * (cell_w + GAP) - GAP,
+        2 * MARGIN + len(rows) * block + (len(rows) - 1) * (MARGIN if lines > 1 else 0) - GAP,
     )
     canvas = Image.new("RGB", size, "white")
     draw = ImageDraw.Draw(canvas)
     for r, (label, images) in enumerate(rows):
-        top = MARGIN + r * (cell_h + GAP)
+        top = MARGIN + r * (block + (MARGIN if lines > 1 else 0))
         draw.text((MARGIN, top + cell_h // 2), label, fill="black", font=font, anchor="lm")
-        for c, image in enumerate(images):
-            left = MARGIN + label_w + c * (cell_w + GAP)
-            canvas.paste(_enlarge(image, scale), (left, top))
+        for n, image in enumerate(images):
+            line, column = divmod(n, COLUMNS)
+            place = MARGIN + label_w + column * (cell_w + GAP), top + line * (cell_h + GAP)
+            canvas.paste(_scaled(image, (cell_w, cell_h)), place)
     try:
         canvas.save(path)
     except (OSError, ValueError, KeyError) as error:
@@ -47,6 +51,16 @@ def draw_grid(rows: Sequence[tuple[str, NDArray[np.uint8]]], path: Path) -> None
         ) from None
 
 
-def _enlarge(image: NDArray[np.uint8], scale: int) -> Image.Image:
+def _cell(height: int, width: int) -> tuple[int, int]:
+    """(width, height) at which images of a size are drawn."""
+    longest = max(height, width)
+    if longest > LARGEST_CELL:
+        return max(1, width * LARGEST_CELL // longest), max(1, height * LARGEST_CELL // longest)
+    scale = max(1, CELL // longest)
+    return width * scale, height * scale
+
+
+def _scaled(image: NDArray[np.uint8], size: tuple[int, int]) -> Image.Image:
     pixels = np.repeat(np.moveaxis(image, 0, -1), 3 // image.shape[0], axis=-1)
-    return Image.fromarray(pixels.repeat(scale, axis=0).repeat(scale, axis=1))
+    drawn = Image.fromarray(np.ascontiguousarray(pixels))
+    return drawn.resize(size, Image.Resampling.NEAREST if size[0] >= drawn.width else Image.Resampling.LANCZOS)

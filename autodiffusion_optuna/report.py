@@ -38,6 +38,8 @@ class Best:
     candidate: Candidate
     value: float
     cost: float
+    trace_ratio: float | None
+    """log of the variance of its features over the reference's; well below 0 it has lost variety."""
     fresh: records.Fresh | None
 
 
@@ -62,6 +64,11 @@ class StudyReport:
         """Generation and stage of the latest trial that has them."""
         origins = [t.user_attrs[records.ORIGIN] for t in self.trials if records.ORIGIN in t.user_attrs]
         return origins[-1] if origins else {"generation": 0, "stage": 1}
+
+    @property
+    def solver(self) -> str | list[str]:
+        """The solver of all candidates, or those that were searched."""
+        return self.config.sampling.solver
 
     def total(self, field: str) -> float:
         """Sum of one field of the finished trials' scores."""
@@ -91,7 +98,7 @@ class StudyReport:
             "budget": self.config.search.trials,
             "generation": self.last_origin["generation"],
             "stage": self.last_origin["stage"],
-            "solver": self.config.sampling.solver,
+            "solver": self.solver,
             "extractor": self.config.score.extractor,
             "images": self.config.score.images,
             "best": None if self.best is None else self._best_json(self.best),
@@ -99,6 +106,7 @@ class StudyReport:
                 {
                     "name": known.name,
                     "timesteps": list(known.candidate.timesteps),
+                    "settings": known.candidate.settings_dict,
                     "value": known.value,
                     "fresh": None if known.fresh is None else known.fresh.summary(),
                 }
@@ -116,6 +124,8 @@ class StudyReport:
             "trial": best.trial,
             "timesteps": list(best.candidate.timesteps),
             "skips": best.candidate.skip_names(self.units),
+            "settings": best.candidate.settings_dict,
+            "trace_ratio": best.trace_ratio,
             "value": best.value,
             "cost": best.cost,
             "fresh": None if best.fresh is None else best.fresh.summary(),
@@ -219,6 +229,7 @@ def _best(trials: Sequence[FrozenTrial], attrs: dict[str, Any]) -> Best | None:
         candidate=Candidate.from_key(key),
         value=trial.values[0],
         cost=trial.user_attrs[records.COST],
+        trace_ratio=trial.user_attrs.get(records.SCORE, {}).get("trace_ratio"),
         fresh=records.fresh(attrs, key, *size) if size else None,
     )
 

@@ -27,7 +27,7 @@ from autodiffusion_optuna.evaluation.evaluator import Evaluator, largest_batch
 from autodiffusion_optuna.evaluation.features import Extractor, load_extractor
 from autodiffusion_optuna.evaluation.models import Model, Options, load_model
 from autodiffusion_optuna.evaluation.prefix import PrefixMemory
-from autodiffusion_optuna.evaluation.reference import Reference, check_images, load_reference
+from autodiffusion_optuna.evaluation.reference import Reference, check_images, load_reference, too_few
 from autodiffusion_optuna.evaluation.sampling import Sampling
 from autodiffusion_optuna.evaluation.solvers import ORDERS, query_steps, solver_names
 from autodiffusion_optuna.noise import Final
@@ -379,6 +379,12 @@ def metric_name(parts: Parts) -> str:
     if parts.config.score.metric == "kid":
         return f"KID({extractor.name})"
     return "FID" if extractor.metric == "FID" else f"FD({extractor.name})"
+
+
+def warnings(parts: Parts, images: int) -> list[str]:
+    """What to know about distances of so many images in this study, a line each; none where there is nothing."""
+    few = too_few(images, len(parts.evaluator.reference.mu)) if parts.config.score.metric == "frechet" else None
+    return [few] if few else []
 
 
 def work(parts: Parts, study: optuna.Study, storage: RDBStorage, on_trial: OnTrial | None = None) -> None:

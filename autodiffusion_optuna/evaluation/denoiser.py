@@ -164,8 +164,9 @@ class Denoiser:
 def store_reduced(network: nn.Module, precision: str) -> None:
     """Keep the weights of matrix products and convolutions in ``precision``, in place.
 
-    Autocast would round them to it at every evaluation anyway, so predictions under it are the same bit for bit; it
-    halves the memory of large networks. Norms, embeddings and biases stay float32.
+    Autocast would round them to it at every evaluation anyway, so predictions under it are the same bit for bit, as
+    long as the network does not read a weight's dtype (diffusers reads its first parameter's: loaders leave the first
+    module out). It halves the memory of large networks. Norms, embeddings and biases stay float32.
     """
     dtype = PRECISIONS[precision]
     for module in network.modules():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -16,7 +17,7 @@ from autodiffusion_optuna.evaluation.features import Extractor
 from autodiffusion_optuna.evaluation.frechet import Moments, frechet_distance, mmd2_unbiased
 from autodiffusion_optuna.evaluation.models import Model
 from autodiffusion_optuna.evaluation.prefix import PrefixMemory, Tally, remembering
-from autodiffusion_optuna.evaluation.reference import Reference
+from autodiffusion_optuna.evaluation.reference import Reference, log_trace_ratio
 from autodiffusion_optuna.evaluation.sampling import Sampling
 from autodiffusion_optuna.evaluation.seeds import Bank
 from autodiffusion_optuna.evaluation.solvers import times
@@ -44,6 +45,8 @@ class Score:
     ``value``: distance at the last rung reached (lower is better), scored on ``images`` images.
     ``rungs``: (images, value) of every rung reached. ``complete``: False where a rung stopped it.
     ``run`` and ``saved``: network evaluations made, and spared by the prefix memory, counted per image.
+    ``trace_ratio``: log of the total variance of the features over the reference's; well below 0, the images have
+    less variety than they should, which a distance over few images may not show. None where nothing varies.
     """
 
     value: float
@@ -53,6 +56,7 @@ class Score:
     run: int
     saved: int
     seconds: Seconds
+    trace_ratio: float | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Everything but the value, as stored with a trial."""
@@ -60,6 +64,7 @@ class Score:
             "rungs": [list(rung) for rung in self.rungs],
             "run": self.run,
             "saved": self.saved,
+            "trace_ratio": self.trace_ratio,
             **{f"seconds_{phase}": round(value, 4) for phase, value in vars(self.seconds).items()},
         }
 
@@ -121,7 +126,9 @@ class Evaluator:
                 break
         images_scored, value = reached[-1]
         complete = images_scored == rungs[-1]
-        return Score(value, images_scored, tuple(reached), complete, tally.run, tally.saved, seconds)
+        ratio = log_trace_ratio(moments, self.reference)
+        variety = round(ratio, 6) if math.isfinite(ratio) else None  # JSON has no infinity
+        return Score(value, images_scored, tuple(reached), complete, tally.run, tally.saved, seconds, variety)
 
     def sample(self, candidate: Candidate, start: int, stop: int, bank: int = SEARCH_BANK) -> Tensor:
         """Images ``start`` to ``stop`` of a bank, uint8 [stop - start, C, H, W]."""

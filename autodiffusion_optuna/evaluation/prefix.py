@@ -84,9 +84,9 @@ def remembering(
     ``memory`` None remembers nothing.
 
     ``root`` must hold all that decides the result besides the queries: model, precision, clip, conditions and
-    guidance scale; solver and its settings; ``final``; K, since the updates near the end may depend on the number of steps;
-    and the batch, by image bank and position, since bits depend on the batch size too. The path starts anew
-    with each call of this function, so a second run or another batch needs its own.
+    guidance scale; solver and its settings; ``final``; K, since the updates near the end may depend on the
+    number of steps; and the batch, by image bank and position, since bits depend on the batch size too. The path
+    starts anew with each call of this function, so a second run or another batch needs its own.
     """
     path: Path = (root,)
 

@@ -141,7 +141,11 @@ def _mutant(rng: Generator, space: SearchSpace, parent: Candidate, share: float,
         child = _finish(rng, space, *change(rng, space, list(base.pairs), base.settings_dict, share), share)
         if child not in (base, parent):
             return child
-    return random_candidate(rng, space, share)
+    for _ in range(TRIES):
+        child = random_candidate(rng, space, share)
+        if child not in (base, parent):
+            break
+    return child
 
 
 def _chosen(rng: Generator, count: int, probability: float) -> NDArray[np.bool_]:

@@ -26,11 +26,7 @@ KEPT_BEST, KEPT_OTHERS = 200, 100  # trials fitted: the cost of an ask must not 
 SCALES = (0.2, 0.4, 0.8, 1.6)  # length scales tried, in units of the median distance
 NOISE = 1e-3  # variance of what the kernel cannot explain, of normal scores
 OPTIMISM = 0.5  # standard deviations by which an uncertain child is preferred
-SETTING_SCALES = (
-    0.5,
-    1.5,
-    4.5,
-)  # length scales of the settings tried: choices that differ, median distances of numbers
+SETTING_SCALES = (1.5, 4.5, 13.5)  # of the settings: in choices that differ, and median distances of numbers
 
 
 class Embedding(NamedTuple):

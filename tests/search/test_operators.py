@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.random import Generator
-from search_spaces import SPACES, units
+from search_spaces import SETTINGS, SPACES, units
 
 from autodiffusion_optuna.candidate import Candidate
 from autodiffusion_optuna.search.operators import (
@@ -197,3 +197,74 @@ def test_a_space_of_one_candidate_does_not_hang() -> None:
     only = Candidate((2, 1, 0))
     for operator in OPERATORS.values():
         assert operator(rng, space, only, only, 0) == only
+
+
+@pytest.mark.parametrize("operator", OPERATORS)
+@settings(max_examples=60, deadline=None)
+@given(st.sampled_from(sorted(SETTINGS)), SEEDS, SHARES)
+def test_children_have_every_setting_and_keep_the_budget(operator: str, name: str, seed: int, part: float) -> None:
+    space = SPACES[name]
+    rng = np.random.default_rng(seed)
+    first, second = (random_candidate(rng, space, space.max_skip) for _ in range(2))
+    child = OPERATORS[operator](rng, space, first, second, part * space.max_skip)
+    assert [setting for setting, _ in child.settings] == sorted([*space.choices, *space.ranges])
+    if space.max_cost is not None:
+        assert space.cost(child) <= space.max_cost + 1e-9
+        doubled = child.setting("solver", "ddim") == "heun"
+        assert len(space.visits(child.steps, child.settings_dict)) == (2 * child.steps - 1 if doubled else child.steps)
+
+
+@pytest.mark.parametrize("name", ["solvers", "heun with skips", "all open"])
+def test_every_solver_is_reached_at_its_own_cost(name: str) -> None:
+    space, rng = SPACES[name], np.random.default_rng(0)
+    drawn = [random_candidate(rng, space, space.max_skip) for _ in range(200)]
+    seen = Counter(candidate.setting("solver", "") for candidate in drawn)
+    assert set(seen) == set(space.choices["solver"])
+    assert min(seen.values()) > 0.7 * 200 / len(seen)
+
+
+def test_paper_mutation_treats_each_setting_as_one_more_gene() -> None:
+    space, rng = SPACES["settings"], np.random.default_rng(0)
+    parent = Candidate((900, 700, 500, 300), settings=space.fit(Candidate((9, 8, 7, 6)), 0).settings)
+    kept = Counter[str]()
+    for _ in range(2000):
+        child = mutate_paper(rng, space, parent, 0, 0.25)
+        kept.update(name for name, value in child.settings if value == parent.settings_dict[name])
+    # Eight genes, given that one changes; eta has only 51 values, and a redraw may be the same.
+    changed = 0.25 / (1 - 0.75**8)
+    assert all(abs(1 - kept[name] / 2000 - changed) < 0.035 for name in space.default_settings)
+
+
+def test_local_moves_change_one_setting_or_none() -> None:
+    space, rng = SPACES["settings"], np.random.default_rng(0)
+    parent = space.fit(Candidate((900, 700, 500, 300)), 0)
+    moved, distances = Counter[str](), []
+    for _ in range(3000):
+        child = mutate_local(rng, space, parent, 0)
+        names = [name for name, value in child.settings if value != parent.settings_dict[name]]
+        assert len(names) == (child.timesteps == parent.timesteps)
+        moved.update(names or ["time"])
+        if names == ["guidance"]:
+            distances.append(abs(child.setting("guidance", 0.0) - 4.5))
+    assert 0.3 < 1 - moved["time"] / 3000 < 0.4
+    assert min(moved[name] for name in space.default_settings) > 0.2 * (3000 - moved["time"])
+    assert np.median(distances) < 1.0  # a fine move is as likely as a coarse one
+    assert max(distances) > 3.0
+
+
+def test_crossover_takes_settings_of_either_parent() -> None:
+    space, rng = SPACES["settings"], np.random.default_rng(0)
+    ends = {"eta": (0.0, 0.05), "final": ("one", "first"), "guidance": (1.0, 8.0), "solver": ("ddim", "heun")}
+    first, second = (
+        Candidate((900, 700, 500, 300), settings=tuple((name, pair[k]) for name, pair in ends.items())) for k in (0, 1)
+    )
+    uniform = Counter[str]()
+    whole = 0
+    for _ in range(1000):
+        child = crossover_uniform(rng, space, first, second, 0)
+        uniform.update(name for name, pair in ends.items() if child.settings_dict[name] == pair[0])
+        prefixed = crossover_prefix(rng, space, first, second, 0)
+        assert all(value in ends[name] for name, value in (*child.settings, *prefixed.settings))
+        whole += prefixed.settings == first.settings
+    assert all(430 < uniform[name] < 570 for name in ends)
+    assert 0.71 < whole / 1000 < 0.83  # three quarters, and a sixteenth of the rest

@@ -14,6 +14,9 @@ from autodiffusion_optuna.search.space import SearchSpace
 STEPS = SearchSpace(T=1000, min_steps=4, max_steps=4)
 RANGE = SearchSpace(T=1000, min_steps=2, max_steps=5, units=("a", "b", "c"), unit_costs=(0.2, 0.1, 0.1), max_skip=0.7)
 TARGET = np.array([900, 600, 300, 50])
+SETTINGS = SearchSpace(
+    T=1000, min_steps=4, max_steps=4, choices={"solver": ("a", "b", "c")}, ranges={"guidance": (1.0, 8.0)}
+)
 
 
 def loss(candidate: Candidate) -> float:
@@ -92,3 +95,38 @@ def test_the_number_of_fitted_trials_is_bounded() -> None:
     fitted = surrogate._fitted(complete)
     assert len(fitted) <= surrogate.KEPT_BEST + surrogate.KEPT_OTHERS
     assert fitted[: surrogate.KEPT_BEST] == sorted(complete)[: surrogate.KEPT_BEST]
+
+
+def test_settings_are_told_apart() -> None:
+    times = (9, 5, 2, 0)
+    values = [("a", 1.0), ("b", 1.0), ("a", 8.0), ("c", 4.5)]
+    points = surrogate.embed([Candidate(times, settings=(("guidance", g), ("solver", s))) for s, g in values], SETTINGS)
+    assert points.choices.tolist() == [[1, 0, 0], [0, 1, 0], [1, 0, 0], [0, 0, 1]]
+    assert points.numbers.tolist() == [[0], [0], [1], [0.5]]
+    plain = surrogate.embed([Candidate(times)], STEPS)
+    assert (plain.choices.shape, plain.numbers.shape) == ((1, 0), (1, 0))
+    distances = surrogate._distances(points, points)
+    assert distances[2].tolist() == [[0, 1, 0, 1], [1, 0, 1, 1], [0, 1, 0, 1], [1, 1, 1, 0]]
+    assert distances[3][0].tolist() == [0, 0, 1, 0.5]
+
+
+def test_settings_that_are_equal_leave_the_guess_as_it_is() -> None:
+    known, children = drawn(STEPS, 40, 0), drawn(STEPS, 10, 1)
+    scores = surrogate.normal_scores([loss(c) for c in known])
+    plain = surrogate.predict(surrogate.embed(known, STEPS), scores, surrogate.embed(children, STEPS))
+    equal = surrogate.predict(surrogate.embed(known, SETTINGS), scores, surrogate.embed(children, SETTINGS))
+    assert np.array_equal(plain, equal)  # missing settings are the defaults
+
+
+def test_it_learns_which_solver_and_guidance_are_best() -> None:
+    def with_settings(candidate: Candidate) -> float:
+        solver = {"a": 0.0, "b": 1.0, "c": 2.0}[candidate.setting("solver", "")]
+        return loss(candidate) / 3e5 + solver + (candidate.setting("guidance", 0.0) - 3.0) ** 2 / 5
+
+    known, children = drawn(SETTINGS, 100, 1), drawn(SETTINGS, 60, 2)
+    scores = surrogate.normal_scores([with_settings(c) for c in known])
+    mean, _ = surrogate.predict(surrogate.embed(known, SETTINGS), scores, surrogate.embed(children, SETTINGS))
+    true = surrogate.normal_scores([with_settings(c) for c in children])
+    blind, _ = surrogate.predict(surrogate.embed(known, STEPS), scores, surrogate.embed(children, STEPS))
+    assert np.corrcoef(mean, true)[0, 1] > 0.75
+    assert np.corrcoef(mean, true)[0, 1] > np.corrcoef(blind, true)[0, 1] + 0.2

@@ -1,0 +1,476 @@
+"""A schedule inside an unmodified diffusers pipeline: its scheduler, its timesteps and the layers it skips.
+
+Imports neither torch nor diffusers before ``apply`` is called.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
+
+import numpy as np
+
+from autodiffusion_optuna.errors import ConfigError
+from autodiffusion_optuna.noise import from_scheduler_config
+from autodiffusion_optuna.schedule import Schedule
+
+if TYPE_CHECKING:
+    from torch import nn
+
+Pipeline = TypeVar("Pipeline")
+Number = int | float
+
+NO_NOISE = 1e-8
+"""Stands for sigma = 0 in schedulers that take its logarithm; far below what float32 can tell from it."""
+
+NOT_PIPELINES = ("adm", "plugin", "mixture")
+SCALING = ("StableDiffusionPipeline", "StableDiffusionXLPipeline", "LDMPipeline")
+"""Pipelines that ask the scheduler to scale the first noise and the network's input, as some schedulers need."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A diffusers scheduler that takes the steps of a schedule.
+
+    ``scheduler``: its class. ``options``: for ``from_config``. ``steps``: for its own ``set_timesteps``, after which
+    ``timesteps`` (model time of each network evaluation) and ``sigmas`` (levels, one more) are put in. ``argument``: of
+    ``set_timesteps`` and of pipelines that gives the same; None where there is none. ``euler_last``: the last step has
+    to be told to be of first order. ``scales``: its states are x / alpha, which the pipeline must scale.
+    """
+
+    scheduler: str
+    options: dict[str, Any]
+    steps: int
+    timesteps: tuple[Number, ...]
+    sigmas: tuple[float, ...]
+    argument: Literal["timesteps", "sigmas"] | None = None
+    euler_last: bool = False
+    scales: bool = False
+
+
+def find_recipe(schedule: Schedule) -> Recipe:
+    """The diffusers scheduler for a schedule.
+
+    ``ConfigError`` where there is none that takes its solver's steps on an uneven list, or none with its settings.
+    """
+    levels = _levels(schedule)
+    if schedule.amplification_cap is not None:
+        raise _no_scheduler(schedule, f"with an amplification cap of {schedule.amplification_cap:g}")
+    if schedule.eta not in (0, 1) or (schedule.eta and schedule.solver != "ddim"):
+        raise _no_scheduler(schedule, f"with eta = {schedule.eta:g}")
+    writer = _RECIPES.get(schedule.solver)
+    recipe = writer(schedule, levels) if writer else None
+    if recipe is None:
+        raise _no_scheduler(schedule, "on such a list")
+    return recipe
+
+
+def _no_scheduler(schedule: Schedule, how: str) -> ConfigError:
+    return ConfigError(
+        f"diffusers has no scheduler that takes the steps of {schedule.solver} {how}; draw images with adopt sample "
+        "--schedule FILE, or with the script of adopt export --format python"
+    )
+
+
+@dataclass(frozen=True)
+class _Levels:
+    """What schedulers are told: K timesteps, K + 1 sigmas."""
+
+    timesteps: tuple[Number, ...]
+    sigmas: tuple[float, ...]
+    flow: bool
+    last: bool
+    """Whether the last update ends without noise."""
+
+    @property
+    def steps(self) -> int:
+        return len(self.timesteps)
+
+    @property
+    def positive(self) -> tuple[float, ...]:
+        return tuple(max(sigma, NO_NOISE) for sigma in self.sigmas)
+
+
+def _levels(schedule: Schedule) -> _Levels:
+    noise = schedule.require_noise()
+    last = schedule.final == "one"
+    if schedule.model.prediction == "flow_prediction":
+        return _Levels(noise.model_times, noise.sigma, True, last)
+    ratio = tuple(sigma / alpha for alpha, sigma in zip(noise.alpha, noise.sigma, strict=True))
+    return _Levels(schedule.timesteps, ratio, False, last)
+
+
+def _common(schedule: Schedule, levels: _Levels) -> dict[str, Any]:
+    """Options of all schedulers of the DPM-Solver family, UniPC and DEIS, whatever the pipeline's own config says."""
+    clip = {"dynamic_thresholding_ratio": 1.0, "sample_max_value": 1.0} if schedule.model.clip else {}
+    flow = {"use_flow_sigmas": True, "flow_shift": 1.0, "use_dynamic_shifting": False} if levels.flow else {}
+    return {
+        "use_karras_sigmas": False,
+        "thresholding": schedule.model.clip,  # with a ratio and maximum of 1: a plain clip to [-1, 1]
+        **clip,
+        **({"prediction_type": "flow_prediction"} if levels.flow else {}),
+        **flow,
+    }
+
+
+def _multistep(order: int, by_noise: bool = False) -> Callable[[Schedule, _Levels], Recipe | None]:
+    """DPM-Solver++, or DPM-Solver where it weighs the noise, which diffusers has not for flows."""
+
+    def write(schedule: Schedule, levels: _Levels) -> Recipe | None:
+        lower = not levels.last and levels.steps < 10  # the authors' rule; diffusers' own is below 15
+        stuck = order == 3 and not lower and not levels.last and schedule.timesteps[-1] == 0  # NaN: a step of no length
+        if (by_noise and levels.flow) or stuck:
+            return None
+        stochastic = "sde-" if schedule.eta else ""
+        options = {
+            "algorithm_type": "dpmsolver" if by_noise else f"{stochastic}dpmsolver++",
+            "solver_type": "midpoint",
+            "solver_order": order,  # order 1 is DDIM, exactly, on any list of timesteps
+            "final_sigmas_type": "zero" if levels.last and not by_noise else "sigma_min",
+            "lower_order_final": lower,
+            "euler_at_final": by_noise and levels.last,
+            "variance_type": None,
+            **_common(schedule, levels),
+        }
+        sigmas = levels.positive if by_noise else levels.sigmas
+        listed = not levels.flow and sigmas == levels.sigmas
+        return Recipe(
+            "DPMSolverMultistepScheduler",
+            options,
+            levels.steps,
+            levels.timesteps,
+            sigmas,
+            "timesteps" if listed else None,
+        )
+
+    return write
+
+
+def _first_order(schedule: Schedule, levels: _Levels) -> Recipe | None:
+    if not levels.flow or schedule.eta:
+        return _multistep(1)(schedule, levels)
+    options = {"shift": 1.0, "use_dynamic_shifting": False, "shift_terminal": None, "use_karras_sigmas": False}
+    return Recipe(
+        "FlowMatchEulerDiscreteScheduler",
+        options,
+        levels.steps,
+        levels.timesteps,
+        levels.sigmas,
+        "sigmas" if levels.last else None,
+    )
+
+
+def _singlestep(by_noise: bool) -> Callable[[Schedule, _Levels], Recipe | None]:
+    def write(schedule: Schedule, levels: _Levels) -> Recipe | None:
+        if by_noise and (levels.flow or schedule.model.clip):  # diffusers clips by the wrong levels there
+            return None
+        options = {
+            "algorithm_type": "dpmsolver" if by_noise else "dpmsolver++",
+            "solver_type": "midpoint",
+            "solver_order": 2,
+            "final_sigmas_type": "zero" if levels.last and not by_noise else "sigma_min",
+            "lower_order_final": levels.last or levels.steps % 2 == 1,
+            "variance_type": None,
+            **_common(schedule, levels),
+        }
+        sigmas = levels.positive if by_noise else levels.sigmas
+        listed = not levels.flow and sigmas == levels.sigmas
+        return Recipe(
+            "DPMSolverSinglestepScheduler",
+            options,
+            levels.steps,
+            levels.timesteps,
+            sigmas,
+            "timesteps" if listed else None,
+        )
+
+    return write
+
+
+def _unipc(order: int) -> Callable[[Schedule, _Levels], Recipe | None]:
+    def write(schedule: Schedule, levels: _Levels) -> Recipe | None:
+        options = {
+            "solver_type": "bh2",
+            "solver_order": order,
+            "predict_x0": True,
+            "lower_order_final": True,
+            **_common(schedule, levels),
+        }
+        return Recipe("UniPCMultistepScheduler", options, levels.steps, levels.timesteps, levels.sigmas)
+
+    return write
+
+
+def _deis(order: int) -> Callable[[Schedule, _Levels], Recipe | None]:
+    def write(schedule: Schedule, levels: _Levels) -> Recipe | None:
+        options = {
+            "algorithm_type": "deis",
+            "solver_type": "logrho",
+            "solver_order": order,
+            "lower_order_final": not levels.last and levels.steps < 10,
+            **_common(schedule, levels),
+        }
+        return Recipe(
+            "DEISMultistepScheduler",
+            options,
+            levels.steps,
+            levels.timesteps,
+            levels.positive,
+            euler_last=levels.last,
+        )
+
+    return write
+
+
+def _lms(schedule: Schedule, levels: _Levels) -> Recipe | None:
+    if levels.flow or schedule.model.clip:  # it has neither
+        return None
+    options = {"timestep_spacing": "leading", "use_karras_sigmas": False}
+    return Recipe("LMSDiscreteScheduler", options, levels.steps, levels.timesteps, levels.sigmas, scales=True)
+
+
+def _heun(schedule: Schedule, levels: _Levels) -> Recipe | None:
+    """Every level but the first is visited twice, before and after its step is corrected."""
+    if levels.flow:  # diffusers averages velocities there, over s and not over sigma / alpha
+        return None
+    first, *others = levels.timesteps
+    start, *inner, final = levels.sigmas
+    timesteps = (first, *(t for other in others for t in (other, other)))
+    sigmas = (start, *(s for level in inner for s in (level, level)), final)
+    options = {
+        "timestep_spacing": "leading",  # scales the first noise by sqrt(1 + sigma^2)
+        "clip_sample": schedule.model.clip,
+        "clip_sample_range": 1.0,
+        "use_karras_sigmas": False,
+    }
+    kind = "HeunDiscreteScheduler"
+    if levels.last:
+        return Recipe(kind, options, levels.steps, timesteps, sigmas, "timesteps", scales=True)
+    # Above no noise the last step is corrected too, which diffusers' own list never is.
+    return Recipe(kind, options, levels.steps, (*timesteps, 0), (*sigmas, final), scales=True)
+
+
+_RECIPES: dict[str, Callable[[Schedule, _Levels], Recipe | None]] = {
+    "ddim": _first_order,
+    "euler": _first_order,
+    "heun": _heun,
+    "lms": _lms,
+    "dpm_solver_2": _multistep(2, by_noise=True),
+    "dpm_solver_3": _multistep(3, by_noise=True),
+    "dpm_solver_2s": _singlestep(by_noise=True),
+    "dpmpp_2s": _singlestep(by_noise=False),
+    "dpmpp_2m": _multistep(2),
+    "dpmpp_3m": _multistep(3),
+    "unipc_2": _unipc(2),
+    "unipc_3": _unipc(3),
+    "deis_2": _deis(2),
+    "deis_3": _deis(3),
+}
+"""Solver -> recipe, or None where the scheduler lacks what the schedule needs."""
+
+
+@dataclass
+class _Position:
+    """Network evaluations finished in the present run; -1 outside of one."""
+
+    evaluation: int = -1
+
+
+@dataclass(frozen=True, eq=False)
+class _Bypass:
+    """Stands in for a module's ``forward``; bypasses it in the evaluations ``skipped``."""
+
+    forward: Callable[..., Any]
+    shortcut: Callable[..., Any]
+    skipped: frozenset[int]
+    position: _Position
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        chosen = self.shortcut if self.position.evaluation in self.skipped else self.forward
+        return chosen(*args, **kwargs)
+
+
+@dataclass(frozen=True, eq=False)
+class _Applied:
+    """What ``remove`` takes back."""
+
+    before: Any
+    scheduler: Any
+    forwards: list[tuple[nn.Module, Any]] = field(default_factory=list)
+
+
+APPLIED = "_adopt_applied"
+
+
+def apply(pipe: Pipeline, schedule: str | Path | Schedule, *, masks: bool = True) -> Pipeline:
+    """Make a diffusers pipeline sample by a schedule, and return it.
+
+    ``pipe``: a pipeline of the schedule's kind, or of the same architecture. ``schedule``: or the path of its JSON.
+    Its scheduler becomes one that takes the schedule's steps, however many steps or which timesteps a call asks for.
+    ``masks``: also skip the layers that the schedule skips; False takes its timesteps alone. Nothing waits for the
+    device between steps. The guidance scale stays an argument of the pipeline: pass ``schedule.guidance``.
+    Applying another schedule takes the place of the first; ``remove`` restores the pipeline.
+
+    >>> pipe = apply(StableDiffusionPipeline.from_pretrained(FOLDER), "best.json")  # doctest: +SKIP
+    >>> pipe("a photograph of a cat").images  # doctest: +SKIP
+
+    ``ConfigError`` where the pipeline is of another kind, has another noise schedule or lacks a layer, or where
+    diffusers has no scheduler for the solver; the pipeline is then as it was.
+    """
+    schedule = schedule if isinstance(schedule, Schedule) else Schedule.read(schedule)
+    network = _network(pipe, schedule)
+    applied = _applied(pipe)
+    before = applied.before if applied and applied.scheduler is _part(pipe, "scheduler") else _part(pipe, "scheduler")
+    _check_noise(before, schedule)
+    recipe, position = find_recipe(schedule), _Position()
+    bypasses = _bypasses(network, schedule, position) if masks and schedule.masked else []
+    scheduler = _configured(before, recipe, position, native=not recipe.scales or type(pipe).__name__ in SCALING)
+    remove(pipe)
+    forwards = []
+    for module, shortcut, skipped in bypasses:
+        forwards.append((module, vars(module).get("forward")))
+        module.forward = _Bypass(module.forward, shortcut, skipped, position)
+    pipe.scheduler = scheduler  # type: ignore[attr-defined]
+    setattr(pipe, APPLIED, _Applied(before, scheduler, forwards))
+    return pipe
+
+
+def remove(pipe: Pipeline) -> Pipeline:
+    """Undo ``apply``: the scheduler that the pipeline had, and every layer. Without effect on other pipelines."""
+    applied = _applied(pipe)
+    if applied is None:
+        return pipe
+    for module, forward in applied.forwards:
+        if forward is None:
+            del module.forward  # the class has its own
+        else:
+            module.forward = forward
+    if _part(pipe, "scheduler") is applied.scheduler:  # a scheduler set since is the user's
+        pipe.scheduler = applied.before  # type: ignore[attr-defined]
+    delattr(pipe, APPLIED)
+    return pipe
+
+
+def _applied(pipe: object) -> _Applied | None:
+    found = getattr(pipe, APPLIED, None)
+    return found if isinstance(found, _Applied) else None
+
+
+def _part(pipe: object, name: str) -> Any:
+    return getattr(pipe, name, None)
+
+
+def _network(pipe: object, schedule: Schedule) -> Any:
+    """The denoising network of a pipeline of the schedule's kind (ConfigError)."""
+    kind, names = schedule.model.kind, [base.__name__ for base in type(pipe).__mro__]
+    if kind in NOT_PIPELINES:
+        raise ConfigError(
+            f"the schedule of study {schedule.study!r} is of a model ({kind}) that is no diffusers pipeline; "
+            "draw images with adopt sample --schedule FILE"
+        )
+    network = _part(pipe, "unet") or _part(pipe, "transformer")
+    if network is None or not hasattr(_part(pipe, "scheduler"), "config"):
+        raise ConfigError(f"{names[0]} has no network and scheduler; apply a schedule to a diffusers pipeline")
+    plain = type(network).__name__ == "UNet2DModel"  # all pipelines of one are the same loop
+    if kind not in names and not (plain and _is_plain(kind)):
+        raise ConfigError(f"the schedule of study {schedule.study!r} is for a {kind}, not for a {names[0]}")
+    return network
+
+
+def _is_plain(kind: str) -> bool:
+    """Whether models of that kind have a UNet2DModel."""
+    return kind not in (*NOT_PIPELINES, "DiTPipeline", "FluxPipeline") and not kind.startswith("StableDiffusion")
+
+
+def _check_noise(scheduler: Any, schedule: Schedule) -> None:
+    """ConfigError where a pipeline's scheduler says that its network knows other noise, or predicts something else."""
+    config = {**scheduler.config, "_class_name": type(scheduler).__name__}
+    flow = "FlowMatch" in config["_class_name"]
+    prediction = config.get("prediction_type") or ("flow_prediction" if flow else "epsilon")
+    wanted = schedule.model.prediction
+    if wanted is not None and prediction != wanted:
+        raise ConfigError(
+            f"the schedule of study {schedule.study!r} is for a network that predicts {wanted}, the pipeline's "
+            f"scheduler says {prediction}; apply it to a pipeline of the same model"
+        )
+    levels = from_scheduler_config(config)
+    alpha = schedule.require_noise().alpha[: len(schedule.timesteps)]
+    same = schedule.train_timesteps == levels.T
+    if same and prediction != "flow_prediction":  # a flow's levels are the sampler's choice
+        same = np.allclose([levels.alpha(t) for t in schedule.timesteps], alpha, rtol=1e-5)
+    if not same:
+        raise ConfigError(
+            f"the schedule of study {schedule.study!r} is for another noise schedule than the pipeline's scheduler "
+            "has; apply it to a pipeline of the same model, or search for this one"
+        )
+
+
+def _bypasses(
+    network: Any, schedule: Schedule, position: _Position
+) -> list[tuple[nn.Module, Callable[..., Any], frozenset[int]]]:
+    """Each module that is ever skipped, what it then returns, and in which evaluations (ConfigError)."""
+    from autodiffusion_optuna.evaluation.skip import RULES
+    from autodiffusion_optuna.evaluation.solvers import query_steps
+
+    visits = query_steps(schedule.solver, len(schedule.timesteps), schedule.final)
+    modules = dict(network.named_modules())
+    found = []
+    for name in dict.fromkeys(name for names in schedule.skips for name in names):
+        module = modules.get(name)
+        rule = RULES.get(type(module).__name__)
+        shortcut = rule(module) if rule else None
+        if module is None or shortcut is None:
+            raise ConfigError(
+                f"the schedule of study {schedule.study!r} skips {name!r}, and the pipeline's {type(network).__name__} "
+                "has no such layer; apply it to the same model, or with masks=False"
+            )
+        skipped = frozenset(i for i, step in enumerate(visits) if name in schedule.skips[step])
+        found.append((module, shortcut, skipped))
+    return found
+
+
+def _configured(before: Any, recipe: Recipe, position: _Position, native: bool) -> Any:
+    """The scheduler of a recipe. ``native``: its states are the pipeline's; else they are x / alpha, and x outside."""
+    import diffusers
+    import torch
+
+    kind: Any = getattr(diffusers, recipe.scheduler)
+    scheduler = kind.from_config(before.config, **recipe.options)
+    plain_set, plain_step = scheduler.set_timesteps, scheduler.step
+    known = inspect.signature(plain_step).parameters
+    gains = [1.0] * len(recipe.sigmas) if native else [math.hypot(1, sigma) for sigma in recipe.sigmas]
+
+    @functools.wraps(plain_set)  # pipelines look at its signature
+    def set_timesteps(num_inference_steps: object = None, device: Any = None, **kwargs: object) -> None:
+        plain_set(recipe.steps, device=device)
+        scheduler.timesteps = torch.tensor(recipe.timesteps, device=device)
+        scheduler.sigmas = torch.tensor(recipe.sigmas)
+        scheduler.set_begin_index(0)  # else the first step looks its own time up, and waits for the device
+        position.evaluation = 0
+
+    @functools.wraps(plain_step)
+    def step(model_output: Any, timestep: object, sample: Any, *args: object, **kwargs: object) -> Any:
+        here = position.evaluation
+        position.evaluation += 1
+        if recipe.euler_last and here == recipe.steps - 1:
+            scheduler.lower_order_nums = 0
+        output = model_output[:, : sample.shape[1]]  # without a learned variance
+        taken = {name: value for name, value in kwargs.items() if name in known}
+        if native:
+            return plain_step(output, timestep, sample, *args, **taken)
+        result = plain_step(output, timestep, sample * gains[here], *args, **taken)
+        if isinstance(result, tuple):
+            return (result[0] / gains[here + 1], *result[1:])
+        result.prev_sample = result.prev_sample / gains[here + 1]
+        return result
+
+    scheduler.set_timesteps, scheduler.step = set_timesteps, step
+    if not native:
+        scheduler.scale_model_input = lambda sample, timestep=None: sample
+        scheduler.is_scale_input_called = True
+    return scheduler

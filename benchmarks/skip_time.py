@@ -1,0 +1,73 @@
+"""Whether skipped cost is saved time: predicted against measured seconds over 30 random masks.
+
+    OMP_NUM_THREADS=1 python benchmarks/skip_time.py
+
+A random UNet2DModel with attention at two sizes, 28 units, batch 8 at 32x32 on the CPU. The prediction is the counted
+cost of a mask (multiply-adds); rounds are interleaved and medians taken, so that a machine that slows down does not
+tilt them. Prints and writes ``benchmarks/results/skip_time.json``.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import torch
+from common import record
+from diffusers import DDIMScheduler, UNet2DModel
+
+from autodiffusion_optuna.candidate import skip_set
+from autodiffusion_optuna.evaluation.cost import seconds
+from autodiffusion_optuna.evaluation.models import load_model
+
+MASKS, ROUNDS, BATCH = 30, 7, 8
+
+
+def random_unet(folder: Path) -> None:
+    torch.manual_seed(0)
+    UNet2DModel(
+        sample_size=32,
+        layers_per_block=2,
+        block_out_channels=(64, 128, 128, 128),
+        norm_num_groups=16,
+        down_block_types=("DownBlock2D", "AttnDownBlock2D", "DownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "UpBlock2D", "AttnUpBlock2D", "UpBlock2D"),
+    ).save_pretrained(folder)
+    DDIMScheduler().save_pretrained(folder)
+
+
+def main() -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        random_unet(Path(folder))
+        model = load_model(folder)
+    units = len(model.units)
+    rng = np.random.default_rng(0)
+    sizes = rng.integers(0, units + 1, MASKS)
+    masks = [skip_set(int(u) for u in rng.choice(units, size, replace=False)) for size in sizes]
+    costs = model.costs("macs")
+    x = torch.randn(BATCH, *model.shape, generator=torch.Generator().manual_seed(1))
+
+    def evaluate(skip: int) -> object:
+        return model.denoiser(x, 500, skip)
+
+    for mask in (0, *masks):
+        evaluate(mask)
+    rounds = [[seconds(evaluate, mask, model.device) for mask in (0, *masks)] for _ in range(ROUNDS)]
+    shares = [statistics.median(r[1 + m] / r[0] for r in rounds) for m in range(MASKS)]
+    predicted = [costs.of(mask) / costs.full for mask in masks]
+    result = {
+        "units": units,
+        "masks": MASKS,
+        "correlation of predicted and measured time": float(np.corrcoef(predicted, shares)[0, 1]),
+        "predicted share of the full time": [round(share, 4) for share in predicted],
+        "measured share of the full time": [round(share, 4) for share in shares],
+        "seconds of a full evaluation": statistics.median(r[0] for r in rounds),
+    }
+    print(json.dumps(result, indent=2), record("skip_time", result))
+
+
+if __name__ == "__main__":
+    main()
