@@ -19,7 +19,7 @@ from autodiffusion_optuna.schedule import ConfigPart, ModelPart, NoisePart, Sche
 
 
 def example(noise: NoiseSchedule | None = None, **fields: Any) -> Schedule:
-    """A schedule of 3 steps of a UNet2DModel; keywords replace its fields. ``model``: also a dict of what to replace."""
+    """A schedule of 3 steps of a UNet2DModel; keywords replace its fields. ``model``: a dict replaces fields of it."""
     noise = noise or linear()
     model: Any = fields.pop("model", {})
     if isinstance(model, dict):

@@ -25,11 +25,11 @@ def folder_of(write: Callable[[Path], object]) -> Write:
     return settings
 
 
-def prompted(write: Callable[[Path], object]) -> Write:
+def prompted(write: Callable[[Path], object], *more: str) -> Write:
     def settings(folder: Path) -> list[str]:
         write(folder / "model")
         prompts = tiny_pipelines.write_prompts(folder)
-        return ["model.source=model", f"model.prompts={prompts}"]
+        return ["model.source=model", f"model.prompts={prompts}", *more]
 
     return settings
 
@@ -47,7 +47,7 @@ KINDS: dict[str, Write] = {
     "sd": prompted(tiny_pipelines.write_sd),
     "sdxl": prompted(tiny_pipelines.write_sdxl),
     "sd3": prompted(tiny_pipelines.write_sd3),
-    "flux": prompted(tiny_pipelines.write_flux),
+    "flux": prompted(tiny_pipelines.write_flux, "model.size=[16, 16]"),
     "adm": adm,
 }
 
