@@ -76,6 +76,8 @@ def open_model(source: str, options: dict[str, Any] | None = None) -> Model:
     clip = given.pop("clip", None)
     if "prompts" in given:
         given["prompts"] = Path(given["prompts"])
+    if "size" in given:
+        given["size"] = tuple(given["size"])
     return load_model(source, clip=clip, options=Options(**given))
 
 

@@ -110,7 +110,9 @@ def test_what_diffusers_cannot_do_is_refused_with_the_way_out() -> None:
     impossible += [example(eta=0.5), example(solver="deis_2", amplification_cap=4.0)]
     impossible += [example(solver="dpmpp_3m", final="first", timesteps=tuple(range(900, -1, -90)))]  # NaN in diffusers
     for schedule in impossible:
-        with pytest.raises(ConfigError, match="diffusers has no scheduler that takes the steps of .*adopt sample") as e:
+        with pytest.raises(
+            ConfigError, match=r"diffusers has no scheduler that takes the steps of .*adopt sample"
+        ) as e:
             find_recipe(schedule)
         assert "\n" not in str(e.value)
 
@@ -135,7 +137,7 @@ KINDS: dict[str, tuple[Callable[[Path], Any], str, str]] = {
     "sd-heun": (write_sd, "StableDiffusionPipeline", "heun"),
     "sd-v": (lambda folder: write_sd(folder, "v_prediction"), "StableDiffusionPipeline", "deis_3"),
     "sdxl": (write_sdxl, "StableDiffusionXLPipeline", "ddim"),
-    "sd3": (write_sd3, "StableDiffusion3Pipeline", "ddim"),
+    "sd3": (lambda folder: write_sd3(folder, t5=True), "StableDiffusion3Pipeline", "ddim"),
     "flux": (write_flux, "FluxPipeline", "dpmpp_2m"),
 }
 
@@ -148,7 +150,7 @@ def make(kind: str, folder: Path, **fields: Any) -> tuple[Any, Schedule, Callabl
     write(folder / "net")
     text = name.startswith(("Stable", "Flux"))
     write_prompts(folder)
-    options = {"prompts": str(folder / "prompts.txt")} if text else {}
+    options: dict[str, Any] = {"prompts": str(folder / "prompts.txt"), "size": [32, 32]} if text else {}
     given = {"solver": solver, "timesteps": (951, 600, 333, 40), "skips": ((1, 2), (), (0,), (2,)), **fields}
     schedule = schedule_of(folder / "net", options, **given)
     chosen = [0, 1] if text else LABELS
@@ -157,7 +159,8 @@ def make(kind: str, folder: Path, **fields: Any) -> tuple[Any, Schedule, Callabl
 
     def draw(pipe: Any) -> Tensor:
         if text:
-            return as_images(pipe(PROMPTS, guidance_scale=schedule.guidance, generator=seed()))
+            size = {"height": 32, "width": 32}
+            return as_images(pipe(PROMPTS, guidance_scale=schedule.guidance, generator=seed(), **size))
         if name == "DiTPipeline":
             return as_images(pipe(class_labels=LABELS, guidance_scale=schedule.guidance, generator=seed()))
         return as_images(pipe(batch_size=2, generator=seed()))
@@ -181,9 +184,9 @@ def test_masks_and_steps_hold_whatever_a_call_asks_for(tmp_path: Path) -> None:
     pipe, schedule, draw, _ = make("sd-heun", tmp_path)
     apply(pipe, schedule)
     wanted = draw(pipe)
-    scale = schedule.guidance
+    given = {"guidance_scale": schedule.guidance, "height": 32, "width": 32}
     for asked in ({"num_inference_steps": 9}, {"timesteps": [700, 3]}):
-        found = pipe(PROMPTS, guidance_scale=scale, generator=seed(), **asked)
+        found = pipe(PROMPTS, generator=seed(), **given, **asked)
         assert torch.equal(as_images(found), wanted)
 
 
@@ -292,7 +295,7 @@ def test_pipelines_of_another_kind_are_refused_and_left_alone(tmp_path: Path) ->
         (example(skips=(("mid.9",), (), ())), r"skips 'mid\.9', and the pipeline's UNet2DModel has no such layer"),
         (example(skips=(("conv_in",), (), ())), "skips 'conv_in'"),
         (example(solver="plms"), "no scheduler that takes the steps of plms"),
-        (example(noise=None), "no noise levels"),
+        (example().model_copy(update={"noise": None}), "no noise levels"),
     ]
     for schedule, message in refused:
         with pytest.raises(ConfigError, match=message) as caught:

@@ -155,7 +155,7 @@ def test_a_wrong_setting_of_the_solver_is_one_line(setting: str, message: str) -
 
 
 def test_eta_is_for_ddim() -> None:
-    with pytest.raises(ConfigError, match="eta 0.5 is for solver ddim alone, solver is 'heun'"):
+    with pytest.raises(ConfigError, match=r"eta 0\.5 is for solver ddim alone, solver is 'heun'"):
         c.parse_config(TABLE, ["sampling.eta=0.5", "sampling.solver=heun"])
 
 

@@ -8,10 +8,6 @@ architecture; for any other architecture nothing can be seen.
 
 from __future__ import annotations
 
-import pickle
-import re
-import warnings
-import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -326,35 +322,11 @@ def _load(path: Path, build: Callable[[Mapping[str, Tensor]], Built]) -> Built:
     """The network that ``build`` makes of the checkpoint; its errors name the file."""
     if not path.is_file():
         raise ModelError(f"{path}: no such file; give a checkpoint as guided-diffusion saves it, or as safetensors")
-    weights = read_weights([path]) if path.suffix == ".safetensors" else _read_checkpoint(path)
+    weights = read_weights([path])
     try:
         return build(weights)
     except ModelError as error:
         raise ModelError(f"{path}: {error}") from error
-
-
-def _read_checkpoint(path: Path) -> dict[str, Tensor]:
-    """What ``torch.save`` wrote. Its pickle is read without running what it asks for."""
-    zipped = zipfile.is_zipfile(path)
-    try:
-        with warnings.catch_warnings(action="ignore"):  # torch's remarks on pickles that it then refuses
-            stored = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
-    except Exception as error:  # a damaged or hostile file can raise anything
-        asked = re.search(r"GLOBAL ([\w.]+)", str(error))
-        if isinstance(error, pickle.UnpicklingError) and asked:
-            raise ModelError(
-                f"{path}: asks for {asked[1]}, which is code and not run; save the state dict alone, or as safetensors"
-            ) from None
-        reason = "cannot be read" if zipped else "is damaged or cut short, or is no PyTorch checkpoint"
-        raise ModelError(f"{path}: {reason} ({type(error).__name__}); copy it anew") from error
-    if not isinstance(stored, dict) or not all(isinstance(value, Tensor) for value in stored.values()):
-        held = (
-            f"entries {', '.join(map(str, [*stored][:3]))}"
-            if isinstance(stored, dict)
-            else f"a {type(stored).__name__}"
-        )
-        raise ModelError(f"{path}: holds {held}, not tensors by name; save the state dict alone")
-    return stored
 
 
 def convert(state_dict: Mapping[str, Tensor], fields: AdmFields) -> nn.Module:

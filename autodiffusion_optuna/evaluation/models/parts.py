@@ -6,6 +6,9 @@ import hashlib
 import inspect
 import json
 import pickle
+import re
+import warnings
+import zipfile
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -107,29 +110,44 @@ def _missing(folder: Path, name: str) -> str:
 
 
 def read_weights(files: Sequence[Path]) -> dict[str, Tensor]:
-    """All tensors of safetensors or ``.bin`` files by name. ``ModelError`` where one is damaged or holds code."""
+    """All tensors of safetensors or ``torch.save`` files by name. ``ModelError`` where one is damaged or holds code."""
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     weights: dict[str, Tensor] = {}
     for file in files:
+        if file.suffix != ".safetensors":
+            weights |= read_checkpoint(file)
+            continue
         try:
-            stored = (
-                load_file(file)
-                if file.suffix == ".safetensors"
-                else torch.load(file, map_location="cpu", weights_only=True)
-            )
-        except pickle.UnpicklingError as error:
-            raise ModelError(
-                f"{file}: is damaged, or holds more than tensors, which is not read ({first_line(error)}); "
-                "save the model as safetensors"
-            ) from error
-        except (SafetensorError, OSError, RuntimeError, EOFError, ValueError) as error:
+            weights |= load_file(file)
+        except (SafetensorError, OSError, ValueError) as error:
             raise ModelError(f"{file}: is damaged or cut short ({first_line(error)}); copy it anew") from error
-        if not isinstance(stored, dict) or not all(isinstance(value, Tensor) for value in stored.values()):
-            raise ModelError(f"{file}: does not hold tensors by name; give a state dict")
-        weights |= stored
     return weights
+
+
+def read_checkpoint(path: Path) -> dict[str, Tensor]:
+    """What ``torch.save`` wrote. Its pickle is read without running what it asks for."""
+    zipped = zipfile.is_zipfile(path)
+    try:
+        with warnings.catch_warnings(action="ignore"):  # torch's remarks on pickles that it then refuses
+            stored = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
+    except Exception as error:  # a damaged or hostile file can raise anything
+        asked = re.search(r"GLOBAL ([\w.]+)", str(error))
+        if isinstance(error, pickle.UnpicklingError) and asked:
+            raise ModelError(
+                f"{path}: asks for {asked[1]}, which is code and not run; save the state dict alone, or as safetensors"
+            ) from None
+        reason = "cannot be read" if zipped else "is damaged or cut short, or is no PyTorch checkpoint"
+        raise ModelError(f"{path}: {reason} ({type(error).__name__}); copy it anew") from error
+    if not isinstance(stored, dict) or not all(isinstance(value, Tensor) for value in stored.values()):
+        held = (
+            f"entries {', '.join(map(str, [*stored][:3]))}"
+            if isinstance(stored, dict)
+            else f"a {type(stored).__name__}"
+        )
+        raise ModelError(f"{path}: holds {held}, not tensors by name; save the state dict alone")
+    return stored
 
 
 class _Uninitialised(TorchFunctionMode):
