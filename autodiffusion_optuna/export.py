@@ -154,16 +154,16 @@ def _head(schedule: Schedule, note: str = "") -> str:
         if fresh
         else f"{schedule.score.value:.4g} on the search's {schedule.score.images} images"
     )
-    steps = f"{schedule.solver}, {len(schedule.timesteps)} steps"
-    note = f"\n\n{note}." if note else ""
-    return f'"""Study {schedule.study}: {steps}, {schedule.score.metric} {scored}.{note}\n"""\n\n'
+    what = f"Study {schedule.study}: {schedule.solver}, {len(schedule.timesteps)} steps"
+    text = f"{what}, {schedule.score.metric} {scored}." + (f"\n\n{note}.\n" if note else "")
+    return '"""' + text.replace("\\", "/").replace('"', "'") + '"""\n\n'
 
 
 def _imports(*lines: str) -> str:
     """Import lines in groups: standard library, others, this package."""
     own = sorted(line for line in lines if "autodiffusion_optuna" in line)
     standard = sorted(line for line in lines if line in STANDARD)
-    others = sorted((line for line in lines if line not in own + standard), key=lambda line: line.split()[1])
+    others = sorted((line for line in lines if line not in own + standard), key=lambda line: line.startswith("from"))
     return "\n\n".join("\n".join(group) for group in (standard, others, own) if group) + "\n\n"
 
 
@@ -342,12 +342,12 @@ def _loop(schedule: Schedule, recipe: Recipe, decoder: tuple[str, str] | None) -
     asked = listed or f"{len(schedule.timesteps)}, "
     scales = recipe.scales and not schedule.masked  # apply keeps states as this model knows them
     setup, label, guided = _labels(schedule)
+    shape = ", ".join(map(str, schedule.model.shape)) if schedule.model.shape else "*shape"
     text = f"scheduler.set_timesteps({asked}device=device)\n{setup}"
-    shape = "(unet.config.in_channels, unet.config.sample_size, unet.config.sample_size)"
-    if schedule.model.shape:
-        shape = repr(schedule.model.shape)
+    if not schedule.model.shape:
+        text += "shape = (unet.config.in_channels, unet.config.sample_size, unet.config.sample_size)\n"
     text += (
-        f"\ngenerator = torch.Generator().manual_seed(0)\nx = torch.randn({IMAGES}, *{shape}, generator=generator)\n"
+        f"\ngenerator = torch.Generator().manual_seed(0)\nx = torch.randn({IMAGES}, {shape}, generator=generator)\n"
         f"x = x.to(device){' * scheduler.init_noise_sigma' if scales else ''}\n"
         "with torch.inference_mode():\n    for t in scheduler.timesteps:\n"
     )
@@ -377,14 +377,14 @@ def _labels(schedule: Schedule) -> tuple[str, str, bool]:
     null = schedule.config.model.fields.get("null_class") if schedule.config else None
     classes = "range(unet.config.num_class_embeds)"
     if null is not None:
-        classes = f"[c for c in {classes} if c != {null}]"
+        classes = f"[c for c in {classes} if c != {null!r}]"
     setup = (
         f"classes = {classes}\n"
         f"labels = torch.tensor([classes[i % len(classes)] for i in range({IMAGES})], device=device)\n"
     )
     guided = schedule.model.guidance == "free" and schedule.guidance not in (None, 1)
     if guided:
-        setup += f"none = torch.full_like(labels, {null})\n"
+        setup += f"none = torch.full_like(labels, {null!r})\n"
     return setup, ", class_labels=labels", guided
 
 
@@ -420,7 +420,8 @@ def _decoder(schedule: Schedule) -> tuple[str, str] | None:
         if path is not None:
             config = json.loads(path.read_text(encoding="utf-8"))
             plain = not any(config.get(key) for key in ("latents_mean", "latents_std", "shift_factor"))
-            return (config["_class_name"], part) if plain else None
+            name = str(config.get("_class_name"))
+            return (name, part) if plain and name.isidentifier() else None
     return None
 
 

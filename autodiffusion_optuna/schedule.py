@@ -15,7 +15,7 @@ import numpy as np
 from pydantic import ConfigDict, Field, ValidationError, model_validator
 
 from autodiffusion_optuna.candidate import Candidate, skip_set
-from autodiffusion_optuna.config import ModelConfig, ScoreConfig, Section
+from autodiffusion_optuna.config import NAME_PATTERN, ModelConfig, ScoreConfig, Section
 from autodiffusion_optuna.errors import ConfigError
 from autodiffusion_optuna.noise import Final, NoiseSchedule
 
@@ -23,6 +23,9 @@ FORMAT = 2
 MAX_TIMESTEPS = 1_000_000
 """Largest grid of model times that a file is believed to have."""
 
+# Names become file names and code in exports, so they hold nothing else.
+Name = Annotated[str, Field(pattern=NAME_PATTERN)]
+Identifier = Annotated[str, Field(pattern=r"^\w+$")]
 Index = Annotated[int, Field(ge=0)]
 Shape = tuple[int, int, int]
 
@@ -42,7 +45,7 @@ class ModelPart(Table):
 
     source: str
     sha256: str
-    kind: str
+    kind: Identifier
     prediction: str | None = None
     clip: bool
     precision: Literal["float32", "bfloat16", "float16"] = "float32"
@@ -111,10 +114,10 @@ class Schedule(Table):
     """
 
     format: Literal[2] = 2
-    study: str
+    study: Name
     model: ModelPart
     train_timesteps: Annotated[int, Field(ge=1, le=MAX_TIMESTEPS)]
-    solver: str
+    solver: Identifier
     final: Literal["one", "first"]
     eta: Annotated[float, Field(ge=0, le=1)] = 0.0
     amplification_cap: Annotated[float, Field(ge=1)] | None = None

@@ -59,6 +59,8 @@ def facts() -> str:
     """What the machinery costs and saves, one line each."""
     overhead, prefix, mixture, frechet = load("overhead"), load("prefix"), load("mixture"), load("frechet")
     ours, published = mixture["adopt, 100 trials"], mixture["paper, 100 trials"]
+    solvers, skipping = load("prefix_solvers"), load("skip_time")
+    saved = [solver["saved"] for solver in solvers.values()]
     lines = [
         f"Overhead: a search takes {overhead['ratio']:.2f} times the bare network time of the same evaluations "
         "([overhead.json](benchmarks/results/overhead.json)).",
@@ -67,6 +69,12 @@ def facts() -> str:
         f"{prefix['evaluations saved, digits-4']:.0%} of the network evaluations of `digits-4` and "
         f"{prefix['evaluations saved, digits-4-paper']:.0%} of `digits-4-paper` "
         "([prefix.json](benchmarks/results/prefix.json)).",
+        f"The same with each of {len(solvers)} solvers, over a walk of one-gene changes: "
+        f"{sum(solver['differ'] for solver in solvers.values())} runs differ in any bit, and {min(saved):.0%} to "
+        f"{max(saved):.0%} of the evaluations are saved ([prefix_solvers.json](benchmarks/results/prefix_solvers.json)).",
+        f"Skipped cost is saved time: over {skipping['masks']} random masks of {skipping['units']} layers, counted and "
+        f"measured time correlate by {skipping['correlation of predicted and measured time']:.2f} "
+        "([skip_time.json](benchmarks/results/skip_time.json)).",
         f"Regret: where all {mixture['candidates']:,} candidates are known (analytic mixture, K = 3 on a grid of 40), "
         f"100 trials come within {ours[REGRET]:.2%} of the distance from the optimum to the median candidate; the "
         f"published operators within {published[REGRET]:.2%}; means of {ours['seeds']} seeds "

@@ -1,9 +1,12 @@
-"""An exported script, run as printed, draws the images of our own sampler."""
+"""An exported script, run as printed on an unmodified model, draws the images of our own sampler."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator
+import re
+import runpy
+import subprocess
+import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,98 +14,361 @@ import numpy as np
 import pytest
 import torch
 from command import Adopt
-from diffusers import DDIMScheduler, UNet2DModel
+from example_schedules import example, ours, schedule_of
+from tiny_models import make_unet, make_vae, write_class_conditional, write_ddpm, write_dit
+from tiny_pipelines import write_flux, write_sd, write_sd3, write_sdxl
+from torch import Tensor
 
-from autodiffusion_optuna.candidate import Candidate
-from autodiffusion_optuna.errors import ConfigError
+from autodiffusion_optuna import Schedule
+from autodiffusion_optuna.errors import ConfigError, StudyError
 from autodiffusion_optuna.evaluation.models import load_model
-from autodiffusion_optuna.evaluation.prefix import Tally, remembering
-from autodiffusion_optuna.evaluation.solvers import SOLVERS, times
-from autodiffusion_optuna.export import load_schedule
+from autodiffusion_optuna.export import FORMS, export_schedule, export_text, load_schedule, schedule_text
+from autodiffusion_optuna.noise import flow, linear
+from autodiffusion_optuna.records import Fresh
+from autodiffusion_optuna.report import load_study
+from autodiffusion_optuna.schedule import ConfigPart, FreshPart, ScorePart
+from autodiffusion_optuna.storage import open_storage, storage_url
+
+pytestmark = pytest.mark.filterwarnings("ignore:algorithm_type dpmsolver is deprecated:FutureWarning")
+
+TIMESTEPS = (951, 600, 333, 40)
+SKIPS = ((1, 2), (), (0,), (2,))
 
 
-@pytest.fixture(params=["flat", "pipeline"])
-def model_folder(folder: Path, request: pytest.FixtureRequest) -> Iterator[Path]:
-    """A small real model in both layouts that diffusers writes."""
-    torch.manual_seed(0)
-    network = UNet2DModel(
-        sample_size=8,
-        in_channels=1,
-        out_channels=1,
-        layers_per_block=1,
-        block_out_channels=(8, 16),
-        norm_num_groups=4,
-        attention_head_dim=4,
-        down_block_types=("DownBlock2D", "AttnDownBlock2D"),
-        up_block_types=("AttnUpBlock2D", "UpBlock2D"),
+def run(folder: Path, schedule: Schedule) -> Tensor:
+    """int32 [B, C, H, W] that the script draws, run as printed in the folder of its JSON."""
+    schedule.write(folder / f"{schedule.study}.json")
+    script = folder / f"{schedule.study}.py"
+    script.write_text(schedule_text(schedule, "diffusers"))
+    images = runpy.run_path(str(script))["images"]
+    if isinstance(images, Tensor):
+        return images.int()
+    return torch.stack([torch.from_numpy(np.array(image)).permute(2, 0, 1) for image in images]).int()
+
+
+def flat(folder: Path) -> None:
+    """A network with its scheduler beside it: no pipeline."""
+    from diffusers import DDPMScheduler
+
+    make_unet(in_channels=1, out_channels=1).save_pretrained(folder)
+    DDPMScheduler().save_pretrained(folder)
+
+
+def learned_variance(folder: Path) -> None:
+    write_ddpm(folder, out_channels=6)
+
+
+def latent(folder: Path) -> None:
+    from diffusers import DDPMScheduler
+
+    make_unet(in_channels=4, out_channels=4, sample_size=8).save_pretrained(folder / "unet")
+    make_vae().save_pretrained(folder / "vae")
+    DDPMScheduler().save_pretrained(folder / "scheduler")
+
+
+Case = tuple[Callable[[Path], Any], dict[str, Any], dict[str, Any]]
+NETWORKS: dict[str, Case] = {
+    "ddim": (write_ddpm, {}, {"solver": "ddim"}),
+    "ddim-first": (write_ddpm, {"clip": False}, {"solver": "ddim", "final": "first"}),
+    "ddim-eta": (write_ddpm, {}, {"solver": "ddim", "eta": 1.0}),
+    "dpmpp_2m-flat": (flat, {}, {"solver": "dpmpp_2m"}),
+    "dpmpp_3m-variance": (learned_variance, {}, {"solver": "dpmpp_3m", "final": "first"}),
+    "dpmpp_2s-latent": (latent, {}, {"solver": "dpmpp_2s"}),
+    "dpm_solver_2": (write_ddpm, {}, {"solver": "dpm_solver_2"}),
+    "heun": (write_ddpm, {}, {"solver": "heun"}),
+    "heun-first": (write_ddpm, {}, {"solver": "heun", "final": "first"}),
+    "lms": (write_ddpm, {"clip": False}, {"solver": "lms"}),
+    "unipc_3": (write_ddpm, {}, {"solver": "unipc_3"}),
+    "deis_3": (write_ddpm, {}, {"solver": "deis_3"}),
+    "classes": (write_class_conditional, {}, {"solver": "dpmpp_2m"}),
+    "classes-guided": (
+        write_class_conditional,
+        {"fields": {"null_class": 1}},
+        {"solver": "ddim", "guidance": 2.5},
+    ),
+}
+
+
+@pytest.mark.parametrize("masked", [False, True], ids=["plain", "masked"])
+@pytest.mark.parametrize("name", NETWORKS)
+def test_the_script_of_a_network_draws_our_images(folder: Path, name: str, masked: bool) -> None:
+    write, options, fields = NETWORKS[name]
+    write(folder / "net")
+    if masked:
+        fields = {**fields, "skips": SKIPS}
+    schedule = schedule_of(Path("net"), options, timesteps=TIMESTEPS, **fields)
+    classes = [] if "classes" not in name else [i % (4 if "guided" in name else 5) for i in range(16)]
+    drawn = run(folder, schedule)
+    assert drawn.shape == (16, *(schedule.model.image_shape or ()))
+    assert int((drawn - ours(schedule, 16, classes, options).int()).abs().max()) <= 2
+    assert ("autodiffusion_optuna" in (folder / "mine.py").read_text()) == masked
+
+
+PIPELINES: dict[str, Case] = {
+    "sd-dpmpp_2m": (write_sd, {}, {"solver": "dpmpp_2m", "guidance": 5.0}),
+    "sd-unipc_2": (write_sd, {"negative_prompt": "a dog"}, {"solver": "unipc_2", "final": "first"}),
+    "sd-heun": (write_sd, {}, {"solver": "heun"}),
+    "sd-v-deis_2": (lambda folder: write_sd(folder, "v_prediction"), {}, {"solver": "deis_2"}),
+    "sdxl-ddim": (write_sdxl, {}, {"solver": "ddim"}),
+    "sd3-ddim": (lambda folder: write_sd3(folder, t5=True), {}, {"solver": "ddim"}),
+    "sd3-unipc_2": (lambda folder: write_sd3(folder, t5=True), {}, {"solver": "unipc_2", "guidance": 4.0}),
+    "flux-euler": (write_flux, {}, {"solver": "euler", "guidance": 2.0}),
+    "flux-dpmpp_2m": (write_flux, {}, {"solver": "dpmpp_2m", "final": "first"}),
+    "dit-dpmpp_2m": (lambda folder: write_dit(folder, num_embeds_ada_norm=1000), {}, {"solver": "dpmpp_2m"}),
+    "dit-deis_2": (lambda folder: write_dit(folder), {}, {"solver": "deis_2", "guidance": 1.0}),
+    "dit-heun": (lambda folder: write_dit(folder), {}, {"solver": "heun", "guidance": 1.0}),
+}
+NEEDS_APPLY = ("dit-heun",)  # a scheduler of states that this pipeline does not scale
+
+
+@pytest.mark.parametrize("name", PIPELINES)
+def test_the_script_of_a_pipeline_draws_our_images(folder: Path, name: str) -> None:
+    write, options, fields = PIPELINES[name]
+    write(folder / "net")
+    chosen = [0, 1, 2, 3]
+    if not name.startswith("dit"):
+        (folder / "prompts.txt").write_text("a photograph of a cat\n")
+        options = {**options, "prompts": "prompts.txt", "size": [32, 32]}
+        chosen = [0]
+    for masked in (False, True):
+        schedule = schedule_of(
+            Path("net"), options, timesteps=TIMESTEPS, **{**fields, **({"skips": SKIPS} if masked else {})}
+        )
+        drawn = run(folder, schedule)
+        assert int((drawn - ours(schedule, len(chosen), chosen, options).int()).abs().max()) <= 2
+        uses_us = "autodiffusion_optuna" in (folder / "mine.py").read_text()
+        assert uses_us == (masked or name in NEEDS_APPLY)
+
+
+PACKAGE: dict[str, tuple[Case, str]] = {
+    "plms": ((write_ddpm, {}, {"solver": "plms", "skips": SKIPS}), "no scheduler that takes the steps of plms"),
+    "eta": ((write_ddpm, {}, {"solver": "ddim", "eta": 0.5}), "with eta = 0.5"),
+    "capped": (
+        (write_ddpm, {"clip": False}, {"solver": "deis_2", "amplification_cap": 4.0}),
+        "with an amplification cap of 4",
+    ),
+    "sd": (
+        (write_sd, {"prompts": "prompts.txt", "size": [32, 32], "negative_prompt": "a dog"}, {"solver": "plms_ab"}),
+        "no scheduler that takes the steps of plms_ab",
+    ),
+    "below 1": ((write_dit, {}, {"guidance": 0.5}), "apply no guidance below a scale of 1"),
+}
+
+
+@pytest.mark.parametrize("name", PACKAGE)
+def test_where_diffusers_falls_short_our_sampler_is_used_and_the_script_says_why(folder: Path, name: str) -> None:
+    (write, options, fields), why = PACKAGE[name]
+    write(folder / "net")
+    (folder / "prompts.txt").write_text("a cat\na dog\n")
+    schedule = schedule_of(Path("net"), options, timesteps=TIMESTEPS, **fields)
+    assert why in schedule_text(schedule, "diffusers")
+    drawn = run(folder, schedule)
+    chosen = [i % 2 if name == "sd" else i % 10 for i in range(16)]
+    assert torch.equal(drawn, ours(schedule, 16, chosen, options).int())
+
+
+def test_plain_scripts_run_where_this_package_is_not(folder: Path) -> None:
+    write_ddpm(folder / "net")
+    schedule = schedule_of(Path("net"), solver="dpmpp_2m", timesteps=TIMESTEPS)
+    (folder / "mine.py").write_text(schedule_text(schedule, "python"))
+    code = (
+        "import sys; sys.modules['autodiffusion_optuna'] = None\n"
+        "import runpy, torch; torch.save(runpy.run_path('mine.py')['images'], 'images.pt')\n"
     )
-    parts = ("unet", "scheduler") if request.param == "pipeline" else ("", "")
-    network.save_pretrained(folder / "net" / parts[0])
-    DDIMScheduler(num_train_timesteps=100).save_pretrained(folder / "net" / parts[1])
-    images = np.random.default_rng(0).integers(0, 256, (80, 8, 8, 1), dtype=np.uint8)
-    np.savez(folder / "images.npz", arr_0=images)
-    return folder / "net"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=folder, capture_output=True)
+    drawn = torch.load(folder / "images.pt", weights_only=True).int()
+    assert int((drawn - ours(schedule, 16).int()).abs().max()) <= 2
 
 
-def searched(adopt: Adopt, *settings: str) -> dict[str, Any]:
-    """Search six trials on the small model and export: the JSON schedule; ``exported/mine.py`` lies beside it."""
-    given = ["name=mine", "model.source=net", "score.reference=images.npz", "search.trials=9", *settings]
-    arguments = [argument for setting in given for argument in ("--set", setting)]
-    ran = adopt("run", "--study", "quick.toml", *arguments)
-    assert ran.code == 0, ran
-    Path("exported").mkdir()
-    assert adopt("export", "--study", "mine", "--out", "exported").code == 0
-    schedule: dict[str, Any] = json.loads(Path("exported/mine.json").read_text())
-    return schedule
+def test_scripts_load_the_model_as_the_study_did() -> None:
+    """Hub ids and single files cannot be run here; their lines are compared."""
+
+    def script(**model: Any) -> str:
+        part = {"kind": "StableDiffusionPipeline", "guidance": "free", **model}
+        config: Any = {"source": part.get("source", "net"), "config": "base"}
+        sections = ConfigPart.model_validate({"model": config, "score": {"extractor": "clip"}})
+        text = schedule_text(example(model=part, guidance=7.5, config=sections), "diffusers")
+        compile(text, "mine.py", "exec")
+        return text
+
+    hub = script(source="org/name@v1")
+    assert "MODEL = 'org/name'\n" in hub
+    assert "StableDiffusionPipeline.from_pretrained(MODEL, revision='v1')\n" in hub
+    assert "from_single_file(MODEL, config='base')" in script(source="sd.safetensors")
+    assert "torch_dtype=torch.bfloat16" in script(precision="bfloat16")
+    adm = schedule_text(example(model={"kind": "adm", "source": "adm:x.pt"}, config=adm_config()), "diffusers")
+    compile(adm, "mine.py", "exec")
+    assert "no pipeline for this model (adm)" in adm
+    assert "import Options, load_model" in adm
+    assert "options=Options(preset='imagenet64', fields={'num_classes': 5}, classifier=Path('c.pt'))" in adm
+    assert "trust=True" in schedule_text(example(model={"kind": "plugin"}, config=adm_config()), "diffusers")
 
 
-def ours(candidate: Candidate, solver: str, final: str, clip: bool) -> torch.Tensor:
-    """Images of our own sampler from the noise that the exported scripts draw."""
-    model = load_model("net", clip=clip)
-    noise = torch.randn(16, *model.shape, generator=torch.Generator().manual_seed(0))
-    nodes = times(model.schedule, candidate.timesteps, final)  # type: ignore[arg-type]
-    denoise = remembering(model.denoiser, candidate, None, (), Tally())
-    return model.to_images(SOLVERS[solver](denoise, noise, nodes))
+def adm_config() -> ConfigPart:
+    model = {"source": "x", "preset": "imagenet64", "fields": {"num_classes": 5}, "classifier": "c.pt"}
+    return ConfigPart.model_validate({"model": model, "score": {"extractor": "clip"}})
+
+
+# ComfyUI
+
+
+def sigmas(schedule: Schedule) -> tuple[list[str], list[float]]:
+    """Comment lines, and the numbers as the node finds them."""
+    *notes, line = schedule_text(schedule, "comfyui").splitlines()
+    assert all(note.startswith("# ") for note in notes)
+    assert "e" not in line
+    return notes, [float(number) for number in re.findall(r"[-+]?(?:\d*\.*\d+)", line)]
+
+
+def test_comfyui_is_given_sigma_over_alpha() -> None:
+    betas = np.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2
+    abar = np.cumprod(1 - betas)
+    from autodiffusion_optuna.noise import scaled_linear
+
+    timesteps = (999, 613, 208, 0)
+    part = {"kind": "StableDiffusionPipeline", "guidance": "free"}
+    schedule = example(scaled_linear(), timesteps=timesteps, solver="dpmpp_2m", guidance=7.5, model=part)
+    notes, found = sigmas(schedule)
+    wanted = [*(((1 - abar[t]) / abar[t]) ** 0.5 for t in timesteps), 0.0]
+    np.testing.assert_allclose(found, wanted, rtol=1e-9, atol=1e-12)
+    assert found[0] == pytest.approx(14.614642, abs=1e-4)  # sigma_max of Stable Diffusion in k-diffusion
+    assert notes[1:] == ["# Sampler: dpmpp_2m.", "# Guidance: 7.5 (cfg)."]
+    last = sigmas(example(scaled_linear(), timesteps=timesteps, final="first"))[1][-1]
+    assert last == pytest.approx(((1 - abar[0]) / abar[0]) ** 0.5, rel=1e-9)
+
+
+def test_comfyui_is_given_the_levels_of_a_flow() -> None:
+    part = {"kind": "FluxPipeline", "prediction": "flow_prediction", "guidance": "embedded"}
+    schedule = example(flow(1000, 3.0), timesteps=(999, 500, 3), guidance=3.5, model=part)
+    notes, found = sigmas(schedule)
+    u = np.array([1000, 501, 4]) / 1001
+    np.testing.assert_allclose(found, [*(3 * u / (1 + 2 * u)), 0.0], atol=1e-11)
+    assert notes[1:] == ["# Sampler: euler.", "# Guidance: 3.5 (guidance of FluxGuidance, with a cfg of 1)."]
+    assert "another coordinate" in sigmas(schedule.model_copy(update={"solver": "heun"}))[0][1]
 
 
 @pytest.mark.parametrize(
-    ("solver", "final", "clip", "masked"),
+    ("fields", "note"),
     [
-        ("ddim", "one", True, False),
-        ("ddim", "first", False, False),
-        ("ddim", "one", True, True),
-        ("dpmpp_2m", "one", False, False),
-        ("dpmpp_2m", "first", True, True),
-        ("heun", "one", True, False),
-        ("heun", "first", True, False),
-        ("plms", "one", True, True),
+        ({"solver": "euler"}, "Sampler: euler."),
+        ({"solver": "heun"}, "Sampler: heun."),
+        ({"solver": "lms"}, "Sampler: lms."),
+        ({"solver": "unipc_3"}, "Sampler: uni_pc_bh2 (approximately"),
+        ({"solver": "deis_3"}, "Sampler: deis (approximately"),
+        ({"solver": "plms"}, "Sampler: ipndm (approximately"),
+        ({"eta": 0.5}, "Sampler: euler_ancestral (set eta = 0.5"),
+        ({"solver": "plms_ab"}, "Sampler: ComfyUI has none that takes the steps of plms_ab; the nearest is euler."),
+        ({"solver": "deis_2", "amplification_cap": 4.0}, "ComfyUI has none that takes the steps of deis_2 with"),
+        ({"skips": (("a",), (), ())}, "ComfyUI cannot skip layers by step"),
+        ({"solver": "dpmpp_2m", "final": "first"}, "may be of a higher order"),
+        ({}, "The first level is not the model's highest"),
+        ({}, "ComfyUI has no loader for this model (UNet2DModel)"),
+        ({"model": {"kind": "adm"}}, "ComfyUI has no loader for this model (adm)"),
     ],
 )
-def test_the_script_draws_our_images(
-    model_folder: Path, adopt: Adopt, solver: str, final: str, clip: bool, masked: bool
-) -> None:
-    settings = [f"sampling.solver={solver}", f"sampling.final={final}", f"model.clip={str(clip).lower()}"]
-    if masked:  # a budget below three full steps, so that the best candidate must skip something
-        settings += ["search.max_skip=0.6", "search.max_cost=0.9", "search.trials=14"]
-    schedule = searched(adopt, *settings)
-    assert any(schedule["skips"]) == masked
-    units = load_model("net").units
-    candidate = load_schedule(Path("exported/mine.json"), units)
-    assert candidate.timesteps == tuple(schedule["timesteps"])
-    assert candidate.skip_names(units) == schedule["skips"]
-    names: dict[str, Any] = {}
-    exec(compile(Path("exported/mine.py").read_text(), "mine.py", "exec"), names)
-    difference = names["images"].int() - ours(candidate, solver, final, clip).int()
-    assert int(difference.abs().max()) <= 2
+def test_comfyui_is_told_what_differs(fields: dict[str, Any], note: str) -> None:
+    assert any(note in line for line in sigmas(example(**fields))[0])
 
 
-def test_a_damaged_schedule_is_refused_in_one_line(folder: Path) -> None:
-    path = folder / "schedule.json"
-    with pytest.raises(ConfigError, match="No such file"):
-        load_schedule(path, ())
-    path.write_text("{")
-    with pytest.raises(ConfigError, match="not one that adopt export wrote"):
-        load_schedule(path, ())
-    path.write_text('{"timesteps": [5, 2], "skips": [["down.0"], []]}')
-    with pytest.raises(ConfigError, match=r"down\.0"):
-        load_schedule(path, ("up.0",))
+def test_euler_ancestral_is_ddim_with_eta() -> None:
+    """What the note promises: k-diffusion's ancestral step, in sigma / alpha, is DDIM's with the same eta."""
+    noise = linear()
+    for s, t in ((901, 500), (500, 40)):
+        high, low = (noise.sigma(i) / noise.alpha(i) for i in (s, t))
+        up = 0.7 * (low**2 * (high**2 - low**2) / high**2) ** 0.5
+        fresh = (
+            0.7 * noise.sigma(t) * (1 - (noise.alpha(s) * noise.sigma(t) / noise.alpha(t) / noise.sigma(s)) ** 2) ** 0.5
+        )
+        assert up == pytest.approx(fresh / noise.alpha(t), rel=1e-12)
+
+
+# Forms and studies
+
+
+def test_forms_that_do_not_exist_or_cannot_be_are_refused() -> None:
+    with pytest.raises(ConfigError, match="unknown format 'comfy'; did you mean 'comfyui'"):
+        schedule_text(example(), "comfy")
+    for form in {*FORMS} - {"json"}:
+        with pytest.raises(ConfigError, match="mixture is not a model of diffusers or ComfyUI; export it with"):
+            schedule_text(example(model={"kind": "mixture"}), form)
+        with pytest.raises(ConfigError, match="no noise levels, being of an older version; continue the study"):
+            schedule_text(example().model_copy(update={"noise": None}), form)
+    assert schedule_text(example(), "json") == example().text()
+    assert schedule_text(example(), "python") == schedule_text(example(), "diffusers")
+
+
+def test_a_script_says_what_it_scored() -> None:
+    fresh = FreshPart(mean=12.345, low=12.0, high=12.7, images=5000, banks=3)
+    score = ScorePart(metric="FID", value=11.0, images=500, fresh=fresh)
+    assert "ddim, 3 steps, FID 12.35 on 3 x 5000 fresh images." in schedule_text(example(score=score), "python")
+    assert "FD(pixels) 1.25 on the search's 64 images." in schedule_text(example(), "python")
+
+
+def searched(adopt: Adopt, folder: Path, *settings: str) -> Any:
+    """A finished study of nine trials on a small real model."""
+    write_ddpm(folder / "net", sample_size=8, block_out_channels=(8, 16), norm_num_groups=4, attention_head_dim=4)
+    images = np.random.default_rng(0).integers(0, 256, (80, 8, 8, 3), dtype=np.uint8)
+    np.savez(folder / "images.npz", arr_0=images)
+    given = ["name=mine", "model.source=net", "score.reference=images.npz", "search.trials=9"]
+    given += ["score.images=16", "score.fresh_images=16", *settings]
+    arguments = [argument for setting in given for argument in ("--set", setting)]
+    ran = adopt("run", "--study", "quick.toml", *arguments)
+    assert ran.code == 0, ran
+    return load_study(open_storage(storage_url(None)), "mine")
+
+
+def test_a_study_is_exported_with_everything_that_repeats_it(folder: Path, adopt: Adopt) -> None:
+    # A budget below three full steps, so that the best candidate must skip something.
+    budget = ["search.max_skip=0.6", "search.max_cost=0.9", "search.trials=14"]
+    study = searched(adopt, folder, *budget, "sampling.solver=['deis', 'heun']", "sampling.order=3")
+    schedule = export_schedule(study)
+    (folder / "exported").mkdir()
+    assert adopt("export", "--study", "mine", "--out", "exported").code == 0
+    assert Schedule.read("exported/mine.json") == schedule
+    assert Path("exported/mine.py").read_text() == export_text(study, "python")
+
+    model, best = load_model("net", clip=None), study.best_trial
+    candidate = load_schedule(Path("exported/mine.json"), model.units)
+    chosen = best.user_attrs["candidate"]
+    assert chosen.endswith(candidate.key)
+    assert f"solver={schedule.solver}" in chosen
+    assert schedule.solver in ("deis_3", "heun")
+    assert schedule.masked
+    assert (schedule.cost, schedule.score.value) == (best.user_attrs["cost"], best.value)
+    assert schedule.model.clip
+    assert (schedule.model.sha256, schedule.model.kind) == (model.fingerprint, "DDPMPipeline")
+    assert schedule.model.shape == schedule.model.image_shape == (3, 8, 8)
+    np.testing.assert_array_equal(schedule.noise_schedule().alphas, model.schedule.alphas)
+    assert schedule.config is not None
+    assert schedule.config.model.source == "net"
+    assert schedule.guidance is None
+    fresh = schedule.score.fresh
+    assert fresh is not None
+    assert Fresh(fresh.images, (fresh.low, fresh.mean, fresh.high)).mean == pytest.approx(fresh.mean)
+
+    names = runpy.run_path("exported/mine.py")  # run from another folder than its own
+    assert int((names["images"].int() - ours(schedule, 16).int()).abs().max()) <= 2
+
+
+def test_fixed_settings_are_named_as_solvers_are(folder: Path, adopt: Adopt) -> None:
+    settings = ("sampling.solver='unipc'", "sampling.order=3", "sampling.final=['first']", "model.clip=false")
+    schedule = export_schedule(searched(adopt, folder, *settings))
+    assert (schedule.solver, schedule.final, schedule.eta, schedule.model.clip) == ("unipc_3", "first", 0.0, False)
+    assert not schedule.masked
+
+
+def test_a_study_of_the_mixture_is_exported_as_json_alone(folder: Path, adopt: Adopt) -> None:
+    assert adopt("run", "--study", "quick.toml", "--set", "search.trials=6").code == 0
+    study = load_study(open_storage(storage_url(None)), "quick")
+    schedule = Schedule.parse(export_text(study, "json"))
+    assert schedule.model.kind == "mixture"
+    with pytest.raises(ConfigError, match="mixture"):
+        export_text(study, "comfyui")
+
+
+def test_a_study_without_a_finished_trial_has_nothing_to_export(folder: Path, adopt: Adopt) -> None:
+    assert adopt("run", "--study", "quick.toml", "--set", "search.trials=6").code == 0
+    study = load_study(open_storage(storage_url(None)), "quick")
+    empty = type("Study", (), {"user_attrs": study.user_attrs, "get_trials": lambda *_, **__: []})()
+    with pytest.raises(StudyError, match="no finished trial to export; run it first"):
+        export_schedule(empty)
