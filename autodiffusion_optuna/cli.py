@@ -425,7 +425,14 @@ def export(
     if folder is not None and not folder.is_dir():
         raise ConfigError(f"folder {str(folder)!r} does not exist; create it or give another --out")
     found = _existing(study, storage_url(storage))[1]
-    texts = {FORMS[one].format(study): export_text(found, one) for one in wanted}
+    texts: dict[str, str] = {}
+    for one in wanted:
+        try:
+            texts[FORMS[one].format(study)] = export_text(found, one)
+        except ConfigError as error:
+            if form != "both" or not texts:
+                raise
+            err.print(f"no script: {error}")
     if folder is None:
         print("\n".join(texts.values()), end="")
         return

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,8 @@ from autodiffusion_optuna.evaluation.sampling import Sampling
 from autodiffusion_optuna.evaluation.solvers import times
 from autodiffusion_optuna.noise import NoiseSchedule, linear
 from autodiffusion_optuna.schedule import ConfigPart, ModelPart, NoisePart, Schedule, ScorePart
+
+OPTIONS = ("clip", "fields", "negative_prompt", "prompts", "size")
 
 
 def example(noise: NoiseSchedule | None = None, **fields: Any) -> Schedule:
@@ -71,8 +75,13 @@ def schedule_of(source: Path, options: dict[str, Any] | None = None, **fields: A
 
 
 def open_model(source: str, options: dict[str, Any] | None = None) -> Model:
-    """The model as a study opens it."""
-    given = dict(options or {})
+    """The model as a study opens it; the same one is not loaded twice in a row."""
+    return _open(str(Path(source).resolve()), json.dumps(options or {}))
+
+
+@functools.lru_cache(maxsize=2)
+def _open(source: str, options: str) -> Model:
+    given = json.loads(options)
     clip = given.pop("clip", None)
     if "prompts" in given:
         given["prompts"] = Path(given["prompts"])
@@ -81,11 +90,11 @@ def open_model(source: str, options: dict[str, Any] | None = None) -> Model:
     return load_model(source, clip=clip, options=Options(**given))
 
 
-def ours(
-    schedule: Schedule, images: int, chosen: Sequence[int] = (), options: dict[str, Any] | None = None
-) -> torch.Tensor:
+def ours(schedule: Schedule, images: int, chosen: Sequence[int] = ()) -> torch.Tensor:
     """uint8 [images, C, H, W] of our own sampler, from the noise that diffusers' pipelines draw for seed 0."""
-    model = open_model(schedule.model.source, {"clip": schedule.model.clip, **(options or {})})
+    assert schedule.config is not None
+    settings = schedule.config.model.model_dump(mode="json", exclude_defaults=True)
+    model = open_model(schedule.model.source, {key: value for key, value in settings.items() if key in OPTIONS})
     candidate = schedule.candidate(model.units, T=model.schedule.T)
     sampling = Sampling(**schedule.sampling_settings())
     generator = torch.Generator().manual_seed(0)
