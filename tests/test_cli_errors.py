@@ -221,6 +221,6 @@ def test_pictures_and_exports_need_a_folder(folder: Path, adopt: Adopt) -> None:
     check_refused(adopt("sample", "--study", "quick", "--out", "grid.xyz"), "grid.xyz")
     check_refused(adopt("export", "--study", "quick", "--out", "no"), "folder 'no'")
     check_refused(adopt("export", "--study", "quick", "--format", "yaml"), "unknown format 'yaml'", "json")
-    check_refused(adopt("export", "--study", "quick", "--format", "python"), "not a diffusers model")
+    check_refused(adopt("export", "--study", "quick", "--format", "python"), "not a model of diffusers")
     check_refused(adopt("show", "--study", "quik"), "did you mean 'quick'")
     check_refused(adopt("score", "--study", "quick", "--banks", "1"), "fresh_banks")

@@ -275,7 +275,7 @@ def check_json(data: dict[str, Any]) -> None:
         "best", "known", "evaluations", "seconds",
     ]  # fmt: skip
     assert (data["finished"], data["budget"]) == (26, 26)
-    assert list(data["best"]) == ["trial", "timesteps", "skips", "value", "cost", "fresh"]
+    assert list(data["best"]) == ["trial", "timesteps", "skips", "settings", "trace_ratio", "value", "cost", "fresh"]
     assert list(data["best"]["fresh"]) == ["mean", "low", "high", "images", "banks"]
     assert data["best"]["fresh"]["low"] < data["best"]["fresh"]["mean"] < data["best"]["fresh"]["high"]
     assert data["best"]["skips"] == [[], [], []]

@@ -364,7 +364,7 @@ def test_pickles_that_hold_code_are_refused(flat: Path, tmp_path: Path, monkeypa
     assert "which is code and not run" in refused(flat)
     assert not Path("harm-was-done").exists()
     torch.save([1, 2], flat / "diffusion_pytorch_model.bin")
-    assert "does not hold tensors by name" in refused(flat)
+    assert "not tensors by name" in refused(flat)
     for rest in (b"", b"not a pickle", b"PK"):
         (flat / "diffusion_pytorch_model.bin").write_bytes(rest)
         assert "damaged" in refused(flat)
