@@ -71,7 +71,8 @@ def facts() -> str:
         "([prefix.json](benchmarks/results/prefix.json)).",
         f"The same with each of {len(solvers)} solvers, over a walk of one-gene changes: "
         f"{sum(solver['differ'] for solver in solvers.values())} runs differ in any bit, and {min(saved):.0%} to "
-        f"{max(saved):.0%} of the evaluations are saved ([prefix_solvers.json](benchmarks/results/prefix_solvers.json)).",
+        f"{max(saved):.0%} of the evaluations are saved "
+        "([prefix_solvers.json](benchmarks/results/prefix_solvers.json)).",
         f"Skipped cost is saved time: over {skipping['masks']} random masks of {skipping['units']} layers, counted and "
         f"measured time correlate by {skipping['correlation of predicted and measured time']:.2f} "
         "([skip_time.json](benchmarks/results/skip_time.json)).",
