@@ -27,17 +27,37 @@ MODEL_FACTS = "model_facts"
 KNOWN_COSTS = "known_costs"
 """{name: cost} of the known schedules."""
 
-# Trial user attrs.
+ARTIFACTS = "artifacts"
+"""Where the pictures of this study's trials are kept, as ``artifacts.open_store`` takes it; absent without pictures."""
+
+# Trial user attrs; plain ones, so that optuna-dashboard shows a column of each.
 KNOWN_NAME = "known"
 CANDIDATE = "candidate"
 """Canonical key."""
-ORIGIN = "origin"
-"""{generation, stage, operator, parents, share}"""
+GENERATION = "generation"
+STAGE = "stage"
+"""1: timesteps alone; 2: timesteps and skipped layers."""
+OPERATOR = "operator"
+"""What proposed it: uniform, random, mutation, crossover or known."""
+PARENTS = "parents"
+"""Numbers of the trials it was made from."""
+SHARE = "share"
+"""Largest share of layers that a step could skip."""
 COST = "cost"
+IMAGES = "images"
+"""Images that its value was measured on."""
+NOTABLE = "notable"
+"""Why the trial has a picture: known, new best, or best of its generation."""
 SCORE = "score"
 """{rungs, run, saved, seconds_…}, see ``evaluation.evaluator.Score.to_json``."""
 
 FINISHED = (TrialState.COMPLETE, TrialState.PRUNED)
+
+
+def rung_key(images: int) -> str:
+    """Trial user attr of the distance at one rung below the last: a column of its own in the dashboard."""
+    return f"at {images} images"
+
 
 # Two-sided 95 % points of Student's t by degrees of freedom; beyond 30 the normal point is close enough.
 T_95 = (

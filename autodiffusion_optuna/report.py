@@ -17,6 +17,7 @@ from autodiffusion_optuna.errors import StudyError, choose_from
 from autodiffusion_optuna.storage import is_empty, open_storage
 
 PHASES = ("network", "features", "distance", "storage")
+FIRST = {records.GENERATION: 0, records.STAGE: 1}
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,8 +63,8 @@ class StudyReport:
     @property
     def last_origin(self) -> dict[str, Any]:
         """Generation and stage of the latest trial that has them."""
-        origins = [t.user_attrs[records.ORIGIN] for t in self.trials if records.ORIGIN in t.user_attrs]
-        return origins[-1] if origins else {"generation": 0, "stage": 1}
+        known = [t.user_attrs for t in self.trials if records.GENERATION in t.user_attrs]
+        return {key: known[-1][key] for key in (records.GENERATION, records.STAGE)} if known else FIRST
 
     @property
     def solver(self) -> str | list[str]:
@@ -84,10 +85,10 @@ class StudyReport:
         history: dict[int, tuple[int, float]] = {}
         best = float("inf")
         for trial in self.finished:
-            origin = trial.user_attrs.get(records.ORIGIN, {})
+            attrs = {**FIRST, **trial.user_attrs}
             if trial.state == TrialState.COMPLETE and trial.values:
                 best = min(best, trial.values[0])
-            history[origin.get("generation", 0)] = (origin.get("stage", 1), best)
+            history[attrs[records.GENERATION]] = (attrs[records.STAGE], best)
         return [(generation, stage, value) for generation, (stage, value) in sorted(history.items())]
 
     def to_json(self) -> dict[str, Any]:

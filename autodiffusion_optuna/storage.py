@@ -259,3 +259,23 @@ def put_back(storage: RDBStorage, study_name: str, number: int) -> None:
     trial_id = storage.get_trial_id_from_study_id_trial_number(study_id, number)
     if storage.get_trial(trial_id).state == TrialState.RUNNING:
         storage.set_trial_state_values(trial_id, TrialState.WAITING)
+
+
+def upgrade_storage(url: str) -> str:
+    """Bring the tables at ``url`` to the version that the installed Optuna needs; what was done, one line.
+
+    Raises StorageError where there is no database of Optuna's.
+    """
+    parsed = _parse(url)
+    try:
+        if parsed.get_backend_name() == "sqlite":
+            _check_sqlite(parsed, create=False)
+        _check_tables(parsed, create=False)
+        storage = RDBStorage(url, _engine_options(parsed), skip_compatibility_check=True, skip_table_creation=True)
+        before, needed = storage.get_current_version(), storage.get_head_version()
+        if before == needed:
+            return f"database {hide_password(url)!r} has version {needed} already"
+        storage.upgrade()
+    except (SQLAlchemyError, OptunaError, ImportError, OSError, RuntimeError) as error:
+        raise StorageError(_reason(url, error)) from None
+    return f"database {hide_password(url)!r} upgraded from version {before} to {needed}"

@@ -418,7 +418,8 @@ def _evaluate(
     candidate = parts.space.suggest(trial)
     proposal = parts.sampler.describe(study, trial.number)
     trial.set_user_attr(records.CANDIDATE, candidate.key)
-    trial.set_user_attr(records.ORIGIN, proposal)
+    for key, value in proposal.items():
+        trial.set_user_attr(key, value)
     trial.set_user_attr(records.COST, relative_cost(parts, candidate))
     storage_seconds = time.perf_counter() - started + tell_seconds
     try:
@@ -428,6 +429,9 @@ def _evaluate(
     except AdoptError as error:
         trial.set_user_attr(FAILURE, str(error))
         return TrialState.FAIL, None
+    for images, value in score.rungs[:-1]:
+        trial.set_user_attr(records.rung_key(images), value)
+    trial.set_user_attr(records.IMAGES, score.images)
     trial.set_user_attr(records.SCORE, {**score.to_json(), "seconds_storage": round(storage_seconds, 4)})
     if score.complete:
         return TrialState.COMPLETE, score.value

@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 from typer.testing import CliRunner
 
-from autodiffusion_optuna.cli_reference import reference_app
+from autodiffusion_optuna.commands.reference import reference_app
 from autodiffusion_optuna.errors import AdoptError, ConfigError, StatisticsError
 from autodiffusion_optuna.evaluation.features import DIGITS_WEIGHTS, load_extractor
 from autodiffusion_optuna.evaluation.reference import load_reference
@@ -110,7 +110,7 @@ def test_show_says_what_any_format_is(folder: Path, tmp_path: Path) -> None:
 def test_show_needs_no_torch() -> None:
     code = (
         "import sys\n"
-        "from autodiffusion_optuna.cli_reference import reference_app\n"
+        "from autodiffusion_optuna.commands.reference import reference_app\n"
         f"reference_app(['show', {str(DIGITS)!r}], standalone_mode=False)\n"
         "heavy = {'torch', 'diffusers', 'cleanfid', 'scipy', 'optuna'} & set(sys.modules)\n"
         "assert not heavy, heavy\n"

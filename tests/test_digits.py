@@ -59,7 +59,7 @@ def test_a_short_search_beats_the_known_schedules(tmp_path: Path) -> None:
 def test_the_layer_search_goes_through_both_stages_within_its_cost(tmp_path: Path) -> None:
     settings = ["search.trials=28", "search.stage_one_generations=2"]
     found = short_search(tmp_path, "digits-10-layers", *settings)
-    stages = [trial.user_attrs[records.ORIGIN]["stage"] for trial in found.trials]
+    stages = [trial.user_attrs[records.STAGE] for trial in found.trials]
     skipping = [":" in trial.user_attrs[records.CANDIDATE] for trial in found.trials]
     assert stages == [1] * 16 + [2] * 12
     assert not any(skipping[:16])

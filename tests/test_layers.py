@@ -16,9 +16,9 @@ RANK = {
     "errors": 0, "candidate": 1, "noise": 1, "config": 2, "search": 3, "evaluation": 3,
     "storage": 4, "records": 4, "report": 5, "study": 6, "export": 6, "plots": 6,
     "schedule": 4, "pipelines": 5, "transfer": 7,
-    "cli_reference": 8, "cli": 9, "__init__": 9, "__main__": 10,
+    "commands": 8, "cli": 9, "__init__": 9, "__main__": 10,
 }  # fmt: skip
-COMMANDS = ("cli", "cli_reference")
+COMMANDS = ("cli", "commands")
 MODULES = sorted(path.relative_to(PACKAGE) for path in PACKAGE.rglob("*.py"))
 
 

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from autodiffusion_optuna.commands.output import err, out
 from autodiffusion_optuna.errors import ConfigError, choose_from
 
 if TYPE_CHECKING:
@@ -21,9 +20,6 @@ if TYPE_CHECKING:
 reference_app = typer.Typer(
     no_args_is_help=True, rich_markup_mode=None, help="Build and inspect what generated images are compared with."
 )
-PIPE_WIDTH = 160  # of tables that go to a file or another program
-out = Console(highlight=False, markup=False, width=None if sys.stdout.isatty() else PIPE_WIDTH)
-err = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
 
 Force = Annotated[bool, typer.Option("--force", help="Overwrite the file.")]
 

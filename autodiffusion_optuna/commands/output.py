@@ -1,0 +1,157 @@
+"""What every command shares: consoles, options, and the tables that several of them print."""
+
+from __future__ import annotations
+
+import math
+import shlex
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+if TYPE_CHECKING:
+    import optuna
+    from optuna.storages import RDBStorage
+
+    from autodiffusion_optuna.candidate import Candidate
+    from autodiffusion_optuna.records import Fresh
+    from autodiffusion_optuna.report import StudyReport
+
+PIPE_WIDTH = 160  # of tables that go to a file or another program
+out = Console(highlight=False, markup=False, width=None if sys.stdout.isatty() else PIPE_WIDTH)
+err = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
+
+StudyName = Annotated[str, typer.Option("--study", help="A study in the database.")]
+StudyOption = Annotated[str | None, typer.Option("--study", help="A study in the database.")]
+ScheduleOption = Annotated[
+    Path | None, typer.Option("--schedule", help="A schedule that adopt export --format json wrote.")
+]
+Overrides = Annotated[list[str] | None, typer.Option("--set", help="key=value, as in the study file.")]
+StorageUrl = Annotated[
+    str | None,
+    typer.Option("--storage", help="Database URL or SQLite file; default $ADOPT_STORAGE, else sqlite:///adopt.db."),
+]
+Trust = Annotated[bool, typer.Option("--trust", help="Allow files that contain code (TorchScript weights).")]
+
+EXIT_INTERRUPTED = 130
+
+
+def say(text: str) -> None:
+    """Print a line that is never broken: commands must stay whole when copied."""
+    out.print(text, soft_wrap=True)
+
+
+def warn(warnings: list[str]) -> None:
+    """Print warnings on stderr, a line each."""
+    for warning in warnings:
+        err.print(f"warning: {warning}")
+
+
+def clock(seconds: float) -> str:
+    """Seconds as h:mm:ss."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+def existing(name: str, url: str) -> tuple[RDBStorage, optuna.Study]:
+    """The database at ``url`` and a study in it that adopt made (StorageError, StudyError)."""
+    from autodiffusion_optuna.report import load_study
+    from autodiffusion_optuna.storage import open_storage
+
+    database = open_storage(url, create=False)
+    return database, load_study(database, name)
+
+
+def print_result(study: optuna.Study, url: str) -> None:
+    """What a finished run prints: the table, and the commands that come next."""
+    from autodiffusion_optuna.report import read_report
+    from autodiffusion_optuna.storage import hide_password, storage_url
+
+    report = read_report(study)
+    print_table(report)
+    warn(variety_warning(report))
+    shown = hide_password(url)
+    tail = "" if url == storage_url(None) else f" --storage {shlex.quote(shown)}"
+    name, more = report.config.name, report.config.search.trials * 2
+    say("\nnext:")
+    for command, why in (
+        (f"adopt show --study {name}{tail}", "history, evaluations saved, seconds by phase"),
+        (f"adopt sample --study {name} --out {name}.png{tail}", "see the difference"),
+        (f"adopt export --study {name}{tail}", "apply it to the model with diffusers"),
+        (f"adopt run --study {name} --set search.trials={more}{tail}", "search on"),
+    ):
+        say(f"  {command}    # {why}")
+
+
+LOST_VARIETY = -0.2
+"""log of the variance of features over the reference's below which the best schedule is worth a look."""
+
+
+def variety_warning(report: StudyReport) -> list[str]:
+    """A warning where the best schedule may owe its value to images that are too much alike."""
+    ratio = report.best.trace_ratio if report.best else None
+    if ratio is None or ratio > LOST_VARIETY:
+        return []
+    share = math.exp(ratio)
+    return [f"the features of the best schedule's images have {share:.0%} of the reference's variance; look at samples"]
+
+
+def print_table(report: StudyReport) -> None:
+    """Schedules from best to worst: timesteps, value on the search's noise, value on fresh noise."""
+    if report.best is None:
+        say(f"study {report.config.name}: no candidate is finished yet")
+        return
+    fresh = report.best.fresh
+    noise = f"fresh noise, {fresh.banks} x {fresh.images}, 95 %" if fresh else "fresh noise"
+    table = Table(box=None, pad_edge=False, title_justify="left")
+    for column, justify in (("schedule", "left"), (report.metric, "right"), (noise, "right")):
+        table.add_column(column, justify=justify)  # type: ignore[arg-type]
+    table.add_column("cost", justify="right")
+    best = report.best
+    searched = bool(best.candidate.settings)
+    if searched:
+        table.add_column("settings", overflow="fold")
+    table.add_column("timesteps", overflow="fold")
+    rows: list[tuple[str, float | None, Fresh | None, float, Candidate]]
+    rows = [("best found", best.value, best.fresh, best.cost, best.candidate)]
+    known = sorted(report.known, key=lambda k: float("inf") if k.value is None else k.value)
+    rows += [(k.name, k.value, k.fresh, k.cost, k.candidate) for k in known]
+    for name, value, fresh, cost, candidate in rows:
+        shown = "-" if value is None else f"{value:.4g}"
+        interval = "-" if fresh is None else f"{fresh.mean:.4g} ± {fresh.half_width:.2g}"
+        timesteps = " ".join(str(t) for t in candidate.timesteps)
+        chosen = [", ".join(f"{setting} {value}" for setting, value in candidate.settings)] if searched else []
+        table.add_row(name, shown, interval, f"{cost:.2f}", *chosen, timesteps)
+    out.print(table)
+    if any(best.candidate.skips):
+        _print_skips(report)
+
+
+def _print_skips(report: StudyReport) -> None:
+    assert report.best is not None
+    say("\nlayers skipped by the best schedule:")
+    names = report.best.candidate.skip_names(report.units)
+    for timestep, skipped in zip(report.best.candidate.timesteps, names, strict=True):
+        say(f"  {timestep:>5}  {', '.join(skipped) or '-'}")
+
+
+def print_facts(report: StudyReport) -> None:
+    """Numbers of a study and its history, line by line."""
+    data = report.to_json()
+    run_count, saved = data["evaluations"]["run"], data["evaluations"]["saved"]
+    share = saved / max(run_count + saved, 1)
+    seconds = data["seconds"]
+    say(
+        f"\n{data['finished']} of {data['budget']} candidates finished, generation {data['generation']}, "
+        f"stage {data['stage']}, solver {data['solver']}, {data['images']} images a candidate",
+    )
+    say(f"network evaluations (an image each): {run_count:,} run, {saved:,} saved ({share:.0%})")
+    phases = ", ".join(f"{phase} {seconds[phase]:.1f}" for phase in ("network", "features", "distance", "storage"))
+    say(f"seconds: {phases}, total {seconds['total']:.1f}")
+    say("\ngeneration  stage  best so far")
+    for generation, stage, value in report.best_by_generation():
+        say(f"{generation:>10}  {stage:>5}  {value:.4g}")
