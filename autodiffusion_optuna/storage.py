@@ -1,22 +1,25 @@
-"""open_storage(url): Optuna's RDBStorage, made to survive; and what a killed worker leaves behind."""
+"""open_storage(url): Optuna's RDBStorage, made to survive."""
 
 from __future__ import annotations
 
+import functools
+import logging
 import os
 import re
 import tempfile
 import time
-from datetime import datetime
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+import filelock
 import optuna
 import sqlalchemy
-from optuna.exceptions import OptunaError
+from optuna.exceptions import OptunaError, StorageInternalError
 from optuna.storages import RDBStorage
-from optuna.trial import TrialState
 from sqlalchemy.engine import URL, make_url
-from sqlalchemy.exc import ArgumentError, SQLAlchemyError
+from sqlalchemy.exc import ArgumentError, DBAPIError, InterfaceError, OperationalError, SQLAlchemyError
 
 from autodiffusion_optuna.errors import StorageError
 
@@ -24,15 +27,189 @@ DEFAULT_URL = "sqlite:///adopt.db"
 ENVIRONMENT = "ADOPT_STORAGE"
 BUSY_TIMEOUT = 60
 """Seconds to wait for another process's SQLite lock."""
-OWNER = "worker"
-"""Trial user attr: who runs the trial, as ``owner()`` writes it."""
-RETRIES = "retries"
-"""Trial user attr: how often the trial was taken back from a dead worker."""
-FAILURE = "failure"
-"""Trial user attr: why the trial failed, one line."""
-MAX_RETRIES = 10
-CLAIM_SECONDS = 5.0
-"""A worker that lives writes its name on a new trial well within this time."""
+PATIENCE = 600.0
+"""Seconds to wait for a database that went away while a study runs."""
+LOCK_SECONDS = 10
+"""Seconds to wait for another worker that takes a trial, and after which the database ends one that stopped there."""
+LOCK_CLASS = 0x61646F70
+"""First key of Postgres's advisory locks of ours ("adop"); the second is the study's id."""
+
+
+T = TypeVar("T")
+_log = logging.getLogger("autodiffusion_optuna")
+
+
+class StudyStorage(RDBStorage):
+    """Optuna's RDBStorage for many processes and for days.
+
+    SQLite runs in WAL mode, waits for locks and syncs as WAL needs it; Postgres counts time in UTC. Where the database
+    goes away while a study runs (a restart, a lost connection), every call waits up to ``patience`` seconds and is
+    made again. A call that was cut off may have been carried out: callers bear that it then happens twice.
+    """
+
+    patience = 0.0
+
+    def __init__(self, url: str, **options: Any) -> None:
+        super().__init__(url, **options)
+        self._prepare_connections()
+
+    def __setstate__(self, state: dict[Any, Any]) -> None:
+        super().__setstate__(state)
+        self._prepare_connections()
+
+    def _prepare_connections(self) -> None:
+        listeners = {"sqlite": _on_sqlite, "postgresql": _on_postgres}
+        if self.engine.name in listeners:
+            sqlalchemy.event.listen(self.engine, "connect", listeners[self.engine.name])
+            self.engine.dispose()  # connections opened before the listener would go back without the setting
+
+    def use_wal(self) -> None:
+        """Let readers watch a running SQLite study; stays with the file."""
+        with self.engine.connect() as connection:
+            connection.execute(sqlalchemy.text("PRAGMA journal_mode=WAL"))
+
+    def beats(self, study_id: int) -> dict[int, float]:
+        """Seconds since the last heartbeat of each running trial that has had one, by trial id.
+
+        Both ends are told by the database's clock: those of the hosts may differ.
+        """
+        return self._until_back(lambda: self._read_beats(study_id))
+
+    def _read_beats(self, study_id: int) -> dict[int, float]:
+        query = sqlalchemy.text(
+            "SELECT b.trial_id, b.heartbeat FROM trial_heartbeats b JOIN trials t ON t.trial_id = b.trial_id "
+            "WHERE t.study_id = :study AND t.state = 'RUNNING'"
+        ).columns(trial_id=sqlalchemy.Integer, heartbeat=sqlalchemy.DateTime)
+        try:
+            with self.engine.connect() as connection:
+                now = connection.execute(sqlalchemy.select(sqlalchemy.func.now())).scalar_one().replace(tzinfo=None)
+                rows = connection.execute(query, {"study": study_id}).all()
+        except SQLAlchemyError as error:
+            raise StorageInternalError("heartbeats cannot be read") from error
+        return {trial: (now - beat.replace(tzinfo=None)).total_seconds() for trial, beat in rows}
+
+    @contextmanager
+    def claiming(self, study_id: int) -> Iterator[None]:
+        """Hold the lock under which a study's workers take trials, one after another.
+
+        It saves work and keeps the list of trials tidy; what must hold is checked after it as well. So whoever does
+        not get it within ``LOCK_SECONDS`` goes on without: its holder may be frozen. A killed holder's is free at once.
+        """
+        holder = {"sqlite": self._file_lock, "postgresql": self._advisory_lock}.get(self.engine.name)
+        release = holder(study_id) if holder else None
+        try:
+            yield
+        finally:
+            if release is not None:
+                release()
+
+    def _file_lock(self, study_id: int) -> Callable[[], None] | None:
+        lock = filelock.FileLock(f"{self.engine.url.database}.lock", timeout=LOCK_SECONDS)
+        try:
+            lock.acquire(poll_interval=0.005)
+        except (filelock.Timeout, OSError):
+            return None
+        return lock.release
+
+    def _advisory_lock(self, study_id: int) -> Callable[[], None] | None:
+        try:
+            connection = self.engine.connect()
+        except SQLAlchemyError:
+            return None
+        try:
+            connection.execute(sqlalchemy.text(f"SET LOCAL lock_timeout = '{LOCK_SECONDS}s'"))
+            # A holder that is frozen loses its connection, and with it the lock.
+            connection.execute(sqlalchemy.text(f"SET LOCAL idle_in_transaction_session_timeout = '{LOCK_SECONDS}s'"))
+            wait = sqlalchemy.text("SELECT pg_advisory_xact_lock(:kind, :study)")
+            connection.execute(wait, {"kind": LOCK_CLASS, "study": study_id})
+        except SQLAlchemyError:
+            _let_go(connection)
+            return None
+        return functools.partial(_let_go, connection)
+
+    def record_heartbeat(self, trial_id: int) -> None:
+        """Say that the trial's worker lives. A beat that the database misses is missed: the next one will do."""
+        try:
+            super().record_heartbeat(trial_id)
+        except StorageInternalError as error:
+            _log.debug("a heartbeat was missed: %s", error)
+
+    def _until_back(self, call: Callable[[], T]) -> T:
+        """Result of ``call``, made again while the database is away."""
+        began: float | None = None
+        while True:
+            try:
+                result = call()
+            except StorageInternalError as error:
+                now = time.monotonic()
+                if not _is_away(error.__cause__) or now - (began or now) > self.patience or not self.patience:
+                    raise
+                if began is None:
+                    began = now
+                    _log.warning("the database is away; waiting up to %.0f s for it", self.patience)
+                self.remove_session()
+                time.sleep(0.5)
+            else:
+                if began is not None:
+                    _log.warning("the database is back after %.0f s", time.monotonic() - began)
+                return result
+
+
+def _patiently(name: str) -> Callable[..., Any]:
+    method = getattr(RDBStorage, name)
+
+    @functools.wraps(method)
+    def patient(self: StudyStorage, *args: Any, **kwargs: Any) -> Any:
+        return self._until_back(lambda: method(self, *args, **kwargs))
+
+    return patient
+
+
+# All calls that a running study makes, those of Optuna's cache in front of the storage included.
+for _name in (
+    "create_new_study", "delete_study", "set_study_user_attr", "set_study_system_attr", "get_study_id_from_name",
+    "get_study_name_from_id", "get_study_directions", "get_study_user_attrs", "get_study_system_attrs",
+    "get_all_studies", "_create_new_trial", "_set_trial_param", "get_trial_param", "set_trial_state_values",
+    "set_trial_intermediate_value", "set_trial_user_attr", "set_trial_system_attr", "get_trial", "_get_trials",
+    "get_trial_id_from_study_id_trial_number", "_get_best_trial_id", "get_trial_user_attrs", "get_trial_system_attrs",
+):  # fmt: skip
+    setattr(StudyStorage, _name, _patiently(_name))
+
+
+def _is_away(error: BaseException | None) -> bool:
+    """Whether a database error is of a lost or refused connection, or of a lock, rather than of what was asked."""
+    if not isinstance(error, DBAPIError):
+        return False
+    if error.connection_invalidated:
+        return True
+    if not isinstance(error, (OperationalError, InterfaceError)):
+        return False
+    code = getattr(error.orig, "sqlstate", None)
+    if isinstance(code, str):
+        # Connection exceptions, shutting down or starting up, too many connections, deadlock, serialization.
+        return code[:2] in ("08", "57") or code in ("53300", "40P01", "40001")
+    text = str(error.orig).lower()
+    return "locked" in text or not any(word in text for word in ("disk", "readonly", "read-only", "no such", "malformed"))
+
+
+def _let_go(connection: sqlalchemy.Connection) -> None:
+    """End the transaction that holds a lock, also where the server ended it before."""
+    try:
+        connection.rollback()
+    except SQLAlchemyError:
+        connection.invalidate()
+    finally:
+        connection.close()
+
+
+def _on_sqlite(connection: Any, _record: object) -> None:
+    connection.execute("PRAGMA synchronous=NORMAL")  # in WAL mode a killed process loses nothing by it
+
+
+def _on_postgres(connection: Any, _record: object) -> None:
+    with connection.cursor() as cursor:
+        cursor.execute("SET TIME ZONE 'UTC'")
+    connection.commit()
 
 
 def storage_url(given: str | None) -> str:
@@ -66,10 +243,10 @@ def hide_password(url: str) -> str:
         return re.sub(r"//[^@/]*@", "//***@", url)
 
 
-def open_storage(url: str, *, create: bool = True) -> RDBStorage:
+def open_storage(url: str, *, create: bool = True) -> StudyStorage:
     """Optuna storage at ``url``: SQLite in WAL mode with a busy timeout, or any database SQLAlchemy knows.
 
-    With ``create`` False a database without studies is an error, so that reading never writes.
+    A database that does not answer now is an error; one that goes away later is waited for. With ``create`` False a database without studies is an error, so that reading never writes.
     Raises StorageError where the URL does not parse, or the database does not open or is another program's.
     """
     parsed = _parse(url)
@@ -79,12 +256,13 @@ def open_storage(url: str, *, create: bool = True) -> RDBStorage:
         if sqlite:
             _check_sqlite(parsed, create)
         _check_tables(parsed, create)
-        storage = RDBStorage(url, engine_kwargs=_engine_options(parsed), skip_table_creation=not create)
+        storage = StudyStorage(url, engine_kwargs=_engine_options(parsed), skip_table_creation=not create)
         if sqlite and create:
-            _set_pragmas(storage.engine)
+            storage.use_wal()
     # RuntimeError: Optuna's word for tables of another version.
     except (SQLAlchemyError, OptunaError, ImportError, OSError, RuntimeError) as error:
         raise StorageError(_reason(url, error)) from None
+    storage.patience = PATIENCE
     return storage
 
 
@@ -171,94 +349,9 @@ def _engine_options(url: URL) -> dict[str, Any]:
     return {"pool_pre_ping": True}
 
 
-def _set_pragmas(engine: sqlalchemy.Engine) -> None:
-    """WAL lets readers watch a running study; NORMAL loses nothing when a process is killed."""
-
-    def on_connect(connection: Any, _record: object) -> None:
-        connection.execute("PRAGMA synchronous=NORMAL")
-
-    with engine.connect() as connection:
-        connection.execute(sqlalchemy.text("PRAGMA journal_mode=WAL"))
-    sqlalchemy.event.listen(engine, "connect", on_connect)
-    engine.dispose()  # connections opened before the listener go back without the setting
-
-
 def _reason(url: str, error: Exception) -> str:
     detail = str(getattr(error, "orig", None) or error).strip().splitlines()[0]
     return f"cannot open storage {hide_password(url)!r}: {detail}; check the URL, or start the server"
-
-
-def owner() -> str:
-    """This process's name on its trials: host, process id and the process's start time."""
-    return f"{os.uname().nodename}/{os.getpid()}/{_started(os.getpid())}"
-
-
-def _started(pid: int) -> str:
-    """Start time of a process in clock ticks since boot ('' where it does not run): pids are used again."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
-    except OSError:
-        return _running_without_proc(pid)
-
-
-def _running_without_proc(pid: int) -> str:
-    if Path("/proc/self/stat").exists():
-        return ""
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return ""
-    except PermissionError:
-        pass
-    return "0"
-
-
-def is_dead(name: str) -> bool:
-    """Whether the worker of that name ran on this host and runs no more."""
-    host, pid, started = name.rsplit("/", 2)
-    return host == os.uname().nodename and _started(int(pid)) != started
-
-
-def reclaim(storage: RDBStorage, study_name: str) -> list[int]:
-    """Put trials of dead workers back in the queue under their own numbers, so that nothing shifts.
-
-    Returns the numbers taken back. A trial that was taken back ``MAX_RETRIES`` times is failed, with the
-    reason in its user attrs, since it may be what kills its worker. Trials of workers on other hosts stay.
-    """
-    study_id = storage.get_study_id_from_name(study_name)
-    taken = []
-    for trial in storage.get_all_trials(study_id, deepcopy=False, states=(TrialState.RUNNING,)):
-        trial_id = storage.get_trial_id_from_study_id_trial_number(study_id, trial.number)
-        if not _abandoned(storage, trial_id):
-            continue
-        retries = int(trial.user_attrs.get(RETRIES, 0)) + 1
-        storage.set_trial_user_attr(trial_id, RETRIES, retries)
-        if retries > MAX_RETRIES:
-            storage.set_trial_user_attr(trial_id, FAILURE, f"its worker died {retries} times")
-            storage.set_trial_state_values(trial_id, TrialState.FAIL)
-        else:
-            storage.set_trial_state_values(trial_id, TrialState.WAITING)
-            taken.append(trial.number)
-    return taken
-
-
-def _abandoned(storage: RDBStorage, trial_id: int) -> bool:
-    trial = storage.get_trial(trial_id)
-    if OWNER not in trial.user_attrs and trial.datetime_start is not None:
-        # Created a moment ago by a worker that lives, or left by one that was killed before it wrote its name.
-        age = (datetime.now() - trial.datetime_start).total_seconds()
-        time.sleep(min(max(CLAIM_SECONDS - age, 0.0), CLAIM_SECONDS))
-        trial = storage.get_trial(trial_id)
-    name = trial.user_attrs.get(OWNER)
-    return trial.state == TrialState.RUNNING and (name is None or is_dead(name))
-
-
-def put_back(storage: RDBStorage, study_name: str, number: int) -> None:
-    """RUNNING -> WAITING for one trial of this process, keeping its number and the parameters it has."""
-    study_id = storage.get_study_id_from_name(study_name)
-    trial_id = storage.get_trial_id_from_study_id_trial_number(study_id, number)
-    if storage.get_trial(trial_id).state == TrialState.RUNNING:
-        storage.set_trial_state_values(trial_id, TrialState.WAITING)
 
 
 def upgrade_storage(url: str) -> str:

@@ -1,0 +1,266 @@
+"""Who runs which trial: workers take trials from the study, show that they live, and take over from those that do not.
+
+The database is the only thing that workers share. A trial is taken under a lock (``StudyStorage.claiming``), written
+with all of its parameters in one transaction, and belongs to the worker whose name it carries for as long as that
+worker's heart beats. What a dead worker leaves goes back into the queue under its own number, so that nothing shifts.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import os
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import optuna
+from optuna.exceptions import OptunaError
+from optuna.trial import FrozenTrial, TrialState
+
+from autodiffusion_optuna.records import CANDIDATE, FINISHED
+from autodiffusion_optuna.storage import StudyStorage
+
+OWNER = "worker"
+"""Trial user attr: who runs the trial, as ``owner()`` writes it."""
+RETRIES = "retries"
+"""Trial user attr: how often the trial was taken back from a worker that died or fell silent."""
+FAILURE = "failure"
+"""Trial user attr: why the trial failed, one line."""
+MAX_RETRIES = 10
+
+Template = Callable[[int], FrozenTrial]
+"""Number of a new trial -> the trial with everything that is known when it begins."""
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A trial that this worker runs. ``id``: the database's, which is not the number."""
+
+    trial: optuna.Trial
+    id: int
+
+    @property
+    def number(self) -> int:
+        """Number of the trial."""
+        return self.trial.number
+
+
+def claim(
+    study: optuna.Study,
+    storage: StudyStorage,
+    budget: int,
+    template: Template,
+    *,
+    grace: float,
+    ready: Callable[[Sequence[FrozenTrial]], bool] = lambda trials: True,
+) -> Claim | Literal["wait", "done"]:
+    """Take the next trial: one left behind or enqueued, else a new one, as long as the budget has places.
+
+    Exactly ``budget`` trials are finished in the end, whatever the number of workers: a trial is begun only while
+    finished and running ones together are fewer. "wait": all places are taken but not all are finished, and one may
+    become free; "done": the budget is met. ``grace``: seconds of silence after which a worker counts as dead.
+    ``ready``: whether a new trial may be proposed from the trials as they are.
+    """
+    study_id = storage.get_study_id_from_name(study.study_name)
+    with storage.claiming(study_id):
+        reclaim(storage, study.study_name, grace)
+        trials = study.get_trials(deepcopy=False)
+        places = budget - sum(t.state in FINISHED for t in trials)
+        running = sum(t.state == TrialState.RUNNING for t in trials)
+        if places <= 0:
+            return "done"
+        if running >= places:
+            return "wait"
+        waiting = next((t for t in trials if t.state == TrialState.WAITING), None)
+        if waiting is not None:
+            return _take_up(study, storage, study_id, waiting, budget)
+        if not ready(trials):
+            return "wait"
+        return _create(study, storage, study_id, trials, template, budget)
+
+
+def _take_up(
+    study: optuna.Study, storage: StudyStorage, study_id: int, trial: FrozenTrial, budget: int
+) -> Claim | Literal["wait"]:
+    """Take a waiting trial; the name is written first, so that a running trial always has a living owner."""
+    trial_id = storage.get_trial_id_from_study_id_trial_number(study_id, trial.number)
+    storage.set_trial_user_attr(trial_id, OWNER, owner())
+    storage.record_heartbeat(trial_id)
+    if not storage.set_trial_state_values(trial_id, TrialState.RUNNING):
+        return "wait"  # another worker was faster, without the lock
+    if _is_surplus(study, trial.number, budget):
+        storage.set_trial_state_values(trial_id, TrialState.WAITING)
+        return "wait"
+    return Claim(optuna.Trial(study, trial_id), trial_id)
+
+
+def _create(
+    study: optuna.Study,
+    storage: StudyStorage,
+    study_id: int,
+    known: Sequence[FrozenTrial],
+    template: Template,
+    budget: int,
+) -> Claim | Literal["wait"]:
+    """Begin a new trial. Where that was done without the lock, it is failed if its place or candidate was taken."""
+    planned = template(len(known))
+    trial_id = storage.create_new_trial(study_id, planned)
+    storage.record_heartbeat(trial_id)
+    claimed = Claim(optuna.Trial(study, trial_id), trial_id)
+    if claimed.number == len(known):
+        return claimed
+    between = [t for t in study.get_trials(deepcopy=False) if len(known) <= t.number < claimed.number]
+    twin = next((t for t in between if t.user_attrs.get(CANDIDATE) == planned.user_attrs.get(CANDIDATE)), None)
+    if twin is None and not _is_surplus(study, claimed.number, budget):
+        return claimed
+    reason = "another worker took the last place" if twin is None else f"trial {twin.number} tries the same"
+    storage.set_trial_user_attr(trial_id, FAILURE, f"given up at once: {reason}")
+    storage.set_trial_state_values(trial_id, TrialState.FAIL)
+    return "wait"
+
+
+def _is_surplus(study: optuna.Study, number: int, budget: int) -> bool:
+    """Whether trials before this one take all places that are left; each worker judges alike."""
+    trials = study.get_trials(deepcopy=False)
+    places = budget - sum(t.state in FINISHED for t in trials)
+    return sum(t.state == TrialState.RUNNING and t.number < number for t in trials) >= places
+
+
+def reclaim(storage: StudyStorage, study_name: str, grace: float) -> list[int]:
+    """Put trials of dead workers back in the queue under their own numbers, so that nothing shifts.
+
+    A worker is dead where it ran on this host and runs no more, or where its trial had no heartbeat for ``grace``
+    seconds. Returns the numbers taken back. A trial that was taken back ``MAX_RETRIES`` times is failed, with the
+    reason in its user attrs, since it may be what kills its worker.
+    """
+    study_id = storage.get_study_id_from_name(study_name)
+    running = storage.get_all_trials(study_id, deepcopy=False, states=(TrialState.RUNNING,))
+    beats = storage.beats(study_id) if running else {}
+    taken = []
+    for trial in running:
+        trial_id = storage.get_trial_id_from_study_id_trial_number(study_id, trial.number)
+        name = trial.user_attrs.get(OWNER)
+        silence = beats.get(trial_id)
+        if name is not None and is_dead(name):
+            reason = "died"
+        elif silence is not None and silence > grace:
+            reason = f"was silent for {grace:g} s"
+        else:
+            if silence is None:
+                storage.record_heartbeat(trial_id)  # died before its first beat, or about to beat: its time starts now
+            continue
+        if _take_back(storage, trial_id, trial, reason):
+            taken.append(trial.number)
+    return taken
+
+
+def _take_back(storage: StudyStorage, trial_id: int, trial: FrozenTrial, reason: str) -> bool:
+    retries = int(trial.user_attrs.get(RETRIES, 0)) + 1
+    try:
+        storage.set_trial_user_attr(trial_id, RETRIES, retries)
+        if retries > MAX_RETRIES:
+            storage.set_trial_user_attr(trial_id, FAILURE, f"its worker {reason}, {retries} times in all")
+            storage.set_trial_state_values(trial_id, TrialState.FAIL)
+            return False
+        storage.set_trial_state_values(trial_id, TrialState.WAITING)
+    except OptunaError:
+        return False  # it was finished at this very moment
+    return True
+
+
+def put_back(storage: StudyStorage, trial_id: int) -> None:
+    """RUNNING -> WAITING for a trial of this worker, keeping its number and the parameters it has."""
+    if is_mine(storage.get_trial(trial_id)):
+        storage.set_trial_state_values(trial_id, TrialState.WAITING)
+
+
+def is_mine(trial: FrozenTrial) -> bool:
+    """Whether this worker still runs the trial; not after a silence in which another one took it."""
+    return trial.state == TrialState.RUNNING and trial.user_attrs.get(OWNER) == owner()
+
+
+def owner() -> str:
+    """This process's name on its trials: host, process id and the process's start time."""
+    return f"{host()}/{os.getpid()}/{_started(os.getpid())}"
+
+
+@functools.cache
+def host() -> str:
+    """Name of this host, told apart from others of the same name and from containers on it."""
+    try:
+        machine = hashlib.sha256(Path("/etc/machine-id").read_bytes()).hexdigest()[:6]
+    except OSError:
+        machine = ""
+    try:
+        namespace = os.readlink("/proc/self/ns/pid").strip("pid:[]")
+    except OSError:
+        namespace = ""
+    return "-".join(part for part in (os.uname().nodename, machine, namespace) if part)
+
+
+def _started(pid: int) -> str:
+    """Start time of a process in clock ticks since boot ('' where it does not run): pids are used again."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return _running_without_proc(pid)
+    return "" if fields[0] == "Z" else fields[19]  # a zombie has ended
+
+
+def _running_without_proc(pid: int) -> str:
+    if Path("/proc/self/stat").exists():
+        return ""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return ""
+    except PermissionError:
+        pass
+    return "0"
+
+
+def is_dead(name: str) -> bool:
+    """Whether the worker of that name ran on this host and runs no more."""
+    where, pid, started = name.rsplit("/", 2)
+    return where == host() and _started(int(pid)) != started
+
+
+class Heart:
+    """Beats for the trial that its worker runs, from a thread of its own: a long evaluation is no silence.
+
+    ``interval``: seconds between beats, well below the grace that other workers give.
+    """
+
+    def __init__(self, storage: StudyStorage, interval: float) -> None:
+        self._storage, self._interval = storage, interval
+        self._trial: int | None = None
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="heart", daemon=True)
+
+    def __enter__(self) -> Heart:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._ended.set()
+        self._thread.join(timeout=self._interval)
+
+    @contextmanager
+    def beating_for(self, trial_id: int) -> Iterator[None]:
+        """Beat for this trial meanwhile; its first beat is its claim's."""
+        self._trial = trial_id
+        try:
+            yield
+        finally:
+            self._trial = None
+
+    def _run(self) -> None:
+        while not self._ended.wait(self._interval):
+            trial = self._trial
+            if trial is not None:
+                self._storage.record_heartbeat(trial)
+        self._storage.remove_session()
