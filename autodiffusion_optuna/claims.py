@@ -229,6 +229,29 @@ def is_dead(name: str) -> bool:
     return where == host() and _started(int(pid)) != started
 
 
+@dataclass(frozen=True)
+class Worker:
+    """A worker that runs a trial. ``silence``: seconds since its last heartbeat, None before the first."""
+
+    name: str
+    trial: int
+    silence: float | None
+    alive: bool
+
+
+def workers(study: optuna.Study, storage: StudyStorage, grace: float) -> list[Worker]:
+    """Who runs the study's running trials, and whether they live."""
+    study_id = storage.get_study_id_from_name(study.study_name)
+    beats = storage.beats(study_id)
+    found = []
+    for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
+        silence = beats.get(storage.get_trial_id_from_study_id_trial_number(study_id, trial.number))
+        name = trial.user_attrs.get(OWNER, "unknown")
+        alive = (silence is None or silence <= grace) and not (name.count("/") == 2 and is_dead(name))
+        found.append(Worker(name, trial.number, silence, alive))
+    return found
+
+
 class Heart:
     """Beats for the trial that its worker runs, from a thread of its own: a long evaluation is no silence.
 

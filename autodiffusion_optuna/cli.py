@@ -28,7 +28,7 @@ from autodiffusion_optuna.commands.output import (
     warn,
 )
 from autodiffusion_optuna.commands.reference import reference_app
-from autodiffusion_optuna.commands.run import run
+from autodiffusion_optuna.commands.run import run, status
 from autodiffusion_optuna.commands.studies import storage_app, studies_app
 from autodiffusion_optuna.errors import AdoptError, ConfigError, choose_from
 
@@ -47,6 +47,7 @@ app = typer.Typer(
     "adopt sample --study digits-4 --out grid.png",
 )
 app.command()(run)
+app.command()(status)
 app.add_typer(studies_app, name="studies")
 app.add_typer(storage_app, name="storage")
 app.add_typer(reference_app, name="reference")

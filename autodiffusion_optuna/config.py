@@ -160,6 +160,10 @@ class SearchConfig(Section):
     """What a layer costs: multiply-adds, or time measured once at the start."""
     chunk: Annotated[int, Field(ge=1, le=32)] = 32
     """Layers packed into one stored parameter."""
+    barrier: bool = False
+    """Wait for all of a generation before the next begins; any number of workers then finds the same candidates."""
+    grace: Annotated[float, Field(gt=0)] = 120.0
+    """Seconds without a heartbeat after which a worker's trial is given to another."""
 
 
 class ScoreConfig(Section):
@@ -235,6 +239,7 @@ MAY_CHANGE = {
     "model.prompts",
     "model.config",
     "search.trials",
+    "search.grace",
     "score.fresh_images",
     "score.fresh_banks",
 }

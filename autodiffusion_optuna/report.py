@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import optuna
-from optuna.storages import RDBStorage
 from optuna.trial import FrozenTrial, TrialState
 
 from autodiffusion_optuna import records
 from autodiffusion_optuna.candidate import Candidate
+from autodiffusion_optuna.claims import Worker, workers
 from autodiffusion_optuna.config import StudyConfig, differences, load_config, presets
 from autodiffusion_optuna.errors import StudyError, choose_from
-from autodiffusion_optuna.storage import is_empty, open_storage
+from autodiffusion_optuna.storage import StudyStorage, is_empty, open_storage
 
 PHASES = ("network", "features", "distance", "storage")
 FIRST = {records.GENERATION: 0, records.STAGE: 1}
@@ -133,7 +133,7 @@ class StudyReport:
         }
 
 
-def load_study(storage: RDBStorage, name: str) -> optuna.Study:
+def load_study(storage: StudyStorage, name: str) -> optuna.Study:
     """An existing study made by adopt (StudyError listing those there are)."""
     names = study_names(storage)
     if name not in names:
@@ -146,7 +146,7 @@ def load_study(storage: RDBStorage, name: str) -> optuna.Study:
     return study
 
 
-def peek_storage(url: str) -> RDBStorage | None:
+def peek_storage(url: str) -> StudyStorage | None:
     """The database at ``url``, or None where there is none yet: looking never creates one."""
     return None if is_empty(url) else open_storage(url, create=False)
 
@@ -181,7 +181,7 @@ def stored_unit_costs(study: optuna.Study | None) -> tuple[float, ...] | None:
     return None if study is None else tuple(study.user_attrs[records.UNIT_COSTS])
 
 
-def study_names(storage: RDBStorage) -> list[str]:
+def study_names(storage: StudyStorage) -> list[str]:
     """Names of all studies in a database."""
     return sorted(study.study_name for study in storage.get_all_studies())
 
@@ -247,7 +247,7 @@ class StudyLine:
     best: float | None
 
 
-def list_studies(storage: RDBStorage | None) -> list[StudyLine]:
+def list_studies(storage: StudyStorage | None) -> list[StudyLine]:
     """Shipped presets, and the studies of a database if there is one."""
     lines = {}
     for name, path in presets().items():
@@ -267,3 +267,53 @@ def _line(study: optuna.Study, preset: bool) -> StudyLine:
     best = min(records.values_by_key(study).values(), default=None)
     finished = records.finished(study)
     return StudyLine(config.name, config.description, preset, finished, config.search.trials, best)
+
+
+RECENT = 20
+"""Finished trials from which the rate is told."""
+
+
+@dataclass(frozen=True)
+class Status:
+    """Where a study stands now. ``rate``: finished candidates a second of late; None where that cannot be told yet."""
+
+    finished: int
+    budget: int
+    states: dict[str, int]
+    generation: int
+    stage: int
+    metric: str
+    best: float | None
+    workers: list[Worker]
+    rate: float | None
+
+    @property
+    def seconds_left(self) -> float | None:
+        """Seconds until the budget is met at the present rate."""
+        return None if not self.rate else max(self.budget - self.finished, 0) / self.rate
+
+    def to_json(self) -> dict[str, Any]:
+        """The object that ``adopt status --json`` prints; scripts may rely on its keys."""
+        return {**asdict(self), "seconds_left": self.seconds_left}
+
+
+def read_status(storage: StudyStorage, study: optuna.Study) -> Status:
+    """Workers, trials by state, generation, stage and rate of a study."""
+    report = read_report(study)
+    states = {state.name.lower(): sum(t.state == state for t in report.trials) for state in TrialState}
+    return Status(
+        finished=len(report.finished),
+        budget=report.config.search.trials,
+        states=states,
+        **report.last_origin,
+        metric=report.metric,
+        best=None if report.best is None else report.best.value,
+        workers=workers(study, storage, report.config.search.grace),
+        rate=_rate(report.finished),
+    )
+
+
+def _rate(finished: Sequence[FrozenTrial]) -> float | None:
+    ends = sorted(t.datetime_complete for t in finished if t.datetime_complete is not None)[-RECENT:]
+    spent = (ends[-1] - ends[0]).total_seconds() if len(ends) > 1 else 0.0
+    return (len(ends) - 1) / spent if spent > 0 else None

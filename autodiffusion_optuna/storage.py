@@ -176,6 +176,10 @@ for _name in (
     setattr(StudyStorage, _name, _patiently(_name))
 
 
+NOT_AWAY = ("disk", "readonly", "read-only", "no such", "malformed")
+"""Words of operational errors that waiting does not mend."""
+
+
 def _is_away(error: BaseException | None) -> bool:
     """Whether a database error is of a lost or refused connection, or of a lock, rather than of what was asked."""
     if not isinstance(error, DBAPIError):
@@ -189,7 +193,9 @@ def _is_away(error: BaseException | None) -> bool:
         # Connection exceptions, shutting down or starting up, too many connections, deadlock, serialization.
         return code[:2] in ("08", "57") or code in ("53300", "40P01", "40001")
     text = str(error.orig).lower()
-    return "locked" in text or not any(word in text for word in ("disk", "readonly", "read-only", "no such", "malformed"))
+    return "locked" in text or not any(
+        word in text for word in ("disk", "readonly", "read-only", "no such", "malformed")
+    )
 
 
 def _let_go(connection: sqlalchemy.Connection) -> None:
@@ -246,7 +252,8 @@ def hide_password(url: str) -> str:
 def open_storage(url: str, *, create: bool = True) -> StudyStorage:
     """Optuna storage at ``url``: SQLite in WAL mode with a busy timeout, or any database SQLAlchemy knows.
 
-    A database that does not answer now is an error; one that goes away later is waited for. With ``create`` False a database without studies is an error, so that reading never writes.
+    A database that does not answer now is an error; one that goes away later is waited for. With ``create`` False a
+    database without studies is an error, so that reading never writes.
     Raises StorageError where the URL does not parse, or the database does not open or is another program's.
     """
     parsed = _parse(url)

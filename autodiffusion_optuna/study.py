@@ -4,26 +4,29 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import optuna
 import torch
 from numpy.typing import NDArray
+from optuna.exceptions import UpdateFinishedTrialError
 from optuna.pruners import BasePruner, MedianPruner, NopPruner, PercentilePruner
-from optuna.storages import RDBStorage
 from optuna.trial import FrozenTrial, TrialState
 
 from autodiffusion_optuna import __version__, records
+from autodiffusion_optuna.artifacts import attach_picture, notable, open_store
 from autodiffusion_optuna.candidate import Candidate
+from autodiffusion_optuna.claims import FAILURE, OWNER, Claim, Heart, claim, is_mine, owner, put_back
 from autodiffusion_optuna.config import Range, SamplingConfig, StudyConfig
 from autodiffusion_optuna.errors import AdoptError, ConfigError, StatisticsError, StudyError, choose_from
 from autodiffusion_optuna.evaluation.denoiser import Denoiser
-from autodiffusion_optuna.evaluation.evaluator import Evaluator, largest_batch
+from autodiffusion_optuna.evaluation.evaluator import Evaluator, Score, largest_batch
 from autodiffusion_optuna.evaluation.features import Extractor, load_extractor
 from autodiffusion_optuna.evaluation.models import Model, Options, load_model
 from autodiffusion_optuna.evaluation.prefix import PrefixMemory
@@ -31,14 +34,23 @@ from autodiffusion_optuna.evaluation.reference import Reference, check_images, l
 from autodiffusion_optuna.evaluation.sampling import Sampling
 from autodiffusion_optuna.evaluation.solvers import ORDERS, query_steps, solver_names
 from autodiffusion_optuna.noise import Final
-from autodiffusion_optuna.report import require_same
+from autodiffusion_optuna.report import peek, require_same, stored_unit_costs
 from autodiffusion_optuna.search.sampler import AutoDiffusionSampler
 from autodiffusion_optuna.search.schedules import KNOWN, known_schedules
 from autodiffusion_optuna.search.space import SearchSpace
-from autodiffusion_optuna.storage import FAILURE, OWNER, owner, put_back, reclaim
+from autodiffusion_optuna.storage import StudyStorage, open_storage, sqlite_path
+
+if TYPE_CHECKING:
+    from optuna.artifacts._protocol import ArtifactStore
 
 MAX_FAILURES = 10
 """Trials that may fail in a row before the run gives up."""
+BEATS = 4
+"""Heartbeats in the time after which a silent worker counts as dead."""
+FIRST_WAIT, LONGEST_WAIT = 0.05, 1.0
+"""Seconds between looks for a place while other workers hold them all."""
+PICTURES = 16
+"""Images kept of a notable trial."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -241,6 +253,7 @@ def _sampler(config: StudyConfig, space: SearchSpace) -> AutoDiffusionSampler:
         crossover=search.crossovers,
         mutation_probability=search.mutation_probability,
         stage_one_generations=search.stage_one_generations,
+        barrier=search.barrier,
         seed=search.seed,
     )
 
@@ -267,7 +280,7 @@ def _warm_starts(config: StudyConfig, known: dict[str, Candidate]) -> list[str]:
     return names
 
 
-def open_study(parts: Parts, storage: RDBStorage) -> optuna.Study:
+def open_study(parts: Parts, storage: StudyStorage) -> optuna.Study:
     """Create the study, or resume it after checking that it measures the same.
 
     Raises StudyError with the differences where it does not.
@@ -291,6 +304,45 @@ def open_study(parts: Parts, storage: RDBStorage) -> optuna.Study:
     if records.NOISE not in study.user_attrs:  # begun by an older version
         _describe_model(parts, study)
     return study
+
+
+@dataclass(frozen=True, eq=False)
+class Run:
+    """A study that is ready to be worked on."""
+
+    parts: Parts
+    study: optuna.Study
+    storage: StudyStorage
+    store: ArtifactStore | None
+
+
+def open_run(config: StudyConfig, url: str, *, trust: bool = False, artifacts: str | None = None) -> Run:
+    """Build a study's parts, and create or resume it at ``url``.
+
+    ``artifacts``: where its pictures go, as ``artifacts.open_store`` takes it; None leaves that as it is, or for a new
+    study in SQLite beside the database. Raises AdoptError children before anything is written.
+    """
+    begun = peek(url, config.name)
+    if begun is not None:
+        require_same(begun, config)
+    parts = build(config, trust=trust, unit_costs=stored_unit_costs(begun))
+    storage = open_storage(url)
+    location = _location(begun, url, artifacts)
+    store = None if location is None else open_store(location)
+    study = open_study(parts, storage)
+    if location is not None and location != study.user_attrs.get(records.ARTIFACTS):
+        study.set_user_attr(records.ARTIFACTS, location)
+    return Run(parts, study, storage, store)
+
+
+def _location(begun: optuna.Study | None, url: str, given: str | None) -> str | None:
+    """Where pictures go; a folder's path is absolute, for other workers may start elsewhere."""
+    if given is not None:
+        return given if "://" in given else str(Path(given).absolute())
+    if begun is not None:
+        return begun.user_attrs.get(records.ARTIFACTS)
+    file = sqlite_path(url)
+    return None if file is None else str(file.absolute().with_name(f"{file.stem}-artifacts"))
 
 
 def _describe_model(parts: Parts, study: optuna.Study) -> None:
@@ -355,6 +407,11 @@ def check_same(parts: Parts, study: optuna.Study) -> None:
     """StudyError naming what differs where new values could not be compared with the study's."""
     require_same(study, parts.config)
     attrs = study.user_attrs
+    if attrs.get(records.VERSION) != __version__:
+        raise StudyError(
+            f"study {parts.config.name!r} was begun with adopt {attrs.get(records.VERSION)}, this is {__version__}; "
+            f"install that version to go on, or start another with --set name=NEW"
+        )
     for key, value in _identity(parts).items():
         if attrs.get(key) != value:
             raise StudyError(
@@ -387,55 +444,160 @@ def warnings(parts: Parts, images: int) -> list[str]:
     return [few] if few else []
 
 
-def work(parts: Parts, study: optuna.Study, storage: RDBStorage, on_trial: OnTrial | None = None) -> None:
-    """Evaluate candidates until the budget is met. Ctrl-C puts the running trial back in the queue and is re-raised."""
-    reclaim(storage, study.study_name)
-    failures, tell_seconds = 0, 0.0
-    while records.finished(study) < parts.config.search.trials:
-        started = time.perf_counter()
-        trial = study.ask()
-        try:
-            state, value = _evaluate(parts, study, trial, started, tell_seconds)
-        except KeyboardInterrupt:
-            put_back(storage, study.study_name, trial.number)
-            raise
-        telling = time.perf_counter()
-        frozen = study.tell(trial, value, state=state)
-        tell_seconds = time.perf_counter() - telling
-        failures = failures + 1 if state == TrialState.FAIL else 0
-        if failures >= MAX_FAILURES:
-            reason = frozen.user_attrs.get(FAILURE, "no reason recorded")
-            raise StudyError(f"the last {failures} trials failed ({reason}); mend the cause and run again")
-        if on_trial is not None:
-            on_trial(Progress(frozen, records.finished(study), time.perf_counter() - started))
+def work(
+    parts: Parts,
+    study: optuna.Study,
+    storage: StudyStorage,
+    on_trial: OnTrial | None = None,
+    store: ArtifactStore | None = None,
+) -> None:
+    """Evaluate candidates until the budget is met, beside any other workers of the study.
+
+    ``store``: where pictures of notable trials go. Ctrl-C puts the running trial back in the queue and is re-raised.
+    """
+    search = parts.config.search
+    failures, idle, tell_seconds = 0, FIRST_WAIT, 0.0
+    take = partial(claim, study, storage, search.trials, partial(_template, parts, study), grace=search.grace)
+    with Heart(storage, search.grace / BEATS) as heart:
+        while True:
+            started = time.perf_counter()
+            claimed = take(ready=partial(_ready, parts))
+            if claimed == "done":
+                return
+            if claimed == "wait":
+                time.sleep(idle)
+                idle = min(2 * idle, LONGEST_WAIT)
+                continue
+            idle = FIRST_WAIT
+            storage_seconds = time.perf_counter() - started + tell_seconds
+            with heart.beating_for(claimed.id), _given_back(storage, claimed.id):
+                outcome = _evaluate(parts, study, claimed.trial, store)
+            telling = time.perf_counter()
+            frozen = _finish(study, storage, claimed, outcome, storage_seconds)
+            tell_seconds = time.perf_counter() - telling
+            if frozen is None:
+                continue
+            failures = failures + 1 if frozen.state == TrialState.FAIL else 0
+            if failures >= MAX_FAILURES:
+                reason = frozen.user_attrs.get(FAILURE, "no reason recorded")
+                raise StudyError(f"the last {failures} trials failed ({reason}); mend the cause and run again")
+            if on_trial is not None:
+                on_trial(Progress(frozen, records.finished(study), time.perf_counter() - started))
 
 
-def _evaluate(
-    parts: Parts, study: optuna.Study, trial: optuna.Trial, started: float, tell_seconds: float
-) -> tuple[TrialState, float | None]:
-    """Score one trial and write down how. ``tell_seconds``: the storage's share of ending the trial before."""
-    trial.set_user_attr(OWNER, owner())
-    candidate = parts.space.suggest(trial)
-    proposal = parts.sampler.describe(study, trial.number)
-    trial.set_user_attr(records.CANDIDATE, candidate.key)
-    for key, value in proposal.items():
-        trial.set_user_attr(key, value)
-    trial.set_user_attr(records.COST, relative_cost(parts, candidate))
-    storage_seconds = time.perf_counter() - started + tell_seconds
+@contextmanager
+def _given_back(storage: StudyStorage, trial_id: int) -> Iterator[None]:
+    """A trial that is stopped goes back in the queue; one that breaks its worker is failed with the reason."""
     try:
-        score = parts.evaluator.score(candidate, rungs(parts.config), on_rung=_reporter(study, trial))
+        yield
+    except Exception as error:
+        if is_mine(storage.get_trial(trial_id)):
+            storage.set_trial_user_attr(trial_id, FAILURE, _one_line(f"{type(error).__name__}: {error}"))
+            storage.set_trial_state_values(trial_id, TrialState.FAIL)
+        raise
+    except BaseException:
+        put_back(storage, trial_id)
+        raise
+
+
+def _template(parts: Parts, study: optuna.Study, number: int) -> FrozenTrial:
+    """Trial ``number`` as it begins: what it tries, where that came from, and who runs it."""
+    proposal = parts.sampler.proposal(study, number)
+    params = parts.space.encode(proposal.candidate)
+    distributions = parts.space.distributions()
+    return optuna.trial.create_trial(
+        state=TrialState.RUNNING,
+        params=params,
+        distributions={name: distributions[name] for name in params},
+        user_attrs={OWNER: owner(), **_described(parts, proposal.candidate), **parts.sampler.describe(study, number)},
+    )
+
+
+def _described(parts: Parts, candidate: Candidate) -> dict[str, Any]:
+    return {records.CANDIDATE: candidate.key, records.COST: relative_cost(parts, candidate)}
+
+
+def _ready(parts: Parts, trials: Sequence[FrozenTrial]) -> bool:
+    """With ``search.barrier``: whether all generations before that of the next trial are finished."""
+    if not parts.config.search.barrier:
+        return True
+    alive = [t for t in trials if t.state != TrialState.FAIL]
+    size = parts.sampler.settings.population_size
+    return all(t.state.is_finished() for t in alive[: len(alive) // size * size])
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a trial ended: its state, its score where it has one, and the reason where it failed."""
+
+    state: TrialState
+    score: Score | None = None
+    reason: str | None = None
+
+
+def _evaluate(parts: Parts, study: optuna.Study, trial: optuna.Trial, store: ArtifactStore | None) -> Outcome:
+    """Score one trial; a candidate that cannot be scored is a failed trial, not the end of the run."""
+    candidate = _candidate(parts, study, trial)
+    try:
+        score = parts.evaluator.score(
+            candidate, rungs(parts.config), on_rung=_reporter(study, trial), preview=PICTURES if store else 0
+        )
         if not math.isfinite(score.value):
             raise StatisticsError(f"the distance is {score.value}")
-    except AdoptError as error:
-        trial.set_user_attr(FAILURE, str(error))
-        return TrialState.FAIL, None
-    for images, value in score.rungs[:-1]:
-        trial.set_user_attr(records.rung_key(images), value)
-    trial.set_user_attr(records.IMAGES, score.images)
-    trial.set_user_attr(records.SCORE, {**score.to_json(), "seconds_storage": round(storage_seconds, 4)})
-    if score.complete:
-        return TrialState.COMPLETE, score.value
-    return TrialState.PRUNED, None
+    except (AdoptError, torch.OutOfMemoryError, MemoryError) as error:
+        return Outcome(TrialState.FAIL, reason=_one_line(str(error) or "out of memory"))
+    if store is not None and score.complete:
+        _keep_picture(study, trial, score, store)
+    return Outcome(TrialState.COMPLETE if score.complete else TrialState.PRUNED, score)
+
+
+def _candidate(parts: Parts, study: optuna.Study, trial: optuna.Trial) -> Candidate:
+    """What a trial tries. One that was enqueued is told here what it is; a new one has been told when it began."""
+    known = trial.user_attrs.get(records.CANDIDATE)
+    if known is not None:
+        return Candidate.from_key(known)
+    candidate = parts.space.suggest(trial)
+    for key, value in {**parts.sampler.describe(study, trial.number), **_described(parts, candidate)}.items():
+        trial.set_user_attr(key, value)
+    return candidate
+
+
+def _keep_picture(study: optuna.Study, trial: optuna.Trial, score: Score, store: ArtifactStore) -> None:
+    """Attach a picture of a notable trial's images, as long as it runs: a finished one takes no artifacts."""
+    assert score.preview is not None
+    why = notable(study.get_trials(deepcopy=False), trial.number, score.value, trial.user_attrs)
+    if why is not None:
+        attach_picture(trial, store, score.preview.numpy(), why)
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split())[:500]
+
+
+def _finish(
+    study: optuna.Study, storage: StudyStorage, claimed: Claim, outcome: Outcome, storage_seconds: float
+) -> FrozenTrial | None:
+    """Write down how a trial ended; None where another worker has taken it over meanwhile, and it counts once.
+
+    ``storage_seconds``: what taking it and ending the one before it took.
+    """
+    score = outcome.score
+    try:
+        if not is_mine(storage.get_trial(claimed.id)):
+            return None
+        if outcome.reason is not None:
+            storage.set_trial_user_attr(claimed.id, FAILURE, outcome.reason)
+        if score is not None:
+            for images, value in score.rungs[:-1]:
+                storage.set_trial_user_attr(claimed.id, records.rung_key(images), value)
+            storage.set_trial_user_attr(claimed.id, records.IMAGES, score.images)
+            facts = {**score.to_json(), "seconds_storage": round(storage_seconds, 4)}
+            storage.set_trial_user_attr(claimed.id, records.SCORE, facts)
+        values = None if score is None else [score.value]
+        storage.set_trial_state_values(claimed.id, outcome.state, values)
+    except UpdateFinishedTrialError:
+        pass  # by another worker; or by us, in a call that was cut off after it was carried out
+    return storage.get_trial(claimed.id)
 
 
 def rungs(config: StudyConfig) -> list[int]:

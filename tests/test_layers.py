@@ -14,9 +14,9 @@ NAME = PACKAGE.name
 # A module may import those of smaller rank; parts of one half may import each other.
 RANK = {
     "errors": 0, "candidate": 1, "noise": 1, "config": 2, "search": 3, "evaluation": 3,
-    "storage": 4, "records": 4, "report": 5, "study": 6, "export": 6, "plots": 6,
-    "schedule": 4, "pipelines": 5, "transfer": 7,
-    "commands": 8, "cli": 9, "__init__": 9, "__main__": 10,
+    "storage": 4, "records": 4, "claims": 5, "report": 6, "artifacts": 5, "study": 7, "worker": 8, "launch": 9, "export": 7, "plots": 4,
+    "schedule": 4, "pipelines": 5, "transfer": 8,
+    "commands": 10, "cli": 11, "__init__": 11, "__main__": 12,
 }  # fmt: skip
 COMMANDS = ("cli", "commands")
 MODULES = sorted(path.relative_to(PACKAGE) for path in PACKAGE.rglob("*.py"))

@@ -7,6 +7,7 @@ import optuna
 import pytest
 import sqlalchemy
 
+from autodiffusion_optuna import claims
 from autodiffusion_optuna import storage as s
 from autodiffusion_optuna.errors import StorageError
 
@@ -65,15 +66,16 @@ def test_a_put_back_trial_keeps_its_number_and_parameters(tmp_path: Path) -> Non
     study = optuna.create_study(study_name="x", storage=database)
     first = study.ask()
     value = first.suggest_int("n", 0, 10**6)
-    s.put_back(database, "x", first.number)
+    first.set_user_attr(claims.OWNER, claims.owner())
+    claims.put_back(database, first._trial_id)
     again = study.ask()
     assert again.number == first.number
     assert again.suggest_int("n", 0, 10**6) == value
 
 
 def test_this_process_is_alive_and_a_reused_pid_is_not_it() -> None:
-    assert not s.is_dead(s.owner())
-    host, pid, started = s.owner().rsplit("/", 2)
-    assert s.is_dead(f"{host}/{pid}/{int(started) + 1}")
-    assert not s.is_dead(f"another-host/{pid}/{started}")
+    assert not claims.is_dead(claims.owner())
+    host, pid, started = claims.owner().rsplit("/", 2)
+    assert claims.is_dead(f"{host}/{pid}/{int(started) + 1}")
+    assert not claims.is_dead(f"another-host/{pid}/{started}")
     assert int(pid) == os.getpid()

@@ -19,9 +19,10 @@ from optuna.trial import TrialState
 from PIL import Image
 
 from autodiffusion_optuna import records, study
+from autodiffusion_optuna.claims import FAILURE, MAX_RETRIES, OWNER, RETRIES, owner, put_back, reclaim
 from autodiffusion_optuna.config import StudyConfig, load_config
 from autodiffusion_optuna.report import load_study, read_report
-from autodiffusion_optuna.storage import OWNER, RETRIES, open_storage, put_back, reclaim
+from autodiffusion_optuna.storage import open_storage
 
 Row = tuple[int, str, str, float | None]
 
@@ -184,17 +185,15 @@ def test_a_trial_of_a_live_worker_is_left_alone_and_of_a_dead_one_taken_back(fol
     parts = study.build(config_with(folder / "quick.toml"))
     database = open_storage("sqlite:///a.db")
     opened = study.open_study(parts, database)
-    from autodiffusion_optuna.storage import owner
-
     live, dead = opened.ask(), opened.ask()
     live.set_user_attr(OWNER, owner())
     host, _, _ = owner().rsplit("/", 2)
     dead.set_user_attr(OWNER, f"{host}/999999999/1")
-    assert reclaim(database, "quick") == [dead.number]
+    assert reclaim(database, "quick", 60) == [dead.number]
     assert opened.trials[live.number].state == TrialState.RUNNING
     assert opened.trials[dead.number].state == TrialState.WAITING
     assert opened.trials[dead.number].user_attrs[RETRIES] == 1
-    put_back(database, "quick", live.number)
+    put_back(database, live._trial_id)
     assert opened.trials[live.number].state == TrialState.WAITING
 
 
@@ -202,14 +201,12 @@ def test_a_trial_that_keeps_killing_its_worker_fails_with_the_reason(folder: Pat
     parts = study.build(config_with(folder / "quick.toml"))
     database = open_storage("sqlite:///a.db")
     opened = study.open_study(parts, database)
-    from autodiffusion_optuna.storage import FAILURE, MAX_RETRIES, owner
-
     host, _, _ = owner().rsplit("/", 2)
     for _ in range(MAX_RETRIES + 1):
         trial = opened.ask()
         assert trial.number == 0
         trial.set_user_attr(OWNER, f"{host}/999999999/1")
-        reclaim(database, "quick")
+        reclaim(database, "quick", 60)
     failed = opened.trials[0]
     assert failed.state == TrialState.FAIL
     assert "died" in failed.user_attrs[FAILURE]

@@ -14,11 +14,11 @@ from rich.table import Table
 
 if TYPE_CHECKING:
     import optuna
-    from optuna.storages import RDBStorage
 
     from autodiffusion_optuna.candidate import Candidate
     from autodiffusion_optuna.records import Fresh
     from autodiffusion_optuna.report import StudyReport
+    from autodiffusion_optuna.storage import StudyStorage
 
 PIPE_WIDTH = 160  # of tables that go to a file or another program
 out = Console(highlight=False, markup=False, width=None if sys.stdout.isatty() else PIPE_WIDTH)
@@ -57,7 +57,7 @@ def clock(seconds: float) -> str:
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
-def existing(name: str, url: str) -> tuple[RDBStorage, optuna.Study]:
+def existing(name: str, url: str) -> tuple[StudyStorage, optuna.Study]:
     """The database at ``url`` and a study in it that adopt made (StorageError, StudyError)."""
     from autodiffusion_optuna.report import load_study
     from autodiffusion_optuna.storage import open_storage

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import shlex
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -20,9 +21,11 @@ from autodiffusion_optuna.commands.output import (
     EXIT_INTERRUPTED,
     Overrides,
     StorageUrl,
+    StudyName,
     Trust,
     clock,
     err,
+    existing,
     out,
     print_result,
     say,
@@ -37,19 +40,40 @@ if TYPE_CHECKING:
     from autodiffusion_optuna.study import Parts, Progress
 
 
+Workers = Annotated[int, typer.Option("--workers", min=1, help="Workers to start; on GPUs, one for each GPU.")]
+Engine = Annotated[str, typer.Option("--engine", help="What starts them: local, ray or slurm.")]
+EngineOptions = Annotated[list[str] | None, typer.Option("--engine-option", help="name=value, as the engine takes it.")]
+ArtifactLocation = Annotated[
+    str | None,
+    typer.Option(
+        "--artifacts",
+        envvar="ADOPT_ARTIFACTS",
+        help="Where pictures go: a folder, s3://… or gs://…; default beside a SQLite file.",
+    ),
+]
+
+
 def run(
     study: Annotated[str, typer.Option("--study", help="A study file, a preset's name, or a study in the database.")],
     overrides: Overrides = None,
     storage: StorageUrl = None,
+    workers: Workers = 1,
+    engine: Engine = "local",
+    engine_options: EngineOptions = None,
+    artifacts: ArtifactLocation = None,
     trust: Trust = False,
 ) -> None:
-    """Search; the same command again goes on where it stood, or says that the study is finished."""
+    """Search; the same command again goes on where it stood, or says that the study is finished.
+
+    Run it on as many hosts as you like on one database: each is one more worker.
+    """
     from autodiffusion_optuna import records
     from autodiffusion_optuna.report import peek, require_same
     from autodiffusion_optuna.storage import storage_url
 
     url = storage_url(storage)
     config = _resolve(study, overrides or [], url)
+    options = _options(engine_options or [])
     begun = peek(url, config.name)
     if begun is not None:
         require_same(begun, config)
@@ -58,7 +82,38 @@ def run(
             say(f"study {config.name} is finished: {done} candidates for a budget of {config.search.trials}.")
             print_result(begun, url)
             return
-    _search(config, url, begun, trust)
+    done = 0 if begun is None else records.finished(begun)
+    try:
+        if workers > 1 or engine != "local":
+            _launch(config, url, engine, workers, options, trust=trust, artifacts=artifacts)
+            _score(config, url, trust, artifacts)
+        else:
+            _refuse_options(options)
+            _search(config, url, trust, artifacts)
+    except KeyboardInterrupt:
+        begun = peek(url, config.name)
+        kept = done if begun is None else records.finished(begun)
+        err.print(f"stopped; {kept} candidates are kept. Go on with: {_resume_command()}")
+        raise typer.Exit(EXIT_INTERRUPTED) from None
+    finished = peek(url, config.name)
+    assert finished is not None
+    print_result(finished, url)
+
+
+def _options(given: list[str]) -> dict[str, str]:
+    """``name=value`` of each ``--engine-option``."""
+    options = {}
+    for option in given:
+        name, equals, value = option.partition("=")
+        if not equals or not name:
+            raise ConfigError(f"--engine-option {option!r} has no '='; write --engine-option name=value")
+        options[name] = value
+    return options
+
+
+def _refuse_options(options: dict[str, str]) -> None:
+    if options:
+        raise ConfigError(f"--engine-option {next(iter(options))!r} needs --engine ray or --engine slurm")
 
 
 def _resolve(name: str, overrides: list[str], url: str) -> StudyConfig:
@@ -88,29 +143,64 @@ def _complete(study: optuna.Study, config: StudyConfig) -> bool:
     return records.fresh(study.user_attrs, best.candidate.key, *size) is not None
 
 
-def _search(config: StudyConfig, url: str, begun: optuna.Study | None, trust: bool) -> None:
-    from autodiffusion_optuna import records
-    from autodiffusion_optuna import study as studies
+def _search(config: StudyConfig, url: str, trust: bool, artifacts: str | None) -> None:
+    """Work on the study in this process, and score its winner."""
+    from autodiffusion_optuna import study as runner
     from autodiffusion_optuna.evaluation.allocator import keep_freed_memory
-    from autodiffusion_optuna.report import stored_unit_costs
-    from autodiffusion_optuna.storage import open_storage
 
     keep_freed_memory()
-    parts = studies.build(config, trust=trust, unit_costs=stored_unit_costs(begun))
-    database = open_storage(url)
-    study = studies.open_study(parts, database)
+    opened = runner.open_run(config, url, trust=trust, artifacts=artifacts)
+    _say_begin(config, opened.study)
+    warn(runner.warnings(opened.parts, config.score.images))
+    with _watched(_Board(config, opened.study)) as board:
+        runner.work(opened.parts, opened.study, opened.storage, board.on_trial, opened.store)
+    _score_finalists(opened.parts, opened.study)
+
+
+def _launch(
+    config: StudyConfig,
+    url: str,
+    engine: str,
+    workers: int,
+    options: dict[str, str],
+    *,
+    trust: bool,
+    artifacts: str | None,
+) -> None:
+    """Start workers and show what they do together, whoever else works on the study."""
+    from autodiffusion_optuna.launch import launch
+    from autodiffusion_optuna.report import peek
+    from autodiffusion_optuna.worker import Job
+
+    job = Job.of(config, url, workers=workers, trust=trust, artifacts=artifacts)
+    say(f"study {config.name}: {workers} workers by engine {engine}, starting. Ctrl-C stops them safely.")
+    boards: list[_Board] = []
+
+    def look() -> None:
+        if not boards and (begun := peek(url, config.name)) is not None:
+            boards.append(watch.enter_context(_watched(_Board(config, begun, workers))))
+        for board in boards:
+            board.on_look()
+
+    with ExitStack() as watch:
+        launch(engine, job, workers, options, look)
+
+
+def _score(config: StudyConfig, url: str, trust: bool, artifacts: str | None) -> None:
+    """Score the winner of a study whose budget is met by other processes."""
+    from autodiffusion_optuna import study as runner
+
+    opened = runner.open_run(config, url, trust=trust, artifacts=artifacts)
+    warn(runner.warnings(opened.parts, config.score.images))
+    _score_finalists(opened.parts, opened.study)
+
+
+def _say_begin(config: StudyConfig, study: optuna.Study) -> None:
+    from autodiffusion_optuna import records
+
     done = records.finished(study)
     verb = "going on" if done else "starting"
     say(f"study {config.name}: {done} of {config.search.trials} candidates finished, {verb}. Ctrl-C stops it safely.")
-    warn(studies.warnings(parts, config.score.images))
-    try:
-        with _progress(config, study) as on_trial:
-            studies.work(parts, study, database, on_trial)
-        _score_finalists(parts, study)
-    except KeyboardInterrupt:
-        err.print(f"stopped; {records.finished(study)} candidates are kept. Go on with: {_resume_command()}")
-        raise typer.Exit(EXIT_INTERRUPTED) from None
-    print_result(study, url)
 
 
 def _resume_command() -> str:
@@ -129,39 +219,52 @@ def _score_finalists(parts: Parts, study: optuna.Study) -> None:
 
 
 @contextmanager
-def _progress(config: StudyConfig, study: optuna.Study) -> Iterator[Any]:
-    """A callback for every trial: a live table on a terminal, plain lines elsewhere."""
-    board = _Board(config, study)
+def _watched(board: _Board) -> Iterator[_Board]:
+    """The board: a live table on a terminal, plain lines elsewhere."""
     if not out.is_terminal:
-        yield board.plain
+        yield board
         return
     with Live(board.table(), console=out, refresh_per_second=4, transient=True) as live:
-
-        def on_trial(progress: Progress) -> None:
-            board.update(progress)
-            live.update(board.table())
-
-        yield on_trial
+        board.live = live
+        yield board
 
 
 class _Board:
-    """What the progress view shows."""
+    """What the progress view shows: of this process's trials, or of all workers' through the database."""
 
     EVERY = 20  # plain output: a line every so many trials, and for every new best
+    LOOK_SECONDS = 1.0
 
-    def __init__(self, config: StudyConfig, study: optuna.Study) -> None:
+    def __init__(self, config: StudyConfig, study: optuna.Study, workers: int = 1) -> None:
+        self.config, self.study, self.workers = config, study, workers
+        self.live: Live | None = None
+        self.started = self.looked = time.monotonic()
+        self.best, self.key, self.finished = float("inf"), "", 0
+        self.read()
+        self.first = self.said = self.finished
+
+    def read(self) -> bool:
+        """Take in the whole study; whether it has a new best."""
         from autodiffusion_optuna.report import read_report
 
-        report = read_report(study)
-        self.config, self.metric = config, report.metric
-        self.first = self.finished = len(report.finished)
-        self.best = report.best.value if report.best else float("inf")
+        report = read_report(self.study)
+        self.metric, self.finished = report.metric, len(report.finished)
         self.run, self.saved = report.total("run"), report.total("saved")
         self.origin: dict[str, Any] = report.last_origin
-        self.started = time.monotonic()
+        better = report.best is not None and report.best.value < self.best
+        if report.best is not None:
+            self.best, self.key = report.best.value, report.best.candidate.key
+        return better
 
-    def update(self, progress: Progress) -> bool:
-        """Take in one trial; whether it is a new best."""
+    def on_look(self) -> None:
+        """Show where the study stands, about once a second."""
+        if time.monotonic() - self.looked < self.LOOK_SECONDS:
+            return
+        self.looked = time.monotonic()
+        self.show(self.read())
+
+    def on_trial(self, progress: Progress) -> None:
+        """Take in and show one trial of this process."""
         attrs, values = progress.trial.user_attrs, progress.trial.values
         self.finished = progress.finished
         self.origin = {key: attrs.get(key, value) for key, value in self.origin.items()}
@@ -169,8 +272,20 @@ class _Board:
         self.saved += attrs.get("score", {}).get("saved", 0)
         better = progress.trial.state.name == "COMPLETE" and bool(values) and values[0] < self.best
         if better:
-            self.best = values[0]
-        return better
+            self.best, self.key = values[0], str(attrs.get("candidate", ""))
+        self.show(better)
+
+    def show(self, better: bool) -> None:
+        """Draw the table again, or print a line for a new best and one every so often."""
+        if self.live is not None:
+            self.live.update(self.table())
+            return
+        due = self.finished // self.EVERY > self.said // self.EVERY
+        last = self.finished >= self.config.search.trials and self.finished > self.said
+        if better or due or last:
+            line = ", ".join(f"{name} {value}" for name, value in self.facts())
+            print(line + (f"  <- {self.key}" if better else ""), flush=True)
+            self.said = self.finished
 
     def facts(self) -> list[tuple[str, str]]:
         """Name and value of everything shown."""
@@ -178,7 +293,7 @@ class _Board:
         pace = (time.monotonic() - self.started) / made
         left = pace * max(self.config.search.trials - self.finished, 0)
         share = self.saved / max(self.run + self.saved, 1)
-        return [
+        facts = [
             ("candidates", f"{self.finished} of {self.config.search.trials}"),
             ("generation", str(self.origin["generation"])),
             ("stage", "layers and timesteps" if self.origin["stage"] == 2 else "timesteps"),
@@ -187,6 +302,7 @@ class _Board:
             ("evaluations saved", f"{share:.0%}"),
             ("time left", clock(left)),
         ]
+        return facts if self.workers == 1 else [*facts, ("workers", str(self.workers))]
 
     def table(self) -> Group:
         """The live view."""
@@ -195,14 +311,34 @@ class _Board:
             grid.add_row(name, value)
         return Group(grid, ProgressBar(total=self.config.search.trials, completed=self.finished, width=50))
 
-    def plain(self, progress: Progress) -> None:
-        """One line for a new best, and one every so often."""
-        better = self.update(progress)
-        if better or self.finished % self.EVERY == 0 or self.finished == self.config.search.trials:
-            line = ", ".join(f"{name} {value}" for name, value in self.facts())
-            print(line + (f"  <- {attrs_key(progress)}" if better else ""), flush=True)
 
+def status(
+    study: StudyName,
+    storage: StorageUrl = None,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object, for scripts.")] = False,
+) -> None:
+    """Workers that are alive, trials by state, generation, stage, rate and time left."""
+    from autodiffusion_optuna.report import read_status
+    from autodiffusion_optuna.storage import storage_url
 
-def attrs_key(progress: Progress) -> str:
-    """Canonical key of a trial's candidate."""
-    return str(progress.trial.user_attrs.get("candidate", ""))
+    database, found = existing(study, storage_url(storage))
+    state = read_status(database, found)
+    if as_json:
+        print(json.dumps(state.to_json(), indent=2))
+        return
+    counts = ", ".join(f"{count} {name}" for name, count in state.states.items() if count)
+    say(f"study {study}: {state.finished} of {state.budget} candidates finished ({counts or 'none begun'})")
+    best = "none yet" if state.best is None else f"{state.best:.4g}"
+    say(f"generation {state.generation}, stage {state.stage}, best {state.metric} {best}")
+    alive = [worker for worker in state.workers if worker.alive]
+    for worker in state.workers:
+        seen = "no heartbeat yet" if worker.silence is None else f"heartbeat {worker.silence:.0f} s ago"
+        say(f"  {'alive' if worker.alive else 'dead '}  trial {worker.trial}  {seen}  {worker.name}")
+    if alive:
+        rate = "too early for a rate" if state.rate is None else f"{60 * state.rate:.3g} candidates a minute"
+        left = "" if state.seconds_left is None else f", time left {clock(state.seconds_left)}"
+        say(f"{len(alive)} workers alive, {rate}{left}")
+    elif state.finished >= state.budget:
+        say("finished; no worker is needed")
+    else:
+        say(f"no worker is alive; go on with: adopt run --study {study}")

@@ -57,6 +57,8 @@ class Score:
     saved: int
     seconds: Seconds
     trace_ratio: float | None = None
+    preview: Tensor | None = None
+    """The first images that were scored, uint8 [n, C, H, W] on the CPU, where they were asked for."""
 
     def to_json(self) -> dict[str, Any]:
         """Everything but the value, as stored with a trial."""
@@ -101,17 +103,22 @@ class Evaluator:
         rungs: Sequence[int],
         bank: int = SEARCH_BANK,
         on_rung: OnRung | None = None,
+        preview: int = 0,
     ) -> Score:
         """Distance to the reference at each of ``rungs`` (increasing image counts; the last one is the value).
 
         A rung extends the images of the one before it. ``on_rung`` may end the evaluation by returning False.
+        ``preview``: how many of the first images the score keeps.
         Raises StatisticsError where images or features are not finite.
         """
         seconds, tally = Seconds(), Tally()
         moments, kept, reached = Moments(self.extractor.dim), [], []
+        shown: list[Tensor] = []
         start = 0
         for count in rungs:
             for images in self._batches(candidate, start, count, bank, seconds, tally):
+                if sum(map(len, shown)) < preview:
+                    shown.append(images[: preview - sum(map(len, shown))].cpu())
                 with _timed(seconds, "features", self.model.device):
                     features = self.extractor(images)
                     moments.add(features)
@@ -128,7 +135,8 @@ class Evaluator:
         complete = images_scored == rungs[-1]
         ratio = log_trace_ratio(moments, self.reference)
         variety = round(ratio, 6) if math.isfinite(ratio) else None  # JSON has no infinity
-        return Score(value, images_scored, tuple(reached), complete, tally.run, tally.saved, seconds, variety)
+        first = torch.cat(shown) if shown else None
+        return Score(value, images_scored, tuple(reached), complete, tally.run, tally.saved, seconds, variety, first)
 
     def sample(self, candidate: Candidate, start: int, stop: int, bank: int = SEARCH_BANK) -> Tensor:
         """Images ``start`` to ``stop`` of a bank, uint8 [stop - start, C, H, W]."""

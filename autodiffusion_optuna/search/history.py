@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -46,6 +46,11 @@ class History:
     taken: set[str]
     complete: list[Record]
     indices: list[int]
+
+    def before(self, index: int) -> History:
+        """Without the values of trials from ``index`` on; what they try stays taken."""
+        kept = [i for i, place in enumerate(self.indices) if place < index]
+        return replace(self, complete=[self.complete[i] for i in kept], indices=[self.indices[i] for i in kept])
 
 
 def read_history(

@@ -75,7 +75,9 @@ class AutoDiffusionSampler(BaseSampler):
     The state of the search is the study's trials and nothing else: each proposal is a function of them, the
     seed and the trial's index. Serial runs, resumed runs and other processes therefore repeat exactly, and
     workers need no seeds of their own. The index is the number of earlier trials that did not fail; it
-    decides the generation (``index // population_size``) and, by its place there, the operator.
+    decides the generation (``index // population_size``) and, by its place there, the operator. With ``barrier``
+    parents come from earlier generations alone: whoever then waits for a generation to be finished before asking for
+    the next one gets the same candidates from any number of workers.
 
     Raises ConfigError where the sizes contradict each other.
     """
@@ -91,6 +93,7 @@ class AutoDiffusionSampler(BaseSampler):
         crossover: int | None = None,
         mutation_probability: float | None = None,
         stage_one_generations: int | None = None,
+        barrier: bool = False,
         seed: int | None = 0,
     ) -> None:
         given = {
@@ -104,6 +107,7 @@ class AutoDiffusionSampler(BaseSampler):
         if seed is not None and seed < 0:
             raise ConfigError(f"seed {seed} must not be negative")
         self.space = space
+        self.barrier = barrier
         self.settings = settings_of(preset, {name: value for name, value in given.items() if value is not None})
         self.seed = secrets.randbits(32) if seed is None else seed
         self._salt = 0
@@ -185,6 +189,8 @@ class AutoDiffusionSampler(BaseSampler):
         size = self.settings.population_size
         history = self._history(study, trials, number)
         generation = history.index // size
+        if self.barrier:
+            history = history.before(generation * size)
         stage, share = self._stage(space, history, generation)
         rng = self._rng(history.index, RELATIVE)
         elite = best(self._niche(rng, space, history.complete), self.settings.parents)

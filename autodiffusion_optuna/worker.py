@@ -1,0 +1,108 @@
+"""One worker of a study: what each process of ``adopt run --workers`` and of the engines does.
+
+``python -m autodiffusion_optuna.worker`` reads its job, a line of JSON, from standard input: a database URL with a
+password must not show in a list of processes. It ends when that input does, so that no worker outlives its launcher.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import threading
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from autodiffusion_optuna.config import StudyConfig, parse_config
+from autodiffusion_optuna.errors import AdoptError, StudyError
+
+USER_ERROR, INTERRUPTED = 1, 130
+"""Exit codes: something that the user must mend, and stopped by its launcher."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a worker needs to know. ``index``: its number among the workers that were started together."""
+
+    url: str
+    config: dict[str, Any]
+    folder: str
+    """Folder that relative paths of the config start from."""
+    trust: bool = False
+    artifacts: str | None = None
+    index: int = 0
+    workers: int = 1
+
+    @classmethod
+    def of(cls, config: StudyConfig, url: str, *, workers: int, trust: bool = False, artifacts: str | None = None) -> Job:
+        """The job of the first of ``workers`` workers, started from the current folder."""
+        return cls(url, config.model_dump(mode="json"), str(Path.cwd()), trust, artifacts, 0, workers)
+
+    def dumps(self) -> str:
+        """One line of JSON."""
+        return json.dumps(asdict(self))
+
+    @classmethod
+    def loads(cls, text: str) -> Job:
+        """Inverse of ``dumps``."""
+        return cls(**json.loads(text))
+
+    @property
+    def name(self) -> str:
+        """Name of the study."""
+        return str(self.config["name"])
+
+
+def run_job(job: Job) -> None:
+    """Evaluate candidates beside the other workers until the budget is met (AdoptError children)."""
+    import torch
+
+    from autodiffusion_optuna import study as runner
+    from autodiffusion_optuna.evaluation.allocator import keep_freed_memory
+
+    if Path(job.folder).is_dir():
+        os.chdir(job.folder)
+    keep_freed_memory()
+    torch.set_num_threads(max(1, torch.get_num_threads() // job.workers))
+    config = parse_config(job.config, _device(job, torch.cuda.device_count()))
+    opened = runner.open_run(config, job.url, trust=job.trust, artifacts=job.artifacts)
+    runner.work(opened.parts, opened.study, opened.storage, store=opened.store)
+
+
+def _device(job: Job, gpus: int) -> list[str]:
+    """Override that gives each worker of a host with several GPUs one of its own."""
+    free = job.config["model"]["device"] in ("auto", "cuda")
+    return [f"model.device=cuda:{job.index % gpus}"] if free and gpus > 1 else []
+
+
+def run_for_engine(text: str) -> str | None:
+    """``run_job`` of a job as JSON; an error that the user must mend is returned, for engines wrap what is raised."""
+    try:
+        run_job(Job.loads(text))
+    except AdoptError as error:
+        return str(error)
+    return None
+
+
+def main() -> None:
+    """Run the job on standard input; one line on stderr and exit code 1 where the user must mend something."""
+    job = Job.loads(sys.stdin.readline())
+    threading.Thread(target=_stop_with_input, daemon=True).start()
+    try:
+        run_job(job)
+    except AdoptError as error:
+        print("error: " + " ".join(str(error).split()), file=sys.stderr)
+        sys.exit(USER_ERROR)
+    except KeyboardInterrupt:
+        sys.exit(INTERRUPTED)
+
+
+def _stop_with_input() -> None:
+    sys.stdin.read()
+    os.kill(os.getpid(), signal.SIGINT)
+
+
+if __name__ == "__main__":
+    main()
