@@ -13,12 +13,11 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from pathlib import Path
 from typing import IO, Any
 
 from autodiffusion_optuna.errors import ConfigError, StudyError, choose_from
 from autodiffusion_optuna.report import peek
-from autodiffusion_optuna.worker import INTERRUPTED, USER_ERROR, Job, run_for_engine
+from autodiffusion_optuna.worker import USER_ERROR, Job, run_for_engine
 
 MAX_RESTARTS = 5
 """Times that one worker is started again after it died."""
@@ -46,7 +45,7 @@ class Process:
 
     def __init__(self, job: Job) -> None:
         self.job, self.restarts, self.finished = job, 0, False
-        self.errors: IO[bytes] = tempfile.TemporaryFile()
+        self.errors: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115: closed by ``join``
         self.start()
 
     def start(self) -> None:
@@ -187,7 +186,9 @@ def run_slurm(job: Job, workers: int, options: Options, on_look: OnLook) -> None
                     _check_answer(submitted.result())
                     del jobs[index]
                 elif restarts[index] == MAX_RESTARTS:
-                    raise StudyError(f"Slurm job {submitted.job_id} died {MAX_RESTARTS + 1} times: see {folder!r}") from died
+                    raise StudyError(
+                        f"Slurm job {submitted.job_id} died {MAX_RESTARTS + 1} times: see {folder!r}"
+                    ) from died
                 else:
                     restarts[index] += 1
                     jobs[index] = executor.submit(run_for_engine, replace(job, index=index).dumps())

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from autodiffusion_optuna.config import StudyConfig, parse_config
-from autodiffusion_optuna.errors import AdoptError, StudyError
+from autodiffusion_optuna.errors import AdoptError
 
 USER_ERROR, INTERRUPTED = 1, 130
 """Exit codes: something that the user must mend, and stopped by its launcher."""
@@ -36,7 +36,9 @@ class Job:
     workers: int = 1
 
     @classmethod
-    def of(cls, config: StudyConfig, url: str, *, workers: int, trust: bool = False, artifacts: str | None = None) -> Job:
+    def of(
+        cls, config: StudyConfig, url: str, *, workers: int, trust: bool = False, artifacts: str | None = None
+    ) -> Job:
         """The job of the first of ``workers`` workers, started from the current folder."""
         return cls(url, config.model_dump(mode="json"), str(Path.cwd()), trust, artifacts, 0, workers)
 

@@ -15,10 +15,9 @@ from rich.table import Table
 if TYPE_CHECKING:
     import optuna
 
-    from autodiffusion_optuna.candidate import Candidate
-    from autodiffusion_optuna.records import Fresh
     from autodiffusion_optuna.report import StudyReport
     from autodiffusion_optuna.storage import StudyStorage
+    from autodiffusion_optuna.study import Parts
 
 PIPE_WIDTH = 160  # of tables that go to a file or another program
 out = Console(highlight=False, markup=False, width=None if sys.stdout.isatty() else PIPE_WIDTH)
@@ -64,6 +63,21 @@ def existing(name: str, url: str) -> tuple[StudyStorage, optuna.Study]:
 
     database = open_storage(url, create=False)
     return database, load_study(database, name)
+
+
+def load_parts(name: str, url: str, trust: bool, overrides: list[str] | None = None) -> tuple[optuna.Study, Parts]:
+    """A study of the database with its parts built from the config it was run with (AdoptError children)."""
+    from autodiffusion_optuna import study as runner
+    from autodiffusion_optuna.config import parse_config
+    from autodiffusion_optuna.evaluation.allocator import keep_freed_memory
+    from autodiffusion_optuna.report import stored_config, stored_unit_costs
+
+    keep_freed_memory()
+    found = existing(name, url)[1]
+    config = parse_config(stored_config(found).model_dump(mode="json"), overrides or [])
+    parts = runner.build(config, trust=trust, unit_costs=stored_unit_costs(found))
+    runner.check_same(parts, found)
+    return found, parts
 
 
 def print_result(study: optuna.Study, url: str) -> None:
@@ -116,16 +130,12 @@ def print_table(report: StudyReport) -> None:
     if searched:
         table.add_column("settings", overflow="fold")
     table.add_column("timesteps", overflow="fold")
-    rows: list[tuple[str, float | None, Fresh | None, float, Candidate]]
-    rows = [("best found", best.value, best.fresh, best.cost, best.candidate)]
-    known = sorted(report.known, key=lambda k: float("inf") if k.value is None else k.value)
-    rows += [(k.name, k.value, k.fresh, k.cost, k.candidate) for k in known]
-    for name, value, fresh, cost, candidate in rows:
-        shown = "-" if value is None else f"{value:.4g}"
-        interval = "-" if fresh is None else f"{fresh.mean:.4g} ± {fresh.half_width:.2g}"
-        timesteps = " ".join(str(t) for t in candidate.timesteps)
-        chosen = [", ".join(f"{setting} {value}" for setting, value in candidate.settings)] if searched else []
-        table.add_row(name, shown, interval, f"{cost:.2f}", *chosen, timesteps)
+    for row in report.rows():
+        shown = "-" if row.value is None else f"{row.value:.4g}"
+        interval = "-" if row.fresh is None else f"{row.fresh.mean:.4g} ± {row.fresh.half_width:.2g}"
+        timesteps = " ".join(str(t) for t in row.candidate.timesteps)
+        chosen = [", ".join(f"{name} {value}" for name, value in row.candidate.settings)] if searched else []
+        table.add_row(row.name, shown, interval, f"{row.cost:.2f}", *chosen, timesteps)
     out.print(table)
     if any(best.candidate.skips):
         _print_skips(report)
