@@ -73,10 +73,16 @@ def make_parts(trials: int, seconds: float) -> runner.Parts:
         unit_costs=(1 / LAYERS,) * LAYERS,
         max_skip=MAX_SKIP,
     )
-    sampling, search = {"steps": STEPS}, {"trials": trials, "max_skip": MAX_SKIP}
-    config = parse_config({"name": "bench", "model": {"source": "none"}, "sampling": sampling, "search": search})
+    settings = {
+        "name": "bench",
+        "model": {"source": "none"},
+        "sampling": {"steps": STEPS},
+        "search": {"trials": trials, "max_skip": MAX_SKIP},
+        "score": {"images": 1000, "extractor": "pixels"},
+    }
     sampler = AutoDiffusionSampler(space, preset="adopt")
-    return runner.Parts(config, cast(Model, None), space, sampler, cast(Evaluator, Sleeper(seconds)), {})
+    evaluator = cast(Evaluator, Sleeper(seconds))
+    return runner.Parts(parse_config(settings), cast(Model, None), space, sampler, evaluator, {})
 
 
 def fill(storage: StudyStorage, study: optuna.Study, parts: runner.Parts, trials: int) -> None:
@@ -168,7 +174,6 @@ def work_beside_others(url: str, barrier: Any, results: Any) -> None:
     parts = make_parts(WORKERS * SLEEPS, 1.0)
     storage, study = open_bench(url, parts)
     done: list[runner.Progress] = []
-    parts.sampler.proposal  # noqa: B018
     barrier.wait()
     used = resource.getrusage(resource.RUSAGE_SELF)
     runner.work(parts, study, storage, done.append)
