@@ -91,32 +91,36 @@ def fill(storage: StudyStorage, study: optuna.Study, parts: runner.Parts, trials
     rng = np.random.default_rng(begun)
     distributions = {n: distribution_to_json(d) for n, d in parts.space.distributions().items()}
     now = datetime.now()
-    with storage.scoped_session() as session:
-        for number in range(begun, trials):
-            candidate = random_candidate(rng, parts.space, MAX_SKIP)
-            trial = models.TrialModel(study_id=study_id, number=number, state=TrialState.COMPLETE)
-            trial.datetime_start = trial.datetime_complete = now
-            session.add(trial)
-            session.flush()
-            at = {"trial_id": trial.trial_id}
-            params = [
-                {**at, "param_name": n, "param_value": float(v), "distribution_json": distributions[n]}
-                for n, v in parts.space.encode(candidate).items()
-            ]
-            score = Sleeper(0.0).score(candidate, [1000])
-            attrs = {
+    candidates = [random_candidate(rng, parts.space, MAX_SKIP) for _ in range(begun, trials)]
+    values = [Sleeper(0.0).score(candidate, [1000]) for candidate in candidates]
+    fixed = {"study_id": study_id, "state": TrialState.COMPLETE, "datetime_start": now, "datetime_complete": now}
+    created = sqlalchemy.insert(models.TrialModel.__table__).returning(
+        models.TrialModel.trial_id, sort_by_parameter_order=True
+    )
+    finite = models.TrialValueModel.TrialValueType.FINITE
+    params, attrs, results = [], [], []
+    with storage.engine.begin() as connection:
+        ids = connection.execute(created, [{**fixed, "number": number} for number in range(begun, trials)]).scalars()
+        for number, trial_id, candidate, score in zip(range(begun, trials), ids, candidates, values, strict=True):
+            at = {"trial_id": trial_id}
+            for name, value in parts.space.encode(candidate).items():
+                text = distributions[name]
+                params.append({**at, "param_name": name, "param_value": float(value), "distribution_json": text})
+            facts = {
                 **runner._described(parts, candidate),
-                **{records.GENERATION: number // 20, records.STAGE: 2, records.OPERATOR: "random"},
-                **{records.SHARE: MAX_SKIP, records.PARENTS: [], records.IMAGES: 1000},
+                records.GENERATION: number // 20,
+                records.STAGE: 2,
+                records.OPERATOR: "random",
+                records.SHARE: MAX_SKIP,
+                records.PARENTS: [],
+                records.IMAGES: 1000,
                 records.SCORE: score.to_json(),
             }
-            written = [{**at, "key": key, "value_json": json.dumps(value)} for key, value in attrs.items()]
-            finite = models.TrialValueModel.TrialValueType.FINITE
-            session.execute(sqlalchemy.insert(models.TrialParamModel), params)
-            session.execute(sqlalchemy.insert(models.TrialUserAttributeModel), written)
-            value = [{**at, "objective": 0, "value": score.value, "value_type": finite}]
-            session.execute(sqlalchemy.insert(models.TrialValueModel), value)
-        session.commit()
+            attrs += [{**at, "key": key, "value_json": json.dumps(value)} for key, value in facts.items()]
+            results.append({**at, "objective": 0, "value": score.value, "value_type": finite})
+        connection.execute(sqlalchemy.insert(models.TrialParamModel.__table__), params)
+        connection.execute(sqlalchemy.insert(models.TrialUserAttributeModel.__table__), attrs)
+        connection.execute(sqlalchemy.insert(models.TrialValueModel.__table__), results)
 
 
 def open_bench(url: str, parts: runner.Parts) -> tuple[StudyStorage, optuna.Study]:
@@ -161,7 +165,8 @@ def milliseconds(url: str, size: int) -> dict[str, float]:
         frozen = runner._finish(study, storage, claimed, outcome, 0.0)
         finishes.append(time.perf_counter() - scored)
         takes.append(taken - started)
-        assert frozen is not None and frozen.state == TrialState.COMPLETE
+        assert frozen is not None
+        assert frozen.state == TrialState.COMPLETE
     together = [take + finish for take, finish in zip(takes, finishes, strict=True)]
     medians = {"take": takes, "finish": finishes, "sampler": in_sampler, "together": together}
     result = {name: round(1000 * statistics.median(values[1:]), 2) for name, values in medians.items()}
@@ -184,7 +189,9 @@ def work_beside_others(url: str, barrier: Any, results: Any) -> None:
 
 def cpu_seconds() -> tuple[float, float]:
     """(busy, idle) seconds of all of the machine's cores since it was started."""
-    user, nice, system, idle, waiting, *_ = (float(f) for f in Path("/proc/stat").read_text().split("\n")[0].split()[1:])
+    user, nice, system, idle, waiting, *_ = (
+        float(f) for f in Path("/proc/stat").read_text().split("\n")[0].split()[1:]
+    )
     return (user + nice + system) / 100, (idle + waiting) / 100
 
 
