@@ -101,38 +101,33 @@ class Reading:
 
 
 class HistoryReader:
-    """Reads histories of one study again and again: finished trials before all that are not are read once."""
+    """Reads histories of one study again and again: finished trials before all that are not are read once.
+
+    What was read is replaced as a whole and never changed, so that threads may ask at the same time.
+    """
 
     def __init__(self) -> None:
-        self._read: list[FrozenTrial] = []
-        self._reading = Reading()
+        self._read: tuple[Sequence[FrozenTrial], int, Reading] = ((), 0, Reading())
 
     def history(self, trials: Sequence[FrozenTrial], number: int, record_of: RecordOf) -> History:
         """History as trial ``number`` sees it, itself left out; ``trials`` ascend by number."""
-        if not self._goes_on(trials, number):
-            self._read, self._reading = [], Reading()
-        for trial in trials[len(self._read) :]:
-            if not trial.state.is_finished() or trial.number >= number:
-                break
-            self._read.append(trial)
-            self._reading.add(trial, record_of)
-        now = self._reading.copy()
-        for trial in trials[len(self._read) :]:
+        ends, count, reading = self._read
+        # Optuna keeps the very objects of finished trials.
+        same = 0 < count <= len(trials) and trials[0] is ends[0] and trials[count - 1] is ends[1]
+        if not same or ends[1].number >= number:
+            count, reading = 0, Reading()
+        reading = reading.copy()
+        known = count
+        while count < len(trials) and trials[count].state.is_finished() and trials[count].number < number:
+            reading.add(trials[count], record_of)
+            count += 1
+        if count > known:
+            self._read = ((trials[0], trials[count - 1]), count, reading)
+            reading = reading.copy()
+        for trial in trials[count:]:
             if trial.number != number:
-                now.add(trial, record_of)
-        return now.history(number)
-
-    def _goes_on(self, trials: Sequence[FrozenTrial], number: int) -> bool:
-        """Whether the trials begin with those that were read: the very objects, which Optuna keeps of finished ones."""
-        count = len(self._read)
-        if not count or count > len(trials) or self._read[-1].number >= number:
-            return not count
-        return trials[0] is self._read[0] and trials[count - 1] is self._read[-1]
-
-
-def read_history(trials: Sequence[FrozenTrial], number: int, record_of: RecordOf) -> History:
-    """History as trial ``number`` sees it, itself left out."""
-    return HistoryReader().history(trials, number, record_of)
+                reading.add(trial, record_of)
+        return reading.history(number)
 
 
 def parameters(trial: FrozenTrial) -> Mapping[str, Any]:

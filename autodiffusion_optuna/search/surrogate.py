@@ -7,8 +7,8 @@ instead of values, so any objective will do, and it is fitted anew from the tria
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from functools import lru_cache
+from collections.abc import Callable, Sequence
+from functools import lru_cache, partial
 from itertools import product
 from statistics import NormalDist
 from typing import NamedTuple
@@ -66,14 +66,23 @@ def _fitted(complete: Sequence[Record]) -> list[Record]:
 
 def embed(candidates: Sequence[Candidate], space: SearchSpace) -> Embedding:
     """Points of candidates; those of one length lie as far apart as their timesteps do."""
-    rows = [_row(candidate, space) for candidate in candidates]
+    row = _rows(space)
+    rows = [row(candidate) for candidate in candidates]
     columns = [np.array([row[k] for row in rows]).reshape(len(rows), -1) for k in range(4)]
     return Embedding(*columns)
 
 
-@lru_cache(maxsize=4096)
-def _row(candidate: Candidate, space: SearchSpace) -> tuple[Array, Array, tuple[float, ...], tuple[float, ...]]:
-    """Point of one candidate: the best trials are fitted again and again."""
+Row = tuple[Array, Array, tuple[float, ...], tuple[float, ...]]
+"""One candidate of an embedding."""
+
+
+@lru_cache(maxsize=8)
+def _rows(space: SearchSpace) -> Callable[[Candidate], Row]:
+    """``_row`` with a memory: the best trials are fitted again and again. Spaces are hashed once, not per candidate."""
+    return lru_cache(maxsize=2048)(partial(_row, space))
+
+
+def _row(space: SearchSpace, candidate: Candidate) -> Row:
     at = np.linspace(0.0, 1.0, space.max_steps)
     own = np.linspace(0.0, 1.0, candidate.steps)
     times = np.append(np.interp(at, own, np.array(candidate.timesteps) / space.T), candidate.steps / space.max_steps)
@@ -156,7 +165,8 @@ def _kernel(distances: Sequence[Array], units: Sequence[float], scales: tuple[fl
     scale, of_settings = scales
     r = np.sqrt(5.0) * distances[0] / (scale * units[0])
     covariance: Array = (1.0 + r + r**2 / 3.0) * np.exp(-r - distances[1] / (scale * 4 * units[1]))
-    # Both distances are 0 where no settings are searched, and the factor is exactly 1.
+    if not distances[2].any() and not distances[3].any():
+        return covariance  # no settings are searched, or all are alike: the factor is exactly 1
     r = np.sqrt(5.0) * distances[3] / (of_settings * units[3])
     covariance *= (1.0 + r + r**2 / 3.0) * np.exp(-r - distances[2] / of_settings)
     return covariance
