@@ -64,15 +64,16 @@ def facts() -> str:
     storage = load("storage")
     sleeping = storage["sleeping"]
     taking = ", ".join(
-        f"{sizes['100']['together']:.0f} ms at trial 100 and {sizes['5000']['together']:.0f} ms at trial 5,000 in {name}"
+        f"{sizes['100']['together']:.0f} ms at trial 100 and {sizes['5000']['together']:.0f} at trial 5,000 in {name}"
         for name, sizes in zip(("SQLite", "Postgres"), storage["milliseconds"].values(), strict=True)
     )
     lines = [
         f"Overhead: a search takes {overhead['ratio']:.2f} times the bare network time of the same evaluations "
         "([overhead.json](benchmarks/results/overhead.json)).",
         f"Taking and finishing a trial of {storage['parameters']} parameters (10 steps, 58 layers): {taking}; "
-        f"{sleeping['workers']} workers on one Postgres, each trial a second's sleep, are {sleeping['speed_up']:.1f} times "
-        f"as fast as one, on {storage['cores']} cores that were {sleeping['share of the machine busy']:.0%} busy "
+        f"{sleeping['workers']} workers on one Postgres, each trial a second's sleep, are "
+        f"{sleeping['speed_up']:.1f} times as fast as one, on {storage['cores']} cores that were "
+        f"{sleeping['share of the machine busy']:.0%} busy "
         "([storage.json](benchmarks/results/storage.json)).",
         f"Prefix memory: {prefix['candidates']} candidates of a search scored again without it, "
         f"{prefix['candidates whose values differ in any bit']} differ in any bit; it saved "
