@@ -61,3 +61,14 @@ def test_our_preset_has_less_regret_than_the_published_search(budget: int) -> No
     ours, published = (mixture[f"{preset}, {budget} trials"] for preset in ("adopt", "paper"))
     assert ours["seeds"] == published["seeds"] == 10
     assert ours["regret mean"] < published["regret mean"]
+
+
+def test_taking_a_trial_was_measured_in_both_databases_and_sizes() -> None:
+    storage = result("storage")
+    assert storage["parameters"] == 30
+    for name in ("sqlite", "postgres"):
+        small, large = (storage["milliseconds"][name][size] for size in ("100", "5000"))
+        assert large["cpu"] < 3 * small["cpu"]  # fifty times the trials
+    sleeping = storage["sleeping"]
+    assert sleeping["trials"] == 160
+    assert min(sleeping["fewest and most of one worker"]) >= 15
