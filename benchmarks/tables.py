@@ -70,7 +70,8 @@ def facts() -> str:
     lines = [
         f"Overhead: a search takes {overhead['ratio']:.2f} times the bare network time of the same evaluations "
         "([overhead.json](benchmarks/results/overhead.json)).",
-        f"Taking and finishing a trial of {storage['parameters']} parameters (10 steps, 58 layers), processor time: {taking}; "
+        f"Taking and finishing a trial of {storage['parameters']} parameters (10 steps, 58 layers), processor time: "
+        f"{taking}; "
         f"{sleeping['workers']} workers on one Postgres, each trial a second's sleep, are "
         f"{sleeping['speed_up']:.1f} times as fast as one, on {storage['cores']} cores that were "
         f"{sleeping['share of the machine busy']:.0%} busy "
