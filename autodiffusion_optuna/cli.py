@@ -253,18 +253,18 @@ def main() -> None:
         err.print("stopped")
         sys.exit(EXIT_INTERRUPTED)
     except Exception as error:
-        if not _is_database_error(error):
-            raise
-        _fail(f"the database failed: {str(error).splitlines()[0]} What is finished is kept; run the command again")
+        _fail(_database_failure(error))
     sys.exit(code if isinstance(code, int) else 0)
 
 
-def _is_database_error(error: Exception) -> bool:
-    """Whether a running study's database went away, is full or locked."""
-    from optuna.exceptions import StorageInternalError
-    from sqlalchemy.exc import SQLAlchemyError
+def _database_failure(error: Exception) -> str:
+    """One line for a database that failed meanwhile; any other error is ours and is raised again."""
+    from autodiffusion_optuna.storage import failure
 
-    return isinstance(error, (StorageInternalError, SQLAlchemyError))
+    reason = failure(error)
+    if reason is None:
+        raise error
+    return reason
 
 
 def _fail(message: str) -> None:

@@ -198,6 +198,15 @@ def _is_away(error: BaseException | None) -> bool:
     )
 
 
+def failure(error: BaseException) -> str | None:
+    """One line for a database that failed while a study ran: full, read-only, locked or gone; None for other errors."""
+    if not isinstance(error, (StorageInternalError, SQLAlchemyError)):
+        return None
+    cause = error.__cause__ if isinstance(error, StorageInternalError) and error.__cause__ else error
+    reason = " ".join(str(getattr(cause, "orig", None) or cause).split())
+    return f"the database failed: {reason}; what is finished is kept: mend the cause and run the command again"
+
+
 def _let_go(connection: sqlalchemy.Connection) -> None:
     """End the transaction that holds a lock, also where the server ended it before."""
     try:

@@ -15,9 +15,10 @@ import numpy as np
 import optuna
 import torch
 from numpy.typing import NDArray
-from optuna.exceptions import UpdateFinishedTrialError
+from optuna.exceptions import OptunaError, UpdateFinishedTrialError
 from optuna.pruners import BasePruner, MedianPruner, NopPruner, PercentilePruner
 from optuna.trial import FrozenTrial, TrialState
+from sqlalchemy.exc import SQLAlchemyError
 
 from autodiffusion_optuna import __version__, records
 from autodiffusion_optuna.artifacts import attach_picture, notable, open_store
@@ -490,6 +491,8 @@ def _given_back(storage: StudyStorage, trial_id: int) -> Iterator[None]:
     """A trial that is stopped goes back in the queue; one that breaks its worker is failed with the reason."""
     try:
         yield
+    except (OptunaError, SQLAlchemyError):
+        raise  # the database's fault: the trial is taken back later
     except Exception as error:
         if is_mine(storage.get_trial(trial_id)):
             storage.set_trial_user_attr(trial_id, FAILURE, _one_line(f"{type(error).__name__}: {error}"))

@@ -17,6 +17,7 @@ from typing import Any
 
 from autodiffusion_optuna.config import StudyConfig, parse_config
 from autodiffusion_optuna.errors import AdoptError
+from autodiffusion_optuna.storage import failure
 
 USER_ERROR, INTERRUPTED = 1, 130
 """Exit codes: something that the user must mend, and stopped by its launcher."""
@@ -83,9 +84,17 @@ def run_for_engine(text: str) -> str | None:
     """``run_job`` of a job as JSON; an error that the user must mend is returned, for engines wrap what is raised."""
     try:
         run_job(Job.loads(text))
-    except AdoptError as error:
-        return str(error)
+    except Exception as error:
+        return _for_user(error)
     return None
+
+
+def _for_user(error: Exception) -> str:
+    """What the user must mend; any other error is raised again, and the worker is started anew."""
+    reason = str(error) if isinstance(error, AdoptError) else failure(error)
+    if reason is None:
+        raise error
+    return reason
 
 
 def main() -> None:
@@ -94,11 +103,11 @@ def main() -> None:
     threading.Thread(target=_stop_with_input, daemon=True).start()
     try:
         run_job(job)
-    except AdoptError as error:
-        print("error: " + " ".join(str(error).split()), file=sys.stderr)
-        sys.exit(USER_ERROR)
     except KeyboardInterrupt:
         sys.exit(INTERRUPTED)
+    except Exception as error:
+        print("error: " + " ".join(_for_user(error).split()), file=sys.stderr)
+        sys.exit(USER_ERROR)
 
 
 def _stop_with_input() -> None:
