@@ -17,7 +17,7 @@ from typing import Any
 
 from autodiffusion_optuna.config import StudyConfig, parse_config
 from autodiffusion_optuna.errors import AdoptError
-from autodiffusion_optuna.storage import failure
+from autodiffusion_optuna.storage import failure, storage_url
 
 USER_ERROR, INTERRUPTED = 1, 130
 """Exit codes: something that the user must mend, and stopped by its launcher."""
@@ -27,7 +27,8 @@ USER_ERROR, INTERRUPTED = 1, 130
 class Job:
     """What a worker needs to know. ``index``: its number among the workers that were started together."""
 
-    url: str
+    url: str | None
+    """Of the database; None where the environment tells it."""
     config: dict[str, Any]
     folder: str
     """Folder that relative paths of the config start from."""
@@ -70,7 +71,7 @@ def run_job(job: Job) -> None:
     keep_freed_memory()
     torch.set_num_threads(max(1, torch.get_num_threads() // job.workers))
     config = parse_config(job.config, _device(job, torch.cuda.device_count()))
-    opened = runner.open_run(config, job.url, trust=job.trust, artifacts=job.artifacts)
+    opened = runner.open_run(config, storage_url(job.url), trust=job.trust, artifacts=job.artifacts)
     runner.work(opened.parts, opened.study, opened.storage, store=opened.store)
 
 

@@ -204,8 +204,10 @@ def _say_begin(config: StudyConfig, study: optuna.Study) -> None:
 
 
 def _resume_command() -> str:
-    """What the user typed: the same command resumes."""
-    return shlex.join(["adopt", *sys.argv[1:]])
+    """What the user typed, without a password: the same command resumes."""
+    from autodiffusion_optuna.storage import hide_password
+
+    return shlex.join(["adopt", *(hide_password(word) if "://" in word else word for word in sys.argv[1:])])
 
 
 def _score_finalists(parts: Parts, study: optuna.Study) -> None:
