@@ -51,6 +51,7 @@ class Extractor:
     ``dim``: features per image, or None where the images decide it (pixels, networks of the user's).
     ``metric``: how a Fréchet distance over these features is called; "FID" is Inception through clean-fid.
     ``image_shape``: the only (C, H, W) it takes, or None for any.
+    ``seen``: side in which the network sees images of (H, W), None where that is their own size.
     ``mode``: how Inception's images are resized, as the user stated it; None where nobody did ("clean" then).
     ``network``: uint8 [B, C, H, W] on ``device`` to float [B, D].
     """
@@ -63,6 +64,7 @@ class Extractor:
     image_shape: tuple[int, int, int] | None = None
     mode: Mode | None = field(default=None, kw_only=True)
     network: Network = field(kw_only=True, repr=False)
+    seen: Callable[[int, int], int] | None = field(default=None, kw_only=True, repr=False)
 
     def __call__(self, images: Tensor) -> Tensor:
         """Features float32 [B, D] of ``images`` uint8 [B, 1 or 3, H, W], on the images' device.
@@ -269,6 +271,7 @@ def _load_inception(wanted: _Wanted) -> Extractor:
         device=wanted.device,
         mode=wanted.mode,
         network=_in_chunks(network),
+        seen=lambda height, width: INCEPTION_SIZE,
     )
 
 
@@ -352,6 +355,7 @@ def _load_clip(wanted: _Wanted) -> Extractor:
         metric="FD",
         device=wanted.device,
         network=_in_chunks(lambda images: net(_resize_clip(images).expand(-1, 3, -1, -1))),
+        seen=lambda height, width: CLIP_SIZE,
     )
 
 
@@ -390,6 +394,7 @@ def _load_dinov2(wanted: _Wanted) -> Extractor:
         metric="FD",
         device=wanted.device,
         network=_in_chunks(_guarded("dinov2", network)),
+        seen=lambda height, width: DINOV2_SIZE,
     )
     return replace(extractor, dim=extractor(torch.zeros(1, 3, 8, 8, dtype=torch.uint8)).shape[1])
 
@@ -463,6 +468,7 @@ def _load_efficientnet(wanted: _Wanted) -> Extractor:
         metric="FD",
         device=wanted.device,
         network=_in_chunks(network),
+        seen=efficientnet_side,
     )
 
 
