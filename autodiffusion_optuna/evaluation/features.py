@@ -7,6 +7,7 @@ import importlib
 import inspect
 import json
 import os
+import pickle
 import shutil
 import sys
 import tempfile
@@ -325,7 +326,7 @@ def _inception_pytorch(weights: Path, device: torch.device, mode: Mode) -> Netwo
             net = package.InceptionV3(output_blocks=[3], resize_input=False).to(device).eval()
     except Exception as error:  # torch raises many kinds for what is no state dict
         raise ModelError(
-            f"extractor 'inception': {str(weights)!r} does not hold pytorch-fid's network ({_first_line(error)}); "
+            f"extractor 'inception': {str(weights)!r} does not hold pytorch-fid's network ({_why_not_plain(error)}); "
             "give a complete pt_inception-2015-12-05-6726825d.pth"
         ) from error
     return lambda images: net(images / 255)[0].flatten(1)
@@ -451,7 +452,7 @@ def _load_efficientnet(wanted: _Wanted) -> Extractor:
         net.load_state_dict(torch.load(weights, map_location="cpu", weights_only=True))
     except Exception as error:
         raise ModelError(
-            f"extractor 'efficientnet-lite0': {str(weights)!r} does not hold its network ({_first_line(error)}); "
+            f"extractor 'efficientnet-lite0': {str(weights)!r} does not hold its network ({_why_not_plain(error)}); "
             "leave the weights out to use the installed ones"
         ) from error
     net = net.to(wanted.device).eval().requires_grad_(False)
@@ -594,6 +595,11 @@ def _guarded(name: str, network: Callable[[Tensor], Any]) -> Network:
         return features
 
     return guarded
+
+
+def _why_not_plain(error: Exception) -> str:
+    """Why weights did not load; torch's own line advises to run what the pickle asks for."""
+    return "it is no pickle of plain tensors" if isinstance(error, pickle.UnpicklingError) else _first_line(error)
 
 
 def _first_line(error: Exception) -> str:
