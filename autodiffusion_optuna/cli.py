@@ -248,6 +248,9 @@ def main() -> None:
     except AdoptError as error:
         _fail(str(error))
     except _UsageError as error:
+        if type(error).__name__ == "NoArgsIsHelpError":
+            print(error.format_message(), file=sys.stderr)  # type: ignore[attr-defined]
+            sys.exit(1)
         _fail(f"{error.format_message()} Try adopt --help")  # type: ignore[attr-defined]
     except (KeyboardInterrupt, typer.Abort):
         err.print("stopped")

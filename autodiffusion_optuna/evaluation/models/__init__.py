@@ -89,7 +89,7 @@ def load_model(
 
 
 def _bundled(name: str, device: str, precision: str, clip: bool | None, options: Options) -> Model:
-    for setting in ("preset", "fields", "classifier", "prompts", "size", "config"):
+    for setting in ("preset", "fields", "classifier", "prompts", "negative_prompt", "size", "config"):
         if getattr(options, setting):
             raise ConfigError(f"model.{setting} was given, but the bundled model {name!r} takes none; leave it out")
     return MODELS[name](device, precision, clip is not False)
