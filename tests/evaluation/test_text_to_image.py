@@ -309,6 +309,51 @@ def test_sharded_and_half_precision_files_are_read(
     assert "which is not there" in refused(load, shards)
 
 
+def test_pickled_text_encoders_are_read_and_run_nothing(
+    copied: Callable[[str], Path], load: Callable[..., Model], tmp_path: Path
+) -> None:
+    """As older repositories have them, with the names that CLIP's weights had then."""
+    expected, folder = load("sd"), copied("sd")
+    part = folder / "text_encoder"
+    weights = {f"text_model.{key}": value for key, value in weights_in(part / "model.safetensors").items()}
+    weights["text_model.embeddings.position_ids"] = torch.arange(16)[None]
+    (part / "model.safetensors").unlink()
+    torch.save(weights, part / "pytorch_model.bin")
+    model = load(folder)
+    assert torch.equal(
+        expected.bind(CHOSEN).keywords["condition"]["text"], model.bind(CHOSEN).keywords["condition"]["text"]
+    )  # type: ignore[attr-defined]
+    (part / "pytorch_model.bin").rename(part / "pytorch_model.fp16.bin")
+    assert conditions_of(load(folder)) == conditions_of(model)
+    torch.save({**weights, "evil": Evil(tmp_path / "ran")}, part / "pytorch_model.fp16.bin")
+    assert "transformers cannot load this CLIPTextModel" in refused(load, folder)
+    assert not (tmp_path / "ran").exists()
+
+
+class Evil:
+    """Makes a file where it is unpickled."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Path.touch, (self.path,)
+
+
+def test_half_precision_is_taken_where_only_the_index_of_full_is_there(
+    load: Callable[..., Model], tmp_path: Path
+) -> None:
+    """A download of one variant brings the small files of both."""
+    half = tmp_path / "half"
+    write_sd(half, variant="fp16", max_shard_size="200KB")
+    index = half / "unet" / "diffusion_pytorch_model.safetensors.index.fp16.json"
+    full = half / "unet" / "diffusion_pytorch_model.safetensors.index.json"
+    full.write_text(index.read_text().replace("model.fp16-", "model-"))
+    (half / "text_encoder" / "model.safetensors.index.json").write_text(full.read_text())
+    x, expected = noise(load("sd")), load("sd")
+    assert torch.equal(load(half).bind(CHOSEN)(x, 500, 0), expected.bind(CHOSEN)(x, 500, 0))
+
+
 def test_fingerprints_tell_what_is_measured_apart(copied: Callable[[str], Path], load: Callable[..., Model]) -> None:
     folder = copied("sd")
     first = load(folder)

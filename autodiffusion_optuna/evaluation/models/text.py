@@ -140,7 +140,7 @@ def encoders_digest(folder: Path, index: Mapping[str, Any]) -> str:
     whole = hashlib.sha256()
     for name in _present(index):
         path, tokenizer = folder / name, folder / name.replace("text_encoder", "tokenizer")
-        whole.update(name.encode() + digest(find_weights(path, "model"), read_json(path / "config.json")).encode())
+        whole.update(name.encode() + digest(_find_weights(path), read_json(path / "config.json")).encode())
         for file in sorted(file for file in tokenizer.iterdir() if file.is_file()):
             whole.update(file.name.encode() + hashlib.sha256(file.read_bytes()).digest())
     return whole.hexdigest()
@@ -162,19 +162,25 @@ def _transformers() -> Any:
     return transformers
 
 
+def _find_weights(path: Path) -> list[Path]:
+    """Files of a text encoder's weights; transformers has names of its own for them."""
+    return find_weights(path, "model", "pytorch_model")
+
+
 def _load_model(path: Path, kind: str, device: torch.device, dtype: torch.dtype) -> Any:
     transformers = _transformers()
     if kind not in ENCODERS:
         raise ModelError(f"{path}: is a {kind}; only {', '.join(ENCODERS)} are supported")
-    files = find_weights(path, "model")
-    variant = "fp16" if ".fp16" in files[0].name else None
+    first = _find_weights(path)[0].name
+    variant = "fp16" if ".fp16" in first else None
     try:
         with _quiet(transformers):
             model, info = getattr(transformers, kind).from_pretrained(
                 path,
                 dtype=dtype,
                 variant=variant,
-                use_safetensors=True,
+                use_safetensors=first.endswith(".safetensors"),
+                weights_only=True,  # of a .bin file no code is run
                 local_files_only=True,
                 output_loading_info=True,
             )
