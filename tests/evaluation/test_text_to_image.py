@@ -468,6 +468,42 @@ def test_a_single_file_in_its_authors_layout_is_the_same_model(
         load_single_file(file, "cpu", "float32", None, "single", options)
 
 
+def test_a_single_file_with_a_moving_average_gives_the_average(
+    folders: Callable[[str], Path],
+    load: Callable[..., Model],
+    prompts: Path,
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    """Its keys are those of the weights in training, run together."""
+    file = tmp_path / "both.safetensors"
+    original_layout(folders("sd"), file)
+    prefix, average = "model.diffusion_model.", weights_in(file)
+    ema = {"model_ema." + key.removeprefix("model.").replace(".", ""): value for key, value in average.items()}
+    assert len(ema) > 100  # below, diffusers takes them for something else
+    training = {key: value + 1 for key, value in average.items()}
+    assert all(key.startswith(prefix) for key in training)
+    save_file({**training, **ema, "model_ema.decay": torch.tensor(0.9999)}, file)
+    capfd.readouterr()
+    options = Options(prompts=prompts, size=SIZE, config=folders("sd"))
+    model, expected = load_single_file(file, "cpu", "float32", None, "both", options), load("sd")
+    x = noise(model)
+    assert torch.equal(model.bind(CHOSEN)(x, 500, 0), expected.bind(CHOSEN)(x, 500, 0))
+    assert capfd.readouterr() == ("", "")
+
+
+def test_prompts_beyond_the_machines_memory_are_refused(
+    load: Callable[..., Model], folders: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    each = 16 * 32 * 4  # tokens, width, bytes
+    monkeypatch.setattr("autodiffusion_optuna.evaluation.models.text._memory", lambda: 2 * 3 * each)
+    message = refused(load, folders("sd"), ConfigError)
+    assert "4 different prompts" in message
+    assert "at most 3 fit" in message
+    monkeypatch.setattr("autodiffusion_optuna.evaluation.models.text._memory", lambda: 2 * 4 * each)
+    load(folders("sd"))
+
+
 def refused(load: Callable[..., Model], source: str | Path, kind: type[AdoptError] = ModelError, **options: Any) -> str:
     """The one line with which a pipeline is refused."""
     with pytest.raises(kind) as caught:

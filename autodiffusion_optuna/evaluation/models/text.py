@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import os
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from autodiffusion_optuna.errors import ModelError
+from autodiffusion_optuna.errors import ConfigError, ModelError
 from autodiffusion_optuna.evaluation.models.parts import digest, find_weights, first_line, read_json
 
 ENCODERS = ("CLIPTextModel", "CLIPTextModelWithProjection", "T5EncoderModel")
@@ -111,9 +113,38 @@ def _need(encoders: Encoders, name: str) -> TextEncoder:
 def encode_all(
     encode: Encode, prompts: Sequence[str], encoders: Encoders, config: Any, dtype: torch.dtype
 ) -> dict[str, Tensor]:
-    """Tensors [n, ...] of a condition by name for n prompts, in ``dtype`` on the CPU."""
-    batches = [encode(prompts[i : i + BATCH], encoders, config) for i in range(0, len(prompts), BATCH)]
-    return {name: torch.cat([batch[name].to(dtype) for batch in batches]) for name in batches[0]}
+    """Tensors [n, ...] of a condition by name for n prompts, in ``dtype`` on the CPU.
+
+    ``ConfigError`` where they would take more than half of the machine's memory.
+    """
+    encoded: dict[str, Tensor] = {}
+    for start in range(0, len(prompts), BATCH):
+        batch = encode(prompts[start : start + BATCH], encoders, config)
+        if not encoded:
+            _check_room(sum(tensor[0].numel() for tensor in batch.values()) * dtype.itemsize, len(prompts))
+            encoded = {name: torch.empty(len(prompts), *t.shape[1:], dtype=dtype) for name, t in batch.items()}
+        for name, tensor in batch.items():
+            encoded[name][start : start + BATCH] = tensor
+    return encoded
+
+
+def _check_room(each: int, prompts: int) -> None:
+    """``ConfigError`` where prompts of ``each`` bytes do not fit; 40,000 of Flux are 160 GiB."""
+    room = _memory() // 2
+    if each * prompts > room:
+        raise ConfigError(
+            f"model.prompts holds {prompts:,} different prompts, which take {each * prompts / 2**30:.1f} GiB encoded; "
+            f"at most {room // each:,} fit half of this machine's memory. Give a file of fewer: a study uses no more "
+            "than it draws images"
+        )
+
+
+def _memory() -> int:
+    """Bytes of the machine's main memory; endless where the system does not say."""
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, OSError, ValueError):
+        return sys.maxsize
 
 
 def load_encoders(
