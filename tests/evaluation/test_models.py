@@ -305,6 +305,19 @@ def test_options_of_other_kinds_of_models_are_refused(tmp_path: Path, options: O
         load_folder(tmp_path, options=options)
 
 
+@pytest.mark.parametrize(
+    "index",
+    [
+        {"_class_name": "PixArtAlphaPipeline", "transformer": ["diffusers", "PixArtTransformer2DModel"]},
+        {"_class_name": "LatentConsistencyModelPipeline", "unet": ["diffusers", "UNet2DConditionModel"]},
+    ],
+)
+def test_pipelines_of_other_networks_are_named(tmp_path: Path, index: dict[str, Any]) -> None:
+    (tmp_path / "model_index.json").write_text(json.dumps({**index, "scheduler": ["diffusers", "DDIMScheduler"]}))
+    with pytest.raises(ModelError, match=rf"is a {index['_class_name']} with a .*; supported are StableDiffusion"):
+        load_model(str(tmp_path))
+
+
 def test_an_unconditional_model_has_no_null_class(flat: Path) -> None:
     with pytest.raises(ConfigError, match=r"fields = .* is not for models such as 'flat'"):
         load_folder(flat, options=Options(fields={"null_class": 0}))

@@ -35,6 +35,7 @@ STEPS = (900, 610, 95)
 WRITERS: dict[str, Callable[[Path], Path]] = {
     "sd": write_sd,
     "sd2": lambda folder: write_sd(folder, "v_prediction"),
+    "sd2-zero": lambda folder: write_zero_snr(folder),
     "sdxl": write_sdxl,
     "sdxl-empty": lambda folder: write_sdxl(folder, force_zeros=False),
     "sd3": write_sd3,
@@ -43,6 +44,16 @@ WRITERS: dict[str, Callable[[Path], Path]] = {
     "flux": write_flux,
     "schnell": lambda folder: write_flux(folder, guidance=False),
 }
+
+
+def write_zero_snr(folder: Path) -> Path:
+    """Stable Diffusion 2.x, tuned on noise whose last level has no signal."""
+    from diffusers import DDIMScheduler
+
+    config = json.loads((write_sd(folder, "v_prediction") / "scheduler" / "scheduler_config.json").read_text())
+    zero = DDIMScheduler.from_config(config, rescale_betas_zero_snr=True, timestep_spacing="trailing")
+    zero.save_pretrained(folder / "scheduler")
+    return folder
 
 
 @pytest.fixture(scope="module")
@@ -107,7 +118,7 @@ def theirs(model: Model, folder: Path, scale: float | None, images: bool = False
         pipeline.scheduler = diffusers.DPMSolverMultistepScheduler.from_config(
             config, solver_order=1, final_sigmas_type="zero"
         )
-        call["timesteps"] = list(STEPS)
+        call.setdefault("timesteps", list(STEPS))
     else:
         shift = model.schedule.sigma(499) / model.schedule.alpha(499) / (500 / 501)
         levels = [model.schedule.sigma(t) for t in STEPS]
@@ -165,6 +176,16 @@ def test_guidance_is_that_of_the_pipeline(
     latents, expected = ours(model, scale), theirs(model, folders(name), scale, **call)
     assert (latents - expected).norm() / expected.norm() < 1e-4
     assert (latents - ours(model, None)).norm() / latents.norm() > 1e-4
+
+
+def test_sampling_may_start_without_signal(load: Callable[..., Model], folders: Callable[[str], Path]) -> None:
+    model = load("sd2-zero")
+    denoise = model.bind(CHOSEN)
+    x = noise(model)
+    steps = (999, 610, 95)
+    latents = SOLVERS["ddim"](lambda x, t: denoise(x, t, 0), x, times(model.schedule, steps, "one"))
+    expected = theirs(model, folders("sd2-zero"), None, timesteps=list(steps))
+    assert (latents - expected).norm() / expected.norm() < 1e-4
 
 
 def test_guidance_at_scale_one_evaluates_the_prompt_alone(load: Callable[..., Model]) -> None:
