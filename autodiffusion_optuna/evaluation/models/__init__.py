@@ -9,6 +9,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from autodiffusion_optuna.errors import ConfigError, ModelError, choose_from
 from autodiffusion_optuna.evaluation.models.base import Conditions, Model, Options, find_device
 from autodiffusion_optuna.evaluation.models.diffusers_folder import NETWORK, load_folder
@@ -63,7 +65,15 @@ def load_model(
     Only a hub id is ever downloaded. ``ModelError`` where the model or the device cannot be used, ``ConfigError``
     where another argument is wrong.
     """
-    options = options or Options()
+    try:
+        return _load(source, device, precision, clip, options or Options())
+    except torch.OutOfMemoryError:
+        raise ModelError(
+            f"{source}: the device has too little memory for this model; use a lower model.precision or another device"
+        ) from None
+
+
+def _load(source: str, device: str, precision: str, clip: bool | None, options: Options) -> Model:
     scheme, colon, rest = source.partition(":")
     if source in MODELS:
         return _bundled(source, device, precision, clip, options)
