@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny_pipelines import PROMPTS, write_flux, write_prompts, write_sd, write_sd3, write_sdxl
+from tiny_pipelines import PROMPTS, write_flux, write_prompts, write_sd, write_sd3, write_sdxl, write_zero_snr
 from torch import Tensor, nn
 
 from autodiffusion_optuna.errors import AdoptError, ConfigError, ModelError
@@ -35,7 +35,7 @@ STEPS = (900, 610, 95)
 WRITERS: dict[str, Callable[[Path], Path]] = {
     "sd": write_sd,
     "sd2": lambda folder: write_sd(folder, "v_prediction"),
-    "sd2-zero": lambda folder: write_zero_snr(folder),
+    "sd2-zero": write_zero_snr,
     "sdxl": write_sdxl,
     "sdxl-empty": lambda folder: write_sdxl(folder, force_zeros=False),
     "sd3": write_sd3,
@@ -44,16 +44,6 @@ WRITERS: dict[str, Callable[[Path], Path]] = {
     "flux": write_flux,
     "schnell": lambda folder: write_flux(folder, guidance=False),
 }
-
-
-def write_zero_snr(folder: Path) -> Path:
-    """Stable Diffusion 2.x, tuned on noise whose last level has no signal."""
-    from diffusers import DDIMScheduler
-
-    config = json.loads((write_sd(folder, "v_prediction") / "scheduler" / "scheduler_config.json").read_text())
-    zero = DDIMScheduler.from_config(config, rescale_betas_zero_snr=True, timestep_spacing="trailing")
-    zero.save_pretrained(folder / "scheduler")
-    return folder
 
 
 @pytest.fixture(scope="module")
