@@ -11,7 +11,7 @@ import pytest
 import torch
 from example_schedules import example, ours, schedule_of
 from tiny_models import make_unet, write_class_conditional, write_ddpm, write_dit
-from tiny_pipelines import write_flux, write_prompts, write_sd, write_sd3, write_sdxl
+from tiny_pipelines import write_flux, write_prompts, write_sd, write_sd3, write_sdxl, write_zero_snr
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -136,6 +136,9 @@ KINDS: dict[str, tuple[Callable[[Path], Any], str, str]] = {
     "sd": (write_sd, "StableDiffusionPipeline", "unipc_2"),
     "sd-heun": (write_sd, "StableDiffusionPipeline", "heun"),
     "sd-v": (lambda folder: write_sd(folder, "v_prediction"), "StableDiffusionPipeline", "deis_3"),
+    "sd-zero": (write_zero_snr, "StableDiffusionPipeline", "dpmpp_2m"),
+    "sd-zero-unipc": (write_zero_snr, "StableDiffusionPipeline", "unipc_2"),
+    "sd-zero-deis": (write_zero_snr, "StableDiffusionPipeline", "deis_2"),
     "sdxl": (write_sdxl, "StableDiffusionXLPipeline", "ddim"),
     "sd3": (lambda folder: write_sd3(folder, t5=True), "StableDiffusion3Pipeline", "ddim"),
     "flux": (write_flux, "FluxPipeline", "dpmpp_2m"),
@@ -151,7 +154,8 @@ def make(kind: str, folder: Path, **fields: Any) -> tuple[Any, Schedule, Callabl
     text = name.startswith(("Stable", "Flux"))
     write_prompts(folder)
     options: dict[str, Any] = {"prompts": str(folder / "prompts.txt"), "size": [32, 32]} if text else {}
-    given = {"solver": solver, "timesteps": (951, 600, 333, 40), "skips": ((1, 2), (), (0,), (2,)), **fields}
+    first = 999 if "zero" in kind else 951
+    given = {"solver": solver, "timesteps": (first, 600, 333, 40), "skips": ((1, 2), (), (0,), (2,)), **fields}
     schedule = schedule_of(folder / "net", options, **given)
     chosen = [0, 1] if text else LABELS
     pipe = getattr(diffusers, name).from_pretrained(folder / "net")

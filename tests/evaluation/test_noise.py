@@ -80,7 +80,23 @@ def test_impossible_levels_are_refused(abar: list[float]) -> None:
         noise.from_alphas_cumprod(np.array(abar))
 
 
-def test_unknown_betas_and_zero_snr_are_refused() -> None:
+def test_zero_terminal_snr_is_that_of_diffusers() -> None:
+    from diffusers import DPMSolverMultistepScheduler
+
+    betas = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
+    config = {**betas, "rescale_betas_zero_snr": True, "prediction_type": "v_prediction"}
+    theirs = DPMSolverMultistepScheduler(**config)
+    ours = noise.from_scheduler_config(dict(theirs.config))
+    np.testing.assert_allclose(ours.alphas, theirs.alphas_cumprod.double().sqrt(), rtol=2e-3, atol=2e-6)
+    assert ours.alphas[-1] == 2**-12
+    assert (np.diff(ours.lambdas) < 0).all()
+    steep = noise.from_scheduler_config({**config, "beta_schedule": "linear", "beta_end": 0.02})
+    assert 0 < steep.alphas[-1] < 2**-12
+    trained = {"trained_betas": [0.1, 0.2, 0.3], "rescale_betas_zero_snr": True, "prediction_type": "sample"}
+    assert noise.from_scheduler_config(trained).alphas[-1] == 2**-12
+
+
+def test_unknown_betas_and_zero_snr_of_noise_are_refused() -> None:
     with pytest.raises(ConfigError, match=r"unknown beta_schedule 'sigmoid'.*scaled_linear"):
         noise.from_scheduler_config({"beta_schedule": "sigmoid"})
     with pytest.raises(ConfigError, match="rescale_betas_zero_snr"):
