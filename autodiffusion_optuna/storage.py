@@ -338,10 +338,8 @@ def _check_sqlite(url: URL, create: bool) -> None:
     if path.exists():
         if create and not (os.access(path, os.W_OK) and _writable(path.parent)):
             raise StorageError(f"storage {str(path)!r} is read-only; make the file and its folder writable")
-        with path.open("rb") as file:
-            head = file.read(16)
-        if head and head != b"SQLite format 3\x00":
-            raise StorageError(f"storage {str(path)!r} is not a SQLite database; give another file")
+        # The file is never opened here: closing it would drop the locks of this process's own connections to it
+        # (https://sqlite.org/howtocorrupt.html, section 2.2), and the next worker to end would take away their log.
     elif not create:
         raise StorageError(f"no database at {str(path)!r}; start a study with `adopt run`, or give --storage URL")
     elif not path.parent.is_dir():
@@ -367,6 +365,8 @@ def _engine_options(url: URL) -> dict[str, Any]:
 
 def _reason(url: str, error: Exception) -> str:
     detail = str(getattr(error, "orig", None) or error).strip().splitlines()[0]
+    if "file is not a database" in detail:
+        return f"storage {str(sqlite_path(url))!r} is not a SQLite database; give another file"
     return f"cannot open storage {hide_password(url)!r}: {detail}; check the URL, or start the server"
 
 
