@@ -60,12 +60,15 @@ def _sampling(config: StudyConfig, candidate: Candidate, attrs: dict[str, Any]) 
     fixed, chosen = config.sampling, candidate.settings_dict
     facts = attrs.get(records.MODEL_FACTS, {})
     guided = facts.get("guidance", "none") != "none"
-    guidance = chosen.get("guidance", _first(fixed.guidance))
-    solver = chosen.get("solver") or solver_names(_first(fixed.solver), _first(fixed.order))
+
+    def setting(name: str) -> Any:
+        return chosen[name] if name in chosen else _first(getattr(fixed, name))
+
+    guidance = setting("guidance")
     return {
-        "solver": solver,
-        "final": chosen.get("final", _first(fixed.final)),
-        "eta": chosen.get("eta", _first(fixed.eta)),
+        "solver": chosen.get("solver") or solver_names(setting("solver"), _first(fixed.order)),
+        "final": setting("final"),
+        "eta": setting("eta"),
         "guidance": (facts["scale"] if guidance is None else guidance) if guided else None,
     }
 

@@ -360,6 +360,13 @@ def test_fixed_settings_are_named_as_solvers_are(folder: Path, adopt: Adopt) -> 
     assert not schedule.masked
 
 
+def test_numbers_that_were_searched_are_exported(folder: Path, adopt: Adopt) -> None:
+    study = searched(adopt, folder, "sampling.eta={min=0.25, max=0.75}")
+    schedule = export_schedule(study)
+    assert schedule.eta == study.best_trial.params["eta"]
+    assert f"with eta = {schedule.eta:g}" in schedule_text(schedule, "python")
+
+
 def test_a_study_of_the_mixture_is_exported_as_json_alone(folder: Path, adopt: Adopt) -> None:
     assert adopt("run", "--study", "quick.toml", "--set", "search.trials=6").code == 0
     study = load_study(open_storage(storage_url(None)), "quick")
