@@ -58,6 +58,13 @@ def learned_variance(folder: Path) -> None:
     write_ddpm(folder, out_channels=6)
 
 
+def flowing(folder: Path) -> None:
+    from diffusers import FlowMatchEulerDiscreteScheduler
+
+    make_unet().save_pretrained(folder / "unet")
+    FlowMatchEulerDiscreteScheduler(shift=3.0, use_beta_sigmas=True).save_pretrained(folder / "scheduler")
+
+
 def latent(folder: Path) -> None:
     from diffusers import DDPMScheduler
 
@@ -80,6 +87,8 @@ NETWORKS: dict[str, Case] = {
     "lms": (write_ddpm, {"clip": False}, {"solver": "lms"}),
     "unipc_3": (write_ddpm, {}, {"solver": "unipc_3"}),
     "deis_3": (write_ddpm, {}, {"solver": "deis_3"}),
+    "flow-clipped": (flowing, {}, {"solver": "ddim"}),
+    "flow-euler": (flowing, {"clip": False}, {"solver": "euler"}),
     "classes": (write_class_conditional, {}, {"solver": "dpmpp_2m"}),
     "classes-guided": (
         write_class_conditional,
