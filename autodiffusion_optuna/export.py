@@ -217,7 +217,7 @@ def _own_timesteps(recipe: Recipe, scheduler: str) -> str:
         why = "    # No pipeline of this kind hands a list on."
         body = f"    type(self).set_timesteps(self, {recipe.argument}={recipe.argument.upper()}, device=device)\n"
     else:
-        why = "    # This scheduler takes no list; set its own, then put ours in its place."
+        why = "    # This scheduler cannot be given these levels; it sets its own, and ours take their place."
         body = (
             f"    type(self).set_timesteps(self, {recipe.steps}, device=device)\n"
             "    self.timesteps = torch.tensor(TIMESTEPS, device=device)\n"
@@ -522,6 +522,8 @@ def _comfyui_sampler(schedule: Schedule, flow: bool) -> str:
     name, note = COMFYUI.get(schedule.solver, ("", ""))
     if schedule.eta:
         name, note = "euler_ancestral", f"set eta = {schedule.eta:g} in the node SamplerEulerAncestral"
+        if flow:  # its own rule there: by sigma, not by lambda
+            note = f"approximately: for flows it splits a step by another rule; {note}"
     if not name or schedule.amplification_cap is not None:
         capped = " with an amplification cap" if schedule.amplification_cap is not None else ""
         return f"Sampler: ComfyUI has none that takes the steps of {schedule.solver}{capped}; the nearest is euler."

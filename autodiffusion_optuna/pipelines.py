@@ -259,11 +259,10 @@ def _heun(schedule: Schedule, levels: _Levels) -> Recipe | None:
         "clip_sample_range": 1.0,
         **NO_RAMP,
     }
-    kind = "HeunDiscreteScheduler"
-    if levels.last:
-        return Recipe(kind, options, levels.steps, timesteps, sigmas, "timesteps", scales=True)
-    # Above no noise the last step is corrected too, which diffusers' own list never is.
-    return Recipe(kind, options, levels.steps, (*timesteps, 0), (*sigmas, final), scales=True)
+    if not levels.last:  # above no noise the last step is corrected too, which diffusers' own list never is
+        timesteps, sigmas = (*timesteps, 0), (*sigmas, final)
+    # It takes a list of timesteps, but has betas of its own where the model's config leaves them out.
+    return Recipe("HeunDiscreteScheduler", options, levels.steps, timesteps, sigmas, scales=True)
 
 
 _RECIPES: dict[str, Callable[[Schedule, _Levels], Recipe | None]] = {

@@ -58,6 +58,14 @@ def learned_variance(folder: Path) -> None:
     write_ddpm(folder, out_channels=6)
 
 
+def without_betas(folder: Path) -> None:
+    """As written by hand: the config leaves out what are defaults, which Heun's scheduler has others of."""
+    write_ddpm(folder)
+    (folder / "scheduler" / "scheduler_config.json").write_text(
+        '{"_class_name": "DDPMScheduler", "beta_schedule": "linear", "num_train_timesteps": 1000}'
+    )
+
+
 def flowing(folder: Path) -> None:
     from diffusers import FlowMatchEulerDiscreteScheduler
 
@@ -83,6 +91,7 @@ NETWORKS: dict[str, Case] = {
     "dpmpp_2s-latent": (latent, {}, {"solver": "dpmpp_2s"}),
     "dpm_solver_2": (write_ddpm, {}, {"solver": "dpm_solver_2"}),
     "heun": (write_ddpm, {}, {"solver": "heun"}),
+    "heun-defaults": (without_betas, {}, {"solver": "heun"}),
     "heun-first": (write_ddpm, {}, {"solver": "heun", "final": "first"}),
     "lms": (write_ddpm, {"clip": False}, {"solver": "lms"}),
     "unipc_3": (write_ddpm, {}, {"solver": "unipc_3"}),
@@ -257,6 +266,8 @@ def test_comfyui_is_given_the_levels_of_a_flow() -> None:
     np.testing.assert_allclose(found, [*(3 * u / (1 + 2 * u)), 0.0], atol=1e-11)
     assert notes[1:] == ["# Sampler: euler.", "# Guidance: 3.5 (guidance of FluxGuidance, with a cfg of 1)."]
     assert "another coordinate" in sigmas(schedule.model_copy(update={"solver": "heun"}))[0][1]
+    stochastic = schedule.model_copy(update={"solver": "ddim", "eta": 0.5})
+    assert "euler_ancestral (approximately" in sigmas(stochastic)[0][1]
 
 
 @pytest.mark.parametrize(
