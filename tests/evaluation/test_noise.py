@@ -59,7 +59,10 @@ def test_between_indices_a_flow_has_the_levels_of_its_time() -> None:
     for schedule in (noise.flow(), noise.flow(10, 3.0)):
         for t in (0.5, 7.25, schedule.T - 1.3):
             s = model_time(schedule, t) / 1000
-            assert (schedule.alpha(t), schedule.sigma(t)) == (pytest.approx(1 - s, rel=1e-9), pytest.approx(s, rel=1e-9))
+            assert (schedule.alpha(t), schedule.sigma(t)) == (
+                pytest.approx(1 - s, rel=1e-9),
+                pytest.approx(s, rel=1e-9),
+            )
 
 
 def test_between_indices_edm_has_the_level_of_its_time() -> None:
