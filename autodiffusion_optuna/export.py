@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -45,12 +46,15 @@ def export_schedule(study: optuna.Study) -> Schedule:
         conditions=attrs.get("conditions"),
         noise=NoisePart.of(NoiseSchedule.unpack(packed), candidate.timesteps, sampling["final"]) if packed else None,
         config=ConfigPart(model=config.model, score=config.score),
-        made_with={
-            "autodiffusion_optuna": attrs.get(records.VERSION, __version__),
-            "optuna": optuna.__version__,
-        },
+        made_with={"autodiffusion_optuna": attrs.get(records.VERSION, __version__), **_versions()},
         **sampling,
     )
+
+
+def _versions() -> dict[str, str]:
+    """Versions here of the packages that decide what is drawn; without importing them."""
+    names = ("optuna", "torch", "diffusers", "transformers")
+    return {name: metadata.version(name) for name in names if any(metadata.distributions(name=name))}
 
 
 def _sampling(config: StudyConfig, candidate: Candidate, attrs: dict[str, Any]) -> dict[str, Any]:

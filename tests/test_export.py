@@ -365,6 +365,8 @@ def test_a_study_is_exported_with_everything_that_repeats_it(folder: Path, adopt
     assert schedule.config is not None
     assert schedule.config.model.source == "net"
     assert schedule.guidance is None
+    assert schedule.made_with.keys() >= {"autodiffusion_optuna", "optuna", "torch", "diffusers"}
+    assert schedule.made_with["torch"].split("+")[0] == torch.__version__.split("+")[0]
     fresh = schedule.score.fresh
     assert fresh is not None
     assert Fresh(fresh.images, (fresh.low, fresh.mean, fresh.high)).mean == pytest.approx(fresh.mean)
