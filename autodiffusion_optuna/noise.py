@@ -24,7 +24,9 @@ class NoiseSchedule:
 
     ``alphas``, ``sigmas``: float64 [T], sigma/alpha strictly increasing.
     ``model_times``: float64 [T], what the network takes as its timestep at each index.
-    A fractional index interpolates log alpha linearly, as DPM-Solver does (arXiv 2206.00927, appendix D.4).
+    A fractional index interpolates log alpha linearly where alpha^2 + sigma^2 = 1, as DPM-Solver does (arXiv
+    2206.00927, appendix D.4), log sigma where alpha is 1 (EDM), and else alpha and sigma themselves (flows): each is
+    linear in what the network of that kind takes as its time, so that time and levels agree between indices too.
     """
 
     alphas: Array
@@ -40,7 +42,9 @@ class NoiseSchedule:
         """Signal level at time index t in [0, T - 1]."""
         if t == int(t):
             return float(self.alphas[int(t)])
-        return math.exp(float(np.interp(t, np.arange(self.T), np.log(self.alphas))))
+        if self.variance_preserving:
+            return math.exp(self._between(t, np.log(self.alphas)))
+        return self._between(t, self.alphas)
 
     def sigma(self, t: float) -> float:
         """Noise level at time index t in [0, T - 1]."""
@@ -48,7 +52,13 @@ class NoiseSchedule:
             return float(self.sigmas[int(t)])
         if self.variance_preserving:
             return math.sqrt(1.0 - self.alpha(t) ** 2)
-        return float(np.interp(t, np.arange(self.T), self.sigmas))
+        if (self.alphas == 1).all():
+            return math.exp(self._between(t, np.log(self.sigmas)))
+        return self._between(t, self.sigmas)
+
+    def _between(self, t: float, levels: Array) -> float:
+        """Linear between the indices around ``t``."""
+        return float(np.interp(t, np.arange(self.T), levels))
 
     def lambda_(self, t: float) -> float:
         """Half the log signal-to-noise ratio, log(alpha / sigma), at time index t."""

@@ -102,6 +102,44 @@ def test_the_scheduler_takes_our_solvers_steps_on_a_flow(solver: str, final: str
         assert compare(noise, scheduler, schedule) < (1e-3 if solver in BY_NOISE else 5e-6), steps
 
 
+@pytest.mark.parametrize("solver", FLOW)
+def test_a_flow_is_clipped_as_in_the_search(solver: str) -> None:
+    from diffusers import FlowMatchEulerDiscreteScheduler
+
+    part = {"prediction": "flow_prediction", "clip": True}
+    schedule = example(flow(1000, 3.0), solver=solver, timesteps=LISTS[5], model=part)
+    assert compare(flow(1000, 3.0), FlowMatchEulerDiscreteScheduler(shift=3.0), schedule) < 1e-4
+
+
+INHERITED: dict[str, dict[str, Any]] = {
+    "DPMSolverMultistepScheduler": {"use_lu_lambdas": True, "euler_at_final": True, "final_sigmas_type": "sigma_min"},
+    "DPMSolverSinglestepScheduler": {"use_exponential_sigmas": True, "solver_order": 3},
+    "UniPCMultistepScheduler": {"disable_corrector": [0, 1], "solver_type": "bh1", "use_beta_sigmas": True},
+    "DEISMultistepScheduler": {"use_exponential_sigmas": True, "solver_order": 3},
+    "FlowMatchEulerDiscreteScheduler": {"stochastic_sampling": True, "use_beta_sigmas": True, "shift_terminal": 0.1},
+}
+
+
+@pytest.mark.parametrize("name", INHERITED)
+def test_nothing_of_the_pipelines_own_scheduler_changes_the_steps(name: str) -> None:
+    import diffusers
+
+    flowing = name.startswith("Flow")
+    noise = flow(1000, 3.0) if flowing else linear()
+    part = {"prediction": "flow_prediction"} if flowing else {}
+    for solver in FLOW if flowing else EPS:
+        schedule = example(noise, solver=solver, timesteps=LISTS[5], model=part)
+        scheduler = getattr(diffusers, name)(**INHERITED[name])
+        assert compare(noise, scheduler, schedule) < 1e-4, solver
+        # A script hands the list itself to a scheduler of these options.
+        recipe = find_recipe(schedule)
+        if recipe.argument is not None:
+            mine = getattr(diffusers, recipe.scheduler).from_config(scheduler.config, **recipe.options)
+            given = schedule.timesteps if recipe.argument == "timesteps" else recipe.sigmas[:-1]
+            mine.set_timesteps(**{recipe.argument: list(given)})
+            np.testing.assert_allclose(mine.sigmas, recipe.sigmas, rtol=1e-4)  # a table in float32
+
+
 def test_what_diffusers_cannot_do_is_refused_with_the_way_out() -> None:
     flowing = {"prediction": "flow_prediction"}
     impossible = [example(solver=solver) for solver in NONE]

@@ -10,6 +10,7 @@ from safetensors.numpy import load_file
 
 from autodiffusion_optuna import noise
 from autodiffusion_optuna.errors import ConfigError
+from autodiffusion_optuna.evaluation.denoiser import model_time
 
 GOLDEN = Path(__file__).parent.parent / "golden"
 VARIANCE_PRESERVING = [noise.linear(), noise.scaled_linear(), noise.cosine(), noise.linear(50, 0.002, 0.4)]
@@ -52,6 +53,23 @@ def test_fractional_times_lie_between_their_neighbours(schedule: noise.NoiseSche
     expected = 0.75 * math.log(schedule.alpha(7)) + 0.25 * math.log(schedule.alpha(8))
     assert math.log(alpha) == pytest.approx(expected, rel=1e-12)
     assert alpha**2 + sigma**2 == pytest.approx(1, abs=1e-14)
+
+
+def test_between_indices_a_flow_has_the_levels_of_its_time() -> None:
+    for schedule in (noise.flow(), noise.flow(10, 3.0)):
+        for t in (0.5, 7.25, schedule.T - 1.3):
+            s = model_time(schedule, t) / 1000
+            assert (schedule.alpha(t), schedule.sigma(t)) == (
+                pytest.approx(1 - s, rel=1e-9),
+                pytest.approx(s, rel=1e-9),
+            )
+
+
+def test_between_indices_edm_has_the_level_of_its_time() -> None:
+    schedule = noise.edm(np.geomspace(0.002, 80, 8) ** 1.1)
+    for t in (0.5, 3.25, 6.9):
+        assert schedule.alpha(t) == 1
+        assert math.log(schedule.sigma(t)) / 4 == pytest.approx(model_time(schedule, t), abs=1e-12)
 
 
 def test_whole_floats_are_indices() -> None:
