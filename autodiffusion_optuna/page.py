@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import json
 import platform
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from pathlib import Path
@@ -27,6 +28,8 @@ POLICY = "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inli
 """Content security policy: the page may load nothing from anywhere."""
 PIXELATED = 128
 """Side in pixels below which pictures are enlarged as squares rather than blurred."""
+LEGEND = 30
+"""Height left for a figure's legend, in pixels."""
 CAPTIONS = {
     "timesteps": "Each row is the best schedule at the end of a generation that improved it. "
     "Diamonds and dotted lines: uniform steps.",
@@ -88,10 +91,10 @@ def _result(report: StudyReport, notes: Sequence[str], tail: str) -> str:
     rows = report.rows()
     if not rows:
         command = f"adopt run --study {report.config.name}{tail}"
-        return f'<p class="result">No candidate is finished yet: <code>{escape(command)}</code>.</p>\n'
+        return f'<p class="result">No candidate is finished yet: <code>{_code(command)}</code>.</p>\n'
     uniform = next((row for row in rows if row.name == "uniform"), None)
     shown = "".join(
-        f'<p class="note">{escape(note)}</p>\n' for note in [*notes, *_doubts(rows[0], uniform, report, tail)]
+        f'<p class="note">{_code(note)}</p>\n' for note in [*notes, *_doubts(rows[0], uniform, report, tail)]
     )
     return f'<p class="result">{_sentence(report, rows[0], uniform)}</p>\n{shown}{_tiles(report, rows[0], uniform)}'
 
@@ -135,7 +138,11 @@ def _change(best: Row, uniform: Row) -> str:
     if found is None or given is None or given <= 0:  # kid may be negative
         return "no share of it"
     share = 1 - found / given
-    return f"{abs(share):.0%} {'lower' if share >= 0 else 'higher'}"
+    return f"{_percent(abs(share))} {'lower' if share >= 0 else 'higher'}"
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.0f}&nbsp;%"
 
 
 def _doubts(best: Row, uniform: Row | None, report: StudyReport, tail: str) -> list[str]:
@@ -156,7 +163,7 @@ def _tiles(report: StudyReport, best: Row, uniform: Row | None) -> str:
         (f"{report.metric} against uniform", _change(best, uniform) if uniform else "&ndash;"),
         ("cost of the schedule", f"{best.cost:.2f}"),
         ("candidates finished", f"{len(report.finished):,} of {report.config.search.trials:,}"),
-        ("evaluations saved", f"{saved / max(run + saved, 1):.0%}"),
+        ("evaluations saved", _percent(saved / max(run + saved, 1))),
     ]
     return f'<dl class="tiles">{"".join(f"<div><dt>{escape(k)}</dt><dd>{v}</dd></div>" for k, v in facts)}</dl>\n'
 
@@ -238,7 +245,8 @@ def _figure_json(report: StudyReport, key: str) -> str | None:
     figure = FIGURES[key][1](report)
     if figure is None:
         return None
-    figure.update_layout(title_text=None, margin_t=figure.layout.margin.t - 36, height=figure.layout.height - 36)
+    spared = figure.layout.margin.t - 8  # a legend makes room for itself
+    figure.update_layout(title_text=None, margin_t=8, height=figure.layout.height - spared + LEGEND)
     return str(figure.to_json())
 
 
@@ -321,7 +329,12 @@ def _apply_lines(name: str) -> str:
 
 
 def _step(title: str, text: str, code: str) -> str:
-    return f"<li><h3>{escape(title)}</h3><p>{escape(text)}</p><pre><code>{escape(code.strip())}</code></pre></li>\n"
+    return f"<li><h3>{escape(title)}</h3><p>{escape(text)}</p><pre><code>{_code(code.strip())}</code></pre></li>\n"
+
+
+def _code(text: str) -> str:
+    """Escaped, with options that are never broken after their dashes."""
+    return re.sub(r"(--[a-z-]+)", r'<span class="whole">\1</span>', escape(text))
 
 
 def _file(name: str, kind: str, content: str) -> str:
