@@ -20,7 +20,7 @@ from test_cli_errors import check_refused, listing
 
 from autodiffusion_optuna import records
 from autodiffusion_optuna.page import page
-from autodiffusion_optuna.report import load_study, read_report
+from autodiffusion_optuna.report import read_report
 from autodiffusion_optuna.storage import open_storage
 
 VOID = {"meta", "img", "br", "link", "input"}
@@ -48,14 +48,6 @@ class Tree(HTMLParser):
         return [attrs for found, attrs in self.tags if found == tag]
 
 
-@pytest.fixture
-def quick(folder: Path, adopt: Adopt) -> optuna.Study:
-    """A finished study on the mixture, in ``adopt.db`` of the current folder."""
-    result = adopt("run", "--study", "quick.toml")
-    assert result.code == 0, result
-    return load_study(open_storage("sqlite:///adopt.db"), "quick")
-
-
 def rows(count: int = 3, channels: int = 1, side: int = 8) -> list[tuple[str, NDArray[np.uint8]]]:
     rng = np.random.default_rng(0)
     shape = (count, channels, side, side)
@@ -74,7 +66,7 @@ def test_the_page_says_what_adopt_show_says(quick: optuna.Study, adopt: Adopt) -
     lines = [line.split() for line in shown.splitlines()[1:10]]
     assert lines[0][:2] == ["best", "found"]
     for words in lines:
-        assert " ".join(words).replace("- 1.00", "– 1.00") in text, words
+        assert " ".join(words).replace("- 1.00", "\u2013 1.00") in text, words
     report = read_report(quick)
     assert report.best is not None
     assert report.best.fresh is not None
@@ -83,7 +75,7 @@ def test_the_page_says_what_adopt_show_says(quick: optuna.Study, adopt: Adopt) -
     share = 1 - report.best.fresh.mean / uniform.mean
     assert f"FD(pixels) {report.best.fresh.mean:.4g} (95 % interval" in text
     assert f"{100 * abs(share):.0f} % {'lower' if share >= 0 else 'higher'}" in text
-    assert "3 × 64 images from noise that the search never saw" in text
+    assert "3 \u00d7 64 images from noise that the search never saw" in text
     assert quick.user_attrs["model"] in text
     assert report.config.fingerprint() in text
 
@@ -174,7 +166,7 @@ def test_without_fresh_scores_the_page_says_so(folder: Path) -> None:
     assert "plotly" not in page(opened)
     runner.work(parts, opened, database)
     text = text_of(page(opened))
-    assert "measured on the search’s own 64 images" in text
+    assert "measured on the search\u2019s own 64 images" in text
     assert "fresh noise gives intervals: adopt score --study quick" in text
 
 
