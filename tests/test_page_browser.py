@@ -88,8 +88,9 @@ def test_the_page_in_a_browser(browser: webdriver.Chrome, written: Path, tmp_pat
     images = ask("[...document.images].map(e => [e.naturalWidth, e.getBoundingClientRect().width])")
     assert len(images) == 16
     assert all(natural == 32 and 50 < shown < 200 for natural, shown in images)
-    below = "[...document.querySelectorAll('.pairs figure')].map(f => [...f.children].map(e => e.getBoundingClientRect().y))"
-    assert all(uniform < best for uniform, best in ask(below))
+    tops = "[...f.children].map(e => e.getBoundingClientRect().y)"
+    pairs = ask(f"[...document.querySelectorAll('.pairs figure')].map(f => {tops})")
+    assert all(uniform < best for uniform, best in pairs)
     whole_page(browser, screenshots(tmp_path) / f"report-{width}.png")
     assert browser.get_log("browser") == []
 
