@@ -37,6 +37,8 @@ CAPTIONS = {
     "history": "Every candidate by the operator that proposed it, and the known schedules as lines.",
     "evaluations": "Candidates that share their first steps share the evaluations of these steps.",
 }
+FILES = {"json": "{}.json", "diffusers": "{}.py", "comfyui": "{}-sigmas.txt"}
+"""Form of an export -> name of the file that the page carries."""
 NUMBERS = ("no", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve")
 Pictures = Sequence[tuple[str, NDArray[np.uint8]]]
 
@@ -160,7 +162,7 @@ def _doubts(best: Row, uniform: Row | None, report: StudyReport, tail: str) -> l
 def _tiles(report: StudyReport, best: Row, uniform: Row | None) -> str:
     run, saved = report.total("run"), report.total("saved")
     facts = [
-        (f"{report.metric} against uniform", _change(best, uniform) if uniform else "&ndash;"),
+        ("against uniform", _change(best, uniform) if uniform else "&ndash;"),
         ("cost of the schedule", f"{best.cost:.2f}"),
         ("candidates finished", f"{len(report.finished):,} of {report.config.search.trials:,}"),
         ("evaluations saved", _percent(saved / max(run + saved, 1))),
@@ -289,36 +291,38 @@ def _apply(study: optuna.Study, report: StudyReport, tail: str) -> str:
     if report.best is None:
         return ""
     name = report.config.name
-    steps = [
-        _step(
-            "Take the schedule",
-            "As a script for diffusers, as sigmas for ComfyUI, or as JSON for this package:",
-            f"adopt export --study {name} --out .{tail}\nadopt export --study {name} --format comfyui{tail}",
-        )
-    ]
-    schedule = export_schedule(study)
-    try:
-        script = schedule_text(schedule, "diffusers")
-        steps.append(_step("Draw images", f"The script, {name}.py:", script))
+    texts, refused = _exports(study)
+    commands = "".join(f"adopt export --study {name} --format {form} --out .{tail}\n" for form in texts)
+    steps = [_step("Take the schedule", "The buttons above save it; these commands write it again:", commands)]
+    if "diffusers" in texts:
+        steps.append(_step("Draw images", f"The script, {name}.py:", texts["diffusers"]))
         more = "A pipeline that is already loaded takes the schedule, its solver and skipped layers in one line:"
         steps.append(_step("Or apply it to your own pipeline", more, _apply_lines(name)))
-        files = [_file(f"{name}.json", "application/json", schedule_text(schedule, "json"))]
-        files.append(_file(f"{name}.py", "text/x-python", script))
-    except AdoptError as error:
-        steps.append(_step("Draw images", f"No script: {error}", f"adopt sample --study {name} --out {name}.png{tail}"))
-        files = [_file(f"{name}.json", "application/json", schedule_text(schedule, "json"))]
-    more = "Score it on more images, or search on from where this study stands:"
-    trials = 2 * report.config.search.trials
-    commands = (
+    else:
+        command = f"adopt sample --study {name} --out {name}.png{tail}"
+        steps.append(_step("Draw images", f"No script: {refused}.", command))
+    surer = (
         f"adopt score --study {name} --images 10000 --banks 5{tail}\n"
-        f"adopt run --study {name} --set search.trials={trials}{tail}"
+        f"adopt run --study {name} --set search.trials={2 * report.config.search.trials}{tail}"
     )
-    steps.append(_step("Be surer", more, commands))
+    steps.append(_step("Be surer", "Score it on more images, or search on from where this study stands:", surer))
+    files = "".join(_file(FILES[form].format(name), text) for form, text in texts.items())
     return (
         '<section id="apply">\n<h2>How to apply it</h2>\n<p>The model stays as it is: nothing was trained. '
-        f"This page carries the files.</p>\n{''.join(files)}\n"
+        f"This page carries the schedule as files.</p>\n{files}\n"
         f'<ol class="steps">\n{"".join(steps)}</ol>\n</section>\n'
     )
+
+
+def _exports(study: optuna.Study) -> tuple[dict[str, str], str]:
+    """Text of every export that this model allows, and why another is not among them."""
+    schedule, texts, refused = export_schedule(study), {}, ""
+    for form in FILES:
+        try:
+            texts[form] = schedule_text(schedule, form)
+        except AdoptError as error:
+            refused = str(error).partition(";")[0]
+    return texts, refused
 
 
 def _apply_lines(name: str) -> str:
@@ -337,10 +341,11 @@ def _code(text: str) -> str:
     return re.sub(r"(--[a-z-]+)", r'<span class="whole">\1</span>', escape(text))
 
 
-def _file(name: str, kind: str, content: str) -> str:
+def _file(name: str, content: str) -> str:
     """A link that saves a file which the page itself holds."""
     data = base64.b64encode(content.encode()).decode("ascii")
-    return f'<a class="file" download="{escape(name)}" href="data:{kind};base64,{data}">{escape(name)}</a>'
+    source = f"data:application/octet-stream;base64,{data}"
+    return f'<a class="file" download="{escape(name)}" href="{source}">{escape(name)}</a>'
 
 
 # Settings and provenance
