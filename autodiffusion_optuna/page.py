@@ -293,7 +293,7 @@ def _apply(study: optuna.Study, report: StudyReport, tail: str) -> str:
     name = report.config.name
     texts, refused = _exports(study)
     commands = "".join(f"adopt export --study {name} --format {form} --out .{tail}\n" for form in texts)
-    steps = [_step("Take the schedule", "The buttons above save it; these commands write it again:", commands)]
+    steps = [_step("Take the schedule", "These commands write its files:", commands)]
     if "diffusers" in texts:
         steps.append(_step("Draw images", f"The script, {name}.py:", texts["diffusers"]))
         more = "A pipeline that is already loaded takes the schedule, its solver and skipped layers in one line:"

@@ -124,6 +124,21 @@ def test_the_files_that_the_page_carries_are_the_exports(quick: optuna.Study, ad
     assert json.loads(base64.b64decode(links["quick.json"].partition(",")[2])) == json.loads(exported)
 
 
+def test_a_model_of_diffusers_comes_with_its_script(quick: optuna.Study, adopt: Adopt) -> None:
+    config = quick.user_attrs[records.CONFIG]
+    config["model"]["source"] = "digits"
+    quick.set_user_attr(records.CONFIG, config)
+    facts = {"kind": "DDIMPipeline", "prediction": "epsilon", "shape": [1, 28, 28], "image_shape": [1, 28, 28]}
+    quick.set_user_attr(records.MODEL_FACTS, {**facts, "guidance": "none", "scale": 1.0})
+    text = page(quick)
+    links = {a["download"]: a["href"] or "" for a in Tree(text).having("a") if a.get("download")}
+    assert list(links) == ["quick.json", "quick.py", "quick-sigmas.txt"]
+    script = base64.b64decode(links["quick.py"].partition(",")[2]).decode()
+    assert script == adopt("export", "--study", "quick", "--format", "diffusers").out
+    assert "".join(script.split()) in "".join(text_of(text).split())
+    assert 'apply(pipe, "quick.json")' in text_of(text)
+
+
 def test_what_users_write_is_not_html(quick: optuna.Study) -> None:
     evil = '"><script>alert(1)</script><img src=x onerror=alert(1)>'
     config = quick.user_attrs[records.CONFIG]
@@ -215,6 +230,6 @@ def test_commands_on_the_page_name_the_database_without_its_password(quick: optu
 
     tail = storage_tail("postgresql+psycopg://me:secret@host/db")
     text = text_of(page(quick, tail=tail))
-    assert "adopt export --study quick --out . --storage 'postgresql+psycopg://me:***@host/db'" in text
+    assert "adopt export --study quick --format json --out . --storage 'postgresql+psycopg://me:***@host/db'" in text
     assert "secret" not in text
     assert storage_tail("sqlite:///adopt.db") == ""
