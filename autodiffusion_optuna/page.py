@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import json
 import platform
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from pathlib import Path
@@ -27,6 +28,8 @@ POLICY = "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inli
 """Content security policy: the page may load nothing from anywhere."""
 PIXELATED = 128
 """Side in pixels below which pictures are enlarged as squares rather than blurred."""
+LEGEND = 30
+"""Height left for a figure's legend, in pixels."""
 CAPTIONS = {
     "timesteps": "Each row is the best schedule at the end of a generation that improved it. "
     "Diamonds and dotted lines: uniform steps.",
@@ -34,6 +37,8 @@ CAPTIONS = {
     "history": "Every candidate by the operator that proposed it, and the known schedules as lines.",
     "evaluations": "Candidates that share their first steps share the evaluations of these steps.",
 }
+FILES = {"json": "{}.json", "diffusers": "{}.py", "comfyui": "{}-sigmas.txt"}
+"""Form of an export -> name of the file that the page carries."""
 NUMBERS = ("no", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve")
 Pictures = Sequence[tuple[str, NDArray[np.uint8]]]
 
@@ -88,10 +93,10 @@ def _result(report: StudyReport, notes: Sequence[str], tail: str) -> str:
     rows = report.rows()
     if not rows:
         command = f"adopt run --study {report.config.name}{tail}"
-        return f'<p class="result">No candidate is finished yet: <code>{escape(command)}</code>.</p>\n'
+        return f'<p class="result">No candidate is finished yet: <code>{_code(command)}</code>.</p>\n'
     uniform = next((row for row in rows if row.name == "uniform"), None)
     shown = "".join(
-        f'<p class="note">{escape(note)}</p>\n' for note in [*notes, *_doubts(rows[0], uniform, report, tail)]
+        f'<p class="note">{_code(note)}</p>\n' for note in [*notes, *_doubts(rows[0], uniform, report, tail)]
     )
     return f'<p class="result">{_sentence(report, rows[0], uniform)}</p>\n{shown}{_tiles(report, rows[0], uniform)}'
 
@@ -135,7 +140,11 @@ def _change(best: Row, uniform: Row) -> str:
     if found is None or given is None or given <= 0:  # kid may be negative
         return "no share of it"
     share = 1 - found / given
-    return f"{abs(share):.0%} {'lower' if share >= 0 else 'higher'}"
+    return f"{_percent(abs(share))} {'lower' if share >= 0 else 'higher'}"
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.0f}&nbsp;%"
 
 
 def _doubts(best: Row, uniform: Row | None, report: StudyReport, tail: str) -> list[str]:
@@ -153,10 +162,10 @@ def _doubts(best: Row, uniform: Row | None, report: StudyReport, tail: str) -> l
 def _tiles(report: StudyReport, best: Row, uniform: Row | None) -> str:
     run, saved = report.total("run"), report.total("saved")
     facts = [
-        (f"{report.metric} against uniform", _change(best, uniform) if uniform else "&ndash;"),
+        ("against uniform", _change(best, uniform) if uniform else "&ndash;"),
         ("cost of the schedule", f"{best.cost:.2f}"),
         ("candidates finished", f"{len(report.finished):,} of {report.config.search.trials:,}"),
-        ("evaluations saved", f"{saved / max(run + saved, 1):.0%}"),
+        ("evaluations saved", _percent(saved / max(run + saved, 1))),
     ]
     return f'<dl class="tiles">{"".join(f"<div><dt>{escape(k)}</dt><dd>{v}</dd></div>" for k, v in facts)}</dl>\n'
 
@@ -238,7 +247,8 @@ def _figure_json(report: StudyReport, key: str) -> str | None:
     figure = FIGURES[key][1](report)
     if figure is None:
         return None
-    figure.update_layout(title_text=None, margin_t=figure.layout.margin.t - 36, height=figure.layout.height - 36)
+    spared = figure.layout.margin.t - 8  # a legend makes room for itself
+    figure.update_layout(title_text=None, margin_t=8, height=figure.layout.height - spared + LEGEND)
     return str(figure.to_json())
 
 
@@ -281,36 +291,38 @@ def _apply(study: optuna.Study, report: StudyReport, tail: str) -> str:
     if report.best is None:
         return ""
     name = report.config.name
-    steps = [
-        _step(
-            "Take the schedule",
-            "As a script for diffusers, as sigmas for ComfyUI, or as JSON for this package:",
-            f"adopt export --study {name} --out .{tail}\nadopt export --study {name} --format comfyui{tail}",
-        )
-    ]
-    schedule = export_schedule(study)
-    try:
-        script = schedule_text(schedule, "diffusers")
-        steps.append(_step("Draw images", f"The script, {name}.py:", script))
+    texts, refused = _exports(study)
+    commands = "".join(f"adopt export --study {name} --format {form} --out .{tail}\n" for form in texts)
+    steps = [_step("Take the schedule", "These commands write its files:", commands)]
+    if "diffusers" in texts:
+        steps.append(_step("Draw images", f"The script, {name}.py:", texts["diffusers"]))
         more = "A pipeline that is already loaded takes the schedule, its solver and skipped layers in one line:"
         steps.append(_step("Or apply it to your own pipeline", more, _apply_lines(name)))
-        files = [_file(f"{name}.json", "application/json", schedule_text(schedule, "json"))]
-        files.append(_file(f"{name}.py", "text/x-python", script))
-    except AdoptError as error:
-        steps.append(_step("Draw images", f"No script: {error}", f"adopt sample --study {name} --out {name}.png{tail}"))
-        files = [_file(f"{name}.json", "application/json", schedule_text(schedule, "json"))]
-    more = "Score it on more images, or search on from where this study stands:"
-    trials = 2 * report.config.search.trials
-    commands = (
+    else:
+        command = f"adopt sample --study {name} --out {name}.png{tail}"
+        steps.append(_step("Draw images", f"No script: {refused}.", command))
+    surer = (
         f"adopt score --study {name} --images 10000 --banks 5{tail}\n"
-        f"adopt run --study {name} --set search.trials={trials}{tail}"
+        f"adopt run --study {name} --set search.trials={2 * report.config.search.trials}{tail}"
     )
-    steps.append(_step("Be surer", more, commands))
+    steps.append(_step("Be surer", "Score it on more images, or search on from where this study stands:", surer))
+    files = "".join(_file(FILES[form].format(name), text) for form, text in texts.items())
     return (
         '<section id="apply">\n<h2>How to apply it</h2>\n<p>The model stays as it is: nothing was trained. '
-        f"This page carries the files.</p>\n{''.join(files)}\n"
+        f"This page carries the schedule as files.</p>\n{files}\n"
         f'<ol class="steps">\n{"".join(steps)}</ol>\n</section>\n'
     )
+
+
+def _exports(study: optuna.Study) -> tuple[dict[str, str], str]:
+    """Text of every export that this model allows, and why another is not among them."""
+    schedule, texts, refused = export_schedule(study), {}, ""
+    for form in FILES:
+        try:
+            texts[form] = schedule_text(schedule, form)
+        except AdoptError as error:
+            refused = str(error).partition(";")[0]
+    return texts, refused
 
 
 def _apply_lines(name: str) -> str:
@@ -321,13 +333,19 @@ def _apply_lines(name: str) -> str:
 
 
 def _step(title: str, text: str, code: str) -> str:
-    return f"<li><h3>{escape(title)}</h3><p>{escape(text)}</p><pre><code>{escape(code.strip())}</code></pre></li>\n"
+    return f"<li><h3>{escape(title)}</h3><p>{escape(text)}</p><pre><code>{_code(code.strip())}</code></pre></li>\n"
 
 
-def _file(name: str, kind: str, content: str) -> str:
+def _code(text: str) -> str:
+    """Escaped, with options that are never broken after their dashes."""
+    return re.sub(r"(--[a-z-]+)", r'<span class="whole">\1</span>', escape(text))
+
+
+def _file(name: str, content: str) -> str:
     """A link that saves a file which the page itself holds."""
     data = base64.b64encode(content.encode()).decode("ascii")
-    return f'<a class="file" download="{escape(name)}" href="data:{kind};base64,{data}">{escape(name)}</a>'
+    source = f"data:application/octet-stream;base64,{data}"
+    return f'<a class="file" download="{escape(name)}" href="{source}">{escape(name)}</a>'
 
 
 # Settings and provenance
