@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 from rich.table import Table
 
 from autodiffusion_optuna import __version__
+from autodiffusion_optuna.commands.dashboard import dashboard
 from autodiffusion_optuna.commands.output import (
     EXIT_INTERRUPTED,
     Overrides,
@@ -21,6 +22,7 @@ from autodiffusion_optuna.commands.output import (
     Trust,
     err,
     existing,
+    load_parts,
     out,
     print_facts,
     print_table,
@@ -32,11 +34,6 @@ from autodiffusion_optuna.commands.run import run
 from autodiffusion_optuna.commands.studies import storage_app, studies_app
 from autodiffusion_optuna.errors import AdoptError, ConfigError, choose_from
 
-if TYPE_CHECKING:
-    import optuna
-
-    from autodiffusion_optuna.study import Parts
-
 app = typer.Typer(
     add_completion=False,
     no_args_is_help=True,
@@ -47,6 +44,7 @@ app = typer.Typer(
     "adopt sample --study digits-4 --out grid.png",
 )
 app.command()(run)
+app.command()(dashboard)
 app.add_typer(studies_app, name="studies")
 app.add_typer(storage_app, name="storage")
 app.add_typer(reference_app, name="reference")
@@ -98,7 +96,7 @@ def _score_study(study: str, overrides: list[str], storage: str | None, trust: b
     from autodiffusion_optuna.report import read_report
     from autodiffusion_optuna.storage import storage_url
 
-    found, parts = _load(study, storage_url(storage), trust, overrides)
+    found, parts = load_parts(study, storage_url(storage), trust, overrides)
     best = runner.winner(found).user_attrs["candidate"]
     keys = dict.fromkeys([best, *(candidate.key for candidate in parts.known.values())])
     fresh = parts.config.score
@@ -183,7 +181,7 @@ def sample(
         )
     else:
         assert study is not None
-        found, parts = _load(study, storage_url(storage), trust)
+        found, parts = load_parts(study, storage_url(storage), trust)
         rows = runner.sample_rows(parts, found, images, steps)
     draw_grid(rows, path)
     say(f"wrote {path}")
@@ -229,21 +227,6 @@ def export(
         except OSError as error:
             raise ConfigError(f"cannot write {str(folder / name)!r}: {error.strerror}; give another --out") from None
         say(f"wrote {folder / name}")
-
-
-def _load(name: str, url: str, trust: bool, overrides: list[str] | None = None) -> tuple[optuna.Study, Parts]:
-    """A study of the database with its parts built from the config it was run with."""
-    from autodiffusion_optuna import study as runner
-    from autodiffusion_optuna.config import parse_config
-    from autodiffusion_optuna.evaluation.allocator import keep_freed_memory
-    from autodiffusion_optuna.report import stored_config, stored_unit_costs
-
-    keep_freed_memory()
-    found = existing(name, url)[1]
-    config = parse_config(stored_config(found).model_dump(mode="json"), overrides or [])
-    parts = runner.build(config, trust=trust, unit_costs=stored_unit_costs(found))
-    runner.check_same(parts, found)
-    return found, parts
 
 
 @app.callback(invoke_without_command=True)

@@ -7,17 +7,18 @@ import re
 import uuid
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import optuna
 import sqlalchemy
-from optuna.artifacts import FileSystemArtifactStore
 from optuna.artifacts.exceptions import ArtifactNotFound
 from optuna.storages import RDBStorage
 from optuna.trial import FrozenTrial, TrialState, create_trial
 from sqlalchemy.exc import IntegrityError
 
 from autodiffusion_optuna import records
+from autodiffusion_optuna.artifacts import open_store
 from autodiffusion_optuna.config import NAME_PATTERN
 from autodiffusion_optuna.errors import ConfigError, StudyError
 from autodiffusion_optuna.report import load_study, study_names
@@ -226,7 +227,8 @@ def _copy_pictures(store: ArtifactStore | None, ids: Mapping[str, str]) -> None:
 def _delete(storage: RDBStorage, study_id: int) -> int:
     """Delete pictures, then the study: a delete that was killed can be told again."""
     location = storage.get_study_user_attrs(study_id).get(records.ARTIFACTS)
-    removed = 0 if location is None else _delete_pictures(storage, study_id, _open_store(location))
+    store = None if location is None else _open_store(location)
+    removed = 0 if store is None else _delete_pictures(storage, study_id, store)
     storage.delete_study(study_id)
     return removed
 
@@ -259,5 +261,6 @@ def _picture_ids(storage: RDBStorage, study_id: int) -> set[str]:
         return {key.removeprefix(ARTIFACT) for key in keys}
 
 
-def _open_store(location: str) -> ArtifactStore:
-    return FileSystemArtifactStore(location)
+def _open_store(location: str) -> ArtifactStore | None:
+    """The store of a study's pictures; None for a folder that is gone, and the pictures with it."""
+    return None if "://" not in location and not Path(location).is_dir() else open_store(location)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -16,6 +18,8 @@ CELL, LARGEST_CELL = 84, 192
 MARGIN, GAP, FONT_SIZE = 16, 4, 18
 COLUMNS = 16
 """Images side by side; more of them go on below."""
+SMALL_CELL, SMALL_GAP, TONES = 80, 2, 128
+"""Of ``square_grid``: the largest side of an image in pixels, the space between images, and the colours kept."""
 
 
 def draw_grid(rows: Sequence[tuple[str, NDArray[np.uint8]]], path: Path) -> None:
@@ -51,12 +55,44 @@ def draw_grid(rows: Sequence[tuple[str, NDArray[np.uint8]]], path: Path) -> None
         ) from None
 
 
-def _cell(height: int, width: int) -> tuple[int, int]:
+def square_grid(images: NDArray[np.uint8], most: int = 16) -> bytes:
+    """PNG file of up to ``most`` images in a near-square grid, tens of kB.
+
+    ``images``: uint8 [N, C, H, W] with C = 1 or 3.
+    """
+    shown = images[:most]
+    columns = math.isqrt(len(shown) - 1) + 1
+    lines = -(-len(shown) // columns)
+    cell_w, cell_h = _cell(shown.shape[2], shown.shape[3], smallest=SMALL_CELL, largest=SMALL_CELL)
+    step_w, step_h = cell_w + SMALL_GAP, cell_h + SMALL_GAP
+    canvas = Image.new("RGB", (columns * step_w - SMALL_GAP, lines * step_h - SMALL_GAP), "white")
+    for n, image in enumerate(shown):
+        line, column = divmod(n, columns)
+        canvas.paste(_scaled(image, (cell_w, cell_h)), (column * step_w, line * step_h))
+    drawn = canvas.convert("L") if shown.shape[1] == 1 else canvas.quantize(TONES)
+    return _png(drawn)
+
+
+def picture(image: NDArray[np.uint8]) -> bytes:
+    """PNG file of one image, uint8 [C, H, W] with C = 1 or 3; a large one is reduced to ``LARGEST_CELL``."""
+    _, height, width = image.shape
+    size = _cell(height, width) if max(height, width) > LARGEST_CELL else (width, height)
+    drawn = _scaled(image, size)
+    return _png(drawn.convert("L") if image.shape[0] == 1 else drawn)
+
+
+def _png(drawn: Image.Image) -> bytes:
+    file = io.BytesIO()
+    drawn.save(file, "PNG", optimize=True)
+    return file.getvalue()
+
+
+def _cell(height: int, width: int, smallest: int = CELL, largest: int = LARGEST_CELL) -> tuple[int, int]:
     """(width, height) at which images of a size are drawn."""
     longest = max(height, width)
-    if longest > LARGEST_CELL:
-        return max(1, width * LARGEST_CELL // longest), max(1, height * LARGEST_CELL // longest)
-    scale = max(1, CELL // longest)
+    if longest > largest:
+        return max(1, width * largest // longest), max(1, height * largest // longest)
+    scale = max(1, smallest // longest)
     return width * scale, height * scale
 
 

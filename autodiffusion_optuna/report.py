@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import optuna
@@ -14,6 +14,7 @@ from autodiffusion_optuna import records
 from autodiffusion_optuna.candidate import Candidate
 from autodiffusion_optuna.config import StudyConfig, differences, load_config, presets
 from autodiffusion_optuna.errors import StudyError, choose_from
+from autodiffusion_optuna.noise import NoiseSchedule
 from autodiffusion_optuna.storage import is_empty, open_storage
 
 PHASES = ("network", "features", "distance", "storage")
@@ -45,8 +46,19 @@ class Best:
 
 
 @dataclass(frozen=True, eq=False)
+class Row:
+    """A line of the table of schedules."""
+
+    name: str
+    candidate: Candidate
+    cost: float
+    value: float | None
+    fresh: records.Fresh | None
+
+
+@dataclass(frozen=True, eq=False)
 class StudyReport:
-    """All that ``adopt show`` prints of one study."""
+    """All that ``adopt show`` prints of one study. ``attrs``: the study's user attributes, see ``records``."""
 
     config: StudyConfig
     metric: str
@@ -54,6 +66,21 @@ class StudyReport:
     trials: list[FrozenTrial]
     best: Best | None
     known: list[Known]
+    attrs: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def noise(self) -> NoiseSchedule | None:
+        """The model's noise schedule; None in studies begun by a version that did not store it."""
+        packed = self.attrs.get(records.NOISE)
+        return None if packed is None else NoiseSchedule.unpack(packed)
+
+    def rows(self) -> list[Row]:
+        """The best found, then the known schedules from best to worst; nothing where no candidate is finished."""
+        if self.best is None:
+            return []
+        best = Row("best found", self.best.candidate, self.best.cost, self.best.value, self.best.fresh)
+        known = sorted(self.known, key=lambda k: float("inf") if k.value is None else k.value)
+        return [best, *(Row(k.name, k.candidate, k.cost, k.value, k.fresh) for k in known)]
 
     @property
     def finished(self) -> list[FrozenTrial]:
@@ -215,6 +242,7 @@ def read_report(study: optuna.Study) -> StudyReport:
         trials=trials,
         best=best,
         known=known,
+        attrs=attrs,
     )
 
 

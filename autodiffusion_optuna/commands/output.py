@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import shlex
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -16,9 +15,8 @@ if TYPE_CHECKING:
     import optuna
     from optuna.storages import RDBStorage
 
-    from autodiffusion_optuna.candidate import Candidate
-    from autodiffusion_optuna.records import Fresh
     from autodiffusion_optuna.report import StudyReport
+    from autodiffusion_optuna.study import Parts
 
 PIPE_WIDTH = 160  # of tables that go to a file or another program
 out = Console(highlight=False, markup=False, width=None if sys.stdout.isatty() else PIPE_WIDTH)
@@ -66,16 +64,30 @@ def existing(name: str, url: str) -> tuple[RDBStorage, optuna.Study]:
     return database, load_study(database, name)
 
 
+def load_parts(name: str, url: str, trust: bool, overrides: list[str] | None = None) -> tuple[optuna.Study, Parts]:
+    """A study of the database with its parts built from the config it was run with (AdoptError children)."""
+    from autodiffusion_optuna import study as runner
+    from autodiffusion_optuna.config import parse_config
+    from autodiffusion_optuna.evaluation.allocator import keep_freed_memory
+    from autodiffusion_optuna.report import stored_config, stored_unit_costs
+
+    keep_freed_memory()
+    found = existing(name, url)[1]
+    config = parse_config(stored_config(found).model_dump(mode="json"), overrides or [])
+    parts = runner.build(config, trust=trust, unit_costs=stored_unit_costs(found))
+    runner.check_same(parts, found)
+    return found, parts
+
+
 def print_result(study: optuna.Study, url: str) -> None:
     """What a finished run prints: the table, and the commands that come next."""
     from autodiffusion_optuna.report import read_report
-    from autodiffusion_optuna.storage import hide_password, storage_url
+    from autodiffusion_optuna.storage import storage_option
 
     report = read_report(study)
     print_table(report)
     warn(variety_warning(report))
-    shown = hide_password(url)
-    tail = "" if url == storage_url(None) else f" --storage {shlex.quote(shown)}"
+    tail = storage_option(url)
     name, more = report.config.name, report.config.search.trials * 2
     say("\nnext:")
     for command, why in (
@@ -116,16 +128,12 @@ def print_table(report: StudyReport) -> None:
     if searched:
         table.add_column("settings", overflow="fold")
     table.add_column("timesteps", overflow="fold")
-    rows: list[tuple[str, float | None, Fresh | None, float, Candidate]]
-    rows = [("best found", best.value, best.fresh, best.cost, best.candidate)]
-    known = sorted(report.known, key=lambda k: float("inf") if k.value is None else k.value)
-    rows += [(k.name, k.value, k.fresh, k.cost, k.candidate) for k in known]
-    for name, value, fresh, cost, candidate in rows:
-        shown = "-" if value is None else f"{value:.4g}"
-        interval = "-" if fresh is None else f"{fresh.mean:.4g} ± {fresh.half_width:.2g}"
-        timesteps = " ".join(str(t) for t in candidate.timesteps)
-        chosen = [", ".join(f"{setting} {value}" for setting, value in candidate.settings)] if searched else []
-        table.add_row(name, shown, interval, f"{cost:.2f}", *chosen, timesteps)
+    for row in report.rows():
+        shown = "-" if row.value is None else f"{row.value:.4g}"
+        interval = "-" if row.fresh is None else f"{row.fresh.mean:.4g} ± {row.fresh.half_width:.2g}"
+        timesteps = " ".join(str(t) for t in row.candidate.timesteps)
+        chosen = [", ".join(f"{name} {value}" for name, value in row.candidate.settings)] if searched else []
+        table.add_row(row.name, shown, interval, f"{row.cost:.2f}", *chosen, timesteps)
     out.print(table)
     if any(best.candidate.skips):
         _print_skips(report)
