@@ -8,13 +8,14 @@ import socket
 import socketserver
 import sys
 import threading
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, cast
 from wsgiref.simple_server import WSGIRequestHandler, WSGIServer
 
 import optuna
-from optuna.exceptions import OptunaError
+from optuna.exceptions import ExperimentalWarning, OptunaError
 from optuna.storages import BaseStorage, get_storage
 from optuna.trial import FrozenTrial, TrialState
 from sqlalchemy.exc import SQLAlchemyError
@@ -158,7 +159,8 @@ def study_address(server: WSGIServer, study: optuna.Study) -> str:
 def published(study: optuna.Study, url: str, on_trouble: Callable[[str], None]) -> Iterator[None]:
     """Write note and figures now, and, in a thread, again after each generation.
 
-    ``url``: of the database, for the note. ``on_trouble`` is told in one line where that fails, as in a read-only database; the dashboard itself goes on.
+    ``url``: of the database, for the note. ``on_trouble`` is told in one line where that fails, as in a read-only
+    database; the dashboard itself goes on.
     """
     stop = threading.Event()
     publisher = _Publisher(study, url, on_trouble)
@@ -213,17 +215,21 @@ def publish(study: optuna.Study, url: str) -> None:
     Raises Optuna's StorageInternalError where the database cannot be written.
     """
     from optuna_dashboard import get_note, save_note, save_plotly_graph_object
+    from optuna_dashboard._custom_plot_data import get_plotly_graph_objects
 
     report = read_report(study)
     if study.metric_names is None:
-        study.set_metric_names([report.metric])
+        with warnings.catch_warnings(category=ExperimentalWarning, action="ignore"):
+            study.set_metric_names([report.metric])
     old = get_note(study)
     new = note_text(report, url) + _users_part(old)
     if new != old:
         save_note(study, new)
+    # A figure is kept in rows of 2 kB, written one at a time: slow enough to be left out where it is there already.
+    stored = get_plotly_graph_objects(study.system_attrs)
     for name, (_, draw) in FIGURES.items():
         figure = draw(report)
-        if figure is not None:
+        if figure is not None and figure.to_json() != stored.get(name):
             save_plotly_graph_object(study, figure, graph_object_id=name)
 
 
