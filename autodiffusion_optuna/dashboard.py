@@ -151,8 +151,7 @@ def study_address(server: WSGIServer, study: optuna.Study) -> str:
     """Address of the study's page."""
     host = str(server.server_address[0])
     shown = f"[{host}]" if ":" in host else host
-    study_id = study._storage.get_study_id_from_name(study.study_name)
-    return f"http://{shown}:{server.server_port}/dashboard/studies/{study_id}"
+    return f"http://{shown}:{server.server_port}/dashboard/studies/{study._study_id}"
 
 
 @contextmanager
@@ -226,7 +225,7 @@ def publish(study: optuna.Study, url: str) -> None:
     if new != old:
         save_note(study, new)
     # A figure is kept in rows of 2 kB, written one at a time: slow enough to be left out where it is there already.
-    stored = get_plotly_graph_objects(study.system_attrs)
+    stored = get_plotly_graph_objects(study._storage.get_study_system_attrs(study._study_id))
     for name, (_, draw) in FIGURES.items():
         figure = draw(report)
         if figure is not None and figure.to_json() != stored.get(name):

@@ -72,9 +72,9 @@ def test_the_note_keeps_what_the_user_wrote(folder: Path) -> None:
     dashboard.publish(study, URL)
     assert get_note(study).endswith(dashboard.SIGNATURE + "\n\nmine already")
     save_note(study, get_note(study) + "\nand more")
-    version = study.system_attrs["dashboard:note_ver"]
+    version = study._storage.get_study_system_attrs(study._study_id)["dashboard:note_ver"]
     dashboard.publish(study, URL)
-    assert study.system_attrs["dashboard:note_ver"] == version
+    assert study._storage.get_study_system_attrs(study._study_id)["dashboard:note_ver"] == version
     run(folder / "quick.toml", URL, "search.trials=4")
     dashboard.publish(study, URL)
     assert "4 of 4 candidates" in get_note(study)
@@ -127,13 +127,14 @@ def test_trouble_is_told_once_in_one_line(folder: Path, monkeypatch: pytest.Monk
 
 def trials_of_all_kinds() -> list[optuna.trial.FrozenTrial]:
     """Numbered trials whose states, attributes and search spaces differ."""
+    choice = optuna.distributions.CategoricalDistribution(["x", "y"])
     number, integer = optuna.distributions.FloatDistribution, optuna.distributions.IntDistribution
     kinds: list[tuple[TrialState, dict[str, Any], dict[str, Any]]] = [
         (TrialState.COMPLETE, {"a": (1.0, number(0, 2)), "b": (1, integer(0, 3))}, {"cost": 1.0}),
         (TrialState.COMPLETE, {"a": (5.0, number(1, 9)), "b": (1, integer(0, 3))}, {"cost": "dear"}),
         (TrialState.FAIL, {"z": (1, integer(0, 3))}, {"failure": "why"}),
         (TrialState.PRUNED, {"a": (1.0, number(0, 2))}, {"generation": 3}),
-        (TrialState.COMPLETE, {"a": (1.0, number(0, 2)), "c": ("x", optuna.distributions.CategoricalDistribution(["x", "y"]))}, {}),
+        (TrialState.COMPLETE, {"a": (1.0, number(0, 2)), "c": ("x", choice)}, {}),
         (TrialState.WAITING, {}, {"known": "uniform"}),
         (TrialState.COMPLETE, {"b": (1, integer(0, 3)), "a": (1.0, number(0, 2))}, {"cost": 2.0}),
     ]  # fmt: skip
@@ -195,7 +196,8 @@ def test_loopback(host: str, alone: bool) -> None:
 def start(*arguments: str) -> tuple[subprocess.Popen[str], str]:
     """A dashboard in a process of its own, and the address it prints."""
     command = [sys.executable, "-m", "autodiffusion_optuna", "dashboard", "--study", "quick", *arguments]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, "PYTHONUNBUFFERED": "1"})  # fmt: skip
+    environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
     assert process.stdout is not None
     line = process.stdout.readline()
     found = re.search(r"http://\S+", line)

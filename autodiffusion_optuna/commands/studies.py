@@ -73,7 +73,7 @@ def copy(
     source = open_storage(storage_url(storage), create=False)
     url = None if target is None else storage_url(target)
     opened = None if url is None else partial(open_storage, url)
-    with Progress(console=err, transient=True) as progress:
+    with Progress(console=err, transient=True, disable=not err.is_terminal) as progress:
         task = progress.add_task(f"copying {study}")
         copy_study(
             source,
