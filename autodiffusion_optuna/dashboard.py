@@ -34,6 +34,8 @@ WSGIApp = Callable[[dict[str, Any], Any], Iterable[bytes]]
 
 LOOK_SECONDS = 5.0
 """Time between two looks at whether a generation has finished."""
+PLOT_HEIGHT = 450
+"""Pixels that the dashboard gives a figure; what is higher would lie over its neighbours."""
 SIGNATURE = "*Written by adopt after each generation: write your own notes below this line.*"
 """Last line of the note's part that is rewritten; what stands below it is the user's."""
 
@@ -228,6 +230,8 @@ def publish(study: optuna.Study, url: str) -> None:
     stored = get_plotly_graph_objects(study._storage.get_study_system_attrs(study._study_id))
     for name, (_, draw) in FIGURES.items():
         figure = draw(report)
+        if figure is not None:
+            figure.update_layout(height=PLOT_HEIGHT)
         if figure is not None and figure.to_json() != stored.get(name):
             save_plotly_graph_object(study, figure, graph_object_id=name)
 
