@@ -231,7 +231,8 @@ def publish(study: optuna.Study, url: str) -> None:
     for name, (_, draw) in FIGURES.items():
         figure = draw(report)
         if figure is not None:
-            figure.update_layout(height=PLOT_HEIGHT)
+            # The dashboard's buttons stand beside the plot: in a row they would lie over the title.
+            figure.update_layout(height=PLOT_HEIGHT, modebar_orientation="v", margin_r=48)
         if figure is not None and figure.to_json() != stored.get(name):
             save_plotly_graph_object(study, figure, graph_object_id=name)
 
