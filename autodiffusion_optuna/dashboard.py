@@ -276,11 +276,16 @@ def _schedules(report: StudyReport) -> str:
         return ""
     lines = [f"| schedule | {report.metric} | fresh noise, 95 % | cost | timesteps |", "|---|---|---|---|---|"]
     for row in rows:
-        value = "-" if row.value is None else f"{row.value:.4g}"
-        fresh = "-" if row.fresh is None else f"{row.fresh.mean:.4g} ± {row.fresh.half_width:.2g}"
+        value = "-" if row.value is None else _number(row.value)
+        fresh = "-" if row.fresh is None else f"{_number(row.fresh.mean)} ± {_number(row.fresh.half_width)}"
         name = f"**{row.name}** (trial {report.best.trial})" if report.best and row is rows[0] else row.name
         lines.append(f"| {name} | {value} | {fresh} | {row.cost:.2f} | {' '.join(map(str, row.candidate.timesteps))} |")
     return "\n".join(["## Schedules\n", *lines])
+
+
+def _number(value: float) -> str:
+    """Four digits, and no powers of ten in large numbers."""
+    return f"{value:.4g}" if abs(value) < 1e4 else f"{value:,.0f}"
 
 
 def _block(language: str, *lines: str) -> str:

@@ -106,11 +106,13 @@ def test_the_pages_show_what_we_wrote(folder: Path, browser: Any, shoot: Callabl
             shoot(title.partition(" ")[0].partition("(")[0].lower())
         assert "Timesteps of the best schedule" in text()
 
-        browser.get(f"{page}/trialTable")
+        browser.get(f"{page}/smartSelection")  # where this dashboard has its table of trials
         wait("document.querySelectorAll('tbody tr').length > 5")
         header = script("Array.from(document.querySelectorAll('th')).map(cell => cell.innerText).join('|')")
         for column in (records.GENERATION, records.STAGE, records.OPERATOR, records.COST):
-            assert column in header
+            assert f"UserAttribute {column}" in header
+        script("document.querySelector('table').scrollIntoView()")
+        time.sleep(0.5)
         shoot("table")
 
         browser.get(f"{page}/trials?numbers={pictured}")
