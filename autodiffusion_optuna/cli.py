@@ -11,6 +11,7 @@ import typer
 from rich.table import Table
 
 from autodiffusion_optuna import __version__
+from autodiffusion_optuna.commands.dashboard import dashboard
 from autodiffusion_optuna.commands.output import (
     EXIT_INTERRUPTED,
     Overrides,
@@ -46,6 +47,7 @@ app = typer.Typer(
 app.command()(run)
 app.command()(status)
 app.command()(report)
+app.command()(dashboard)
 app.add_typer(studies_app, name="studies")
 app.add_typer(storage_app, name="storage")
 app.add_typer(reference_app, name="reference")

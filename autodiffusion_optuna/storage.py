@@ -6,6 +6,7 @@ import functools
 import logging
 import os
 import re
+import shlex
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -256,6 +257,11 @@ def hide_password(url: str) -> str:
         return make_url(url).render_as_string(hide_password=True)
     except ArgumentError:
         return re.sub(r"//[^@/]*@", "//***@", url)
+
+
+def storage_option(url: str) -> str:
+    """``" --storage URL"`` as a shown command needs it, its password starred; empty for the default database."""
+    return "" if url == storage_url(None) else f" --storage {shlex.quote(hide_password(url))}"
 
 
 def open_storage(url: str, *, create: bool = True) -> StudyStorage:

@@ -226,10 +226,10 @@ def test_a_page_that_cannot_be_written_is_one_line(quick: optuna.Study, folder: 
 
 
 def test_commands_on_the_page_name_the_database_without_its_password(quick: optuna.Study) -> None:
-    from autodiffusion_optuna.commands.output import storage_tail
+    from autodiffusion_optuna.storage import storage_option
 
-    tail = storage_tail("postgresql+psycopg://me:secret@host/db")
+    tail = storage_option("postgresql+psycopg://me:secret@host/db")
     text = text_of(page(quick, tail=tail))
     assert "adopt export --study quick --format json --out . --storage 'postgresql+psycopg://me:***@host/db'" in text
     assert "secret" not in text
-    assert storage_tail("sqlite:///adopt.db") == ""
+    assert storage_option("sqlite:///adopt.db") == ""
