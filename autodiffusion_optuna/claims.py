@@ -65,17 +65,20 @@ def claim(
     become free; "done": the budget is met. ``grace``: seconds of silence after which a worker counts as dead.
     ``ready``: whether a new trial may be proposed from the trials as they are.
     """
-    study_id = storage.get_study_id_from_name(study.study_name)
+    study_id = study._study_id
     with storage.claiming(study_id):
-        reclaim(storage, study.study_name, grace)
         trials = study.get_trials(deepcopy=False)
-        places = budget - sum(t.state in FINISHED for t in trials)
-        running = sum(t.state == TrialState.RUNNING for t in trials)
+        others = [t for t in trials if t.state not in FINISHED]
+        if _take_back_all(storage, study_id, others, grace):
+            trials = study.get_trials(deepcopy=False)
+            others = [t for t in trials if t.state not in FINISHED]
+        places = budget - (len(trials) - len(others))
+        running = sum(t.state == TrialState.RUNNING for t in others)
         if places <= 0:
             return "done"
         if running >= places:
             return "wait"
-        waiting = next((t for t in trials if t.state == TrialState.WAITING), None)
+        waiting = next((t for t in others if t.state == TrialState.WAITING), None)
         if waiting is not None:
             return _take_up(study, storage, study_id, waiting, budget)
         if not ready(trials):
@@ -108,8 +111,7 @@ def _create(
 ) -> Claim | Literal["wait"]:
     """Begin a new trial. Where that was done without the lock, it is failed if its place or candidate was taken."""
     planned = template(len(known))
-    trial_id = storage.create_new_trial(study_id, planned)
-    storage.record_heartbeat(trial_id)
+    trial_id = storage.create_new_trial(study_id, planned)  # with its first heartbeat
     claimed = Claim(optuna.Trial(study, trial_id), trial_id)
     if claimed.number == len(known):
         return claimed
@@ -139,10 +141,16 @@ def reclaim(storage: StudyStorage, study_name: str, grace: float) -> list[int]:
     """
     study_id = storage.get_study_id_from_name(study_name)
     running = storage.get_all_trials(study_id, deepcopy=False, states=(TrialState.RUNNING,))
+    return _take_back_all(storage, study_id, running, grace)
+
+
+def _take_back_all(storage: StudyStorage, study_id: int, trials: Sequence[FrozenTrial], grace: float) -> list[int]:
+    """``reclaim`` for trials just read."""
+    running = [t for t in trials if t.state == TrialState.RUNNING]
     beats = storage.beats(study_id) if running else {}
     taken = []
     for trial in running:
-        trial_id = storage.get_trial_id_from_study_id_trial_number(study_id, trial.number)
+        trial_id = trial._trial_id
         name = trial.user_attrs.get(OWNER)
         silence = beats.get(trial_id)
         if name is not None and is_dead(name):

@@ -9,7 +9,7 @@ import re
 import shlex
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
@@ -17,11 +17,16 @@ from typing import Any, TypeVar
 import filelock
 import optuna
 import sqlalchemy
+from optuna.distributions import BaseDistribution
 from optuna.exceptions import OptunaError, StorageInternalError
 from optuna.storages import RDBStorage
+from optuna.storages._rdb import models
+from optuna.storages._rdb.storage import _create_scoped_session
+from optuna.trial import FrozenTrial, TrialState
 from sqlalchemy.engine import URL, make_url
 from sqlalchemy.exc import ArgumentError, DBAPIError, InterfaceError, OperationalError, SQLAlchemyError
 
+from autodiffusion_optuna import rows
 from autodiffusion_optuna.errors import StorageError
 
 DEFAULT_URL = "sqlite:///adopt.db"
@@ -52,6 +57,7 @@ class StudyStorage(RDBStorage):
 
     def __init__(self, url: str, **options: Any) -> None:
         super().__init__(url, **options)
+        self._agreed: dict[int, dict[str, BaseDistribution]] = {}
         self._prepare_connections()
 
     def __setstate__(self, state: dict[Any, Any]) -> None:
@@ -88,6 +94,66 @@ class StudyStorage(RDBStorage):
         except SQLAlchemyError as error:
             raise StorageInternalError("heartbeats cannot be read") from error
         return {trial: (now - beat.replace(tzinfo=None)).total_seconds() for trial, beat in rows}
+
+    def _get_prepared_new_trial(self, study_id: int, template_trial: FrozenTrial | None, session: Any) -> Any:
+        if template_trial is None:
+            return super()._get_prepared_new_trial(study_id, template_trial, session)
+        return rows.insert_trial(session, study_id, template_trial, self._agreed.setdefault(study_id, {}))
+
+    def get_trial(self, trial_id: int) -> FrozenTrial:
+        """The trial as it is now (KeyError)."""
+        return self._until_back(lambda: self._read_trial(trial_id))
+
+    def _read_trial(self, trial_id: int) -> FrozenTrial:
+        with _create_scoped_session(self.scoped_session) as session:
+            found = rows.read_trials(session, [models.TrialModel.trial_id == trial_id])
+        if not found:
+            raise KeyError(models.NOT_FOUND_MSG)
+        return found[0]
+
+    def _get_trials(
+        self,
+        study_id: int,
+        states: Container[TrialState] | None,
+        included_trial_ids: set[int],
+        trial_id_greater_than: int,
+    ) -> list[FrozenTrial]:
+        """Trials of a study: those included or above an id; what Optuna's cache asks for."""
+        newer = models.TrialModel.trial_id > trial_id_greater_than
+        older = sorted(i for i in included_trial_ids if i <= trial_id_greater_than)
+        where = [sqlalchemy.or_(models.TrialModel.trial_id.in_(older), newer)] if older else [newer]
+        if states is not None:
+            assert isinstance(states, Iterable)
+            where.append(models.TrialModel.state.in_(states))
+        return self._until_back(lambda: self._read_trials(study_id, where))
+
+    def _read_trials(self, study_id: int, where: Sequence[Any]) -> list[FrozenTrial]:
+        with _create_scoped_session(self.scoped_session) as session:
+            models.StudyModel.find_or_raise_by_id(study_id, session)
+            return rows.read_trials(session, [models.TrialModel.study_id == study_id, *where])
+
+    def finish_trial(
+        self,
+        trial_id: int,
+        state: TrialState,
+        values: Sequence[float] | None,
+        attrs: Mapping[str, Any],
+        holder: tuple[str, str],
+    ) -> bool:
+        """Write a running trial's last user attributes, values and state at once: all of it or nothing.
+
+        ``holder``: name and value of the user attribute that says whose it is. False, and nothing is written, where
+        the trial is another's or runs no more; True also where this very call was carried out before it was cut off.
+        """
+
+        def finish() -> bool:
+            with _create_scoped_session(self.scoped_session) as session:
+                done = rows.finish_trial(session, trial_id, state, values, attrs, holder)
+                if not done:
+                    session.rollback()
+            return done
+
+        return self._until_back(finish)
 
     @contextmanager
     def claiming(self, study_id: int) -> Iterator[None]:
@@ -171,7 +237,7 @@ for _name in (
     "create_new_study", "delete_study", "set_study_user_attr", "set_study_system_attr", "get_study_id_from_name",
     "get_study_name_from_id", "get_study_directions", "get_study_user_attrs", "get_study_system_attrs",
     "get_all_studies", "_create_new_trial", "_set_trial_param", "get_trial_param", "set_trial_state_values",
-    "set_trial_intermediate_value", "set_trial_user_attr", "set_trial_system_attr", "get_trial", "_get_trials",
+    "set_trial_intermediate_value", "set_trial_user_attr", "set_trial_system_attr",
     "get_trial_id_from_study_id_trial_number", "_get_best_trial_id", "get_trial_user_attrs", "get_trial_system_attrs",
 ):  # fmt: skip
     setattr(StudyStorage, _name, _patiently(_name))
@@ -194,9 +260,7 @@ def _is_away(error: BaseException | None) -> bool:
         # Connection exceptions, shutting down or starting up, too many connections, deadlock, serialization.
         return code[:2] in ("08", "57") or code in ("53300", "40P01", "40001")
     text = str(error.orig).lower()
-    return "locked" in text or not any(
-        word in text for word in ("disk", "readonly", "read-only", "no such", "malformed")
-    )
+    return "locked" in text or not any(word in text for word in NOT_AWAY)
 
 
 def failure(error: BaseException) -> str | None:

