@@ -22,7 +22,7 @@ RANK = {
 COMMANDS = ("cli", "commands")
 TORCH_FREE = (
     "search", "report", "records", "export", "schedule", "plots", "storage", "rows", "config", "figures", "artifacts",
-    "page", "manage", "dashboard", "claims", "worker", "launch", *COMMANDS,
+    "page", "manage", "dashboard", "claims", "launch", *COMMANDS,
 )  # fmt: skip
 MODULES = sorted(path.relative_to(PACKAGE) for path in PACKAGE.rglob("*.py"))
 
