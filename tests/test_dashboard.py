@@ -60,6 +60,7 @@ def test_what_is_published_is_served(folder: Path) -> None:
     assert all(json.loads(plot["graph_object"])["data"] for plot in detail["plotly_graph_objects"])
     columns = {attr["key"] for attr in detail["union_user_attrs"]}
     assert {records.GENERATION, records.STAGE, records.OPERATOR, records.COST, records.IMAGES} <= columns
+    assert records.SCORE not in columns
     best = read_report(study).best
     assert best is not None
     assert " ".join(map(str, best.candidate.timesteps)) in detail["note"]["body"]
