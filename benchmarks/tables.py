@@ -86,7 +86,8 @@ def facts() -> str:
         f"N = {frechet['generated']}, relative difference {frechet['relative_difference']:.0e} "
         "([frechet.json](benchmarks/results/frechet.json)).",
         f"Dashboard of {window['trials']:,} trials with {load('dashboard')['parameters']} parameters, measured beside "
-        f"other work: the first load takes {window['first load, seconds']:.1f} s, a poll {window['poll, seconds']:.2f} s, with a new trial "
+        f"other work: the first load takes {window['first load, seconds']:.1f} s, "
+        f"a poll {window['poll, seconds']:.2f} s, with a new trial "
         f"{window[poll]:.2f} s; optuna-dashboard as it comes {plain[poll]:.0f} s "
         "([dashboard.json](benchmarks/results/dashboard.json)).",
     ]
