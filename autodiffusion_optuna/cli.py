@@ -32,6 +32,7 @@ from autodiffusion_optuna.commands.output import (
 from autodiffusion_optuna.commands.reference import reference_app
 from autodiffusion_optuna.commands.run import run
 from autodiffusion_optuna.commands.studies import storage_app, studies_app
+from autodiffusion_optuna.commands.views import report
 from autodiffusion_optuna.errors import AdoptError, ConfigError, choose_from
 
 app = typer.Typer(
@@ -45,6 +46,7 @@ app = typer.Typer(
 )
 app.command()(run)
 app.command()(dashboard)
+app.command()(report)
 app.add_typer(studies_app, name="studies")
 app.add_typer(storage_app, name="storage")
 app.add_typer(reference_app, name="reference")

@@ -198,7 +198,7 @@ def history(report: StudyReport) -> go.Figure | None:
     steps = _thin(bests, POINTS // 3)
     figure.add_scatter(
         x=[*(t.number for t in steps), last], y=[_short(t.values[0]) for t in [*steps, bests[-1]]], mode="lines",
-        name="best so far", line={"color": BLUE, "width": 2.5, "shape": "hv"}, hoverinfo="skip",
+        name="best so far", legendrank=1, line={"color": BLUE, "width": 2.5, "shape": "hv"}, hoverinfo="skip",
     )  # fmt: skip
     _mark_stage_two(figure, complete)
     _style(figure, f"{report.metric} by trial", height=430)
@@ -224,7 +224,8 @@ def _frame(figure: go.Figure, report: StudyReport, complete: Sequence[FrozenTria
     if above:
         figure.add_annotation(
             text=f"↑ {above} worse {'trial' if above == 1 else 'trials'} above", xref="paper", yref="paper", x=1, y=1,
-            xanchor="right", yanchor="top", showarrow=False, font={"size": 11, "color": FAINT}, bgcolor="white",
+            yshift=-16, xanchor="right", yanchor="top", showarrow=False, bgcolor="white",
+            font={"size": 11, "color": FAINT},
         )  # fmt: skip
 
 
@@ -253,7 +254,7 @@ def _known_lines(figure: go.Figure, report: StudyReport, last: int) -> None:
         uniform = name == "uniform"
         figure.add_scatter(
             x=[0, max(last, 1)], y=[_short(value)] * 2, mode="lines", showlegend=name in named,
-            name=name, hovertemplate=f"{name}<br>%{{y}}<extra></extra>",
+            legendrank=2 if uniform else 3, name=name, hovertemplate=f"{name}<br>%{{y}}<extra></extra>",
             line={
                 "color": INK if uniform else GREEN if name in named else "#d0d5dd",
                 "width": 1.8 if name in named else 1,
@@ -300,7 +301,7 @@ def evaluations(report: StudyReport) -> go.Figure | None:
             hovertemplate=f"generation %{{x}}<br>%{{y:,}} {name}<br>%{{customdata}} saved<extra></extra>",
         )  # fmt: skip
     _style(figure, "Network evaluations, one image each", height=360)
-    figure.update_layout(barmode="stack", bargap=0.25)
+    figure.update_layout(barmode="stack", bargap=0.25, legend_traceorder="normal")
     figure.update_xaxes(title_text="generation", type="category", nticks=TICKS, tickangle=0)
     figure.update_yaxes(tickformat="~s")
     return figure
