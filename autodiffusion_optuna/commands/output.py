@@ -82,11 +82,12 @@ def load_parts(name: str, url: str, trust: bool, overrides: list[str] | None = N
 def print_result(study: optuna.Study, url: str) -> None:
     """What a finished run prints: the table, and the commands that come next."""
     from autodiffusion_optuna.report import read_report
+    from autodiffusion_optuna.storage import storage_option
 
     report = read_report(study)
     print_table(report)
     warn(variety_warning(report))
-    tail = storage_tail(url)
+    tail = storage_option(url)
     name, more = report.config.name, report.config.search.trials * 2
     say("\nnext:")
     for command, why in (
@@ -96,13 +97,6 @@ def print_result(study: optuna.Study, url: str) -> None:
         (f"adopt run --study {name} --set search.trials={more}{tail}", "search on"),
     ):
         say(f"  {command}    # {why}")
-
-
-def storage_tail(url: str) -> str:
-    """The option that commands to copy end with, so that they find the database; its password is starred."""
-    from autodiffusion_optuna.storage import hide_password, storage_url
-
-    return "" if url == storage_url(None) else f" --storage {shlex.quote(hide_password(url))}"
 
 
 LOST_VARIETY = -0.2

@@ -16,7 +16,6 @@ from autodiffusion_optuna.commands.output import (
     existing,
     load_parts,
     say,
-    storage_tail,
     variety_warning,
     warn,
 )
@@ -38,7 +37,7 @@ def report(
     """Write one page with the result, figures, pictures and how to apply it; it opens anywhere, without a network."""
     from autodiffusion_optuna.page import page
     from autodiffusion_optuna.report import read_report
-    from autodiffusion_optuna.storage import storage_url
+    from autodiffusion_optuna.storage import storage_option, storage_url
 
     if not path.parent.is_dir():
         raise ConfigError(f"folder {str(path.parent)!r} for the page does not exist; create it or give another --out")
@@ -52,7 +51,7 @@ def report(
         found,
         pictures=_pictures(study, url, images, trust) if wanted else (),
         notes=variety_warning(read),
-        tail=storage_tail(url),
+        tail=storage_option(url),
         written=f"{datetime.now():%Y-%m-%d}",
     )
     try:
