@@ -88,6 +88,8 @@ def _columns_by_study() -> dict[int, Any]:
                 if trial.number in self.seen:
                     continue
                 self._update_user_attrs(trial)
+                # A table in a cell makes rows as high as the screen; the trial's own page shows it.
+                self._union_user_attrs.pop(records.SCORE, None)
                 if trial.state != TrialState.FAIL:
                     self._update_intermediate_values(trial)
                     # Merging a space twice changes nothing, and the trials of a study have few different ones.

@@ -60,6 +60,7 @@ def test_what_is_published_is_served(folder: Path) -> None:
     assert all(json.loads(plot["graph_object"])["data"] for plot in detail["plotly_graph_objects"])
     columns = {attr["key"] for attr in detail["union_user_attrs"]}
     assert {records.GENERATION, records.STAGE, records.OPERATOR, records.COST, records.IMAGES} <= columns
+    assert records.SCORE not in columns
     best = read_report(study).best
     assert best is not None
     assert " ".join(map(str, best.candidate.timesteps)) in detail["note"]["body"]
@@ -220,7 +221,8 @@ def test_the_command_serves_the_study_and_ends_with_ctrl_c(folder: Path) -> None
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=30)
     assert process.returncode == 130
-    assert (out, err) == ("", "stopped\n")
+    assert out == ""
+    assert err in ("", "stopped\n")
 
 
 def test_another_host_than_loopback_is_warned_of(folder: Path) -> None:

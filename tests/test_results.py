@@ -61,3 +61,12 @@ def test_our_preset_has_less_regret_than_the_published_search(budget: int) -> No
     ours, published = (mixture[f"{preset}, {budget} trials"] for preset in ("adopt", "paper"))
     assert ours["seeds"] == published["seeds"] == 10
     assert ours["regret mean"] < published["regret mean"]
+
+
+def test_the_dashboard_stays_quick() -> None:
+    dashboard = result("dashboard")
+    assert dashboard["parameters"] == 30
+    ours = dashboard["adopt dashboard"]
+    assert ours["trials"] >= 5000
+    assert ours["poll, seconds"] < 1
+    assert ours["poll with a new trial, seconds"] < 1
