@@ -35,7 +35,7 @@ def insert_trial(session: Session, study_id: int, template: FrozenTrial, agreed:
     ``agreed``: distributions by name that are known to fit those of the study's earlier trials; extended here.
     Raises ValueError where one does not fit.
     """
-    trial = models.TrialModel(
+    trial: Any = models.TrialModel(
         study_id=study_id,
         state=template.state,
         datetime_start=template.datetime_start,

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+import os
 import resource
 import statistics
 import tempfile
@@ -145,17 +146,20 @@ def timed(seconds: list[float], function: Callable[..., Any]) -> Callable[..., A
 
 
 def milliseconds(url: str, size: int) -> dict[str, float]:
-    """Medians of taking and finishing a trial of a study with ``size`` trials, and of the sampler's part of it."""
+    """Medians of taking and finishing a trial of a study with ``size`` trials, and of the sampler's part of it.
+
+    ``cpu``: processor time of both in this process, which other programs on the machine stretch less.
+    """
     parts = make_parts(10**6, 0.0)
     storage, study = open_bench(url, parts)
     fill(storage, study, parts, size)
     storage, study = open_bench(url, parts)  # a worker that joins: nothing is in its cache
     in_sampler: list[float] = []
     parts.sampler._propose = timed(in_sampler, parts.sampler._propose)  # type: ignore[method-assign]
-    takes, finishes = [], []
+    takes, finishes, cpu = [], [], []
     for _ in range(MEASURED + 1):
         in_sampler.append(0.0)
-        started = time.perf_counter()
+        started, used = time.perf_counter(), time.process_time()
         claimed = claim(study, storage, 10**6, partial(runner._template, parts, study), grace=60.0)
         assert isinstance(claimed, Claim)
         taken = time.perf_counter()
@@ -164,11 +168,12 @@ def milliseconds(url: str, size: int) -> dict[str, float]:
         scored = time.perf_counter()
         frozen = runner._finish(study, storage, claimed, outcome, 0.0)
         finishes.append(time.perf_counter() - scored)
+        cpu.append(time.process_time() - used)
         takes.append(taken - started)
         assert frozen is not None
         assert frozen.state == TrialState.COMPLETE
     together = [take + finish for take, finish in zip(takes, finishes, strict=True)]
-    medians = {"take": takes, "finish": finishes, "sampler": in_sampler, "together": together}
+    medians = {"take": takes, "finish": finishes, "sampler": in_sampler, "together": together, "cpu": cpu}
     result = {name: round(1000 * statistics.median(values[1:]), 2) for name, values in medians.items()}
     return {**result, "joining": round(1000 * takes[0], 1)}
 
@@ -230,7 +235,7 @@ def main() -> None:
             base = storage_url(server.get_uri())
             server.psql("CREATE DATABASE sizes;")
             urls = {"sqlite": f"sqlite:///{folder}/a.db", "postgres": base.replace("/postgres?", "/sizes?")}
-            result: dict[str, Any] = {"parameters": STEPS * 3}
+            result: dict[str, Any] = {"parameters": STEPS * 3, "cores": os.cpu_count()}
             result["milliseconds"] = {
                 name: {str(size): milliseconds(url, size) for size in SIZES} for name, url in urls.items()
             }
