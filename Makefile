@@ -29,7 +29,7 @@ types: $(VENV)/tested
 # Hours on two cores; each script writes benchmarks/results/NAME.json.
 bench: $(VENV)/tested
 	$(BIN)/python benchmarks/studies.py digits-4 digits-6 digits-10 digits-4-paper digits-10-layers
-	for script in prefix prefix_solvers skip_time overhead mixture frechet model_card storage tables; do $(BIN)/python benchmarks/$$script.py || exit 1; done
+	for script in prefix prefix_solvers skip_time overhead mixture frechet dashboard storage model_card tables; do $(BIN)/python benchmarks/$$script.py || exit 1; done
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info

@@ -11,6 +11,7 @@ import typer
 from rich.table import Table
 
 from autodiffusion_optuna import __version__
+from autodiffusion_optuna.commands.dashboard import dashboard
 from autodiffusion_optuna.commands.output import (
     EXIT_INTERRUPTED,
     Overrides,
@@ -31,6 +32,7 @@ from autodiffusion_optuna.commands.output import (
 from autodiffusion_optuna.commands.reference import reference_app
 from autodiffusion_optuna.commands.run import run, status
 from autodiffusion_optuna.commands.studies import storage_app, studies_app
+from autodiffusion_optuna.commands.views import report
 from autodiffusion_optuna.errors import AdoptError, ConfigError, choose_from
 
 app = typer.Typer(
@@ -44,6 +46,8 @@ app = typer.Typer(
 )
 app.command()(run)
 app.command()(status)
+app.command()(report)
+app.command()(dashboard)
 app.add_typer(studies_app, name="studies")
 app.add_typer(storage_app, name="storage")
 app.add_typer(reference_app, name="reference")
@@ -248,23 +252,26 @@ def main() -> None:
     except AdoptError as error:
         _fail(str(error))
     except _UsageError as error:
+        if type(error).__name__ == "NoArgsIsHelpError":
+            print(error.format_message(), file=sys.stderr)  # type: ignore[attr-defined]
+            sys.exit(1)
         _fail(f"{error.format_message()} Try adopt --help")  # type: ignore[attr-defined]
     except (KeyboardInterrupt, typer.Abort):
         err.print("stopped")
         sys.exit(EXIT_INTERRUPTED)
     except Exception as error:
-        if not _is_database_error(error):
-            raise
-        _fail(f"the database failed: {str(error).splitlines()[0]} What is finished is kept; run the command again")
+        _fail(_database_failure(error))
     sys.exit(code if isinstance(code, int) else 0)
 
 
-def _is_database_error(error: Exception) -> bool:
-    """Whether a running study's database went away, is full or locked."""
-    from optuna.exceptions import StorageInternalError
-    from sqlalchemy.exc import SQLAlchemyError
+def _database_failure(error: Exception) -> str:
+    """One line for a database that failed meanwhile; any other error is ours and is raised again."""
+    from autodiffusion_optuna.storage import failure
 
-    return isinstance(error, (StorageInternalError, SQLAlchemyError))
+    reason = failure(error)
+    if reason is None:
+        raise error
+    return reason
 
 
 def _fail(message: str) -> None:

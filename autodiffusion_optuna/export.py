@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -45,12 +46,15 @@ def export_schedule(study: optuna.Study) -> Schedule:
         conditions=attrs.get("conditions"),
         noise=NoisePart.of(NoiseSchedule.unpack(packed), candidate.timesteps, sampling["final"]) if packed else None,
         config=ConfigPart(model=config.model, score=config.score),
-        made_with={
-            "autodiffusion_optuna": attrs.get(records.VERSION, __version__),
-            "optuna": optuna.__version__,
-        },
+        made_with={"autodiffusion_optuna": attrs.get(records.VERSION, __version__), **_versions()},
         **sampling,
     )
+
+
+def _versions() -> dict[str, str]:
+    """Versions here of the packages that decide what is drawn; without importing them."""
+    names = ("optuna", "torch", "diffusers", "transformers")
+    return {name: metadata.version(name) for name in names if any(metadata.distributions(name=name))}
 
 
 def _sampling(config: StudyConfig, candidate: Candidate, attrs: dict[str, Any]) -> dict[str, Any]:
@@ -60,12 +64,15 @@ def _sampling(config: StudyConfig, candidate: Candidate, attrs: dict[str, Any]) 
     fixed, chosen = config.sampling, candidate.settings_dict
     facts = attrs.get(records.MODEL_FACTS, {})
     guided = facts.get("guidance", "none") != "none"
-    guidance = chosen.get("guidance", _first(fixed.guidance))
-    solver = chosen.get("solver") or solver_names(_first(fixed.solver), _first(fixed.order))
+
+    def setting(name: str) -> Any:
+        return chosen[name] if name in chosen else _first(getattr(fixed, name))
+
+    guidance = setting("guidance")
     return {
-        "solver": solver,
-        "final": chosen.get("final", _first(fixed.final)),
-        "eta": chosen.get("eta", _first(fixed.eta)),
+        "solver": chosen.get("solver") or solver_names(setting("solver"), _first(fixed.order)),
+        "final": setting("final"),
+        "eta": setting("eta"),
         "guidance": (facts["scale"] if guidance is None else guidance) if guided else None,
     }
 
@@ -214,7 +221,7 @@ def _own_timesteps(recipe: Recipe, scheduler: str) -> str:
         why = "    # No pipeline of this kind hands a list on."
         body = f"    type(self).set_timesteps(self, {recipe.argument}={recipe.argument.upper()}, device=device)\n"
     else:
-        why = "    # This scheduler takes no list; set its own, then put ours in its place."
+        why = "    # This scheduler cannot be given these levels; it sets its own, and ours take their place."
         body = (
             f"    type(self).set_timesteps(self, {recipe.steps}, device=device)\n"
             "    self.timesteps = torch.tensor(TIMESTEPS, device=device)\n"
@@ -519,6 +526,8 @@ def _comfyui_sampler(schedule: Schedule, flow: bool) -> str:
     name, note = COMFYUI.get(schedule.solver, ("", ""))
     if schedule.eta:
         name, note = "euler_ancestral", f"set eta = {schedule.eta:g} in the node SamplerEulerAncestral"
+        if flow:  # its own rule there: by sigma, not by lambda
+            note = f"approximately: for flows it splits a step by another rule; {note}"
     if not name or schedule.amplification_cap is not None:
         capped = " with an amplification cap" if schedule.amplification_cap is not None else ""
         return f"Sampler: ComfyUI has none that takes the steps of {schedule.solver}{capped}; the nearest is euler."

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import os
 import subprocess
 import sys
 import tempfile
@@ -17,6 +18,7 @@ from typing import IO, Any
 
 from autodiffusion_optuna.errors import ConfigError, StudyError, choose_from
 from autodiffusion_optuna.report import peek
+from autodiffusion_optuna.storage import ENVIRONMENT, storage_url
 from autodiffusion_optuna.worker import USER_ERROR, Job, run_for_engine
 
 MAX_RESTARTS = 5
@@ -172,12 +174,17 @@ def run_slurm(job: Job, workers: int, options: Options, on_look: OnLook) -> None
         executor.update_parameters(**_slurm_parameters(given, local=cluster == "local"))
     except (TypeError, ValueError, NameError) as error:
         raise ConfigError(f"--engine-option: {error}") from None
-    jobs = {0: executor.submit(run_for_engine, job.dumps())}
+    # submitit writes jobs to files, where a password has no place: Slurm hands on the environment.
+    os.environ[ENVIRONMENT] = storage_url(job.url)
+    shared = replace(job, url=None)
+    jobs = {0: executor.submit(run_for_engine, shared.dumps())}
     restarts = dict.fromkeys(range(workers), 0)
     try:
         while jobs:
             if workers > 1 and _has_begun(job):
-                jobs |= {i: executor.submit(run_for_engine, replace(job, index=i).dumps()) for i in range(1, workers)}
+                jobs |= {
+                    i: executor.submit(run_for_engine, replace(shared, index=i).dumps()) for i in range(1, workers)
+                }
                 workers = 1
             for index, submitted in list(jobs.items()):
                 if not submitted.done():
@@ -191,7 +198,7 @@ def run_slurm(job: Job, workers: int, options: Options, on_look: OnLook) -> None
                     ) from died
                 else:
                     restarts[index] += 1
-                    jobs[index] = executor.submit(run_for_engine, replace(job, index=index).dumps())
+                    jobs[index] = executor.submit(run_for_engine, replace(shared, index=index).dumps())
             on_look()
             time.sleep(LOOK_SECONDS)
     finally:
@@ -218,7 +225,7 @@ ENGINES: dict[str, Callable[[Job, int, Options, OnLook], None]] = {
 
 def _has_begun(job: Job) -> bool:
     """Whether the first worker has written down what the study is, so that the others find it."""
-    return peek(job.url, job.name) is not None
+    return peek(storage_url(job.url), job.name) is not None
 
 
 def _check_answer(error: str | None) -> None:

@@ -24,7 +24,9 @@ class NoiseSchedule:
 
     ``alphas``, ``sigmas``: float64 [T], sigma/alpha strictly increasing.
     ``model_times``: float64 [T], what the network takes as its timestep at each index.
-    A fractional index interpolates log alpha linearly, as DPM-Solver does (arXiv 2206.00927, appendix D.4).
+    A fractional index interpolates log alpha linearly where alpha^2 + sigma^2 = 1, as DPM-Solver does (arXiv
+    2206.00927, appendix D.4), log sigma where alpha is 1 (EDM), and else alpha and sigma themselves (flows): each is
+    linear in what the network of that kind takes as its time, so that time and levels agree between indices too.
     """
 
     alphas: Array
@@ -40,7 +42,9 @@ class NoiseSchedule:
         """Signal level at time index t in [0, T - 1]."""
         if t == int(t):
             return float(self.alphas[int(t)])
-        return math.exp(float(np.interp(t, np.arange(self.T), np.log(self.alphas))))
+        if self.variance_preserving:
+            return math.exp(self._between(t, np.log(self.alphas)))
+        return self._between(t, self.alphas)
 
     def sigma(self, t: float) -> float:
         """Noise level at time index t in [0, T - 1]."""
@@ -48,7 +52,13 @@ class NoiseSchedule:
             return float(self.sigmas[int(t)])
         if self.variance_preserving:
             return math.sqrt(1.0 - self.alpha(t) ** 2)
-        return float(np.interp(t, np.arange(self.T), self.sigmas))
+        if (self.alphas == 1).all():
+            return math.exp(self._between(t, np.log(self.sigmas)))
+        return self._between(t, self.sigmas)
+
+    def _between(self, t: float, levels: Array) -> float:
+        """Linear between the indices around ``t``."""
+        return float(np.interp(t, np.arange(self.T), levels))
 
     def lambda_(self, t: float) -> float:
         """Half the log signal-to-noise ratio, log(alpha / sigma), at time index t."""
@@ -80,9 +90,7 @@ def from_alphas_cumprod(alphas_cumprod: Array) -> NoiseSchedule:
     """Variance-preserving schedule of the cumulative product of 1 - beta, float64 [T] (DDPM, arXiv 2006.11239)."""
     abar = np.asarray(alphas_cumprod, dtype=np.float64)
     if abar.ndim != 1 or not len(abar) or not (np.isfinite(abar).all() and (abar > 0).all() and (abar < 1).all()):
-        raise ConfigError(
-            "noise schedule: alphas_cumprod must lie in (0, 1); zero-terminal-SNR schedules are not supported"
-        )
+        raise ConfigError("noise schedule: alphas_cumprod must lie in (0, 1)")
     if not (np.diff(abar) < 0).all():
         raise ConfigError("noise schedule: alphas_cumprod must be strictly decreasing")
     return NoiseSchedule(np.sqrt(abar), np.sqrt(1.0 - abar), np.arange(len(abar), dtype=np.float64))
@@ -109,6 +117,17 @@ def cosine(T: int = 1000) -> NoiseSchedule:
     return from_betas(np.minimum(1.0 - level[1:] / level[:-1], 0.999))
 
 
+def zero_terminal_snr(schedule: NoiseSchedule) -> NoiseSchedule:
+    """A variance-preserving schedule stretched so that its last time has no signal (arXiv 2305.08891, algorithm 1).
+
+    Alpha there is 2^-12, as in diffusers, or half of the one before where that is no less: solvers divide by it.
+    """
+    first, last = schedule.alphas[0], schedule.alphas[-1]
+    alphas = (schedule.alphas - last) * first / (first - last)
+    alphas[-1] = 2.0**-12 if alphas[-2] > 2.0**-12 else alphas[-2] / 2
+    return from_alphas_cumprod(alphas**2)
+
+
 def edm(sigmas: Array) -> NoiseSchedule:
     """Variance-exploding schedule with alpha = 1; ``sigmas`` ascending, float64 [T] (EDM, arXiv 2206.00364).
 
@@ -131,10 +150,16 @@ def flow(T: int = 1000, shift: float = 1.0) -> NoiseSchedule:
 def from_scheduler_config(config: Mapping[str, Any]) -> NoiseSchedule:
     """Noise schedule of a diffusers scheduler's config (DDPM, DDIM, PNDM, DPM-Solver, Euler and their like)."""
     T = int(config.get("num_train_timesteps", 1000))
+    if config.get("rescale_betas_zero_snr"):
+        prediction = config.get("prediction_type", "epsilon")
+        if prediction not in ("v_prediction", "sample"):
+            raise ConfigError(
+                f"scheduler: rescale_betas_zero_snr=true leaves no signal at the last time, where prediction_type "
+                f"{str(prediction)!r} does not tell the image; correct the one that the model was not trained with"
+            )
+        return zero_terminal_snr(from_scheduler_config({**config, "rescale_betas_zero_snr": False}))
     if config.get("trained_betas") is not None:
         return from_betas(np.asarray(config["trained_betas"]))
-    if config.get("rescale_betas_zero_snr"):
-        raise ConfigError("scheduler: rescale_betas_zero_snr=true is not supported; export the model with it off")
     if config.get("prediction_type") == "flow_prediction" or "FlowMatch" in str(config.get("_class_name", "")):
         return flow(T, float(config.get("shift", 1.0)))
     kind = str(config.get("beta_schedule", "linear"))

@@ -25,6 +25,9 @@ if TYPE_CHECKING:
 Pipeline = TypeVar("Pipeline")
 Number = int | float
 
+NO_RAMP = {"use_karras_sigmas": False, "use_exponential_sigmas": False, "use_beta_sigmas": False}
+"""Options by which a scheduler keeps the levels it is given; with any of them on it refuses or replaces them."""
+
 NO_NOISE = 1e-8
 """Stands for sigma = 0 in schedulers that take its logarithm; far below what float32 can tell from it."""
 
@@ -110,7 +113,7 @@ def _common(schedule: Schedule, levels: _Levels) -> dict[str, Any]:
     clip = {"dynamic_thresholding_ratio": 1.0, "sample_max_value": 1.0} if schedule.model.clip else {}
     flow = {"use_flow_sigmas": True, "flow_shift": 1.0, "use_dynamic_shifting": False} if levels.flow else {}
     return {
-        "use_karras_sigmas": False,
+        **NO_RAMP,
         "thresholding": schedule.model.clip,  # with a ratio and maximum of 1: a plain clip to [-1, 1]
         **clip,
         **({"prediction_type": "flow_prediction"} if levels.flow else {}),
@@ -135,6 +138,7 @@ def _multistep(order: int, by_noise: bool = False) -> Callable[[Schedule, _Level
             "lower_order_final": lower,
             "euler_at_final": by_noise and levels.last,
             "variance_type": None,
+            "use_lu_lambdas": False,
             **_common(schedule, levels),
         }
         sigmas = levels.positive if by_noise else levels.sigmas
@@ -152,9 +156,15 @@ def _multistep(order: int, by_noise: bool = False) -> Callable[[Schedule, _Level
 
 
 def _first_order(schedule: Schedule, levels: _Levels) -> Recipe | None:
-    if not levels.flow or schedule.eta:
+    if not levels.flow or schedule.eta or schedule.model.clip:  # diffusers' scheduler of flows cannot clip
         return _multistep(1)(schedule, levels)
-    options = {"shift": 1.0, "use_dynamic_shifting": False, "shift_terminal": None, "use_karras_sigmas": False}
+    options = {
+        "shift": 1.0,
+        "use_dynamic_shifting": False,
+        "shift_terminal": None,
+        "stochastic_sampling": False,
+        **NO_RAMP,
+    }
     return Recipe(
         "FlowMatchEulerDiscreteScheduler",
         options,
@@ -199,6 +209,7 @@ def _unipc(order: int) -> Callable[[Schedule, _Levels], Recipe | None]:
             "solver_order": order,
             "predict_x0": True,
             "lower_order_final": True,
+            "disable_corrector": [],
             **_common(schedule, levels),
         }
         return Recipe("UniPCMultistepScheduler", options, levels.steps, levels.timesteps, levels.sigmas)
@@ -230,7 +241,7 @@ def _deis(order: int) -> Callable[[Schedule, _Levels], Recipe | None]:
 def _lms(schedule: Schedule, levels: _Levels) -> Recipe | None:
     if levels.flow or schedule.model.clip:  # it has neither
         return None
-    options = {"timestep_spacing": "leading", "use_karras_sigmas": False}
+    options = {"timestep_spacing": "leading", **NO_RAMP}
     return Recipe("LMSDiscreteScheduler", options, levels.steps, levels.timesteps, levels.sigmas, scales=True)
 
 
@@ -246,13 +257,12 @@ def _heun(schedule: Schedule, levels: _Levels) -> Recipe | None:
         "timestep_spacing": "leading",  # scales the first noise by sqrt(1 + sigma^2)
         "clip_sample": schedule.model.clip,
         "clip_sample_range": 1.0,
-        "use_karras_sigmas": False,
+        **NO_RAMP,
     }
-    kind = "HeunDiscreteScheduler"
-    if levels.last:
-        return Recipe(kind, options, levels.steps, timesteps, sigmas, "timesteps", scales=True)
-    # Above no noise the last step is corrected too, which diffusers' own list never is.
-    return Recipe(kind, options, levels.steps, (*timesteps, 0), (*sigmas, final), scales=True)
+    if not levels.last:  # above no noise the last step is corrected too, which diffusers' own list never is
+        timesteps, sigmas = (*timesteps, 0), (*sigmas, final)
+    # It takes a list of timesteps, but has betas of its own where the model's config leaves them out.
+    return Recipe("HeunDiscreteScheduler", options, levels.steps, timesteps, sigmas, scales=True)
 
 
 _RECIPES: dict[str, Callable[[Schedule, _Levels], Recipe | None]] = {

@@ -6,6 +6,7 @@ import functools
 import logging
 import os
 import re
+import shlex
 import tempfile
 import time
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
@@ -262,6 +263,15 @@ def _is_away(error: BaseException | None) -> bool:
     return "locked" in text or not any(word in text for word in NOT_AWAY)
 
 
+def failure(error: BaseException) -> str | None:
+    """One line for a database that failed while a study ran: full, read-only, locked or gone; None for other errors."""
+    if not isinstance(error, (StorageInternalError, SQLAlchemyError)):
+        return None
+    cause = error.__cause__ if isinstance(error, StorageInternalError) and error.__cause__ else error
+    reason = " ".join(str(getattr(cause, "orig", None) or cause).split())
+    return f"the database failed: {reason}; what is finished is kept: mend the cause and run the command again"
+
+
 def _let_go(connection: sqlalchemy.Connection) -> None:
     """End the transaction that holds a lock, also where the server ended it before."""
     try:
@@ -313,6 +323,11 @@ def hide_password(url: str) -> str:
         return re.sub(r"//[^@/]*@", "//***@", url)
 
 
+def storage_option(url: str) -> str:
+    """``" --storage URL"`` as a shown command needs it, its password starred; empty for the default database."""
+    return "" if url == storage_url(None) else f" --storage {shlex.quote(hide_password(url))}"
+
+
 def open_storage(url: str, *, create: bool = True) -> StudyStorage:
     """Optuna storage at ``url``: SQLite in WAL mode with a busy timeout, or any database SQLAlchemy knows.
 
@@ -335,6 +350,13 @@ def open_storage(url: str, *, create: bool = True) -> StudyStorage:
         raise StorageError(_reason(url, error)) from None
     storage.patience = PATIENCE
     return storage
+
+
+def check_place(url: str) -> None:
+    """StorageError where a SQLite file could not be made or written at ``url``; nothing is created."""
+    parsed = _parse(url)
+    if parsed.get_backend_name() == "sqlite":
+        _check_sqlite(parsed, create=True)
 
 
 def is_empty(url: str) -> bool:
@@ -393,10 +415,8 @@ def _check_sqlite(url: URL, create: bool) -> None:
     if path.exists():
         if create and not (os.access(path, os.W_OK) and _writable(path.parent)):
             raise StorageError(f"storage {str(path)!r} is read-only; make the file and its folder writable")
-        with path.open("rb") as file:
-            head = file.read(16)
-        if head and head != b"SQLite format 3\x00":
-            raise StorageError(f"storage {str(path)!r} is not a SQLite database; give another file")
+        # The file is never opened here: closing it would drop the locks of this process's own connections to it
+        # (https://sqlite.org/howtocorrupt.html, section 2.2), and the next worker to end would take away their log.
     elif not create:
         raise StorageError(f"no database at {str(path)!r}; start a study with `adopt run`, or give --storage URL")
     elif not path.parent.is_dir():
@@ -422,6 +442,8 @@ def _engine_options(url: URL) -> dict[str, Any]:
 
 def _reason(url: str, error: Exception) -> str:
     detail = str(getattr(error, "orig", None) or error).strip().splitlines()[0]
+    if "file is not a database" in detail:
+        return f"storage {str(sqlite_path(url))!r} is not a SQLite database; give another file"
     return f"cannot open storage {hide_password(url)!r}: {detail}; check the URL, or start the server"
 
 

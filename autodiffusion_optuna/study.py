@@ -15,8 +15,10 @@ import numpy as np
 import optuna
 import torch
 from numpy.typing import NDArray
+from optuna.exceptions import OptunaError
 from optuna.pruners import BasePruner, MedianPruner, NopPruner, PercentilePruner
 from optuna.trial import FrozenTrial, TrialState
+from sqlalchemy.exc import SQLAlchemyError
 
 from autodiffusion_optuna import __version__, records
 from autodiffusion_optuna.artifacts import attach_picture, notable, open_store
@@ -37,7 +39,7 @@ from autodiffusion_optuna.report import peek, require_same, stored_unit_costs
 from autodiffusion_optuna.search.sampler import AutoDiffusionSampler
 from autodiffusion_optuna.search.schedules import KNOWN, known_schedules
 from autodiffusion_optuna.search.space import SearchSpace
-from autodiffusion_optuna.storage import StudyStorage, open_storage, sqlite_path
+from autodiffusion_optuna.storage import StudyStorage, check_place, open_storage, sqlite_path
 
 if TYPE_CHECKING:
     from optuna.artifacts._protocol import ArtifactStore
@@ -325,9 +327,10 @@ def open_run(config: StudyConfig, url: str, *, trust: bool = False, artifacts: s
     if begun is not None:
         require_same(begun, config)
     parts = build(config, trust=trust, unit_costs=stored_unit_costs(begun))
-    storage = open_storage(url)
+    check_place(url)
     location = _location(begun, url, artifacts)
     store = None if location is None else open_store(location)
+    storage = open_storage(url)
     study = open_study(parts, storage)
     if location is not None and location != study.user_attrs.get(records.ARTIFACTS):
         study.set_user_attr(records.ARTIFACTS, location)
@@ -489,6 +492,8 @@ def _given_back(storage: StudyStorage, trial_id: int) -> Iterator[None]:
     """A trial that is stopped goes back in the queue; one that breaks its worker is failed with the reason."""
     try:
         yield
+    except (OptunaError, SQLAlchemyError):
+        raise  # the database's fault: the trial is taken back later
     except Exception as error:
         if is_mine(storage.get_trial(trial_id)):
             storage.set_trial_user_attr(trial_id, FAILURE, _one_line(f"{type(error).__name__}: {error}"))

@@ -17,6 +17,7 @@ from typing import Any
 
 from autodiffusion_optuna.config import StudyConfig, parse_config
 from autodiffusion_optuna.errors import AdoptError
+from autodiffusion_optuna.storage import failure, storage_url
 
 USER_ERROR, INTERRUPTED = 1, 130
 """Exit codes: something that the user must mend, and stopped by its launcher."""
@@ -26,7 +27,8 @@ USER_ERROR, INTERRUPTED = 1, 130
 class Job:
     """What a worker needs to know. ``index``: its number among the workers that were started together."""
 
-    url: str
+    url: str | None
+    """Of the database; None where the environment tells it."""
     config: dict[str, Any]
     folder: str
     """Folder that relative paths of the config start from."""
@@ -69,7 +71,7 @@ def run_job(job: Job) -> None:
     keep_freed_memory()
     torch.set_num_threads(max(1, torch.get_num_threads() // job.workers))
     config = parse_config(job.config, _device(job, torch.cuda.device_count()))
-    opened = runner.open_run(config, job.url, trust=job.trust, artifacts=job.artifacts)
+    opened = runner.open_run(config, storage_url(job.url), trust=job.trust, artifacts=job.artifacts)
     runner.work(opened.parts, opened.study, opened.storage, store=opened.store)
 
 
@@ -83,9 +85,17 @@ def run_for_engine(text: str) -> str | None:
     """``run_job`` of a job as JSON; an error that the user must mend is returned, for engines wrap what is raised."""
     try:
         run_job(Job.loads(text))
-    except AdoptError as error:
-        return str(error)
+    except Exception as error:
+        return _for_user(error)
     return None
+
+
+def _for_user(error: Exception) -> str:
+    """What the user must mend; any other error is raised again, and the worker is started anew."""
+    reason = str(error) if isinstance(error, AdoptError) else failure(error)
+    if reason is None:
+        raise error
+    return reason
 
 
 def main() -> None:
@@ -94,11 +104,11 @@ def main() -> None:
     threading.Thread(target=_stop_with_input, daemon=True).start()
     try:
         run_job(job)
-    except AdoptError as error:
-        print("error: " + " ".join(str(error).split()), file=sys.stderr)
-        sys.exit(USER_ERROR)
     except KeyboardInterrupt:
         sys.exit(INTERRUPTED)
+    except Exception as error:
+        print("error: " + " ".join(_for_user(error).split()), file=sys.stderr)
+        sys.exit(USER_ERROR)
 
 
 def _stop_with_input() -> None:

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import os
+import shutil
+import subprocess
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
 from command import Adopt, Result
+
+if TYPE_CHECKING:
+    import optuna
 
 torch.set_num_threads(1)  # small tensors: more threads only add noise
 
@@ -59,3 +66,25 @@ def adopt(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -
         return Result(stop.value.code, captured.out, captured.err)
 
     return command
+
+
+@pytest.fixture(scope="session")
+def quick_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The database of ``quick.toml``'s finished study; to be copied."""
+    folder = tmp_path_factory.mktemp("quick")
+    (folder / "quick.toml").write_text(QUICK)
+    environment = {key: value for key, value in os.environ.items() if key != "ADOPT_STORAGE"}
+    command = [sys.executable, "-m", "autodiffusion_optuna", "run", "--study", "quick.toml", "--storage", "adopt.db"]
+    subprocess.run(command, cwd=folder, env=environment, check=True, capture_output=True)
+    return folder / "adopt.db"
+
+
+@pytest.fixture
+def quick(folder: Path, quick_database: Path) -> optuna.Study:
+    """A finished study on the mixture, in ``adopt.db`` of the current folder."""
+    from autodiffusion_optuna.report import load_study
+    from autodiffusion_optuna.storage import open_storage
+
+    for file in quick_database.parent.glob("adopt.db*"):
+        shutil.copy(file, folder)
+    return load_study(open_storage("sqlite:///adopt.db"), "quick")

@@ -11,7 +11,7 @@ import pytest
 import torch
 from example_schedules import example, ours, schedule_of
 from tiny_models import make_unet, write_class_conditional, write_ddpm, write_dit
-from tiny_pipelines import write_flux, write_prompts, write_sd, write_sd3, write_sdxl
+from tiny_pipelines import write_flux, write_prompts, write_sd, write_sd3, write_sdxl, write_zero_snr
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -102,6 +102,44 @@ def test_the_scheduler_takes_our_solvers_steps_on_a_flow(solver: str, final: str
         assert compare(noise, scheduler, schedule) < (1e-3 if solver in BY_NOISE else 5e-6), steps
 
 
+@pytest.mark.parametrize("solver", FLOW)
+def test_a_flow_is_clipped_as_in_the_search(solver: str) -> None:
+    from diffusers import FlowMatchEulerDiscreteScheduler
+
+    part = {"prediction": "flow_prediction", "clip": True}
+    schedule = example(flow(1000, 3.0), solver=solver, timesteps=LISTS[5], model=part)
+    assert compare(flow(1000, 3.0), FlowMatchEulerDiscreteScheduler(shift=3.0), schedule) < 1e-4
+
+
+INHERITED: dict[str, dict[str, Any]] = {
+    "DPMSolverMultistepScheduler": {"use_lu_lambdas": True, "euler_at_final": True, "final_sigmas_type": "sigma_min"},
+    "DPMSolverSinglestepScheduler": {"use_exponential_sigmas": True, "solver_order": 3},
+    "UniPCMultistepScheduler": {"disable_corrector": [0, 1], "solver_type": "bh1", "use_beta_sigmas": True},
+    "DEISMultistepScheduler": {"use_exponential_sigmas": True, "solver_order": 3},
+    "FlowMatchEulerDiscreteScheduler": {"stochastic_sampling": True, "use_beta_sigmas": True, "shift_terminal": 0.1},
+}
+
+
+@pytest.mark.parametrize("name", INHERITED)
+def test_nothing_of_the_pipelines_own_scheduler_changes_the_steps(name: str) -> None:
+    import diffusers
+
+    flowing = name.startswith("Flow")
+    noise = flow(1000, 3.0) if flowing else linear()
+    part = {"prediction": "flow_prediction"} if flowing else {}
+    for solver in FLOW if flowing else EPS:
+        schedule = example(noise, solver=solver, timesteps=LISTS[5], model=part)
+        scheduler = getattr(diffusers, name)(**INHERITED[name])
+        assert compare(noise, scheduler, schedule) < 1e-4, solver
+        # A script hands the list itself to a scheduler of these options.
+        recipe = find_recipe(schedule)
+        if recipe.argument is not None:
+            mine = getattr(diffusers, recipe.scheduler).from_config(scheduler.config, **recipe.options)
+            given = schedule.timesteps if recipe.argument == "timesteps" else recipe.sigmas[:-1]
+            mine.set_timesteps(**{recipe.argument: list(given)})
+            np.testing.assert_allclose(mine.sigmas, recipe.sigmas, rtol=1e-4)  # a table in float32
+
+
 def test_what_diffusers_cannot_do_is_refused_with_the_way_out() -> None:
     flowing = {"prediction": "flow_prediction"}
     impossible = [example(solver=solver) for solver in NONE]
@@ -136,6 +174,9 @@ KINDS: dict[str, tuple[Callable[[Path], Any], str, str]] = {
     "sd": (write_sd, "StableDiffusionPipeline", "unipc_2"),
     "sd-heun": (write_sd, "StableDiffusionPipeline", "heun"),
     "sd-v": (lambda folder: write_sd(folder, "v_prediction"), "StableDiffusionPipeline", "deis_3"),
+    "sd-zero": (write_zero_snr, "StableDiffusionPipeline", "dpmpp_2m"),
+    "sd-zero-unipc": (write_zero_snr, "StableDiffusionPipeline", "unipc_2"),
+    "sd-zero-deis": (write_zero_snr, "StableDiffusionPipeline", "deis_2"),
     "sdxl": (write_sdxl, "StableDiffusionXLPipeline", "ddim"),
     "sd3": (lambda folder: write_sd3(folder, t5=True), "StableDiffusion3Pipeline", "ddim"),
     "flux": (write_flux, "FluxPipeline", "dpmpp_2m"),
@@ -151,7 +192,8 @@ def make(kind: str, folder: Path, **fields: Any) -> tuple[Any, Schedule, Callabl
     text = name.startswith(("Stable", "Flux"))
     write_prompts(folder)
     options: dict[str, Any] = {"prompts": str(folder / "prompts.txt"), "size": [32, 32]} if text else {}
-    given = {"solver": solver, "timesteps": (951, 600, 333, 40), "skips": ((1, 2), (), (0,), (2,)), **fields}
+    first = 999 if "zero" in kind else 951
+    given = {"solver": solver, "timesteps": (first, 600, 333, 40), "skips": ((1, 2), (), (0,), (2,)), **fields}
     schedule = schedule_of(folder / "net", options, **given)
     chosen = [0, 1] if text else LABELS
     pipe = getattr(diffusers, name).from_pretrained(folder / "net")

@@ -111,6 +111,14 @@ def test_a_missing_option_is_one_line_too(folder: Path, adopt: Adopt) -> None:
     check_refused(adopt("walk"), "walk")
 
 
+def test_no_arguments_show_the_help_as_it_is_laid_out(folder: Path, adopt: Adopt) -> None:
+    for arguments, word in (([], "adopt run --study digits-4"), (["reference"], "build")):
+        result = adopt(*arguments)
+        assert result.code == 1
+        assert result.err.startswith("Usage: ")
+        assert any(line.strip().startswith(word) for line in result.err.splitlines())
+
+
 def test_a_model_folder_without_weights(folder: Path, adopt: Adopt, model_folder: Path) -> None:
     shutil.copytree(model_folder, folder / "bare")
     (folder / "bare" / "diffusion_pytorch_model.safetensors").unlink()
@@ -146,7 +154,7 @@ def test_parts_that_do_not_fit_are_refused_before_the_study_is_written(folder: P
     digits = str(DIGITS / "reference.npz")
     wrong = ["--set", "score.extractor=digits", "--set", f"score.reference={digits}"]
     check_refused(adopt("run", "--study", "quick.toml", *wrong), "it takes uint8 [B, 1, 28, 28]")
-    np.savez(folder / "large.npz", arr_0=np.zeros((4, 8, 8, 1), np.uint8))
+    np.savez(folder / "large.npz", arr_0=np.arange(256, dtype=np.uint8).reshape(4, 8, 8, 1))
     result = adopt("run", "--study", "quick.toml", "--set", "score.reference=large.npz")
     check_refused(result, "gives 16 features", "the reference has 64")
     assert listing(folder) == ["large.npz", "quick.toml"]

@@ -8,6 +8,7 @@ import shutil
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -113,14 +114,18 @@ def save(path: Path, **arrays: object) -> None:
     np.savez_compressed(path, **arrays)  # type: ignore[arg-type]
 
 
-def make_nan(folder: Path) -> str:
-    save(folder / "nan.npz", arr_0=np.zeros(3), mu=np.full(16, np.nan), sigma=np.eye(16))
-    return "nan.npz"
-
-
-def make_other_dimension(folder: Path) -> str:
-    save(folder / "wide.npz", feats=np.random.default_rng(0).normal(size=(40, 24)).astype(np.float32))
-    return "wide.npz"
+def make_changed(folder: Path, adopt: Adopt, **changed: np.ndarray[Any, Any]) -> str:
+    """A reference of the study's own extractor, with other arrays in it."""
+    images = np.random.default_rng(0).integers(0, 256, (80, 4, 4, 1), dtype=np.uint8)
+    save(folder / "images.npz", arr_0=images)
+    built = adopt(
+        "reference", "build", "--images", "images.npz", "--extractor", "pixels", "--out", "changed.npz", "--force"
+    )
+    assert built.code == 0, built.err
+    with np.load(folder / "changed.npz", allow_pickle=False) as archive:
+        arrays = {key: value for key, value in archive.items() if key != "features"}
+    save(folder / "changed.npz", **(arrays | changed))
+    return "score.reference=changed.npz"
 
 
 def make_bomb(folder: Path) -> str:
@@ -156,10 +161,8 @@ def make_text(folder: Path) -> str:
 
 
 REFERENCES: list[tuple[Callable[[Path], str], list[str]]] = [
-    (make_nan, ["nan.npz"]),
-    (make_other_dimension, ["wide.npz"]),
-    (make_bomb, ["bomb.npz"]),
-    (make_colour, ["colour"]),
+    (make_bomb, ["bomb.npz", "zip bomb", "claims 1,073,741,952 bytes"]),
+    (make_colour, ["images have 1 channel(s), those of reference 'colour' have 3"]),
     (make_empty, ["empty", "images"]),
     (make_one_image, ["1 image"]),
     (make_text, ["text.npz"]),
@@ -171,6 +174,23 @@ def test_a_wrong_reference(folder: Path, adopt: Adopt, make: Callable[[Path], st
     result = refuse(folder, adopt, f"score.reference={make(folder)}")
     for text in expected:
         assert text in result.err
+
+
+def test_statistics_that_are_none(folder: Path, adopt: Adopt) -> None:
+    nan = np.full(16, np.nan)
+    assert "holds NaN or infinity" in refuse(folder, adopt, make_changed(folder, adopt, mu=nan)).err
+    nan_sigma = np.where(np.eye(16) == 1, np.nan, 0.0)
+    assert "holds NaN or infinity" in refuse(folder, adopt, make_changed(folder, adopt, sigma=nan_sigma)).err
+    none = np.zeros((16, 16))
+    assert "all have the same features" in refuse(folder, adopt, make_changed(folder, adopt, sigma=none)).err
+    indefinite = np.ones((16, 16)) - np.eye(16) / 2
+    assert "is no covariance" in refuse(folder, adopt, make_changed(folder, adopt, sigma=indefinite)).err
+
+
+def test_a_reference_of_another_dimension(folder: Path, adopt: Adopt) -> None:
+    changed = make_changed(folder, adopt, mu=np.zeros(24), sigma=np.eye(24))
+    assert "gives 16 features" in refuse(folder, adopt, changed).err
+    assert "the reference has 24" in refuse(folder, adopt, changed).err
 
 
 def test_a_reference_of_another_extractor(folder: Path, adopt: Adopt) -> None:
@@ -186,8 +206,11 @@ def test_prompts(folder: Path, adopt: Adopt) -> None:
     tiny_pipelines.write_sd(folder / "sd")
     (folder / "empty.txt").write_text("\n\n")
     (folder / "wrong.csv").write_text("a,b\n1,2\n")
-    refuse(folder, adopt, "model.source=sd", "model.prompts=empty.txt")
-    refuse(folder, adopt, "model.source=sd", "model.prompts=wrong.csv")
+    assert "holds no prompts" in refuse(folder, adopt, "model.source=sd", "model.prompts=empty.txt").err
+    assert "none of its 2 columns" in refuse(folder, adopt, "model.source=sd", "model.prompts=wrong.csv").err
+    tiny_models.write_ddpm(folder / "ddpm")
+    result = refuse(folder, adopt, "model.source=ddpm", "model.prompts=empty.txt")
+    assert "prompts = 'empty.txt' is not for models such as 'ddpm'" in result.err
     assert "nowhere.txt" in refuse(folder, adopt, "model.source=sd", "model.prompts=nowhere.txt").err
     assert "model.prompts" in refuse(folder, adopt, "model.source=sd").err
 
@@ -206,6 +229,10 @@ def test_prompts(folder: Path, adopt: Adopt) -> None:
         (["model.source=python:os:getcwd"], "--trust"),
         (["model.source=checkpoint.pt"], "no such file"),
         (["model.prompts=x.txt"], "takes none"),
+        (
+            ["model.negative_prompt=blurry"],
+            "model.negative_prompt was given, but the bundled model 'mixture' takes none",
+        ),
     ],
     ids=lambda value: ",".join(value) if isinstance(value, list) else None,
 )

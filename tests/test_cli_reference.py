@@ -83,7 +83,7 @@ def test_mistakes_are_one_line_and_write_nothing(folder: Path, tmp_path: Path) -
     refused("does not exist", *base, "pixels", "--images", tmp_path / "none")
     refused("no images", *base, "digits", "--images", DIGITS)
     Image.fromarray(np.zeros((9, 9), np.uint8)).save(folder / "zz.png")
-    refused("zz.png is 9x9 grey", *base, "pixels")
+    refused("zz.png is 9x9, 00.png is 5x4", *base, "pixels")
     assert [path.name for path in tmp_path.iterdir()] == ["images"]
 
 

@@ -58,6 +58,21 @@ def learned_variance(folder: Path) -> None:
     write_ddpm(folder, out_channels=6)
 
 
+def without_betas(folder: Path) -> None:
+    """As written by hand: the config leaves out what are defaults, which Heun's scheduler has others of."""
+    write_ddpm(folder)
+    (folder / "scheduler" / "scheduler_config.json").write_text(
+        '{"_class_name": "DDPMScheduler", "beta_schedule": "linear", "num_train_timesteps": 1000}'
+    )
+
+
+def flowing(folder: Path) -> None:
+    from diffusers import FlowMatchEulerDiscreteScheduler
+
+    make_unet().save_pretrained(folder / "unet")
+    FlowMatchEulerDiscreteScheduler(shift=3.0, use_beta_sigmas=True).save_pretrained(folder / "scheduler")
+
+
 def latent(folder: Path) -> None:
     from diffusers import DDPMScheduler
 
@@ -76,10 +91,13 @@ NETWORKS: dict[str, Case] = {
     "dpmpp_2s-latent": (latent, {}, {"solver": "dpmpp_2s"}),
     "dpm_solver_2": (write_ddpm, {}, {"solver": "dpm_solver_2"}),
     "heun": (write_ddpm, {}, {"solver": "heun"}),
+    "heun-defaults": (without_betas, {}, {"solver": "heun"}),
     "heun-first": (write_ddpm, {}, {"solver": "heun", "final": "first"}),
     "lms": (write_ddpm, {"clip": False}, {"solver": "lms"}),
     "unipc_3": (write_ddpm, {}, {"solver": "unipc_3"}),
     "deis_3": (write_ddpm, {}, {"solver": "deis_3"}),
+    "flow-clipped": (flowing, {}, {"solver": "ddim"}),
+    "flow-euler": (flowing, {"clip": False}, {"solver": "euler"}),
     "classes": (write_class_conditional, {}, {"solver": "dpmpp_2m"}),
     "classes-guided": (
         write_class_conditional,
@@ -248,6 +266,8 @@ def test_comfyui_is_given_the_levels_of_a_flow() -> None:
     np.testing.assert_allclose(found, [*(3 * u / (1 + 2 * u)), 0.0], atol=1e-11)
     assert notes[1:] == ["# Sampler: euler.", "# Guidance: 3.5 (guidance of FluxGuidance, with a cfg of 1)."]
     assert "another coordinate" in sigmas(schedule.model_copy(update={"solver": "heun"}))[0][1]
+    stochastic = schedule.model_copy(update={"solver": "ddim", "eta": 0.5})
+    assert "euler_ancestral (approximately" in sigmas(stochastic)[0][1]
 
 
 @pytest.mark.parametrize(
@@ -345,6 +365,8 @@ def test_a_study_is_exported_with_everything_that_repeats_it(folder: Path, adopt
     assert schedule.config is not None
     assert schedule.config.model.source == "net"
     assert schedule.guidance is None
+    assert schedule.made_with.keys() >= {"autodiffusion_optuna", "optuna", "torch", "diffusers"}
+    assert schedule.made_with["torch"].split("+")[0] == torch.__version__.split("+")[0]
     fresh = schedule.score.fresh
     assert fresh is not None
     assert Fresh(fresh.images, (fresh.low, fresh.mean, fresh.high)).mean == pytest.approx(fresh.mean)
@@ -358,6 +380,13 @@ def test_fixed_settings_are_named_as_solvers_are(folder: Path, adopt: Adopt) -> 
     schedule = export_schedule(searched(adopt, folder, *settings))
     assert (schedule.solver, schedule.final, schedule.eta, schedule.model.clip) == ("unipc_3", "first", 0.0, False)
     assert not schedule.masked
+
+
+def test_numbers_that_were_searched_are_exported(folder: Path, adopt: Adopt) -> None:
+    study = searched(adopt, folder, "sampling.eta={min=0.25, max=0.75}")
+    schedule = export_schedule(study)
+    assert schedule.eta == study.best_trial.params["eta"]
+    assert f"with eta = {schedule.eta:g}" in schedule_text(schedule, "python")
 
 
 def test_a_study_of_the_mixture_is_exported_as_json_alone(folder: Path, adopt: Adopt) -> None:

@@ -15,13 +15,14 @@ NAME = PACKAGE.name
 RANK = {
     "errors": 0, "candidate": 1, "noise": 1, "config": 2, "search": 3, "evaluation": 3, "rows": 3,
     "storage": 4, "records": 4, "plots": 4, "schedule": 4, "claims": 5, "artifacts": 5, "pipelines": 5,
-    "report": 6, "study": 7, "export": 7, "figures": 7, "page": 8, "transfer": 8, "worker": 8, "launch": 9,
+    "report": 6, "study": 7, "export": 7, "figures": 7, "page": 8, "manage": 7, "dashboard": 8, "transfer": 8,
+    "worker": 8, "launch": 9,
     "commands": 10, "cli": 11, "__init__": 11, "__main__": 12,
 }  # fmt: skip
 COMMANDS = ("cli", "commands")
 TORCH_FREE = (
     "search", "report", "records", "export", "schedule", "plots", "storage", "rows", "config", "figures", "artifacts",
-    "page", *COMMANDS,
+    "page", "manage", "dashboard", "claims", "launch", *COMMANDS,
 )  # fmt: skip
 MODULES = sorted(path.relative_to(PACKAGE) for path in PACKAGE.rglob("*.py"))
 

@@ -72,3 +72,12 @@ def test_taking_a_trial_was_measured_in_both_databases_and_sizes() -> None:
     sleeping = storage["sleeping"]
     assert sleeping["trials"] == 160
     assert min(sleeping["fewest and most of one worker"]) >= 15
+
+
+def test_the_dashboard_stays_quick() -> None:
+    dashboard = result("dashboard")
+    assert dashboard["parameters"] == 30
+    ours = dashboard["adopt dashboard"]
+    assert ours["trials"] >= 5000
+    assert ours["poll, seconds"] < 1
+    assert ours["poll with a new trial, seconds"] < 1

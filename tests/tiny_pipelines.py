@@ -40,6 +40,16 @@ def write_sd(folder: Path, prediction_type: str = "epsilon", **save: Any) -> Pat
     return folder
 
 
+def write_zero_snr(folder: Path) -> Path:
+    """Stable Diffusion 2.x, tuned on noise whose last level has no signal."""
+    from diffusers import DDIMScheduler
+
+    write_sd(folder, "v_prediction")
+    config = {**BETAS, "rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
+    DDIMScheduler(**config, prediction_type="v_prediction").save_pretrained(folder / "scheduler")
+    return folder
+
+
 def write_sdxl(folder: Path, force_zeros: bool = True, **save: Any) -> Path:
     """Stable Diffusion XL; ``force_zeros``: its empty negative prompt is zero."""
     from diffusers import EulerDiscreteScheduler, StableDiffusionXLPipeline

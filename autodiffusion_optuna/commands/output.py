@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import shlex
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -83,13 +82,12 @@ def load_parts(name: str, url: str, trust: bool, overrides: list[str] | None = N
 def print_result(study: optuna.Study, url: str) -> None:
     """What a finished run prints: the table, and the commands that come next."""
     from autodiffusion_optuna.report import read_report
-    from autodiffusion_optuna.storage import hide_password, storage_url
+    from autodiffusion_optuna.storage import storage_option
 
     report = read_report(study)
     print_table(report)
     warn(variety_warning(report))
-    shown = hide_password(url)
-    tail = "" if url == storage_url(None) else f" --storage {shlex.quote(shown)}"
+    tail = storage_option(url)
     name, more = report.config.name, report.config.search.trials * 2
     say("\nnext:")
     for command, why in (

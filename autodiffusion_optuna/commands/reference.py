@@ -139,5 +139,7 @@ def _facts(contents: Contents) -> list[tuple[str, str]]:
         facts.append(("size", f"{meta.size[1]}x{meta.size[0]}" if meta.size else "not said"))
     if contents.images is not None:
         channels, height, width = contents.images.shape
-        facts += [("images", f"{contents.images.total:,}"), ("channels", str(channels)), ("size", f"{width}x{height}")]
+        more = f" and {len(contents.images.others):,} others" if contents.images.others else ""
+        facts += [("images", f"{contents.images.total:,}"), ("channels", str(channels))]
+        facts.append(("size", f"{width}x{height}{more}"))
     return facts

@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from autodiffusion_optuna.study import Parts, Progress
 
 
-Workers = Annotated[int, typer.Option("--workers", min=1, help="Workers to start; on GPUs, one for each GPU.")]
+Workers = Annotated[int, typer.Option("--workers", help="Workers to start; on GPUs, one for each GPU.")]
 Engine = Annotated[str, typer.Option("--engine", help="What starts them: local, ray or slurm.")]
 EngineOptions = Annotated[list[str] | None, typer.Option("--engine-option", help="name=value, as the engine takes it.")]
 ArtifactLocation = Annotated[
@@ -71,6 +71,8 @@ def run(
     from autodiffusion_optuna.report import peek, require_same
     from autodiffusion_optuna.storage import storage_url
 
+    if workers < 1:
+        raise ConfigError(f"--workers {workers}: give 1 or more")
     url = storage_url(storage)
     config = _resolve(study, overrides or [], url)
     options = _options(engine_options or [])
@@ -204,8 +206,10 @@ def _say_begin(config: StudyConfig, study: optuna.Study) -> None:
 
 
 def _resume_command() -> str:
-    """What the user typed: the same command resumes."""
-    return shlex.join(["adopt", *sys.argv[1:]])
+    """What the user typed, without a password: the same command resumes."""
+    from autodiffusion_optuna.storage import hide_password
+
+    return shlex.join(["adopt", *(hide_password(word) if "://" in word else word for word in sys.argv[1:])])
 
 
 def _score_finalists(parts: Parts, study: optuna.Study) -> None:

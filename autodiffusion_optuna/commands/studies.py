@@ -2,10 +2,19 @@
 
 from __future__ import annotations
 
+import sys
+from functools import partial
+from typing import Annotated
+
 import typer
+from rich.progress import Progress
 from rich.table import Table
 
-from autodiffusion_optuna.commands.output import StorageUrl, out
+from autodiffusion_optuna.commands.output import StorageUrl, StudyName, err, existing, out, say
+from autodiffusion_optuna.errors import ConfigError
+
+NewName = Annotated[str, typer.Option("--to", help="The new name.")]
+Force = Annotated[bool, typer.Option("--force", help="Also where workers seem to be running it.")]
 
 studies_app = typer.Typer(rich_markup_mode=None, invoke_without_command=True, help="Studies of the database.")
 storage_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="The database itself.")
@@ -16,6 +25,9 @@ def default(context: typer.Context, storage: StorageUrl = None) -> None:
     """List, rename, copy or delete studies; alone it lists them."""
     if context.invoked_subcommand is None:
         list_all(storage)
+    elif storage is not None:
+        name = context.invoked_subcommand
+        raise ConfigError(f"--storage goes behind the command: adopt studies {name} --storage URL")
 
 
 @studies_app.command("list")
@@ -32,6 +44,67 @@ def list_all(storage: StorageUrl = None) -> None:
         best = "-" if line.best is None else f"{line.best:.4g}"
         table.add_row(line.name, "yes" if line.preset else "", finished, best, line.description)
     out.print(table)
+
+
+@studies_app.command()
+def rename(study: StudyName, new: NewName, storage: StorageUrl = None, force: Force = False) -> None:
+    """Give a study another name; its trials, pictures, notes and plots stay as they are."""
+    from autodiffusion_optuna.manage import rename_study
+    from autodiffusion_optuna.storage import open_storage, storage_url
+
+    rename_study(open_storage(storage_url(storage), create=False), study, new, force=force)
+    say(f"renamed {study} to {new}")
+
+
+@studies_app.command()
+def copy(
+    study: StudyName,
+    new: NewName,
+    storage: StorageUrl = None,
+    target: Annotated[
+        str | None, typer.Option("--to-storage", help="Database of the copy; default the same one.")
+    ] = None,
+    force: Force = False,
+) -> None:
+    """Copy a study with its pictures, within the database or to another; the copy goes on like the original."""
+    from autodiffusion_optuna.manage import copy_study
+    from autodiffusion_optuna.storage import hide_password, open_storage, storage_url
+
+    source = open_storage(storage_url(storage), create=False)
+    url = None if target is None else storage_url(target)
+    opened = None if url is None else partial(open_storage, url)
+    with Progress(console=err, transient=True, disable=not err.is_terminal) as progress:
+        task = progress.add_task(f"copying {study}")
+        copy_study(
+            source,
+            study,
+            new,
+            opened,
+            force=force,
+            on_copied=lambda done, total: progress.update(task, completed=done, total=total),
+        )
+    say(f"copied {study} to {new}" + ("" if url is None else f" in {hide_password(url)}"))
+
+
+@studies_app.command()
+def delete(
+    study: StudyName,
+    storage: StorageUrl = None,
+    yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
+    force: Force = False,
+) -> None:
+    """Delete a study with its trials, and the pictures that are its alone."""
+    from autodiffusion_optuna import records
+    from autodiffusion_optuna.manage import delete_study
+    from autodiffusion_optuna.storage import storage_url
+
+    database, found = existing(study, storage_url(storage))
+    if not yes:
+        if not sys.stdin.isatty():
+            raise ConfigError(f"deleting study {study!r} needs --yes where there is no terminal to ask on")
+        typer.confirm(f"Delete study {study} with {records.finished(found)} finished trials?", abort=True)
+    pictures = delete_study(database, study, force=force)
+    say(f"deleted {study}" + (f" and {pictures} pictures" if pictures else ""))
 
 
 @storage_app.command()

@@ -25,6 +25,9 @@ from autodiffusion_optuna.evaluation.solvers import times
 SEARCH_BANK = 0
 """Every candidate is scored on the noise of this bank; fresh banks are numbered from 1."""
 
+KEPT_NOISE = 2**28
+"""Bytes of noise that are kept on the device; the rest is drawn anew, which costs less than one network evaluation."""
+
 OnRung = Callable[[int, float], bool]
 """(images, value) -> whether to go on to the next rung."""
 
@@ -120,7 +123,7 @@ class Evaluator:
                 if sum(map(len, shown)) < preview:
                     shown.append(images[: preview - sum(map(len, shown))].cpu())
                 with _timed(seconds, "features", self.model.device):
-                    features = self.extractor(images)
+                    features = self._extract(images)
                     moments.add(features)
                     kept.append(features)
                     if not self._needs_features(moments):
@@ -174,26 +177,38 @@ class Evaluator:
 
     def _shrink(self, failed: int) -> None:
         """Go on with half of a batch that did not fit; ``ModelError`` where it was a single image."""
-        if self.memory is not None:
-            self.memory.clear()  # it may be what filled the device, and the smaller batches share nothing with it
-        self._noise.clear()
-        if self.model.device.type == "cuda":
-            torch.cuda.empty_cache()
+        self._make_room()
         if failed == 1:
-            raise ModelError(
-                "the device ran out of memory with a single image; lower model.memory_mb, or use model.precision = "
-                "'bfloat16'"
-            )
+            raise _too_small()
         self._fits.append(failed // 2)
+
+    def _make_room(self) -> None:
+        """Free what is kept for speed alone; it may be what filled the device."""
+        if self.memory is not None:
+            self.memory.clear()
+        self._noise.clear()
+        _empty_cache(self.model.device)
+
+    def _extract(self, images: Tensor) -> Tensor:
+        """Features float32 [B, D] of uint8 [B, C, H, W]; of half a batch at a time where the extractor needs it."""
+        try:
+            return self.extractor(images)
+        except torch.OutOfMemoryError:
+            self._make_room()
+            if len(images) == 1:
+                raise _too_small() from None
+        return torch.cat([self._extract(half) for half in images.chunk(2)])
 
     def _bank_noise(self, bank: int, first: int, last: int) -> Tensor:
         key = (self.seed, bank, first, last)
-        if key not in self._noise:
-            noise = Bank(self.seed, bank, self.model.shape).noise(first, last).to(self.model.device)
-            if bank != SEARCH_BANK:  # used a few times at the end; not worth keeping
-                return noise
+        if key in self._noise:
+            return self._noise[key]
+        noise = Bank(self.seed, bank, self.model.shape).noise(first, last).to(self.model.device)
+        kept = sum(tensor.nbytes for tensor in self._noise.values())
+        # Fresh banks are used a few times at the end, and not worth keeping.
+        if bank == SEARCH_BANK and kept + noise.nbytes <= KEPT_NOISE:
             self._noise[key] = noise
-        return self._noise[key]
+        return noise
 
     def _needs_features(self, moments: Moments) -> bool:
         """Below D images the features' own N x N Gram matrix is the cheaper way to the distance."""
@@ -222,11 +237,15 @@ SHARE_OF_MEMORY = 0.6  # the rest is for the extractor, the decoder and the pref
 def largest_batch(model: Model) -> int:
     """Images in a batch that fits the model's device: a power of two, measured with one and with two images.
 
-    On the CPU, where more than fits the caches is no faster, 64.
+    On the CPU, where more than fits the caches is no faster, 64. ``ModelError`` where not even one image fits.
     """
     if model.device.type != "cuda":
         return CPU_BATCH
     one, two = (_peak_bytes(model, images) for images in (1, 2))
+    if one is None:
+        raise _too_small()
+    if two is None:
+        return 1
     free, _ = torch.cuda.mem_get_info(model.device)
     return batch_for(free, one, max(two - one, 1))
 
@@ -238,12 +257,26 @@ def batch_for(free: int, first: int, each: int) -> int:
     return int(2 ** (fitting.bit_length() - 1))
 
 
-def _peak_bytes(model: Model, images: int) -> int:
-    """Bytes that one evaluation takes on a GPU at its peak, beyond what was there before."""
+def _too_small() -> ModelError:
+    return ModelError(
+        "the device ran out of memory with a single image; lower model.memory_mb, or use model.precision = 'bfloat16'"
+    )
+
+
+def _empty_cache(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+def _peak_bytes(model: Model, images: int) -> int | None:
+    """Bytes that one evaluation takes on a GPU at its peak, beyond what was there before; None where it has fewer."""
     torch.cuda.reset_peak_memory_stats(model.device)
     before = torch.cuda.memory_allocated(model.device)
     x = torch.zeros(images, *model.shape, device=model.device)
-    model.to_images(model.bind([0] * images)(x, model.schedule.T // 2, 0))
+    try:
+        model.to_images(model.bind([0] * images)(x, model.schedule.T // 2, 0))
+    except torch.OutOfMemoryError:
+        return None
     return int(torch.cuda.max_memory_allocated(model.device) - before)
 
 

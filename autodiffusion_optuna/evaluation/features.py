@@ -7,6 +7,7 @@ import importlib
 import inspect
 import json
 import os
+import pickle
 import shutil
 import sys
 import tempfile
@@ -51,6 +52,7 @@ class Extractor:
     ``dim``: features per image, or None where the images decide it (pixels, networks of the user's).
     ``metric``: how a Fréchet distance over these features is called; "FID" is Inception through clean-fid.
     ``image_shape``: the only (C, H, W) it takes, or None for any.
+    ``seen``: side in which the network sees images of (H, W), None where that is their own size.
     ``mode``: how Inception's images are resized, as the user stated it; None where nobody did ("clean" then).
     ``network``: uint8 [B, C, H, W] on ``device`` to float [B, D].
     """
@@ -63,6 +65,7 @@ class Extractor:
     image_shape: tuple[int, int, int] | None = None
     mode: Mode | None = field(default=None, kw_only=True)
     network: Network = field(kw_only=True, repr=False)
+    seen: Callable[[int, int], int] | None = field(default=None, kw_only=True, repr=False)
 
     def __call__(self, images: Tensor) -> Tensor:
         """Features float32 [B, D] of ``images`` uint8 [B, 1 or 3, H, W], on the images' device.
@@ -269,6 +272,7 @@ def _load_inception(wanted: _Wanted) -> Extractor:
         device=wanted.device,
         mode=wanted.mode,
         network=_in_chunks(network),
+        seen=lambda height, width: INCEPTION_SIZE,
     )
 
 
@@ -322,7 +326,7 @@ def _inception_pytorch(weights: Path, device: torch.device, mode: Mode) -> Netwo
             net = package.InceptionV3(output_blocks=[3], resize_input=False).to(device).eval()
     except Exception as error:  # torch raises many kinds for what is no state dict
         raise ModelError(
-            f"extractor 'inception': {str(weights)!r} does not hold pytorch-fid's network ({_first_line(error)}); "
+            f"extractor 'inception': {str(weights)!r} does not hold pytorch-fid's network ({_why_not_plain(error)}); "
             "give a complete pt_inception-2015-12-05-6726825d.pth"
         ) from error
     return lambda images: net(images / 255)[0].flatten(1)
@@ -352,6 +356,7 @@ def _load_clip(wanted: _Wanted) -> Extractor:
         metric="FD",
         device=wanted.device,
         network=_in_chunks(lambda images: net(_resize_clip(images).expand(-1, 3, -1, -1))),
+        seen=lambda height, width: CLIP_SIZE,
     )
 
 
@@ -390,6 +395,7 @@ def _load_dinov2(wanted: _Wanted) -> Extractor:
         metric="FD",
         device=wanted.device,
         network=_in_chunks(_guarded("dinov2", network)),
+        seen=lambda height, width: DINOV2_SIZE,
     )
     return replace(extractor, dim=extractor(torch.zeros(1, 3, 8, 8, dtype=torch.uint8)).shape[1])
 
@@ -446,7 +452,7 @@ def _load_efficientnet(wanted: _Wanted) -> Extractor:
         net.load_state_dict(torch.load(weights, map_location="cpu", weights_only=True))
     except Exception as error:
         raise ModelError(
-            f"extractor 'efficientnet-lite0': {str(weights)!r} does not hold its network ({_first_line(error)}); "
+            f"extractor 'efficientnet-lite0': {str(weights)!r} does not hold its network ({_why_not_plain(error)}); "
             "leave the weights out to use the installed ones"
         ) from error
     net = net.to(wanted.device).eval().requires_grad_(False)
@@ -463,6 +469,7 @@ def _load_efficientnet(wanted: _Wanted) -> Extractor:
         metric="FD",
         device=wanted.device,
         network=_in_chunks(network),
+        seen=efficientnet_side,
     )
 
 
@@ -588,6 +595,11 @@ def _guarded(name: str, network: Callable[[Tensor], Any]) -> Network:
         return features
 
     return guarded
+
+
+def _why_not_plain(error: Exception) -> str:
+    """Why weights did not load; torch's own line advises to run what the pickle asks for."""
+    return "it is no pickle of plain tensors" if isinstance(error, pickle.UnpicklingError) else _first_line(error)
 
 
 def _first_line(error: Exception) -> str:

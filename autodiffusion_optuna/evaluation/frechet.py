@@ -10,6 +10,7 @@ from torch import Tensor
 
 from autodiffusion_optuna.errors import StatisticsError
 
+NEGATIVE = 1e-3  # how far below 0, relative to the largest, an eigenvalue counts as round-off
 CHUNK = 2048  # rows handled at once where a sum over all rows would need too much memory
 
 
@@ -102,13 +103,16 @@ class Moments:
 def covariance_factor(sigma: Tensor) -> Tensor:
     """L with L L^T = ``sigma`` (float64 [D, D], positive semidefinite), float64 [D, r].
 
-    Cholesky where sigma has full rank; else eigenvectors, without those of round-off eigenvalues.
+    Cholesky where sigma has full rank; else eigenvectors, without those of round-off eigenvalues. StatisticsError
+    where an eigenvalue is negative by more than what float32 files have.
     """
     factor: Tensor
     factor, failed = torch.linalg.cholesky_ex(sigma)
     if not int(failed):
         return factor
     values, vectors = torch.linalg.eigh(sigma)
+    if values[0] < -NEGATIVE * values[-1].abs():
+        raise StatisticsError(f"its eigenvalues go from {float(values[0]):.3g} to {float(values[-1]):.3g}")
     kept = values > values[-1] * len(values) * torch.finfo(torch.float64).eps
     scaled: Tensor = vectors[:, kept] * values[kept].sqrt()
     return scaled

@@ -6,7 +6,8 @@ import io
 import warnings
 import zipfile
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import IO
@@ -18,6 +19,8 @@ from PIL import Image, UnidentifiedImageError
 from autodiffusion_optuna.errors import StatisticsError
 
 Pixels = npt.NDArray[np.uint8]
+Read = Callable[[str], IO[bytes]]
+"""Opens the file of that name."""
 
 SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp"})
 GREY_MODES, COLOUR_MODES = frozenset({"1", "L", "LA"}), frozenset({"RGB", "RGBA", "P", "CMYK", "YCbCr"})
@@ -28,15 +31,18 @@ BAD_ZIP = (zipfile.BadZipFile, zlib.error, EOFError, OSError, RuntimeError, NotI
 
 @dataclass(frozen=True, eq=False)
 class Images:
-    """``total`` images of ``shape`` (C, H, W), C 1 or 3.
+    """``total`` images of ``shape`` (C, H, W), C 1 or 3: grey where all of them are, else colour.
 
-    ``batches(size)``: all of them in order, uint8 [up to size, C, H, W]; StatisticsError at one that is
-    unreadable or of another shape.
+    ``batches(size)``: all of them, uint8 [up to size, C, H, W]; StatisticsError at one that is unreadable.
+    ``others``: further (H, W), where not all images have that of ``shape``, the first one's; a batch is of one size,
+    and all of a size come before the next. ``odd``: an image of another size than the first one's, in words.
     """
 
     total: int
     shape: tuple[int, int, int]
     batches: Callable[[int], Iterator[Pixels]]
+    others: tuple[tuple[int, int], ...] = ()
+    odd: str | None = None
 
 
 def folder_images(folder: Path) -> Images:
@@ -48,15 +54,17 @@ def folder_images(folder: Path) -> Images:
             f"{str(folder)!r} holds no png or jpg images, nor webp; give another folder, a zip or an npz file"
         )
 
-    def read(name: str) -> Pixels:
+    @contextmanager
+    def session() -> Iterator[Read]:
+        yield read
+
+    def read(name: str) -> IO[bytes]:
         try:
-            with (folder / name).open("rb") as file:
-                return _decoded(file, str(folder / name))
+            return (folder / name).open("rb")
         except OSError as error:
             raise StatisticsError(f"{folder / name} cannot be read ({error.strerror})") from error
 
-    files = [str(name) for name in names]
-    return Images(len(files), _shape(read(files[0])), lambda size: _stacked(files, read, size, folder))
+    return _file_images([str(name) for name in names], session, folder)
 
 
 def zip_images(path: Path) -> Images:
@@ -68,14 +76,13 @@ def zip_images(path: Path) -> Images:
             raise StatisticsError(f"{str(path)!r} is a zip without png or jpg images, or webp; give another file")
         for info in infos:
             check_member(path, info, limit=SUSPICIOUS_SIZE)
-        first = _unzipped(archive, infos[0].filename, path)
-    names = [info.filename for info in infos]
 
-    def batches(size: int) -> Iterator[Pixels]:
+    @contextmanager
+    def session() -> Iterator[Read]:
         with _opened(path) as archive:
-            yield from _stacked(names, lambda name: _unzipped(archive, name, path), size, path)
+            yield lambda name: _unzipped(archive, name, path)
 
-    return Images(len(names), _shape(first), batches)
+    return _file_images([info.filename for info in infos], session, path)
 
 
 def array_images(array: npt.NDArray[np.uint8]) -> Images:
@@ -130,12 +137,11 @@ def _opened(path: Path) -> zipfile.ZipFile:
         raise StatisticsError(f"{str(path)!r} is not a readable zip ({error}); copy the file again") from error
 
 
-def _unzipped(archive: zipfile.ZipFile, name: str, path: Path) -> Pixels:
+def _unzipped(archive: zipfile.ZipFile, name: str, path: Path) -> IO[bytes]:
     try:
-        data = archive.read(name)
+        return io.BytesIO(archive.read(name))
     except BAD_ZIP as error:
         raise StatisticsError(f"{path}: member {name!r} cannot be unpacked ({error}); write the zip again") from error
-    return _decoded(io.BytesIO(data), f"{path}/{name}")
 
 
 def _is_image(parts: tuple[str, ...]) -> bool:
@@ -143,36 +149,55 @@ def _is_image(parts: tuple[str, ...]) -> bool:
     return bool(parts) and not hidden and PurePosixPath(parts[-1]).suffix.lower() in SUFFIXES
 
 
-def _stacked(names: list[str], read: Callable[[str], Pixels], size: int, root: Path) -> Iterator[Pixels]:
-    """uint8 [up to size, C, H, W] of image files, all of the first one's C, H and W."""
-    wanted = None
-    for start in range(0, len(names), size):
-        images = []
-        for name in names[start : start + size]:
-            image = read(name)
-            wanted = image.shape if wanted is None else wanted
-            if image.shape != wanted:
-                raise StatisticsError(
-                    f"{root / name} is {_size(image.shape)}, {PurePosixPath(names[0]).name} is {_size(wanted)}; "
-                    "give images of one size"
-                )
-            images.append(image)
-        yield _channels_first(np.stack(images))
+def _file_images(names: Sequence[str], session: Callable[[], AbstractContextManager[Read]], root: Path) -> Images:
+    """The images of the files ``names``, which a ``session`` reads. Their headers are all read at once."""
+    by_size: dict[tuple[int, int], list[str]] = {}
+    grey: list[bool] = []
+    with session() as read:
+        for name in names:
+            with read(name) as file, _image(file, root / name) as image:
+                grey.append(image.mode in GREY_MODES)
+                by_size.setdefault((image.height, image.width), []).append(name)
+    mode = "L" if all(grey) else "RGB"
+
+    def batches(size: int) -> Iterator[Pixels]:
+        with session() as read:
+            for members in by_size.values():
+                for start in range(0, len(members), size):
+                    images = []
+                    for name in members[start : start + size]:
+                        with read(name) as file:
+                            images.append(_decoded(file, root / name, mode))
+                    yield _channels_first(np.stack(images))
+
+    (height, width), *others = by_size
+    odd = None
+    if others:
+        other = by_size[others[0]][0]
+        odd = f"{root / other} is {_size(others[0])}, {PurePosixPath(names[0]).name} is {_size((height, width))}"
+    return Images(len(names), (1 if mode == "L" else 3, height, width), batches, tuple(others), odd)
 
 
-def _decoded(file: IO[bytes], name: str) -> Pixels:
-    """uint8 [H, W, 1 or 3]."""
+@contextmanager
+def _image(file: IO[bytes], path: Path) -> Iterator[Image.Image]:
+    """An opened image of 8 bits a channel; StatisticsError where it is none, also while it is decoded."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             with Image.open(file) as image:
                 if image.mode not in GREY_MODES | COLOUR_MODES:
-                    raise StatisticsError(f"{name} has {image.mode!r} pixels; images must have 8 bits a channel")
-                pixels = np.array(image.convert("L" if image.mode in GREY_MODES else "RGB"))
+                    raise StatisticsError(f"{path} has {image.mode!r} pixels; images must have 8 bits a channel")
+                yield image
     except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
-        raise StatisticsError(f"{name} claims more pixels than an image has; remove or replace it") from error
+        raise StatisticsError(f"{path} claims more pixels than an image has; remove or replace it") from error
     except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:
-        raise StatisticsError(f"{name} is not a readable image; remove or replace it") from error
+        raise StatisticsError(f"{path} is not a readable image; remove or replace it") from error
+
+
+def _decoded(file: IO[bytes], path: Path, mode: str) -> Pixels:
+    """uint8 [H, W, 1 or 3]."""
+    with _image(file, path) as image:
+        pixels = np.array(image.convert(mode))
     return pixels if pixels.ndim == 3 else pixels[..., None]
 
 
@@ -181,11 +206,5 @@ def _channels_first(images: Pixels) -> Pixels:
     return np.array(images.transpose(0, 3, 1, 2), order="C", copy=True)
 
 
-def _shape(image: Pixels) -> tuple[int, int, int]:
-    height, width, channels = image.shape
-    return channels, height, width
-
-
-def _size(shape: tuple[int, ...]) -> str:
-    height, width, channels = shape
-    return f"{width}x{height} {'grey' if channels == 1 else 'colour'}"
+def _size(size: tuple[int, int]) -> str:
+    return f"{size[1]}x{size[0]}"

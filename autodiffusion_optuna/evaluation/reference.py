@@ -22,6 +22,7 @@ from autodiffusion_optuna.evaluation.images import Images
 
 KEPT_FEATURES = 1000
 BATCH = 100
+ROUND_OFF = 1e-20  # of a variance to a squared mean, in float64
 
 OnImages = Callable[[int, int], None]
 """(images embedded so far, images in all)."""
@@ -33,7 +34,8 @@ class Reference:
 
     ``mu``: float64 [D]. ``sigma``: float64 [D, D]. ``n``: images behind them, None where a file does not say.
     ``features``: float32 [M, D] of some of the images, or None; only the kernel distance needs them.
-    ``channels`` and ``size`` (height, width): of the images, None where they are not known.
+    ``channels`` and ``size`` (height, width, of the first where they differ): of the images, None where they are not
+    known.
     """
 
     mu: Tensor
@@ -83,7 +85,7 @@ def load_reference(path: Path, extractor: Extractor, on_images: OnImages | None 
         return _own(path, contents.meta, contents.statistics[0], extractor)
     for statistics in contents.statistics:
         if statistics.extractor == extractor.name and statistics.mode == _mode(extractor):
-            return _foreign(path, statistics, extractor)
+            return _foreign(path, statistics, extractor, contents.images)
     if contents.images is not None:
         return _build_from(contents.images, extractor, path.stem, on_images)
     return _foreign(path, _as_stated(path, contents, extractor), extractor)
@@ -180,6 +182,10 @@ def too_few(n: int, dim: int) -> str | None:
 
 
 def _build_from(images: Images, extractor: Extractor, dataset: str, on_images: OnImages | None) -> Reference:
+    seen = {(size if extractor.seen is None else extractor.seen(*size)) for size in (images.shape[1:], *images.others)}
+    if len(seen) > 1:
+        resized = "resizes no images" if extractor.seen is None else "sees them in several sizes"
+        raise StatisticsError(f"{images.odd}, and extractor {extractor.name!r} {resized}; give images of one size")
     batches = (torch.from_numpy(batch) for batch in images.batches(BATCH))
     return _build(batches, images.total, images.shape, extractor, dataset, on_images)
 
@@ -204,9 +210,11 @@ def _build(
         if on_images is not None:
             on_images(moments.n, total)
     assert moments.n == total
+    mu, sigma = moments.mean.cpu(), moments.covariance.cpu()
+    _check_variance(mu, sigma, f"reference {dataset!r}")
     return Reference(
-        mu=moments.mean.cpu(),
-        sigma=moments.covariance.cpu(),
+        mu=mu,
+        sigma=sigma,
         n=total,
         fingerprint=extractor.fingerprint,
         extractor=extractor.name,
@@ -276,7 +284,8 @@ def _is_unknown(statistics: Statistics) -> bool:
     return statistics.extractor is None
 
 
-def _foreign(path: Path, statistics: Statistics, extractor: Extractor) -> Reference:
+def _foreign(path: Path, statistics: Statistics, extractor: Extractor, images: Images | None = None) -> Reference:
+    """Statistics that others wrote; ``images``: those beside them in the file, some of the dataset's."""
     features = None if statistics.features is None else _float32(path, statistics.features)
     if statistics.mu is not None and statistics.sigma is not None:
         mu, sigma = _mu_sigma(path, statistics.mu, statistics.sigma)
@@ -289,7 +298,12 @@ def _foreign(path: Path, statistics: Statistics, extractor: Extractor) -> Refere
     if features is not None:
         features = features[:: _stride(max(len(features), 1))].clone()
     dataset = path.stem.removesuffix("_kid")
-    reference = Reference(mu, sigma, statistics.n, extractor.fingerprint, extractor.name, dataset, features)
+    channels = size = None
+    if images is not None:
+        channels, size = images.shape[0], images.shape[1:]
+    reference = Reference(
+        mu, sigma, statistics.n, extractor.fingerprint, extractor.name, dataset, features, channels, size
+    )
     return _validated(path, reference, extractor)
 
 
@@ -328,6 +342,16 @@ def _validated(path: Path, reference: Reference, extractor: Extractor) -> Refere
     lopsided = float((sigma - sigma.T).abs().max()) > 1e-6 * float(sigma.abs().max())
     if lopsided or bool((sigma.diag() < 0).any()):
         raise StatisticsError(f"{path}: sigma is no covariance (symmetric, variances >= 0); build it again")
+    _check_variance(mu, sigma, str(path))
     if reference.n is not None and reference.n < 2:
         raise StatisticsError(f"{path}: was made from {reference.n} image(s); statistics need at least 2")
+    try:
+        _ = reference.factor  # kept: whatever is wrong with it shows before a study is written
+    except StatisticsError as error:
+        raise StatisticsError(f"{path}: sigma is no covariance ({error}); build it again") from error
     return reference
+
+
+def _check_variance(mu: Tensor, sigma: Tensor, where: str) -> None:
+    if float(sigma.trace()) <= ROUND_OFF * float(mu.square().sum()):
+        raise StatisticsError(f"{where}: its images all have the same features; give images that differ")

@@ -8,7 +8,7 @@ import torch
 
 from autodiffusion_optuna.candidate import Candidate
 from autodiffusion_optuna.errors import ConfigError, ModelError, StatisticsError
-from autodiffusion_optuna.evaluation.evaluator import Evaluator, batch_for
+from autodiffusion_optuna.evaluation.evaluator import SHARE_OF_MEMORY, Evaluator, batch_for, largest_batch
 from autodiffusion_optuna.evaluation.features import load_extractor
 from autodiffusion_optuna.evaluation.frechet import frechet_distance
 from autodiffusion_optuna.evaluation.models import load_model
@@ -91,6 +91,57 @@ def test_a_batch_that_does_not_fit_is_halved_and_changes_nothing_but_rounding(ev
 def test_a_single_image_that_does_not_fit_is_an_error(evaluator: Evaluator) -> None:
     with pytest.raises(ModelError, match="out of memory with a single image"):
         running_out(evaluator, 0).score(CANDIDATE, [64])
+
+
+def test_features_that_do_not_fit_are_taken_in_halves(evaluator: Evaluator) -> None:
+    """The extractor has early maps of its own, for which a batch of the network may be too large."""
+    network, most = evaluator.extractor.network, 9
+
+    def extract(images: torch.Tensor) -> torch.Tensor:
+        if len(images) > most:
+            raise torch.OutOfMemoryError
+        return network(images)
+
+    small = replace(evaluator, extractor=replace(evaluator.extractor, network=extract), memory=PrefixMemory(2**24))
+    assert small.score(CANDIDATE, [64]).value == evaluator.score(CANDIDATE, [64]).value
+    assert small.fitting_batch == evaluator.batch
+    most = 0
+    with pytest.raises(ModelError, match="out of memory with a single image"):
+        small.score(CANDIDATE, [64])
+
+
+def test_noise_is_kept_within_bounds(evaluator: Evaluator, monkeypatch: pytest.MonkeyPatch) -> None:
+    batch = 32 * 16 * 4
+    monkeypatch.setattr("autodiffusion_optuna.evaluation.evaluator.KEPT_NOISE", 2 * batch)
+    fresh = replace(evaluator, _noise={})
+    assert fresh.score(CANDIDATE, [128]).value == evaluator.score(CANDIDATE, [128]).value
+    assert sum(noise.nbytes for noise in fresh._noise.values()) == 2 * batch
+    assert fresh.score(CANDIDATE, [128]).value == evaluator.score(CANDIDATE, [128]).value
+
+
+@pytest.mark.parametrize(("most", "batch"), [(0, None), (1, 1), (9, 8)])
+def test_a_device_that_holds_little_gets_what_it_holds(
+    evaluator: Evaluator, monkeypatch: pytest.MonkeyPatch, most: int, batch: int | None
+) -> None:
+    """The memory of a GPU whose images take 100 bytes each, of which it has ``most`` to spare."""
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 0)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (most * 100 / SHARE_OF_MEMORY + 1, 10**9))
+    model, seen = running_out(evaluator, most).model, []
+
+    def denoise(x: torch.Tensor, t: float, skip: int) -> torch.Tensor:
+        seen.append(len(x))
+        return model.denoiser(x.cpu(), t, skip)
+
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 100 * seen[-1])
+    zeros = torch.zeros
+    monkeypatch.setattr(torch, "zeros", lambda *shape, device=None: zeros(*shape))
+    there = replace(model, denoiser=denoise, device=torch.device("cuda"))
+    if batch is None:
+        with pytest.raises(ModelError, match="out of memory with a single image"):
+            largest_batch(there)
+    else:
+        assert largest_batch(there) == batch
 
 
 @pytest.mark.parametrize(

@@ -349,10 +349,12 @@ def test_a_mode_is_for_inception_only() -> None:
 
 def test_legacy_pytorch_takes_plain_weights_only(tmp_path: Path) -> None:
     torch.save({"a": torch.zeros(1)}, tmp_path / "other.pth")
-    for path in (script(tmp_path / "code.pt", Thumbnail()), tmp_path / "other.pth"):
+    torch.save({"a": Path("code")}, tmp_path / "code.pth")
+    for path in (script(tmp_path / "code.pt", Thumbnail()), tmp_path / "other.pth", tmp_path / "code.pth"):
         with pytest.raises(ModelError, match="does not hold pytorch-fid's network") as caught:
             load_extractor("inception", "cpu", path, mode="legacy_pytorch")
         assert "\n" not in str(caught.value)
+        assert "weights_only" not in str(caught.value)  # torch advises to switch it off
 
 
 def test_no_tf32_while_features_are_made(plugin: str) -> None:

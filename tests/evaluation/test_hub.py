@@ -86,6 +86,16 @@ def test_a_partly_cached_model_is_not_taken_for_whole(hub: Path, lost: str) -> N
         resolve(ID)
 
 
+def test_folders_that_the_pipeline_does_not_name_may_lack_weights(hub: Path) -> None:
+    """SDXL's repository has copies of its decoder for another runtime, which have configs and no weights of torch."""
+    snapshot = fill_cache(hub)
+    (snapshot / "vae_decoder").mkdir()
+    (snapshot / "vae_decoder" / "config.json").write_text("{}")
+    (snapshot / "vae_decoder" / "model.onnx").touch()
+    assert is_complete(snapshot)
+    assert resolve(ID) == snapshot
+
+
 def test_shards_are_complete_only_together(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}")
     assert not is_complete(tmp_path)

@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -141,6 +142,35 @@ def test_costs_are_macs_an_image_or_seconds_a_batch(flat: Path) -> None:
     assert all(0 <= share <= 1 for share in measured.shares)
     with pytest.raises(ConfigError, match="unknown cost"):
         model.costs("flops")  # type: ignore[arg-type]
+
+
+def test_costs_are_those_of_a_batch_that_fits(flat: Path) -> None:
+    model, seen = load_model(str(flat)), []
+
+    def denoise(x: torch.Tensor, t: float, skip: int) -> torch.Tensor:
+        if len(x) > 3:
+            raise torch.OutOfMemoryError
+        seen.append(len(x))
+        return model.denoiser(x, t, skip)
+
+    assert replace(model, denoiser=denoise, _costs={}).costs("latency", 8).full > 0
+    assert set(seen) == {2}
+
+    def full(x: torch.Tensor, t: float, skip: int) -> torch.Tensor:
+        raise torch.OutOfMemoryError
+
+    with pytest.raises(ModelError, match="out of memory with a single image"):
+        replace(model, denoiser=full, _costs={}).costs("latency", 8)
+
+
+def test_a_model_too_large_for_the_device_is_one_line(flat: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(self: nn.Module, *args: object) -> nn.Module:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(nn.Module, "to", full)
+    monkeypatch.setattr("diffusers.UNet2DModel.to", full)
+    with pytest.raises(ModelError, match="the device has too little memory for this model"):
+        load_model(str(flat))
 
 
 def test_images_are_clamped_and_rounded(flat: Path) -> None:
@@ -303,6 +333,19 @@ def test_options_of_other_kinds_of_models_are_refused(tmp_path: Path, options: O
     write_class_conditional(tmp_path)
     with pytest.raises(ConfigError, match=reason):
         load_folder(tmp_path, options=options)
+
+
+@pytest.mark.parametrize(
+    "index",
+    [
+        {"_class_name": "PixArtAlphaPipeline", "transformer": ["diffusers", "PixArtTransformer2DModel"]},
+        {"_class_name": "LatentConsistencyModelPipeline", "unet": ["diffusers", "UNet2DConditionModel"]},
+    ],
+)
+def test_pipelines_of_other_networks_are_named(tmp_path: Path, index: dict[str, Any]) -> None:
+    (tmp_path / "model_index.json").write_text(json.dumps({**index, "scheduler": ["diffusers", "DDIMScheduler"]}))
+    with pytest.raises(ModelError, match=rf"is a {index['_class_name']} with a .*; supported are StableDiffusion"):
+        load_model(str(tmp_path))
 
 
 def test_an_unconditional_model_has_no_null_class(flat: Path) -> None:

@@ -10,6 +10,7 @@ from safetensors.numpy import load_file
 
 from autodiffusion_optuna import noise
 from autodiffusion_optuna.errors import ConfigError
+from autodiffusion_optuna.evaluation.denoiser import model_time
 
 GOLDEN = Path(__file__).parent.parent / "golden"
 VARIANCE_PRESERVING = [noise.linear(), noise.scaled_linear(), noise.cosine(), noise.linear(50, 0.002, 0.4)]
@@ -54,6 +55,23 @@ def test_fractional_times_lie_between_their_neighbours(schedule: noise.NoiseSche
     assert alpha**2 + sigma**2 == pytest.approx(1, abs=1e-14)
 
 
+def test_between_indices_a_flow_has_the_levels_of_its_time() -> None:
+    for schedule in (noise.flow(), noise.flow(10, 3.0)):
+        for t in (0.5, 7.25, schedule.T - 1.3):
+            s = model_time(schedule, t) / 1000
+            assert (schedule.alpha(t), schedule.sigma(t)) == (
+                pytest.approx(1 - s, rel=1e-9),
+                pytest.approx(s, rel=1e-9),
+            )
+
+
+def test_between_indices_edm_has_the_level_of_its_time() -> None:
+    schedule = noise.edm(np.geomspace(0.002, 80, 8) ** 1.1)
+    for t in (0.5, 3.25, 6.9):
+        assert schedule.alpha(t) == 1
+        assert math.log(schedule.sigma(t)) / 4 == pytest.approx(model_time(schedule, t), abs=1e-12)
+
+
 def test_whole_floats_are_indices() -> None:
     schedule = noise.linear()
     assert schedule.alpha(613.0) == schedule.alpha(613) == schedule.alphas[613]
@@ -80,7 +98,23 @@ def test_impossible_levels_are_refused(abar: list[float]) -> None:
         noise.from_alphas_cumprod(np.array(abar))
 
 
-def test_unknown_betas_and_zero_snr_are_refused() -> None:
+def test_zero_terminal_snr_is_that_of_diffusers() -> None:
+    from diffusers import DPMSolverMultistepScheduler
+
+    betas = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
+    config = {**betas, "rescale_betas_zero_snr": True, "prediction_type": "v_prediction"}
+    theirs = DPMSolverMultistepScheduler(**config)
+    ours = noise.from_scheduler_config(dict(theirs.config))
+    np.testing.assert_allclose(ours.alphas, theirs.alphas_cumprod.double().sqrt(), rtol=2e-3, atol=2e-6)
+    assert ours.alphas[-1] == 2**-12
+    assert (np.diff(ours.lambdas) < 0).all()
+    steep = noise.from_scheduler_config({**config, "beta_schedule": "linear", "beta_end": 0.02})
+    assert 0 < steep.alphas[-1] < 2**-12
+    trained = {"trained_betas": [0.1, 0.2, 0.3], "rescale_betas_zero_snr": True, "prediction_type": "sample"}
+    assert noise.from_scheduler_config(trained).alphas[-1] == 2**-12
+
+
+def test_unknown_betas_and_zero_snr_of_noise_are_refused() -> None:
     with pytest.raises(ConfigError, match=r"unknown beta_schedule 'sigmoid'.*scaled_linear"):
         noise.from_scheduler_config({"beta_schedule": "sigmoid"})
     with pytest.raises(ConfigError, match="rescale_betas_zero_snr"):

@@ -14,7 +14,7 @@ from autodiffusion_optuna.candidate import Candidate
 from autodiffusion_optuna.evaluation.denoiser import UNCONDITIONAL, Condition, Denoiser
 from autodiffusion_optuna.evaluation.prefix import PrefixMemory, Tally, remembering
 from autodiffusion_optuna.evaluation.skip import find_units
-from autodiffusion_optuna.evaluation.solvers import SOLVERS, query_steps, times
+from autodiffusion_optuna.evaluation.solvers import CAPPED, SOLVERS, Solver, find_solver, query_steps, times
 from autodiffusion_optuna.noise import Final, linear
 
 SCHEDULE = linear()
@@ -95,6 +95,31 @@ def test_remembering_changes_no_bit_and_counts_right(denoiser: Denoiser, solver:
         assert tally == Tally(run=(2 * asked - shared) * BATCH, saved=shared * BATCH)
         assert memory.hits == shared
         assert torch.equal(remembered, run(denoiser, solver, final, child, None, Tally()))
+
+
+def noise(step: int) -> Tensor:
+    return torch.randn(X.shape, generator=torch.Generator().manual_seed(step))
+
+
+SET: dict[str, Solver] = {
+    "eta": find_solver("ddim", eta=0.7, noise=noise),
+    **{f"{name}, capped": find_solver(name, cap=2.0) for name in CAPPED},
+}
+
+
+@pytest.mark.parametrize("name", SET)
+def test_remembering_changes_no_bit_of_solvers_with_settings(denoiser: Denoiser, name: str) -> None:
+    rng = random.Random(name)
+    memory, tally = PrefixMemory(1 << 22), Tally()
+    candidate = Candidate((940, 720, 430, 211, 30))
+    for _ in range(10):
+        candidate = mutated(candidate, rng, 12)
+        nodes = times(SCHEDULE, candidate.timesteps, "first")
+        remembered, plain = (
+            SET[name](remembering(denoiser, candidate, kept, name, tally), X, nodes) for kept in (memory, None)
+        )
+        assert torch.equal(remembered, plain)
+    assert tally.saved > 0
 
 
 @pytest.mark.parametrize("solver", sorted(SOLVERS))

@@ -1,4 +1,5 @@
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from autodiffusion_optuna.evaluation.frechet import frechet_distance
 from autodiffusion_optuna.evaluation.reference import (
     Reference,
     build_reference,
+    check_images,
     load_reference,
     save_reference,
 )
@@ -148,6 +150,8 @@ def test_a_mismatch_of_extractors_names_both(own: Path) -> None:
         ({"mu": np.ones(4), "sigma": np.full((4, 4), np.inf)}, "NaN"),
         ({"mu": np.ones(4), "sigma": np.triu(np.ones((4, 4)))}, "no covariance"),
         ({"mu": np.ones(4), "sigma": -np.eye(4)}, "no covariance"),
+        ({"mu": np.ones(4), "sigma": np.ones((4, 4)) - np.eye(4) / 2}, "no covariance .its eigenvalues go from -0.5"),
+        ({"mu": np.ones(4), "sigma": np.zeros((4, 4))}, "same features"),
         ({"mu": np.ones(4, dtype=np.int64), "sigma": np.eye(4)}, "no float array"),
         ({"mu": np.array([None] * 4), "sigma": np.eye(4)}, "plain arrays"),
         ({"weights": np.ones((3, 4))}, "holds weights"),
@@ -208,7 +212,7 @@ def test_bad_folders_are_refused(tmp_path: Path, images: Tensor) -> None:
         load_reference(empty, PIXELS)
     folder = _write_png(tmp_path / "images", images[:3])
     Image.fromarray(np.zeros((8, 9, 3), dtype=np.uint8)).save(folder / "other.png")
-    with pytest.raises(StatisticsError, match=r"other\.png is 9x8 colour, 000\.png is 5x4 colour"):
+    with pytest.raises(StatisticsError, match=r"other\.png is 9x8, 000\.png is 5x4, .*of one size"):
         load_reference(folder, PIXELS)
     (folder / "other.png").write_bytes(b"not an image")
     with pytest.raises(StatisticsError, match="not a readable image"):
@@ -216,6 +220,56 @@ def test_bad_folders_are_refused(tmp_path: Path, images: Tensor) -> None:
     Image.fromarray(np.zeros((4, 5), dtype=np.uint16)).save(folder / "other.png")
     with pytest.raises(StatisticsError, match="8 bits"):
         load_reference(folder, PIXELS)
+
+
+def test_images_of_several_sizes_are_one_reference_where_the_extractor_resizes(tmp_path: Path, images: Tensor) -> None:
+    """Photographs: of many sizes, and some of them grey. Each must meet the network as it would alone."""
+
+    def network(batch: Tensor) -> Tensor:
+        return torch.nn.functional.interpolate(batch.float(), (2, 2), mode="area").flatten(1)
+
+    extractor = replace(INCEPTION, dim=12, network=network, seen=lambda height, width: 2)
+    folder = _write_png(tmp_path / "images", images[:6])
+    grey = np.arange(64, dtype=np.uint8).reshape(8, 8)
+    wide = torch.randint(256, (3, 6, 9), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
+    Image.fromarray(grey).save(folder / "000_grey.png")
+    Image.fromarray(wide.permute(1, 2, 0).numpy()).save(folder / "003_wide.png")
+    alone = [images[:6], torch.from_numpy(grey).expand(1, 3, 8, 8), wide.unsqueeze(0)]
+    expected = torch.cat([network(part) for part in alone])
+    reference = load_reference(folder, extractor)
+    assert reference.features is not None
+    assert torch.equal(reference.features, expected)
+    assert (reference.n, reference.channels, reference.size) == (8, 3, (4, 5))
+    torch.testing.assert_close(reference.mu, expected.double().mean(0))
+    sees_their_sizes = replace(extractor, seen=lambda height, width: max(height, width))
+    with pytest.raises(StatisticsError, match="sees them in several sizes; give images of one size"):
+        load_reference(folder, sees_their_sizes)
+
+
+def test_published_extractors_say_what_they_resize_to() -> None:
+    assert load_extractor("pixels", "cpu").seen is None
+    seen = load_extractor("efficientnet-lite0", "cpu").seen
+    assert seen is not None
+    assert (seen(480, 640), seen(300, 240), seen(32, 32)) == (224, 224, 64)
+
+
+def test_adm_statistics_know_their_channels(tmp_path: Path) -> None:
+    """Else a model of grey images is scored against a dataset of colour ones without a word."""
+    path = tmp_path / "VIRTUAL_colour.npz"
+    moments = {"mu": np.ones(4), "sigma": np.eye(4), "mu_s": np.ones(4), "sigma_s": np.eye(4)}
+    np.savez(path, **moments, arr_0=np.zeros((3, 8, 8, 3), np.uint8))
+    reference = load_reference(path, replace(INCEPTION, mode="legacy_tensorflow"))
+    assert reference.n is None
+    with pytest.raises(
+        StatisticsError, match=r"images have 1 channel\(s\), those of reference 'VIRTUAL_colour' have 3"
+    ):
+        check_images(reference, (1, 8, 8))
+
+
+def test_images_without_variety_are_refused() -> None:
+    same = torch.full((5, 3, 4, 5), 77, dtype=torch.uint8)
+    with pytest.raises(StatisticsError, match="'same': its images all have the same features"):
+        build_reference(same, PIXELS, "same")
 
 
 def test_images_must_suit_the_extractor(images: Tensor) -> None:

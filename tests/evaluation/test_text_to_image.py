@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny_pipelines import PROMPTS, write_flux, write_prompts, write_sd, write_sd3, write_sdxl
+from tiny_pipelines import PROMPTS, write_flux, write_prompts, write_sd, write_sd3, write_sdxl, write_zero_snr
 from torch import Tensor, nn
 
 from autodiffusion_optuna.errors import AdoptError, ConfigError, ModelError
@@ -35,6 +35,7 @@ STEPS = (900, 610, 95)
 WRITERS: dict[str, Callable[[Path], Path]] = {
     "sd": write_sd,
     "sd2": lambda folder: write_sd(folder, "v_prediction"),
+    "sd2-zero": write_zero_snr,
     "sdxl": write_sdxl,
     "sdxl-empty": lambda folder: write_sdxl(folder, force_zeros=False),
     "sd3": write_sd3,
@@ -107,7 +108,7 @@ def theirs(model: Model, folder: Path, scale: float | None, images: bool = False
         pipeline.scheduler = diffusers.DPMSolverMultistepScheduler.from_config(
             config, solver_order=1, final_sigmas_type="zero"
         )
-        call["timesteps"] = list(STEPS)
+        call.setdefault("timesteps", list(STEPS))
     else:
         shift = model.schedule.sigma(499) / model.schedule.alpha(499) / (500 / 501)
         levels = [model.schedule.sigma(t) for t in STEPS]
@@ -165,6 +166,16 @@ def test_guidance_is_that_of_the_pipeline(
     latents, expected = ours(model, scale), theirs(model, folders(name), scale, **call)
     assert (latents - expected).norm() / expected.norm() < 1e-4
     assert (latents - ours(model, None)).norm() / latents.norm() > 1e-4
+
+
+def test_sampling_may_start_without_signal(load: Callable[..., Model], folders: Callable[[str], Path]) -> None:
+    model = load("sd2-zero")
+    denoise = model.bind(CHOSEN)
+    x = noise(model)
+    steps = (999, 610, 95)
+    latents = SOLVERS["ddim"](lambda x, t: denoise(x, t, 0), x, times(model.schedule, steps, "one"))
+    expected = theirs(model, folders("sd2-zero"), None, timesteps=list(steps))
+    assert (latents - expected).norm() / expected.norm() < 1e-4
 
 
 def test_guidance_at_scale_one_evaluates_the_prompt_alone(load: Callable[..., Model]) -> None:
@@ -309,6 +320,51 @@ def test_sharded_and_half_precision_files_are_read(
     assert "which is not there" in refused(load, shards)
 
 
+def test_pickled_text_encoders_are_read_and_run_nothing(
+    copied: Callable[[str], Path], load: Callable[..., Model], tmp_path: Path
+) -> None:
+    """As older repositories have them, with the names that CLIP's weights had then."""
+    expected, folder = load("sd"), copied("sd")
+    part = folder / "text_encoder"
+    weights = {f"text_model.{key}": value for key, value in weights_in(part / "model.safetensors").items()}
+    weights["text_model.embeddings.position_ids"] = torch.arange(16)[None]
+    (part / "model.safetensors").unlink()
+    torch.save(weights, part / "pytorch_model.bin")
+    model = load(folder)
+    assert torch.equal(
+        expected.bind(CHOSEN).keywords["condition"]["text"], model.bind(CHOSEN).keywords["condition"]["text"]
+    )  # type: ignore[attr-defined]
+    (part / "pytorch_model.bin").rename(part / "pytorch_model.fp16.bin")
+    assert conditions_of(load(folder)) == conditions_of(model)
+    torch.save({**weights, "evil": Evil(tmp_path / "ran")}, part / "pytorch_model.fp16.bin")
+    assert "transformers cannot load this CLIPTextModel" in refused(load, folder)
+    assert not (tmp_path / "ran").exists()
+
+
+class Evil:
+    """Makes a file where it is unpickled."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Path.touch, (self.path,)
+
+
+def test_half_precision_is_taken_where_only_the_index_of_full_is_there(
+    load: Callable[..., Model], tmp_path: Path
+) -> None:
+    """A download of one variant brings the small files of both."""
+    half = tmp_path / "half"
+    write_sd(half, variant="fp16", max_shard_size="200KB")
+    index = half / "unet" / "diffusion_pytorch_model.safetensors.index.fp16.json"
+    full = half / "unet" / "diffusion_pytorch_model.safetensors.index.json"
+    full.write_text(index.read_text().replace("model.fp16-", "model-"))
+    (half / "text_encoder" / "model.safetensors.index.json").write_text(full.read_text())
+    x, expected = noise(load("sd")), load("sd")
+    assert torch.equal(load(half).bind(CHOSEN)(x, 500, 0), expected.bind(CHOSEN)(x, 500, 0))
+
+
 def test_fingerprints_tell_what_is_measured_apart(copied: Callable[[str], Path], load: Callable[..., Model]) -> None:
     folder = copied("sd")
     first = load(folder)
@@ -421,6 +477,42 @@ def test_a_single_file_in_its_authors_layout_is_the_same_model(
     save_file({"nothing": torch.zeros(1)}, file)
     with pytest.raises(ModelError, match=r"checkpoint\.safetensors"):
         load_single_file(file, "cpu", "float32", None, "single", options)
+
+
+def test_a_single_file_with_a_moving_average_gives_the_average(
+    folders: Callable[[str], Path],
+    load: Callable[..., Model],
+    prompts: Path,
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    """Its keys are those of the weights in training, run together."""
+    file = tmp_path / "both.safetensors"
+    original_layout(folders("sd"), file)
+    prefix, average = "model.diffusion_model.", weights_in(file)
+    ema = {"model_ema." + key.removeprefix("model.").replace(".", ""): value for key, value in average.items()}
+    assert len(ema) > 100  # below, diffusers takes them for something else
+    training = {key: value + 1 for key, value in average.items()}
+    assert all(key.startswith(prefix) for key in training)
+    save_file({**training, **ema, "model_ema.decay": torch.tensor(0.9999)}, file)
+    capfd.readouterr()
+    options = Options(prompts=prompts, size=SIZE, config=folders("sd"))
+    model, expected = load_single_file(file, "cpu", "float32", None, "both", options), load("sd")
+    x = noise(model)
+    assert torch.equal(model.bind(CHOSEN)(x, 500, 0), expected.bind(CHOSEN)(x, 500, 0))
+    assert capfd.readouterr() == ("", "")
+
+
+def test_prompts_beyond_the_machines_memory_are_refused(
+    load: Callable[..., Model], folders: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    each = 16 * 32 * 4  # tokens, width, bytes
+    monkeypatch.setattr("autodiffusion_optuna.evaluation.models.text._memory", lambda: 2 * 3 * each)
+    message = refused(load, folders("sd"), ConfigError)
+    assert "4 different prompts" in message
+    assert "at most 3 fit" in message
+    monkeypatch.setattr("autodiffusion_optuna.evaluation.models.text._memory", lambda: 2 * 4 * each)
+    load(folders("sd"))
 
 
 def refused(load: Callable[..., Model], source: str | Path, kind: type[AdoptError] = ModelError, **options: Any) -> str:

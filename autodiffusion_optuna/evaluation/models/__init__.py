@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
+
+import torch
 
 from autodiffusion_optuna.errors import ConfigError, ModelError, choose_from
 from autodiffusion_optuna.evaluation.models.base import Conditions, Model, Options, find_device
-from autodiffusion_optuna.evaluation.models.diffusers_folder import load_folder
+from autodiffusion_optuna.evaluation.models.diffusers_folder import NETWORK, load_folder
 from autodiffusion_optuna.evaluation.models.mixture import mixture_model
 from autodiffusion_optuna.evaluation.reference import load_reference
 
@@ -62,7 +65,15 @@ def load_model(
     Only a hub id is ever downloaded. ``ModelError`` where the model or the device cannot be used, ``ConfigError``
     where another argument is wrong.
     """
-    options = options or Options()
+    try:
+        return _load(source, device, precision, clip, options or Options())
+    except torch.OutOfMemoryError:
+        raise ModelError(
+            f"{source}: the device has too little memory for this model; use a lower model.precision or another device"
+        ) from None
+
+
+def _load(source: str, device: str, precision: str, clip: bool | None, options: Options) -> Model:
     scheme, colon, rest = source.partition(":")
     if source in MODELS:
         return _bundled(source, device, precision, clip, options)
@@ -89,14 +100,15 @@ def load_model(
 
 
 def _bundled(name: str, device: str, precision: str, clip: bool | None, options: Options) -> Model:
-    for setting in ("preset", "fields", "classifier", "prompts", "size", "config"):
+    for setting in ("preset", "fields", "classifier", "prompts", "negative_prompt", "size", "config"):
         if getattr(options, setting):
             raise ConfigError(f"model.{setting} was given, but the bundled model {name!r} takes none; leave it out")
     return MODELS[name](device, precision, clip is not False)
 
 
 def _folder(folder: Path, device: str, precision: str, clip: bool | None, name: str, options: Options) -> Model:
-    kind = PIPELINES.get(_pipeline(folder), "unet")
+    index = _index(folder)
+    kind = PIPELINES.get(str(index.get("_class_name", "")), "unet")
     if kind == "text":
         from autodiffusion_optuna.evaluation.models.text_to_image import load_text_to_image
 
@@ -105,15 +117,28 @@ def _folder(folder: Path, device: str, precision: str, clip: bool | None, name: 
         from autodiffusion_optuna.evaluation.models.dit import load_dit
 
         return load_dit(folder, device, precision, clip, name, options)
+    _check_plain(folder, index)
     return load_folder(folder, device, precision, clip, name=name, options=options)
 
 
-def _pipeline(folder: Path) -> str:
-    """Class of the pipeline that a folder holds; empty where it holds none, or what it holds cannot be read."""
+def _index(folder: Path) -> dict[str, Any]:
+    """``model_index.json`` of a pipeline; empty where there is none, or it cannot be read."""
     try:
-        return str(json.loads((folder / "model_index.json").read_text(encoding="utf-8"))["_class_name"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return ""
+        index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return index if isinstance(index, dict) else {}
+
+
+def _check_plain(folder: Path, index: Mapping[str, Any]) -> None:
+    """``ModelError`` for a pipeline of another network than a UNet2DModel, with those that are supported."""
+    for part in ("unet", "transformer", "prior"):
+        entry = index.get(part)
+        if isinstance(entry, list) and None not in entry and entry[-1] != NETWORK:
+            raise ModelError(
+                f"{folder}: is a {index.get('_class_name')} with a {entry[-1]}; supported are {', '.join(PIPELINES)} "
+                f"and pipelines of a {NETWORK}; write a plug-in for others (python:module:function)"
+            )
 
 
 def _single_file(path: Path, device: str, precision: str, clip: bool | None, options: Options) -> Model:

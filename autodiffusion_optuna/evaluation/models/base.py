@@ -125,24 +125,33 @@ class Model:
     def costs(self, kind: CostKind = "macs", batch: int = 1) -> UnitCosts:
         """Cost of one evaluation and what each unit saves of it; found once, then kept.
 
-        ``batch``: images an evaluation, for ``"latency"`` only. Classifier-free guidance counts both of its halves; a
-        classifier, which skips nothing, is not counted. ``ConfigError`` for an unknown kind.
+        ``batch``: images an evaluation, for ``"latency"`` only; fewer are timed where they do not fit.
+        Classifier-free guidance counts both of its halves; a classifier, which skips nothing, is not counted.
+        ``ConfigError`` for an unknown kind, ``ModelError`` where not even one image fits.
         """
         kind = check_kind(kind)
         batch = 1 if kind == "macs" else batch
         if (kind, batch) not in self._costs:
-            x = torch.zeros(batch, *self.shape, device=self.device)
-            denoise = self.bind([0] * batch, 0.0 if self.guidance == "classifier" else None)
-
-            def evaluate(skip: int) -> Tensor:
-                return denoise(x, self.schedule.T // 2, skip)
-
-            units = len(self.units)
-            if kind == "macs":
-                self._costs[kind, batch] = unit_macs(evaluate, units)
-            else:
-                self._costs[kind, batch] = unit_latency(evaluate, units, self.device)
+            self._costs[kind, batch] = self._find_costs(kind, batch)
         return self._costs[kind, batch]
+
+    def _find_costs(self, kind: CostKind, batch: int) -> UnitCosts:
+        x = torch.zeros(batch, *self.shape, device=self.device)
+        denoise = self.bind([0] * batch, 0.0 if self.guidance == "classifier" else None)
+
+        def evaluate(skip: int) -> Tensor:
+            return denoise(x, self.schedule.T // 2, skip)
+
+        units = len(self.units)
+        try:
+            return unit_macs(evaluate, units) if kind == "macs" else unit_latency(evaluate, units, self.device)
+        except torch.OutOfMemoryError:
+            if batch == 1:
+                raise ModelError(
+                    f"{self.name}: the device ran out of memory with a single image; use a lower model.precision or "
+                    "another device"
+                ) from None
+        return self._find_costs(kind, batch // 2)
 
     def to_images(self, x: Tensor) -> Tensor:
         """uint8 [B, C, H, W] of states ``x`` float [B, C, H, W]: [-1, 1] becomes [0, 255], clamped and rounded."""

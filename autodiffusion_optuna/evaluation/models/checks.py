@@ -27,8 +27,9 @@ def check_options(options: Options, name: str, used: Collection[str] = ()) -> No
     for field in fields(Options):
         given = getattr(options, field.name)
         if given != getattr(plain, field.name) and field.name not in HARMLESS and field.name not in used:
+            shown = str(given) if isinstance(given, Path) else given
             raise ConfigError(
-                f"{field.name} = {given!r} is not for models such as {name!r}; leave model.{field.name} out"
+                f"{field.name} = {shown!r} is not for models such as {name!r}; leave model.{field.name} out"
             )
 
 

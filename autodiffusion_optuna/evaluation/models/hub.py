@@ -48,15 +48,14 @@ def _cached(repository: str, revision: str | None) -> Path | None:
 
 
 def is_complete(folder: Path) -> bool:
-    """Whether ``folder`` has every part that its ``model_index.json`` names, and weights beside every config."""
+    """Whether ``folder`` has every part that its ``model_index.json`` names, and weights beside their configs.
+
+    Other folders, such as an exported copy for another runtime, do not count.
+    """
     flat = (folder / "config.json").is_file()
-    named = [] if flat or not (folder / INDEX).is_file() else _parts(folder / INDEX)
-    configs = [path for path in (folder / "config.json", *folder.glob("*/config.json")) if path.is_file()]
-    return (
-        bool(configs)
-        and all((folder / part).is_dir() for part in named)
-        and all(_has_weights(path.parent) for path in configs if path.parent.name not in UNUSED)
-    )
+    named = [] if flat or not (folder / INDEX).is_file() else [folder / part for part in _parts(folder / INDEX)]
+    configured = [part for part in ([folder] if flat else named) if (part / "config.json").is_file()]
+    return bool(configured) and all(part.is_dir() for part in named) and all(map(_has_weights, configured))
 
 
 def _parts(index: Path) -> list[str]:

@@ -83,8 +83,10 @@ def materialise(network: nn.Module, parts: Iterable[Weights], device: torch.devi
 def read_single_file(path: Path, kind: str, config: Path, subfolder: str) -> dict[str, Tensor]:
     """Weights of diffusers' class ``kind`` from one file in the layout of its authors, by diffusers' names.
 
-    ``config``: a pipeline's folder, in whose ``subfolder`` the class's config lies. ``ModelError`` where the file does
-    not hold such weights, ``ConfigError`` where diffusers cannot read single files of this class.
+    Where the file holds a moving average besides the weights in training, it is the average, as in the folders that
+    the authors publish. ``config``: a pipeline's folder, in whose ``subfolder`` the class's config lies.
+    ``ModelError`` where the file does not hold such weights, ``ConfigError`` where diffusers cannot read single files
+    of this class.
     """
     import diffusers
 
@@ -104,13 +106,23 @@ def read_single_file(path: Path, kind: str, config: Path, subfolder: str) -> dic
     # The class itself would leave weights that the file lacks at random, and say so nowhere.
     methods = {"from_config": classmethod(from_config), "load_state_dict": load_state_dict}
     caught: Any = type(kind, (original,), methods)
+    log = diffusers.utils.logging
+    level = log.get_verbosity()
+    log.set_verbosity_error()
     try:
         caught.from_single_file(
-            str(path), config=str(config), subfolder=subfolder, local_files_only=True, low_cpu_mem_usage=False
+            str(path),
+            config=str(config),
+            subfolder=subfolder,
+            local_files_only=True,
+            low_cpu_mem_usage=False,
+            extract_ema=True,
         )
     except Exception as error:  # a KeyError for a weight that is not there, and whatever else
         raise ModelError(
             f"{path}: holds no weights of the {kind} in {config / subfolder} ({type(error).__name__}: "
             f"{first_line(error)}); give model.config the folder of a pipeline of the same kind"
         ) from error
+    finally:
+        log.set_verbosity(level)
     return converted

@@ -75,19 +75,27 @@ def load_part(folder: Path, kind: str, config: Mapping[str, Any], precision: str
     return Part(network.eval().requires_grad_(False), config, files)
 
 
-def find_weights(folder: Path, stem: str = STEM) -> list[Path]:
+def find_weights(folder: Path, stem: str = STEM, pickle_stem: str | None = None) -> list[Path]:
     """The files of a network's weights, one or the shards of one; ``ModelError`` where there are none.
 
-    Full precision comes before ``.fp16`` variants, and safetensors before ``.bin``.
+    Full precision comes before ``.fp16`` variants, and safetensors before ``.bin``. Shards of which some are not there
+    are passed over for a whole set: a partial download has the indices of all. ``pickle_stem``: of ``.bin`` files,
+    where they are named otherwise.
     """
+    broken: ModelError | None = None
     for variant in ("", "fp16"):
         dot = f".{variant}" if variant else ""
-        for kind in ("safetensors", "bin"):
-            single, index = folder / f"{stem}{dot}.{kind}", folder / f"{stem}.{kind}.index{dot}.json"
+        for kind, name in (("safetensors", stem), ("bin", pickle_stem or stem)):
+            single, index = folder / f"{name}{dot}.{kind}", folder / f"{name}.{kind}.index{dot}.json"
             if single.is_file():
                 return [single]
             if index.is_file():
-                return _shards(index)
+                try:
+                    return _shards(index)
+                except ModelError as error:
+                    broken = broken or error
+    if broken is not None:
+        raise broken
     raise ModelError(_missing(folder, f"{stem}.safetensors"))
 
 

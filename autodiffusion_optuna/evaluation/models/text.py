@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import os
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from autodiffusion_optuna.errors import ModelError
+from autodiffusion_optuna.errors import ConfigError, ModelError
 from autodiffusion_optuna.evaluation.models.parts import digest, find_weights, first_line, read_json
 
 ENCODERS = ("CLIPTextModel", "CLIPTextModelWithProjection", "T5EncoderModel")
@@ -111,9 +113,38 @@ def _need(encoders: Encoders, name: str) -> TextEncoder:
 def encode_all(
     encode: Encode, prompts: Sequence[str], encoders: Encoders, config: Any, dtype: torch.dtype
 ) -> dict[str, Tensor]:
-    """Tensors [n, ...] of a condition by name for n prompts, in ``dtype`` on the CPU."""
-    batches = [encode(prompts[i : i + BATCH], encoders, config) for i in range(0, len(prompts), BATCH)]
-    return {name: torch.cat([batch[name].to(dtype) for batch in batches]) for name in batches[0]}
+    """Tensors [n, ...] of a condition by name for n prompts, in ``dtype`` on the CPU.
+
+    ``ConfigError`` where they would take more than half of the machine's memory.
+    """
+    encoded: dict[str, Tensor] = {}
+    for start in range(0, len(prompts), BATCH):
+        batch = encode(prompts[start : start + BATCH], encoders, config)
+        if not encoded:
+            _check_room(sum(tensor[0].numel() for tensor in batch.values()) * dtype.itemsize, len(prompts))
+            encoded = {name: torch.empty(len(prompts), *t.shape[1:], dtype=dtype) for name, t in batch.items()}
+        for name, tensor in batch.items():
+            encoded[name][start : start + BATCH] = tensor
+    return encoded
+
+
+def _check_room(each: int, prompts: int) -> None:
+    """``ConfigError`` where prompts of ``each`` bytes do not fit; 40,000 of Flux are 160 GiB."""
+    room = _memory() // 2
+    if each * prompts > room:
+        raise ConfigError(
+            f"model.prompts holds {prompts:,} different prompts, which take {each * prompts / 2**30:.1f} GiB encoded; "
+            f"at most {room // each:,} fit half of this machine's memory. Give a file of fewer: a study uses no more "
+            "than it draws images"
+        )
+
+
+def _memory() -> int:
+    """Bytes of the machine's main memory; endless where the system does not say."""
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, OSError, ValueError):
+        return sys.maxsize
 
 
 def load_encoders(
@@ -140,7 +171,7 @@ def encoders_digest(folder: Path, index: Mapping[str, Any]) -> str:
     whole = hashlib.sha256()
     for name in _present(index):
         path, tokenizer = folder / name, folder / name.replace("text_encoder", "tokenizer")
-        whole.update(name.encode() + digest(find_weights(path, "model"), read_json(path / "config.json")).encode())
+        whole.update(name.encode() + digest(_find_weights(path), read_json(path / "config.json")).encode())
         for file in sorted(file for file in tokenizer.iterdir() if file.is_file()):
             whole.update(file.name.encode() + hashlib.sha256(file.read_bytes()).digest())
     return whole.hexdigest()
@@ -162,19 +193,25 @@ def _transformers() -> Any:
     return transformers
 
 
+def _find_weights(path: Path) -> list[Path]:
+    """Files of a text encoder's weights; transformers has names of its own for them."""
+    return find_weights(path, "model", "pytorch_model")
+
+
 def _load_model(path: Path, kind: str, device: torch.device, dtype: torch.dtype) -> Any:
     transformers = _transformers()
     if kind not in ENCODERS:
         raise ModelError(f"{path}: is a {kind}; only {', '.join(ENCODERS)} are supported")
-    files = find_weights(path, "model")
-    variant = "fp16" if ".fp16" in files[0].name else None
+    first = _find_weights(path)[0].name
+    variant = "fp16" if ".fp16" in first else None
     try:
         with _quiet(transformers):
             model, info = getattr(transformers, kind).from_pretrained(
                 path,
                 dtype=dtype,
                 variant=variant,
-                use_safetensors=True,
+                use_safetensors=first.endswith(".safetensors"),
+                weights_only=True,  # of a .bin file no code is run
                 local_files_only=True,
                 output_loading_info=True,
             )

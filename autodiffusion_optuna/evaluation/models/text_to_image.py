@@ -185,7 +185,8 @@ def load_text_to_image(
 def load_single_file(path: Path, device: str, precision: str, clip: bool | None, name: str, options: Options) -> Model:
     """As ``load_text_to_image``, with the denoising network from one safetensors file in its authors' layout.
 
-    Everything else comes from the pipeline in the folder ``options.config``; ``ConfigError`` where it is not given.
+    Everything else, the decoder and the text encoders too, comes from the pipeline in the folder
+    ``options.config``; ``ConfigError`` where it is not given.
     """
     if options.config is None:
         raise ConfigError(
