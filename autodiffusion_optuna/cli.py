@@ -106,7 +106,7 @@ def _score_study(study: str, overrides: list[str], storage: str | None, trust: b
     for position, key in enumerate(keys, 1):
         err.print(f"scoring {position} of {len(keys)}: {key}")
         runner.score_fresh(parts, found, Candidate.from_key(key), fresh.fresh_images, fresh.fresh_banks)
-    print_table(read_report(found))
+    print_table(read_report(found, (fresh.fresh_images, fresh.fresh_banks)))
     warn(runner.warnings(parts, fresh.fresh_images))
 
 
@@ -210,8 +210,8 @@ def export(
     wanted = {"both": ["json", "diffusers"], "python": ["diffusers"]}.get(form, [form])
     if not set(wanted) <= FORMS.keys():
         raise ConfigError(choose_from("format", form, [*FORMS, "both"]))
-    if folder is not None and not folder.is_dir():
-        raise ConfigError(f"folder {str(folder)!r} does not exist; create it or give another --out")
+    if folder is not None and not folder.absolute().parent.is_dir():
+        raise ConfigError(f"folder {str(folder.parent)!r} does not exist; create it or give another --out")
     found = existing(study, storage_url(storage))[1]
     texts: dict[str, str] = {}
     for one in wanted:
@@ -226,6 +226,7 @@ def export(
         return
     for name, text in texts.items():
         try:
+            folder.mkdir(exist_ok=True)
             (folder / name).write_text(text, encoding="utf-8")
         except OSError as error:
             raise ConfigError(f"cannot write {str(folder / name)!r}: {error.strerror}; give another --out") from None

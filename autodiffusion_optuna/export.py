@@ -200,8 +200,10 @@ def _source(schedule: Schedule) -> tuple[str, str]:
     source = schedule.model.source
     if source in BUNDLED:
         return f'str(files("autodiffusion_optuna") / "assets" / "{source}")', ""
+    if Path(source).exists():  # the script may be run elsewhere
+        return repr(str(Path(source).absolute())), ""
     name, _, revision = source.partition("@")
-    if revision and not Path(source).exists():
+    if revision:
         return repr(name), f", revision={revision!r}"
     return repr(source), ""
 

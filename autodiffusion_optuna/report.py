@@ -218,13 +218,17 @@ def stored_config(study: optuna.Study) -> StudyConfig:
     return StudyConfig.model_validate(study.user_attrs[records.CONFIG])
 
 
-def read_report(study: optuna.Study) -> StudyReport:
-    """Everything about a study that can be read without its model."""
+def read_report(study: optuna.Study, size: tuple[int, int] | None = None) -> StudyReport:
+    """Everything about a study that can be read without its model.
+
+    ``size``: (images, banks) of the fresh values to show; None: those of the best schedule on the most images.
+    """
     attrs = study.user_attrs
     trials = study.get_trials(deepcopy=False)
     values = records.values_by_key(study)
-    best = _best(trials, attrs)
-    size = records.largest_fresh(attrs, best.candidate.key) if best else None
+    best = _best(trials, attrs, size)
+    if size is None and best is not None:
+        size = records.largest_fresh(attrs, best.candidate.key)
     known = [
         Known(
             name,
@@ -246,13 +250,13 @@ def read_report(study: optuna.Study) -> StudyReport:
     )
 
 
-def _best(trials: Sequence[FrozenTrial], attrs: dict[str, Any]) -> Best | None:
+def _best(trials: Sequence[FrozenTrial], attrs: dict[str, Any], size: tuple[int, int] | None) -> Best | None:
     complete = [t for t in trials if t.state == TrialState.COMPLETE and records.CANDIDATE in t.user_attrs]
     if not complete:
         return None
     trial = min(complete, key=lambda t: (t.values[0], t.number))
     key = trial.user_attrs[records.CANDIDATE]
-    size = records.largest_fresh(attrs, key)
+    size = size or records.largest_fresh(attrs, key)
     return Best(
         trial=trial.number,
         candidate=Candidate.from_key(key),

@@ -444,6 +444,8 @@ def _reason(url: str, error: Exception) -> str:
     detail = str(getattr(error, "orig", None) or error).strip().splitlines()[0]
     if "file is not a database" in detail:
         return f"storage {str(sqlite_path(url))!r} is not a SQLite database; give another file"
+    if "psycopg" in detail and isinstance(error, ImportError):
+        return 'Postgres needs the package psycopg; pip install "autodiffusion-optuna[postgres]"'
     return f"cannot open storage {hide_password(url)!r}: {detail}; check the URL, or start the server"
 
 

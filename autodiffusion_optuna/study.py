@@ -443,7 +443,11 @@ def metric_name(parts: Parts) -> str:
 def warnings(parts: Parts, images: int) -> list[str]:
     """What to know about distances of so many images in this study, a line each; none where there is nothing."""
     few = too_few(images, len(parts.evaluator.reference.mu)) if parts.config.score.metric == "frechet" else None
-    return [few] if few else []
+    slow = parts.model.device.type == "cpu" and parts.config.model.precision != "float32"
+    reduced = (
+        f"model.precision {parts.config.model.precision!r} is mostly slower than float32 on a CPU" if slow else None
+    )
+    return [line for line in (few, reduced) if line]
 
 
 def work(

@@ -227,7 +227,7 @@ def test_pictures_and_exports_need_a_folder(folder: Path, adopt: Adopt) -> None:
     assert adopt("run", "--study", "quick.toml", "--set", "search.trials=2").code == 0
     check_refused(adopt("sample", "--study", "quick", "--out", "no/grid.png"), "folder 'no'")
     check_refused(adopt("sample", "--study", "quick", "--out", "grid.xyz"), "grid.xyz")
-    check_refused(adopt("export", "--study", "quick", "--out", "no"), "folder 'no'")
+    check_refused(adopt("export", "--study", "quick", "--out", "no/deeper"), "folder 'no'")
     check_refused(adopt("export", "--study", "quick", "--format", "yaml"), "unknown format 'yaml'", "json")
     check_refused(adopt("export", "--study", "quick", "--format", "python"), "not a model of diffusers")
     check_refused(adopt("show", "--study", "quik"), "did you mean 'quick'")

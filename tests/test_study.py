@@ -301,3 +301,13 @@ def test_a_picture_has_three_rows_of_the_same_noises(folder: Path, adopt: Adopt)
     with Image.open(folder / "grid.png") as picture:
         assert picture.width > 5 * 84
         assert picture.height == 2 * 16 + 3 * (84 + 4) - 4
+
+
+def test_score_shows_the_size_that_was_asked_for(folder: Path, adopt: Adopt) -> None:
+    assert adopt("run", "--study", "quick.toml", "--set", "search.trials=8").code == 0
+    asked = adopt("score", "--study", "quick", "--images", "32")
+    assert asked.code == 0, asked
+    header, *lines = asked.out.splitlines()
+    assert "3 x 32" in header
+    assert all("±" in line for line in lines if line.strip())
+    assert "3 x 64" in adopt("show", "--study", "quick").out

@@ -40,6 +40,8 @@ if TYPE_CHECKING:
     from autodiffusion_optuna.study import Parts, Progress
 
 
+SLOW_SECONDS = 10.0
+"""Time left from which the fresh scores at the end say how long they take."""
 Workers = Annotated[int, typer.Option("--workers", help="Workers to start; on GPUs, one for each GPU.")]
 Engine = Annotated[str, typer.Option("--engine", help="What starts them: local, ray or slurm.")]
 EngineOptions = Annotated[list[str] | None, typer.Option("--engine-option", help="name=value, as the engine takes it.")]
@@ -218,8 +220,12 @@ def _score_finalists(parts: Parts, study: optuna.Study) -> None:
     images, banks = parts.config.score.fresh_images, parts.config.score.fresh_banks
     candidates = studies.finalists(parts, study)
     say(f"scoring {', '.join(candidates)} on {banks} fresh banks of {images} images …")
-    for candidate in candidates.values():
+    started = time.monotonic()
+    for done, (name, candidate) in enumerate(candidates.items(), 1):
         studies.score_fresh(parts, study, candidate, images, banks)
+        left = (time.monotonic() - started) / done * (len(candidates) - done)
+        if left >= SLOW_SECONDS:
+            say(f"scored {name}, time left {clock(left)}; Ctrl-C keeps what is done")
 
 
 @contextmanager

@@ -107,7 +107,7 @@ def test_shards_are_complete_only_together(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("source", ["a/b/c", "only", "a/b@", "a b/c", "a/b@c d"])
 def test_malformed_ids_are_refused(hub: Path, source: str) -> None:
-    with pytest.raises(ModelError, match="is no hub id; write org/name"):
+    with pytest.raises(ModelError, match="neither a folder that exists nor a hub id: org/name"):
         resolve(source)
 
 

@@ -31,7 +31,7 @@ def resolve(source: str) -> Path:
     """
     match = SOURCE.fullmatch(source)
     if match is None:
-        raise ModelError(f"{source!r} is no hub id; write org/name, or org/name@revision")
+        raise ModelError(f"{source!r} is neither a folder that exists nor a hub id: org/name, or org/name@revision")
     repository, revision = match["id"], match["revision"]
     cached = _cached(repository, revision)
     return cached if cached and is_complete(cached) else _download(repository, revision, source)
