@@ -243,7 +243,7 @@ for _name in (
     setattr(StudyStorage, _name, _patiently(_name))
 
 
-NOT_AWAY = ("disk", "readonly", "read-only", "no such", "malformed")
+NOT_AWAY = ("disk", "readonly", "read-only", "no such table", "no such column", "malformed")
 """Words of operational errors that waiting does not mend."""
 
 
