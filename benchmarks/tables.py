@@ -76,7 +76,7 @@ def facts() -> str:
         f"{taking}; "
         f"{sleeping['workers']} workers on one Postgres, each trial a second's sleep, are "
         f"{sleeping['speed_up']:.1f} times as fast as one, on {storage['cores']} cores that were "
-        f"{sleeping['share of the machine busy']:.0%} busy "
+        f"{sleeping['share of the machine busy']:.0%} busy, partly with other work "
         "([storage.json](benchmarks/results/storage.json)).",
         f"Prefix memory: {prefix['candidates']} candidates of a search scored again without it, "
         f"{prefix['candidates whose values differ in any bit']} differ in any bit; it saved "
