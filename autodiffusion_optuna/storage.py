@@ -24,7 +24,15 @@ from optuna.storages._rdb import models
 from optuna.storages._rdb.storage import _create_scoped_session
 from optuna.trial import FrozenTrial, TrialState
 from sqlalchemy.engine import URL, make_url
-from sqlalchemy.exc import ArgumentError, DBAPIError, InterfaceError, OperationalError, SQLAlchemyError
+from sqlalchemy.exc import (
+    ArgumentError,
+    DBAPIError,
+    IntegrityError,
+    InterfaceError,
+    OperationalError,
+    ProgrammingError,
+    SQLAlchemyError,
+)
 
 from autodiffusion_optuna import rows
 from autodiffusion_optuna.errors import StorageError
@@ -37,6 +45,8 @@ PATIENCE = 600.0
 """Seconds to wait for a database that went away while a study runs."""
 LOCK_SECONDS = 10
 """Seconds to wait for another worker that takes a trial, and after which the database ends one that stopped there."""
+MAKE_TRIES = 8
+"""Times that tables are made, or looked for, while another process makes them."""
 LOCK_CLASS = 0x61646F70
 """First key of Postgres's advisory locks of ours ("adop"); the second is the study's id."""
 
@@ -342,7 +352,9 @@ def open_storage(url: str, *, create: bool = True) -> StudyStorage:
         if sqlite:
             _check_sqlite(parsed, create)
         _check_tables(parsed, create)
-        storage = StudyStorage(url, engine_kwargs=_engine_options(parsed), skip_table_creation=not create)
+        storage = _once_made(
+            lambda: StudyStorage(url, engine_kwargs=_engine_options(parsed), skip_table_creation=not create)
+        )
         if sqlite and create:
             storage.use_wal()
     # RuntimeError: Optuna's word for tables of another version.
@@ -350,6 +362,18 @@ def open_storage(url: str, *, create: bool = True) -> StudyStorage:
         raise StorageError(_reason(url, error)) from None
     storage.patience = PATIENCE
     return storage
+
+
+def _once_made(make: Callable[[], T]) -> T:
+    """Result of ``make``, tried again where another process makes the same tables at this moment."""
+    for attempt in range(1, MAKE_TRIES):
+        try:
+            return make()
+        except (IntegrityError, OperationalError, ProgrammingError) as error:
+            if not (isinstance(error, IntegrityError) or "already exists" in str(error.orig)):
+                raise
+            time.sleep(0.2 * attempt)
+    return make()
 
 
 def check_place(url: str) -> None:
@@ -371,9 +395,15 @@ def is_empty(url: str) -> bool:
     try:
         if path is not None:
             _check_sqlite(parsed, create=False)
-        return not _tables(parsed)
+        tables = _tables(parsed)
     except (SQLAlchemyError, ImportError, OSError) as error:
         raise StorageError(_reason(url, error)) from None
+    return not tables or _being_made(tables)
+
+
+def _being_made(tables: set[str]) -> bool:
+    """Whether these are some of Optuna's tables, not yet stamped with their version: a process is at it."""
+    return tables <= set(models.BaseModel.metadata.tables)
 
 
 def _tables(parsed: URL) -> set[str]:
@@ -387,7 +417,7 @@ def _tables(parsed: URL) -> set[str]:
 def _check_tables(parsed: URL, create: bool) -> None:
     """StorageError where Optuna's tables would be put among another program's, or are looked for and not there."""
     tables = _tables(parsed)
-    if "studies" in tables or (create and not tables):
+    if "studies" in tables or (create and (not tables or _being_made(tables))):
         return
     what = f"holds tables of another program ({min(tables)}, …)" if tables else "holds no studies"
     shown = parsed.render_as_string(hide_password=True)

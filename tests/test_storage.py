@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import os
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import optuna
@@ -59,6 +61,21 @@ def test_a_file_that_was_only_created_is_no_obstacle(tmp_path: Path) -> None:
     assert s.is_empty(url)
     assert s.open_storage(url).get_all_studies() == []
     assert not s.is_empty(url)
+
+
+def test_many_may_open_a_database_at_the_moment_it_is_made(tmp_path: Path) -> None:
+    """Also those that only look: a launcher waits like this for its first worker."""
+    url = f"sqlite:///{tmp_path}/a.db"
+    together = threading.Barrier(6)
+
+    def look(place: int) -> int:
+        together.wait()
+        if place % 2:
+            return len(s.open_storage(url).get_all_studies())
+        return 0 if s.is_empty(url) else len(s.open_storage(url, create=False).get_all_studies())
+
+    with ThreadPoolExecutor(6) as threads:
+        assert list(threads.map(look, range(6))) == [0] * 6
 
 
 def test_a_put_back_trial_keeps_its_number_and_parameters(tmp_path: Path) -> None:
