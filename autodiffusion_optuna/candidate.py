@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import pairwise
 from typing import Any, TypeVar, cast
 
@@ -58,7 +59,7 @@ class Candidate:
         named = tuple(sorted(settings, key=lambda setting: setting[0]))
         return cls(tuple(t for t, _ in ordered), tuple(s for _, s in ordered), named)
 
-    @property
+    @cached_property
     def pairs(self) -> tuple[tuple[int, int], ...]:
         """(timestep, skip set) in execution order."""
         return tuple(zip(self.timesteps, self.skips, strict=True))
@@ -80,7 +81,7 @@ class Candidate:
             raise ValueError(f"setting {name}={value!r} cannot take the place of {default!r}")
         return cast(Kind, value)
 
-    @property
+    @cached_property
     def key(self) -> str:
         """Canonical string: ``"940,613"``, or ``"940:1a,613"`` with the skip sets in hexadecimal.
 

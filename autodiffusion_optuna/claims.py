@@ -14,6 +14,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Literal
 
@@ -32,21 +33,27 @@ FAILURE = "failure"
 """Trial user attr: why the trial failed, one line."""
 MAX_RETRIES = 10
 
-Template = Callable[[int], FrozenTrial]
-"""Number of a new trial -> the trial with everything that is known when it begins."""
+Template = Callable[[Sequence[FrozenTrial]], FrozenTrial]
+"""All trials of the study -> the next one, with everything that is known when it begins."""
 
 
 @dataclass(frozen=True)
 class Claim:
-    """A trial that this worker runs. ``id``: the database's, which is not the number."""
+    """A trial that this worker runs. ``id``: the database's, which is not the number. ``begun``: as it was taken."""
 
-    trial: optuna.Trial
+    study: optuna.Study
     id: int
+    begun: FrozenTrial
 
     @property
     def number(self) -> int:
         """Number of the trial."""
-        return self.trial.number
+        return self.begun.number
+
+    @cached_property
+    def trial(self) -> optuna.Trial:
+        """For Optuna's calls; made when it is asked for, since that reads the whole trial once more."""
+        return optuna.Trial(self.study, self.id)
 
 
 def claim(
@@ -98,7 +105,7 @@ def _take_up(
     if _is_surplus(study, trial.number, budget):
         storage.set_trial_state_values(trial_id, TrialState.WAITING)
         return "wait"
-    return Claim(optuna.Trial(study, trial_id), trial_id)
+    return Claim(study, trial_id, storage.get_trial(trial_id))
 
 
 def _create(
@@ -110,9 +117,10 @@ def _create(
     budget: int,
 ) -> Claim | Literal["wait"]:
     """Begin a new trial. Where that was done without the lock, it is failed if its place or candidate was taken."""
-    planned = template(len(known))
-    trial_id = storage.create_new_trial(study_id, planned)  # with its first heartbeat
-    claimed = Claim(optuna.Trial(study, trial_id), trial_id)
+    planned = template(known)
+    begun = storage.begin_trial(study_id, planned)  # with its first heartbeat
+    trial_id = begun._trial_id
+    claimed = Claim(study, trial_id, begun)
     if claimed.number == len(known):
         return claimed
     between = [t for t in study.get_trials(deepcopy=False) if len(known) <= t.number < claimed.number]

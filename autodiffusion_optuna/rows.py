@@ -1,14 +1,16 @@
 """Whole trials as rows of Optuna's tables, read and written with few statements.
 
 Optuna's own code goes through one object per row, and asks twice per parameter when a trial begins: a tenth of a second
-for a trial of 30 parameters. The rows are the same.
+for a trial of 30 parameters. The rows are the same. Statements are made once, here, and executed on a connection:
+making one costs more than SQLite needs to carry it out.
 """
 
 from __future__ import annotations
 
+import copy
 import functools
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any
 
@@ -21,44 +23,106 @@ from optuna.distributions import (
 )
 from optuna.storages._rdb import models
 from optuna.trial import FrozenTrial, TrialState
-from sqlalchemy.orm import Session
+from sqlalchemy import Connection, Table, bindparam, func, select
 
 AT_ONCE = 500
 """Trials asked for in one statement: databases limit the number of its parameters."""
 Value = models.TrialValueModel
 Intermediate = models.TrialIntermediateValueModel
 
+TRIALS: Table = models.TrialModel.__table__
+PARAMS: Table = models.TrialParamModel.__table__
+VALUES: Table = Value.__table__
+STEPS: Table = Intermediate.__table__
+USER_ATTRS: Table = models.TrialUserAttributeModel.__table__
+SYSTEM_ATTRS: Table = models.TrialSystemAttributeModel.__table__
+HEARTBEATS: Table = models.TrialHeartbeatModel.__table__
 
-def insert_trial(session: Session, study_id: int, template: FrozenTrial, agreed: dict[str, BaseDistribution]) -> Any:
-    """Write a new trial that is ``template`` but for its number; its row. A running one gets its first heartbeat.
-
-    ``agreed``: distributions by name that are known to fit those of the study's earlier trials; extended here.
-    Raises ValueError where one does not fit.
-    """
-    trial: Any = models.TrialModel(
-        study_id=study_id,
-        state=template.state,
-        datetime_start=template.datetime_start,
-        datetime_complete=template.datetime_complete,
+# Names of bound parameters must not be those of columns.
+_THIS = TRIALS.c.trial_id == bindparam("this")
+_INSERTS = {
+    table.name: sqlalchemy.insert(table)
+    for table in (TRIALS, PARAMS, VALUES, STEPS, USER_ATTRS, SYSTEM_ATTRS, HEARTBEATS)
+}
+_CHILDREN = {
+    table.name: select(table).where(table.c.trial_id.in_(bindparam("ids", expanding=True))).order_by(table.c[order])
+    for table, order in (
+        (PARAMS, "param_id"),
+        (VALUES, "objective"),
+        (USER_ATTRS, "trial_user_attribute_id"),
+        (SYSTEM_ATTRS, "trial_system_attribute_id"),
+        (STEPS, "trial_intermediate_value_id"),
     )
-    session.add(trial)
-    session.flush()
-    trial.number = trial.count_past_trials(session)
-    _check_distributions(session, study_id, template.distributions, agreed)
-    _insert(session, models.TrialParamModel, trial.trial_id, _params(template))
-    _insert(session, Value, trial.trial_id, _values(template.values or ()))
-    _insert(session, models.TrialUserAttributeModel, trial.trial_id, _attrs(template.user_attrs))
-    _insert(session, models.TrialSystemAttributeModel, trial.trial_id, _attrs(template.system_attrs))
-    _insert(session, Intermediate, trial.trial_id, _steps(template.intermediate_values))
+}
+_TRIAL = select(TRIALS).where(_THIS)
+_NEWER = (
+    select(TRIALS)
+    .where(TRIALS.c.study_id == bindparam("study"), TRIALS.c.trial_id > bindparam("newest"))
+    .order_by(TRIALS.c.trial_id)
+)
+_OLDER = (
+    select(TRIALS)
+    .where(TRIALS.c.study_id == bindparam("study"), TRIALS.c.trial_id.in_(bindparam("ids", expanding=True)))
+    .order_by(TRIALS.c.trial_id)
+)
+_EARLIER = select(func.count()).where(TRIALS.c.study_id == bindparam("study"), TRIALS.c.trial_id < bindparam("this"))
+_NUMBER = sqlalchemy.update(TRIALS).where(_THIS).values(number=bindparam("counted"))
+_AGREED = (
+    select(PARAMS.c.distribution_json)
+    .join(TRIALS)
+    .where(TRIALS.c.study_id == bindparam("study"), PARAMS.c.param_name == bindparam("name"))
+    .limit(1)
+)
+_ENDING = (
+    sqlalchemy.update(TRIALS)
+    .where(_THIS, TRIALS.c.state == TrialState.RUNNING)
+    .values(state=bindparam("ended_as"), datetime_complete=bindparam("ended_at"))
+)
+_STATE = select(TRIALS.c.state).where(_THIS)
+_ATTR = select(USER_ATTRS.c.value_json).where(
+    USER_ATTRS.c.trial_id == bindparam("this"), USER_ATTRS.c.key == bindparam("name")
+)
+_FORGET = sqlalchemy.delete(USER_ATTRS).where(
+    USER_ATTRS.c.trial_id == bindparam("this"), USER_ATTRS.c.key.in_(bindparam("names", expanding=True))
+)
+
+
+def insert_trial(
+    connection: Connection, study_id: int, template: FrozenTrial, agreed: dict[str, BaseDistribution]
+) -> FrozenTrial:
+    """Write a new trial that is ``template`` but for its number and id; the trial with both.
+
+    A running one gets its first heartbeat. ``agreed``: distributions by name that are known to fit those of the study's
+    earlier trials; extended here. Raises ValueError where one does not fit.
+    """
+    row = {
+        "study_id": study_id,
+        "state": template.state,
+        "datetime_start": template.datetime_start,
+        "datetime_complete": template.datetime_complete,
+    }
+    trial = copy.copy(template)
+    inserted: Any = connection.execute(_INSERTS[TRIALS.name], row)
+    trial._trial_id = inserted.inserted_primary_key[0]
+    this = {"this": trial._trial_id}
+    # Counted after it is in: from then on the database lets no one else write, whatever it locked before.
+    trial.number = connection.execute(_EARLIER, {"study": study_id, **this}).scalar_one()
+    connection.execute(_NUMBER, {"counted": trial.number, **this})
+    _check_distributions(connection, study_id, template.distributions, agreed)
+    _insert(connection, PARAMS, trial._trial_id, _params(template))
+    _insert(connection, VALUES, trial._trial_id, _values(template.values or ()))
+    _insert(connection, USER_ATTRS, trial._trial_id, _attrs(template.user_attrs))
+    _insert(connection, SYSTEM_ATTRS, trial._trial_id, _attrs(template.system_attrs))
+    _insert(connection, STEPS, trial._trial_id, _steps(template.intermediate_values))
     if template.state == TrialState.RUNNING:
-        _insert(session, models.TrialHeartbeatModel, trial.trial_id, [{}])
+        _insert(connection, HEARTBEATS, trial._trial_id, [{}])
     return trial
 
 
-def _insert(session: Session, model: Any, trial_id: int, rows: Iterable[Mapping[str, Any]]) -> None:
+def _insert(connection: Connection, table: Table, trial_id: int, rows: Iterable[Mapping[str, Any]]) -> None:
     written = [{"trial_id": trial_id, **row} for row in rows]
     if written:
-        session.execute(sqlalchemy.insert(model.__table__), written)
+        connection.execute(_INSERTS[table.name], written)
 
 
 def _params(trial: FrozenTrial) -> list[dict[str, Any]]:
@@ -90,43 +154,51 @@ def _attrs(attrs: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def _check_distributions(
-    session: Session, study_id: int, given: Mapping[str, BaseDistribution], agreed: dict[str, BaseDistribution]
+    connection: Connection, study_id: int, given: Mapping[str, BaseDistribution], agreed: dict[str, BaseDistribution]
 ) -> None:
     """ValueError where a distribution does not fit the one that the study has by that name."""
-    params = models.TrialParamModel.__table__
     for name, distribution in given.items():
         if agreed.get(name) == distribution:
             continue
-        earlier = (
-            sqlalchemy.select(params.c.distribution_json)
-            .join(models.TrialModel.__table__)
-            .where(models.TrialModel.study_id == study_id, params.c.param_name == name)
-            .limit(1)
-        )
-        found = session.execute(earlier).scalar()
+        found = connection.execute(_AGREED, {"study": study_id, "name": name}).scalar()
         if found is not None:
             check_distribution_compatibility(json_to_distribution(found), distribution)
         agreed[name] = distribution
 
 
-def read_trials(session: Session, where: Sequence[Any]) -> list[FrozenTrial]:
-    """Trials that fulfil the conditions, in the order of their ids."""
-    table = models.TrialModel.__table__
-    found = session.execute(sqlalchemy.select(table).where(*where).order_by(table.c.trial_id)).all()
+def read_trial(connection: Connection, trial_id: int) -> FrozenTrial | None:
+    """The trial of that id, if there is one."""
+    trials = _complete(connection, connection.execute(_TRIAL, {"this": trial_id}).all())
+    return trials[0] if trials else None
+
+
+def read_trials(
+    connection: Connection,
+    study_id: int,
+    newest: int,
+    others: Iterable[int] = (),
+    states: Container[TrialState] | None = None,
+) -> list[FrozenTrial]:
+    """Trials of a study with an id above ``newest``, and those of the ids ``others``, in the order of their ids."""
+    older, found = sorted(i for i in others if i <= newest), list[Any]()
+    for first in range(0, len(older), AT_ONCE):
+        found += connection.execute(_OLDER, {"study": study_id, "ids": older[first : first + AT_ONCE]}).all()
+    found += connection.execute(_NEWER, {"study": study_id, "newest": newest}).all()
+    if states is not None:
+        found = [row for row in found if row.state in states]
     trials: list[FrozenTrial] = []
     for first in range(0, len(found), AT_ONCE):
-        trials += _complete(session, found[first : first + AT_ONCE])
+        trials += _complete(connection, found[first : first + AT_ONCE])
     return trials
 
 
-def _complete(session: Session, found: Sequence[Any]) -> list[FrozenTrial]:
+def _complete(connection: Connection, found: Sequence[Any]) -> list[FrozenTrial]:
     """Trials of rows of the table of trials, with what the other tables say of them."""
+    if not found:
+        return []
     ids = [row.trial_id for row in found]
-    params = _children(session, models.TrialParamModel, ids, "param_id")
-    values = _children(session, Value, ids, "objective")
-    user = _children(session, models.TrialUserAttributeModel, ids, "trial_user_attribute_id")
-    system = _children(session, models.TrialSystemAttributeModel, ids, "trial_system_attribute_id")
-    steps = _children(session, Intermediate, ids, "trial_intermediate_value_id")
+    children = (_children(connection, table, ids) for table in (PARAMS, VALUES, USER_ATTRS, SYSTEM_ATTRS, STEPS))
+    params, values, user, system, steps = children
     trials = []
     for row in found:
         at = row.trial_id
@@ -152,11 +224,10 @@ def _complete(session: Session, found: Sequence[Any]) -> list[FrozenTrial]:
     return trials
 
 
-def _children(session: Session, model: Any, ids: Sequence[int], order: str) -> dict[int, list[Any]]:
+def _children(connection: Connection, table: Table, ids: Sequence[int]) -> dict[int, list[Any]]:
     """Rows of another table, by trial."""
-    table = model.__table__
     rows: dict[int, list[Any]] = {trial_id: [] for trial_id in ids}
-    for row in session.execute(sqlalchemy.select(table).where(table.c.trial_id.in_(ids)).order_by(table.c[order])):
+    for row in connection.execute(_CHILDREN[table.name], {"ids": ids}):
         rows[row.trial_id].append(row)
     return rows
 
@@ -173,7 +244,7 @@ def _local(stored: datetime | None) -> datetime | None:
 
 
 def finish_trial(
-    session: Session,
+    connection: Connection,
     trial_id: int,
     state: TrialState,
     values: Sequence[float] | None,
@@ -184,17 +255,15 @@ def finish_trial(
 
     The state comes first: from then on no other worker can write to the trial.
     """
-    trials, user = models.TrialModel.__table__, models.TrialUserAttributeModel.__table__
-    this = trials.c.trial_id == trial_id
-    ending = sqlalchemy.update(trials).where(this, trials.c.state == TrialState.RUNNING)
+    this = {"this": trial_id}
     now = datetime.now(UTC).replace(tzinfo=None)
-    ended: Any = session.execute(ending.values(state=state, datetime_complete=now))
-    whose = sqlalchemy.select(user.c.value_json).where(user.c.trial_id == trial_id, user.c.key == holder[0])
-    if session.execute(whose).scalar() != json.dumps(holder[1]):
+    ended = connection.execute(_ENDING, {"ended_as": state, "ended_at": now, **this})
+    whose = connection.execute(_ATTR, {"name": holder[0], **this}).scalar()
+    if whose != json.dumps(holder[1]):
         return False
     if not ended.rowcount:
-        return bool(session.execute(sqlalchemy.select(trials.c.state).where(this)).scalar() == state)
-    session.execute(sqlalchemy.delete(user).where(user.c.trial_id == trial_id, user.c.key.in_(list(attrs))))
-    _insert(session, models.TrialUserAttributeModel, trial_id, _attrs(attrs))
-    _insert(session, Value, trial_id, _values(values or ()))
+        return bool(connection.execute(_STATE, this).scalar() == state)
+    connection.execute(_FORGET, {"names": list(attrs), **this})
+    _insert(connection, USER_ATTRS, trial_id, _attrs(attrs))
+    _insert(connection, VALUES, trial_id, _values(values or ()))
     return True

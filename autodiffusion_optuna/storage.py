@@ -9,7 +9,7 @@ import re
 import shlex
 import tempfile
 import time
-from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
@@ -105,10 +105,26 @@ class StudyStorage(RDBStorage):
             raise StorageInternalError("heartbeats cannot be read") from error
         return {trial: (now - beat.replace(tzinfo=None)).total_seconds() for trial, beat in rows}
 
-    def _get_prepared_new_trial(self, study_id: int, template_trial: FrozenTrial | None, session: Any) -> Any:
+    def _create_new_trial(self, study_id: int, template_trial: FrozenTrial | None = None) -> FrozenTrial:
+        """A new trial, as Optuna's cache asks for one."""
         if template_trial is None:
-            return super()._get_prepared_new_trial(study_id, template_trial, session)
-        return rows.insert_trial(session, study_id, template_trial, self._agreed.setdefault(study_id, {}))
+            return self._until_back(lambda: super(StudyStorage, self)._create_new_trial(study_id))
+        return self.begin_trial(study_id, template_trial)
+
+    def begin_trial(self, study_id: int, template: FrozenTrial) -> FrozenTrial:
+        """Write a new trial that is ``template`` but for its number and id, all of it or nothing; the trial with both.
+
+        Raises KeyError where there is no such study, ValueError where a distribution does not fit earlier trials'.
+        """
+
+        def begin() -> FrozenTrial:
+            agreed = self._agreed.setdefault(study_id, {})
+            with _create_scoped_session(self.scoped_session) as session:
+                # Locks the study where the database has such locks: numbers are counted.
+                models.StudyModel.find_or_raise_by_id(study_id, session, for_update=True)
+                return rows.insert_trial(session.connection(), study_id, template, agreed)
+
+        return self._until_back(begin)
 
     def get_trial(self, trial_id: int) -> FrozenTrial:
         """The trial as it is now (KeyError)."""
@@ -116,10 +132,10 @@ class StudyStorage(RDBStorage):
 
     def _read_trial(self, trial_id: int) -> FrozenTrial:
         with _create_scoped_session(self.scoped_session) as session:
-            found = rows.read_trials(session, [models.TrialModel.trial_id == trial_id])
-        if not found:
+            found = rows.read_trial(session.connection(), trial_id)
+        if found is None:
             raise KeyError(models.NOT_FOUND_MSG)
-        return found[0]
+        return found
 
     def _get_trials(
         self,
@@ -129,18 +145,17 @@ class StudyStorage(RDBStorage):
         trial_id_greater_than: int,
     ) -> list[FrozenTrial]:
         """Trials of a study: those included or above an id; what Optuna's cache asks for."""
-        newer = models.TrialModel.trial_id > trial_id_greater_than
-        older = sorted(i for i in included_trial_ids if i <= trial_id_greater_than)
-        where = [sqlalchemy.or_(models.TrialModel.trial_id.in_(older), newer)] if older else [newer]
-        if states is not None:
-            assert isinstance(states, Iterable)
-            where.append(models.TrialModel.state.in_(states))
-        return self._until_back(lambda: self._read_trials(study_id, where))
 
-    def _read_trials(self, study_id: int, where: Sequence[Any]) -> list[FrozenTrial]:
-        with _create_scoped_session(self.scoped_session) as session:
-            models.StudyModel.find_or_raise_by_id(study_id, session)
-            return rows.read_trials(session, [models.TrialModel.study_id == study_id, *where])
+        def read() -> list[FrozenTrial]:
+            with _create_scoped_session(self.scoped_session) as session:
+                found = rows.read_trials(
+                    session.connection(), study_id, trial_id_greater_than, included_trial_ids, states
+                )
+                if not found:
+                    models.StudyModel.find_or_raise_by_id(study_id, session)
+            return found
+
+        return self._until_back(read)
 
     def finish_trial(
         self,
@@ -158,7 +173,7 @@ class StudyStorage(RDBStorage):
 
         def finish() -> bool:
             with _create_scoped_session(self.scoped_session) as session:
-                done = rows.finish_trial(session, trial_id, state, values, attrs, holder)
+                done = rows.finish_trial(session.connection(), trial_id, state, values, attrs, holder)
                 if not done:
                     session.rollback()
             return done
@@ -246,7 +261,7 @@ def _patiently(name: str) -> Callable[..., Any]:
 for _name in (
     "create_new_study", "delete_study", "set_study_user_attr", "set_study_system_attr", "get_study_id_from_name",
     "get_study_name_from_id", "get_study_directions", "get_study_user_attrs", "get_study_system_attrs",
-    "get_all_studies", "_create_new_trial", "_set_trial_param", "get_trial_param", "set_trial_state_values",
+    "get_all_studies", "_set_trial_param", "get_trial_param", "set_trial_state_values",
     "set_trial_intermediate_value", "set_trial_user_attr", "set_trial_system_attr",
     "get_trial_id_from_study_id_trial_number", "_get_best_trial_id", "get_trial_user_attrs", "get_trial_system_attrs",
 ):  # fmt: skip

@@ -464,6 +464,7 @@ def work(
     search = parts.config.search
     failures, idle, tell_seconds = 0, FIRST_WAIT, 0.0
     take = partial(claim, study, storage, search.trials, partial(_template, parts, study), grace=search.grace)
+    parts.sampler.read(study)  # a long study is read before others have to wait for it
     with Heart(storage, search.grace / BEATS) as heart:
         while True:
             started = time.perf_counter()
@@ -477,18 +478,19 @@ def work(
             idle = FIRST_WAIT
             storage_seconds = time.perf_counter() - started + tell_seconds
             with heart.beating_for(claimed.id), _given_back(storage, claimed.id):
-                outcome = _evaluate(parts, study, claimed.trial, store)
+                outcome = _evaluate(parts, claimed, store)
             telling = time.perf_counter()
-            frozen = _finish(study, storage, claimed, outcome, storage_seconds)
+            counts = _finish(storage, claimed, outcome, storage_seconds)
             tell_seconds = time.perf_counter() - telling
-            if frozen is None:
+            if not counts:
                 continue
-            failures = failures + 1 if frozen.state == TrialState.FAIL else 0
+            failures = failures + 1 if outcome.state == TrialState.FAIL else 0
             if failures >= MAX_FAILURES:
-                reason = frozen.user_attrs.get(FAILURE, "no reason recorded")
-                raise StudyError(f"the last {failures} trials failed ({reason}); mend the cause and run again")
+                raise StudyError(f"the last {failures} trials failed ({outcome.reason}); mend the cause and run again")
             if on_trial is not None:
-                on_trial(Progress(frozen, records.finished(study), time.perf_counter() - started))
+                trials = study.get_trials(deepcopy=False)
+                finished = sum(trial.state in records.FINISHED for trial in trials)
+                on_trial(Progress(trials[claimed.number], finished, time.perf_counter() - started))
 
 
 @contextmanager
@@ -508,9 +510,10 @@ def _given_back(storage: StudyStorage, trial_id: int) -> Iterator[None]:
         raise
 
 
-def _template(parts: Parts, study: optuna.Study, number: int) -> FrozenTrial:
-    """Trial ``number`` as it begins: what it tries, where that came from, and who runs it."""
-    proposal = parts.sampler.proposal(study, number)
+def _template(parts: Parts, study: optuna.Study, trials: Sequence[FrozenTrial]) -> FrozenTrial:
+    """The trial after ``trials`` as it begins: what it tries, where that came from, and who runs it."""
+    number = len(trials)
+    proposal = parts.sampler.proposal(study, number, trials)
     params = parts.space.encode(proposal.candidate)
     distributions = parts.space.distributions()
     return optuna.trial.create_trial(
@@ -543,49 +546,49 @@ class Outcome:
     reason: str | None = None
 
 
-def _evaluate(parts: Parts, study: optuna.Study, trial: optuna.Trial, store: ArtifactStore | None) -> Outcome:
+def _evaluate(parts: Parts, claimed: Claim, store: ArtifactStore | None) -> Outcome:
     """Score one trial; a candidate that cannot be scored is a failed trial, not the end of the run."""
-    candidate = _candidate(parts, study, trial)
+    candidate = _candidate(parts, claimed)
     try:
         score = parts.evaluator.score(
-            candidate, rungs(parts.config), on_rung=_reporter(study, trial), preview=PICTURES if store else 0
+            candidate, rungs(parts.config), on_rung=_reporter(claimed), preview=PICTURES if store else 0
         )
         if not math.isfinite(score.value):
             raise StatisticsError(f"the distance is {score.value}")
     except (AdoptError, torch.OutOfMemoryError, MemoryError) as error:
         return Outcome(TrialState.FAIL, reason=_one_line(str(error) or "out of memory"))
     if store is not None and score.complete:
-        _keep_picture(study, trial, score, store)
+        _keep_picture(claimed, score, store)
     return Outcome(TrialState.COMPLETE if score.complete else TrialState.PRUNED, score)
 
 
-def _candidate(parts: Parts, study: optuna.Study, trial: optuna.Trial) -> Candidate:
+def _candidate(parts: Parts, claimed: Claim) -> Candidate:
     """What a trial tries. One that was enqueued is told here what it is; a new one has been told when it began."""
-    known = trial.user_attrs.get(records.CANDIDATE)
+    known = claimed.begun.user_attrs.get(records.CANDIDATE)
     if known is not None:
         return Candidate.from_key(known)
-    candidate = parts.space.suggest(trial)
-    for key, value in {**parts.sampler.describe(study, trial.number), **_described(parts, candidate)}.items():
-        trial.set_user_attr(key, value)
+    candidate = parts.space.suggest(claimed.trial)
+    facts = {**parts.sampler.describe(claimed.study, claimed.number), **_described(parts, candidate)}
+    for key, value in facts.items():
+        claimed.trial.set_user_attr(key, value)
     return candidate
 
 
-def _keep_picture(study: optuna.Study, trial: optuna.Trial, score: Score, store: ArtifactStore) -> None:
+def _keep_picture(claimed: Claim, score: Score, store: ArtifactStore) -> None:
     """Attach a picture of a notable trial's images, as long as it runs: a finished one takes no artifacts."""
     assert score.preview is not None
-    why = notable(study.get_trials(deepcopy=False), trial.number, score.value, trial.user_attrs)
+    trials = claimed.study.get_trials(deepcopy=False)
+    why = notable(trials, claimed.number, score.value, trials[claimed.number].user_attrs)
     if why is not None:
-        attach_picture(trial, store, score.preview.numpy(), why)
+        attach_picture(claimed.trial, store, score.preview.numpy(), why)
 
 
 def _one_line(text: str) -> str:
     return " ".join(text.split())[:500]
 
 
-def _finish(
-    study: optuna.Study, storage: StudyStorage, claimed: Claim, outcome: Outcome, storage_seconds: float
-) -> FrozenTrial | None:
-    """Write down how a trial ended; None where another worker has taken it over meanwhile, and it counts once.
+def _finish(storage: StudyStorage, claimed: Claim, outcome: Outcome, storage_seconds: float) -> bool:
+    """Write down how a trial ended; False where another worker has taken it over meanwhile, and it counts once.
 
     ``storage_seconds``: what taking it and ending the one before it took.
     """
@@ -596,9 +599,7 @@ def _finish(
         attrs[records.IMAGES] = score.images
         attrs[records.SCORE] = {**score.to_json(), "seconds_storage": round(storage_seconds, 4)}
     values = None if score is None else [score.value]
-    if not storage.finish_trial(claimed.id, outcome.state, values, attrs, (OWNER, owner())):
-        return None
-    return study.get_trials(deepcopy=False)[claimed.number]
+    return storage.finish_trial(claimed.id, outcome.state, values, attrs, (OWNER, owner()))
 
 
 def rungs(config: StudyConfig) -> list[int]:
@@ -608,16 +609,16 @@ def rungs(config: StudyConfig) -> list[int]:
     return [*config.score.rungs, config.score.images]
 
 
-def _reporter(study: optuna.Study, trial: optuna.Trial) -> Callable[[int, float], bool]:
+def _reporter(claimed: Claim) -> Callable[[int, float], bool]:
     """Reports each rung's value to Optuna and asks its pruner whether to go on."""
     # A trial that was cut short and is run again has passed every rung below the last one it reported.
-    reported = study.get_trials(deepcopy=False)[trial.number].intermediate_values
+    reported = claimed.begun.intermediate_values
     passed = max(reported, default=0)
 
     def on_rung(images: int, value: float) -> bool:
         if images not in reported:
-            trial.report(value, step=images)
-        return images < passed or not trial.should_prune()
+            claimed.trial.report(value, step=images)
+        return images < passed or not claimed.trial.should_prune()
 
     return on_rung
 

@@ -145,13 +145,14 @@ def losses(values: Sequence[float] | None, directions: Sequence[StudyDirection])
     return tuple(v if math.isfinite(v) else math.inf for v in signed)
 
 
-def best(complete: Sequence[Record], count: int) -> list[Record]:
+def best(ranked: Sequence[Record], count: int) -> list[Record]:
     """The best distinct candidates, best first: by (value, number), or by Pareto rank for several objectives.
 
-    Of a front that does not fit in whole, an even choice from one end to the other.
+    ``ranked``: complete trials in their order, as in a History. Of a front that does not fit in whole, an even choice
+    from one end to the other.
     """
-    several = bool(complete) and len(complete[0].losses) > 1
-    ordered = _by_front(complete, count) if several else sorted(complete)
+    several = bool(ranked) and len(ranked[0].losses) > 1
+    ordered = _by_front(ranked, count) if several else ranked
     chosen: dict[str, Record] = {}
     for record in ordered:
         if len(chosen) == count:

@@ -9,7 +9,9 @@ both stages; a space without any takes no random number for them.
 from __future__ import annotations
 
 import math
+from bisect import bisect_right
 from collections.abc import Callable, Iterable
+from functools import lru_cache
 
 import numpy as np
 from numpy.random import Generator
@@ -177,8 +179,15 @@ def _free_times(space: SearchSpace, taken: Iterable[int]) -> NDArray[np.bool_]:
 
 def _late_step(rng: Generator, steps: int) -> int:
     """Index of a step; the last is ``steps`` times as likely as the first."""
+    return bisect_right(_late_shares(steps), rng.random())
+
+
+@lru_cache(maxsize=1024)
+def _late_shares(steps: int) -> list[float]:
+    """Chance of each step or one before it."""
     weights = np.arange(1, steps + 1)
-    return int(rng.choice(steps, p=weights / weights.sum()))
+    shares = (weights / weights.sum()).cumsum()
+    return [float(share) for share in shares / shares[-1]]
 
 
 def _move_time(rng: Generator, space: SearchSpace, pairs: Pairs) -> Pairs:

@@ -158,19 +158,20 @@ class AutoDiffusionSampler(BaseSampler):
 
     # What the study runner asks
 
-    def proposal(self, study: optuna.Study, number: int) -> Proposal:
+    def proposal(self, study: optuna.Study, number: int, trials: Sequence[FrozenTrial] | None = None) -> Proposal:
         """What trial ``number`` tries and where that came from; the trial may be running or finished.
 
-        Exact for the last trials that this sampler proposed, and for any trial of a serial run. Of another
-        worker's trial it tells what the trials before it, as they are now, lead to. Raises ConfigError
-        without a space.
+        Exact for the last trials that this sampler proposed, and for any trial of a serial run. Of another worker's
+        trial it tells what the trials before it, as they are now, lead to. ``trials``: all of the study's by number,
+        just read, for one that is new; it is then proposed from them. Raises ConfigError without a space.
         """
         if self.space is None:
             raise ConfigError("a sampler without a space has no proposals; give it one")
-        remembered = self._proposed.get((study.study_name, number))
-        if remembered is not None:
-            return remembered
-        trials = study.get_trials(deepcopy=False)
+        if trials is None:
+            remembered = self._proposed.get((study.study_name, number))
+            if remembered is not None:
+                return remembered
+            trials = study.get_trials(deepcopy=False)
         earlier = trials[: bisect_left(trials, number, key=lambda trial: trial.number)]
         made = self._propose(self.space, study, earlier, number)
         for trial in trials[len(earlier) : len(earlier) + 1]:
@@ -179,6 +180,12 @@ class AutoDiffusionSampler(BaseSampler):
                 made = replace(made, operator="known", parents=(), candidate=enqueued or made.candidate)
         self._remember(study, number, made)
         return made
+
+    def read(self, study: optuna.Study) -> None:
+        """Read the study's trials now, which takes seconds where it is long, rather than with the next proposal."""
+        trials = study.get_trials(deepcopy=False)
+        if self.space is not None:
+            self._history(study, trials, len(trials))
 
     def describe(self, study: optuna.Study, number: int) -> dict[str, Any]:
         """``proposal`` without its candidate, as JSON: {generation, stage, operator, share, parents}."""
@@ -211,18 +218,18 @@ class AutoDiffusionSampler(BaseSampler):
         chosen = surrogate.choose(list(children), history.ranked, space)
         return Proposal(chosen, generation, stage, children[chosen][0], share, children[chosen][1])
 
-    def _niche(self, rng: Generator, space: SearchSpace, complete: list[Record]) -> list[Record]:
+    def _niche(self, rng: Generator, space: SearchSpace, ranked: list[Record]) -> list[Record]:
         """Trials that share one value of one choice, mostly that of the best trial; all without choices.
 
         Each solver has timesteps of its own. Where parents come only from the best trials of all, the solver that
         was lucky first crowds out the others before theirs are found.
         """
-        if not (space.choices and complete and self.settings.local) or len(complete[0].losses) > 1:
-            return complete
+        if not (space.choices and ranked and self.settings.local) or len(ranked[0].losses) > 1:
+            return ranked
         name = list(space.choices)[int(rng.integers(len(space.choices)))]
-        ranked = list(dict.fromkeys(record.candidate.settings_dict[name] for record in sorted(complete)))
-        chosen = ranked[min(int(rng.geometric(1 - NEXT_NICHE)), len(ranked)) - 1]
-        return [record for record in complete if record.candidate.settings_dict[name] == chosen]
+        values = list(dict.fromkeys(record.candidate.settings_dict[name] for record in ranked))
+        chosen = values[min(int(rng.geometric(1 - NEXT_NICHE)), len(values)) - 1]
+        return [record for record in ranked if record.candidate.settings_dict[name] == chosen]
 
     def _litter(self, operator: str, study: optuna.Study) -> int:
         """Children to choose one from. A random candidate has no rivals, or it would not be random."""

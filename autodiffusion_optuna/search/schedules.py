@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from itertools import pairwise
+from typing import cast
 
 import numpy as np
 
@@ -27,6 +29,9 @@ def spread(timesteps: Sequence[float], T: int, min_gap: int = 1) -> Timesteps:
     min_gap`` the task is to make u non-increasing, which pooling adjacent violators does with the least
     squared change. Needs ``(len(timesteps) - 1) * min_gap < T``.
     """
+    fits = timesteps[-1] >= 0 and timesteps[0] < T and all(a - b >= min_gap for a, b in pairwise(timesteps))
+    if fits and all(isinstance(timestep, int) for timestep in timesteps):
+        return tuple(cast(Sequence[int], timesteps))  # as most lists are; the rest would find the same
     blocks: list[tuple[float, int]] = []  # (mean of u, length), means non-increasing
     for position, timestep in enumerate(timesteps):
         mean, length = timestep + position * min_gap, 1

@@ -345,7 +345,7 @@ class SearchSpace:
         """
         limit = self.open_limit(share)
         times = list(candidate.timesteps)
-        skips = [self._trim(skip, limit, rng) for skip in candidate.skips]
+        skips = [s if s.bit_count() <= limit else self._trim(s, limit, rng) for s in candidate.skips]
         settings = self._affordable_settings(self.canonical_settings(candidate.settings_dict), limit, rng)
         while self.max_cost is not None and not self._affordable(self._cost(skips, settings)):
             droppable = len(times) > self.min_steps
@@ -356,7 +356,8 @@ class SearchSpace:
             elif not droppable:
                 saved = self._skip_more(skips, settings, limit, rng)
                 assert saved, "no candidate meets the budget, which __post_init__ rules out"
-        return Candidate(tuple(times), tuple(skips), _ordered(settings))
+        fitting = Candidate(tuple(times), tuple(skips), _ordered(settings))
+        return candidate if fitting == candidate else fitting
 
     def _affordable_settings(
         self, settings: dict[str, Value], limit: int, rng: np.random.Generator | None
@@ -374,12 +375,10 @@ class SearchSpace:
         return settings | {name: chosen[name] for name in self.choices}
 
     def _trim(self, skip: int, limit: int, rng: np.random.Generator | None) -> int:
-        """At most ``limit`` of the units; without ``rng`` evenly spaced, their start varying with the set.
+        """``limit`` of the units of a larger set; without ``rng`` evenly spaced, their start varying with the set.
 
         Keeping the first ones would hide the later units from samplers that draw whole integers.
         """
-        if skip.bit_count() <= limit:
-            return skip
         units = unit_indices(skip)
         if rng is not None:
             return skip_set(int(u) for u in rng.choice(units, limit, replace=False))

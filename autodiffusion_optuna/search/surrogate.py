@@ -11,10 +11,11 @@ from collections.abc import Callable, Sequence
 from functools import lru_cache, partial
 from itertools import product
 from statistics import NormalDist
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.linalg import solve_triangular
 
 from autodiffusion_optuna.candidate import Candidate
 from autodiffusion_optuna.search.history import Record
@@ -34,20 +35,24 @@ class Embedding(NamedTuple):
     """Candidates of any length as points of one space.
 
     ``times``: float64 [N, max_steps + 1], the timesteps as shares of T, stretched to ``max_steps`` positions, and
-    the number of steps. ``skips``: float64 [N, max_steps * units], the skip bits at those positions. ``choices``:
+    the number of steps. ``skips``: float32 [N, max_steps * units], the skip bits at those positions: sums of them are
+    exact, at half the cost of float64. ``choices``:
     float64 [N, sum of the numbers of choices], one at the one taken of each. ``numbers``: float64 [N, ranges], shares
     of their ranges. The last two have no columns where no settings are searched.
     """
 
     times: Array
-    skips: Array
+    skips: NDArray[np.float32]
     choices: Array
     numbers: Array
 
 
-def choose(children: Sequence[Candidate], complete: Sequence[Record], space: SearchSpace) -> Candidate:
-    """The child with the best optimistic guess; the first one where too little is known to tell."""
-    fitted = _fitted(complete)
+def choose(children: Sequence[Candidate], ranked: Sequence[Record], space: SearchSpace) -> Candidate:
+    """The child with the best optimistic guess; the first one where too little is known to tell.
+
+    ``ranked``: the complete trials, best first.
+    """
+    fitted = _fitted(ranked)
     if len(children) == 1 or len(fitted) < ENOUGH:
         return children[0]
     known = embed([record.candidate for record in fitted], space)
@@ -56,24 +61,25 @@ def choose(children: Sequence[Candidate], complete: Sequence[Record], space: Sea
     return children[int(np.argmin(np.round(mean - OPTIMISM * deviation, 9)))]
 
 
-def _fitted(complete: Sequence[Record]) -> list[Record]:
+def _fitted(ranked: Sequence[Record]) -> list[Record]:
     """The best trials, and an even choice of the others."""
-    ordered = sorted(complete)
-    best, rest = ordered[:KEPT_BEST], ordered[KEPT_BEST:]
-    chosen = np.linspace(0, len(rest) - 1, min(len(rest), KEPT_OTHERS)).round().astype(int)
-    return best + [rest[i] for i in chosen]
+    rest = len(ranked) - KEPT_BEST
+    chosen = np.linspace(0, rest - 1, min(max(rest, 0), KEPT_OTHERS)).round().astype(int)
+    return [*ranked[:KEPT_BEST], *(ranked[KEPT_BEST + i] for i in chosen)]
 
 
 def embed(candidates: Sequence[Candidate], space: SearchSpace) -> Embedding:
     """Points of candidates; those of one length lie as far apart as their timesteps do."""
-    row = _rows(space)
-    rows = [row(candidate) for candidate in candidates]
-    columns = [np.array([row[k] for row in rows]).reshape(len(rows), -1) for k in range(4)]
-    return Embedding(*columns)
+    times, skips, choices, numbers = zip(*map(_rows(space), candidates), strict=True)
+    bits = np.frombuffer(b"".join(skips), dtype=np.uint8).reshape(len(skips) * space.max_steps, -1)
+    unpacked = np.unpackbits(bits, axis=1, count=len(space.units), bitorder="little")
+    return Embedding(
+        np.array(times), unpacked.reshape(len(skips), -1).astype(np.float32), np.array(choices), np.array(numbers)
+    )
 
 
-Row = tuple[Array, Array, tuple[float, ...], tuple[float, ...]]
-"""One candidate of an embedding."""
+Row = tuple[tuple[float, ...], bytes, tuple[float, ...], tuple[float, ...]]
+"""One candidate of an embedding, its skip sets one after another."""
 
 
 @lru_cache(maxsize=8)
@@ -83,31 +89,34 @@ def _rows(space: SearchSpace) -> Callable[[Candidate], Row]:
 
 
 def _row(space: SearchSpace, candidate: Candidate) -> Row:
-    at = np.linspace(0.0, 1.0, space.max_steps)
-    own = np.linspace(0.0, 1.0, candidate.steps)
-    times = np.append(np.interp(at, own, np.array(candidate.timesteps) / space.T), candidate.steps / space.max_steps)
-    skips = _bits(candidate.skips, len(space.units))[np.rint(at * (candidate.steps - 1)).astype(int)]
+    own, at, nearest = _places(candidate.steps, space.max_steps)
+    shares = [timestep / space.T for timestep in candidate.timesteps]
+    stretched = shares if len(shares) == space.max_steps else np.interp(at, own, shares).tolist()
+    size = -(-len(space.units) // 8)
+    skips = b"".join(candidate.skips[step].to_bytes(size, "little") for step in nearest)
     settings = space.canonical_settings(candidate.settings_dict)
     choices = [float(settings[name] == value) for name, values in space.choices.items() for value in values]
     numbers = [(float(settings[n]) - low) / (high - low) for n, (low, high) in space.ranges.items()]
-    return times, skips.ravel(), tuple(choices), tuple(numbers)
+    return (*stretched, candidate.steps / space.max_steps), skips, tuple(choices), tuple(numbers)
 
 
-def _bits(skips: Sequence[int], units: int) -> Array:
-    """Bit sets as float64 [N, units] of zeros and ones."""
-    size = -(-units // 8)
-    packed = np.frombuffer(b"".join(skip.to_bytes(size, "little") for skip in skips), dtype=np.uint8)
-    bits = np.unpackbits(packed.reshape(len(skips), size), axis=1, count=units, bitorder="little")
-    return bits.astype(np.float64)
+@lru_cache(maxsize=1024)
+def _places(steps: int, positions: int) -> tuple[Array, Array, list[int]]:
+    """Places of steps and of positions in [0, 1], and the step nearest to each position."""
+    at = np.linspace(0.0, 1.0, positions)
+    return np.linspace(0.0, 1.0, steps), at, [int(step) for step in np.rint(at * (steps - 1))]
 
 
 def normal_scores(losses: Sequence[float]) -> Array:
     """Standard normal quantiles of the ranks, float64 [N], the smallest loss lowest; ties share their mean."""
     values = np.asarray(losses)
-    below = (values[None, :] < values[:, None]).sum(axis=1)
-    equal = (values[None, :] == values[:, None]).sum(axis=1)
-    quantiles = (below + equal / 2) / len(values)
-    return np.array([NormalDist().inv_cdf(q) for q in quantiles])
+    ordered = np.sort(values)
+    below, upto = np.searchsorted(ordered, values, "left"), np.searchsorted(ordered, values, "right")
+    shares = (below + (upto - below) / 2) / len(values)
+    return np.array([_quantile(float(share)) for share in shares])
+
+
+_quantile = lru_cache(maxsize=4096)(NormalDist().inv_cdf)
 
 
 def predict(known: Embedding, scores: Array, asked: Embedding) -> tuple[Array, Array]:
@@ -119,24 +128,30 @@ def predict(known: Embedding, scores: Array, asked: Embedding) -> tuple[Array, A
     in the numbers; how much they matter, a length scale of their own, is found likewise.
     """
     among, between = _distances(known, known), _distances(known, asked)
-    units = [float(np.median(d[d > 0])) if (d > 0).any() else 1.0 for d in among]
+    units = [float(np.median(d[d > 0])) if d.any() else 1.0 for d in among]
+    # From here on each pair once, as places in a flat matrix: most of the time goes into their exponentials.
+    size = len(scores)
+    pairs, diagonal = np.flatnonzero(np.tri(size, dtype=np.bool_)), slice(None, None, size + 1)
+    among = tuple(distances.ravel().take(pairs) for distances in among)
+    flat = np.zeros(size * size)
     searched = known.choices.shape[1] or known.numbers.shape[1]
     best, found = -np.inf, None
     for scale in product(SCALES, SETTING_SCALES if searched else SETTING_SCALES[:1]):
-        covariance = _kernel(among, units, scale) + NOISE * np.eye(len(scores))
-        factor = np.linalg.cholesky(covariance)
-        white = np.linalg.solve(factor, scores)
+        flat[pairs] = _kernel(among, units, scale)
+        flat[diagonal] += NOISE
+        factor = np.linalg.cholesky(flat.reshape(size, size))  # which reads the lower half alone
+        white = solve_triangular(factor, scores, lower=True, check_finite=False)
         likelihood = -0.5 * float(white @ white) - float(np.log(np.diag(factor)).sum())
         if likelihood > best:
             best, found = likelihood, (scale, factor, white)
     assert found is not None
     scale, factor, white = found
-    projected = np.linalg.solve(factor, _kernel(between, units, scale))
+    projected = solve_triangular(factor, _kernel(between, units, scale), lower=True, check_finite=False)
     variance = np.maximum(1.0 - (projected**2).sum(axis=0), 0.0)
     return projected.T @ white, np.sqrt(variance)
 
 
-def _distances(one: Embedding, other: Embedding) -> tuple[Array, Array, Array, Array]:
+def _distances(one: Embedding, other: Embedding) -> tuple[Array, ...]:
     """Between times, skips, choices and numbers, float64 [N, M] each.
 
     Euclidean for times and numbers; how many skip bits and how many choices differ for the others.
@@ -150,15 +165,20 @@ def _distances(one: Embedding, other: Embedding) -> tuple[Array, Array, Array, A
 
 
 def _euclidean(one: Array, other: Array) -> Array:
-    squared = (one**2).sum(1)[:, None] + (other**2).sum(1) - 2 * one @ other.T
-    distances: Array = np.sqrt(np.maximum(squared, 0.0))
-    return distances
+    squared: Array = (one**2).sum(1)[:, None] + (other**2).sum(1)
+    if one.shape[1]:
+        squared -= 2 * one @ other.T
+        np.sqrt(np.maximum(squared, 0.0, out=squared), out=squared)
+    return squared
 
 
-def _differing(one: Array, other: Array) -> Array:
+def _differing(one: NDArray[Any], other: NDArray[Any]) -> Array:
     """Number of bits that differ."""
-    differing: Array = one.sum(1)[:, None] + other.sum(1) - 2 * one @ other.T
-    return differing
+    differing = one.sum(1)[:, None] + other.sum(1)
+    if one.shape[1]:
+        both = one @ other.T
+        differing -= np.multiply(both, 2, out=both)
+    return np.asarray(differing, dtype=np.float64)
 
 
 def _kernel(distances: Sequence[Array], units: Sequence[float], scales: tuple[float, float]) -> Array:

@@ -91,10 +91,12 @@ def test_skips_and_lengths_are_told_apart() -> None:
 
 
 def test_the_number_of_fitted_trials_is_bounded() -> None:
-    complete = trials([Candidate((n,)) for n in range(5000)], [float(n % 997) for n in range(5000)])
-    fitted = surrogate._fitted(complete)
-    assert len(fitted) <= surrogate.KEPT_BEST + surrogate.KEPT_OTHERS
-    assert fitted[: surrogate.KEPT_BEST] == sorted(complete)[: surrogate.KEPT_BEST]
+    ranked = sorted(trials([Candidate((n,)) for n in range(5000)], [float(n % 997) for n in range(5000)]))
+    fitted = surrogate._fitted(ranked)
+    assert len(fitted) == surrogate.KEPT_BEST + surrogate.KEPT_OTHERS
+    assert fitted[: surrogate.KEPT_BEST] == ranked[: surrogate.KEPT_BEST]
+    assert fitted[-1] == ranked[-1]
+    assert surrogate._fitted(ranked[:7]) == ranked[:7]
 
 
 def test_settings_are_told_apart() -> None:
