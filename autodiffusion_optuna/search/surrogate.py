@@ -7,6 +7,7 @@ instead of values, so any objective will do, and it is fitted anew from the tria
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Callable, Sequence
 from functools import lru_cache, partial
 from itertools import product
@@ -74,12 +75,15 @@ def embed(candidates: Sequence[Candidate], space: SearchSpace) -> Embedding:
     bits = np.frombuffer(b"".join(skips), dtype=np.uint8).reshape(len(skips) * space.max_steps, -1)
     unpacked = np.unpackbits(bits, axis=1, count=len(space.units), bitorder="little")
     return Embedding(
-        np.array(times), unpacked.reshape(len(skips), -1).astype(np.float32), np.array(choices), np.array(numbers)
+        np.frombuffer(b"".join(times)).reshape(len(times), -1),
+        unpacked.reshape(len(skips), -1).astype(np.float32),
+        np.array(choices),
+        np.array(numbers),
     )
 
 
-Row = tuple[tuple[float, ...], bytes, tuple[float, ...], tuple[float, ...]]
-"""One candidate of an embedding, its skip sets one after another."""
+Row = tuple[bytes, bytes, tuple[float, ...], tuple[float, ...]]
+"""One candidate of an embedding: the bytes of its float64 times, and its skip sets one after another."""
 
 
 @lru_cache(maxsize=8)
@@ -97,7 +101,8 @@ def _row(space: SearchSpace, candidate: Candidate) -> Row:
     settings = space.canonical_settings(candidate.settings_dict)
     choices = [float(settings[name] == value) for name, values in space.choices.items() for value in values]
     numbers = [(float(settings[n]) - low) / (high - low) for n, (low, high) in space.ranges.items()]
-    return (*stretched, candidate.steps / space.max_steps), skips, tuple(choices), tuple(numbers)
+    times = array("d", [*stretched, candidate.steps / space.max_steps]).tobytes()
+    return times, skips, tuple(choices), tuple(numbers)
 
 
 @lru_cache(maxsize=1024)
@@ -128,7 +133,7 @@ def predict(known: Embedding, scores: Array, asked: Embedding) -> tuple[Array, A
     in the numbers; how much they matter, a length scale of their own, is found likewise.
     """
     among, between = _distances(known, known), _distances(known, asked)
-    units = [float(np.median(d[d > 0])) if d.any() else 1.0 for d in among]
+    units = [_median(d[d > 0]) if d.any() else 1.0 for d in among]
     # From here on each pair once, as places in a flat matrix: most of the time goes into their exponentials.
     size = len(scores)
     pairs, diagonal = np.flatnonzero(np.tri(size, dtype=np.bool_)), slice(None, None, size + 1)
@@ -149,6 +154,13 @@ def predict(known: Embedding, scores: Array, asked: Embedding) -> tuple[Array, A
     projected = solve_triangular(factor, _kernel(between, units, scale), lower=True, check_finite=False)
     variance = np.maximum(1.0 - (projected**2).sum(axis=0), 0.0)
     return projected.T @ white, np.sqrt(variance)
+
+
+def _median(values: Array) -> float:
+    """``np.median`` of values without NaN, which takes half as long if it need not look for any."""
+    low, high = (len(values) - 1) // 2, len(values) // 2
+    middle = np.partition(values, (low, high))[[low, high]]
+    return float(middle.mean())
 
 
 def _distances(one: Embedding, other: Embedding) -> tuple[Array, ...]:
