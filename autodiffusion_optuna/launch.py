@@ -9,6 +9,7 @@ import contextlib
 import importlib
 import math
 import os
+import socket
 import subprocess
 import sys
 import tempfile
@@ -27,6 +28,8 @@ MAX_RESTARTS = 5
 """Times that one worker is started again after it died, while no trial of the study is finished in between."""
 LONGEST_PAUSE = 30.0
 """Seconds before the last of them; the first comes at once."""
+CONNECT_SECONDS = 10.0
+"""Time for a Ray cluster to answer."""
 SLURM_MINUTES = 24 * 60
 """Time limit of a Slurm job, where none is given: submitit's own is five minutes."""
 LOOK_SECONDS = 0.25
@@ -188,7 +191,10 @@ def run_ray(job: Job, workers: int, options: Options, on_look: OnLook) -> None:
 
 
 def _join_ray(ray: Any, address: str | None) -> None:
+    host, colon, port = (address or "").removeprefix("ray://").rpartition(":")
     try:
+        if colon:  # Ray itself would try for minutes, and then end this process
+            socket.create_connection((host, int(port)), CONNECT_SECONDS).close()
         ray.init(address=address, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
     except (ConnectionError, ValueError, RuntimeError, OSError) as error:
         where = "on this host" if address is None else f"at {address!r}"
