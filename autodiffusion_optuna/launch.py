@@ -83,7 +83,13 @@ class Process:
         """Start the process and hand it its job."""
         command = [sys.executable, "-m", "autodiffusion_optuna.worker"]
         # In a session of its own Ctrl-C reaches the launcher alone, which then stops its workers one way.
-        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stderr=self.errors, start_new_session=True)
+        self.process = subprocess.Popen(
+            command,
+            stdin=subprocess.PIPE,
+            stderr=self.errors,
+            start_new_session=True,
+            env={**_thread_limits(self.job.workers), **os.environ},
+        )
         assert self.process.stdin is not None
         with contextlib.suppress(BrokenPipeError):
             self.process.stdin.write(self.job.dumps().encode() + b"\n")
@@ -129,6 +135,16 @@ class Process:
             self.process.kill()
             self.process.wait()
         self.errors.close()
+
+
+def _thread_limits(workers: int) -> dict[str, str]:
+    """Environment that gives each of ``workers`` its share of this host's cores.
+
+    Libraries of linear algebra start a thread for each core; where several do, they spend their time waiting for each
+    other. PyTorch can be told later, NumPy's and SciPy's library only here.
+    """
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), str(max(1, cores // workers)))
 
 
 def run_local(job: Job, workers: int, options: Options, on_look: OnLook) -> None:

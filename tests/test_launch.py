@@ -203,3 +203,9 @@ def test_a_worker_that_is_started_while_the_study_is_done_ends(folder: Path) -> 
         end(start(folder, URL, "search.trials=3"))
     assert [t.state for t in found.trials].count(TrialState.COMPLETE) == 3
     assert len({t.user_attrs[claims.OWNER] for t in found.trials if claims.OWNER in t.user_attrs}) == 1
+
+
+def test_workers_share_the_cores_of_their_host(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(16)))
+    assert set(launch._thread_limits(4).values()) == {"4"}
+    assert set(launch._thread_limits(64).values()) == {"1"}

@@ -394,6 +394,22 @@ def test_a_launcher_that_is_killed_takes_its_workers_with_it(folder: Path) -> No
     assert records.finished(load_study(database, "quick")) == before
 
 
+def test_ctrl_c_stops_all_workers_and_puts_their_trials_back(folder: Path) -> None:
+    command = [sys.executable, "-m", "autodiffusion_optuna", "run", "--study", "quick.toml", "--workers", "2"]
+    settings = ["--set", "search.trials=5000", "--storage", "adopt.db"]
+    launcher = subprocess.Popen([*command, *settings], cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    wait_for(lambda: (folder / "adopt.db").exists() and len(names("sqlite:///adopt.db")) == 2)
+    launcher.send_signal(signal.SIGINT)
+    _, said = launcher.communicate(timeout=60)
+    assert launcher.returncode == 130
+    assert "Go on with: adopt run --study quick.toml --workers 2" in " ".join(said.decode().split())
+    states = read_status(
+        open_storage("sqlite:///adopt.db"), load_study(open_storage("sqlite:///adopt.db"), "quick")
+    ).states
+    assert states["running"] == 0
+    assert states["fail"] == 0
+
+
 def names(url: str) -> set[str]:
     """Owners of the trials of the study, if it has begun."""
     database: StudyStorage = open_storage(url)
