@@ -124,7 +124,8 @@ def _create(
         return claimed
     reason = "another worker took the last place" if twin is None else f"trial {twin.number} tries the same"
     storage.finish_trial(trial_id, TrialState.FAIL, None, {FAILURE: f"given up at once: {reason}"}, (OWNER, owner()))
-    return "wait"
+    # Where the call was cut off after it was carried out, and made again, the first of the two is this worker's too.
+    return Claim(study, twin._trial_id, twin) if twin is not None and is_mine(twin) else "wait"
 
 
 def _is_surplus(study: optuna.Study, number: int, budget: int) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import random
 import shlex
@@ -11,6 +12,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from datetime import datetime, timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -345,7 +347,9 @@ def test_without_the_lock_the_budget_still_holds(folder: Path, monkeypatch: pyte
 
     def template(trials: Any) -> Any:
         made = study._template(parts, opened, trials)
-        rival.add_trial(made)  # another worker is a moment faster
+        theirs = copy.deepcopy(made)  # another worker is a moment faster
+        theirs.set_user_attr(claims.OWNER, "elsewhere/1/1")
+        rival.add_trial(theirs)
         return made
 
     assert claims.claim(opened, database, 9, template, grace=60) == "wait"
@@ -353,6 +357,22 @@ def test_without_the_lock_the_budget_still_holds(folder: Path, monkeypatch: pyte
     assert states.count(TrialState.RUNNING) == 1
     failed = next(t for t in opened.trials if t.state == TrialState.FAIL)
     assert "trial 8 tries the same" in failed.user_attrs[claims.FAILURE]
+
+
+def test_a_trial_that_was_begun_twice_is_run_once(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where a call was cut off after the database had carried it out: it is made again."""
+    parts = study.build(config_with(folder / "quick.toml", "search.warm_starts=['uniform']"))
+    database = open_storage("sqlite:///adopt.db")
+    opened = study.open_study(parts, database)
+    real = database.begin_trial
+    monkeypatch.setattr(database, "begin_trial", lambda *given: (real(*given), real(*given))[1])
+    take = partial(claims.claim, opened, database, 9, partial(study._template, parts, opened), grace=60)
+    enqueued, begun = take(), take()
+    assert isinstance(enqueued, claims.Claim)
+    assert isinstance(begun, claims.Claim)
+    assert (begun.number, begun.begun.state) == (1, TrialState.RUNNING)
+    assert [t.state for t in opened.trials] == [TrialState.RUNNING, TrialState.RUNNING, TrialState.FAIL]
+    assert database.get_trial(begun.id).number == 1
 
 
 def test_a_candidate_that_breaks_the_worker_is_failed_and_named(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
