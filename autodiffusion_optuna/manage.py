@@ -52,9 +52,11 @@ def rename_study(storage: StudyStorage, old: str, new: str, *, force: bool = Fal
     or is being run (unless ``force``), or where ``new`` exists. Nothing is changed then.
     """
     check_name(new)
-    study = _at_rest(storage, old, force)
-    _check_free(storage, new)
-    _set_name(storage, storage.get_study_id_from_name(old), new, study.user_attrs[records.CONFIG])
+    study = load_study(storage, old)
+    with storage.claiming(study._study_id):  # no worker begins a trial between the check and the change
+        _check_at_rest(study, force)
+        _check_free(storage, new)
+        _set_name(storage, study._study_id, new, study.user_attrs[records.CONFIG])
 
 
 def copy_study(
@@ -73,7 +75,8 @@ def copy_study(
     killed is no study of adopt's, and is removed when it is tried again. Raises as ``rename_study`` does.
     """
     check_name(new)
-    study = _at_rest(storage, old, force)
+    study = load_study(storage, old)
+    _check_at_rest(study, force)
     destination = storage if target is None else target()
     _check_free(destination, new)
     with _unfinished_copy(destination, new, force) as copy_id:
@@ -83,21 +86,21 @@ def copy_study(
 
 def delete_study(storage: StudyStorage, name: str, *, force: bool = False) -> int:
     """Delete a study and the pictures that are its alone; how many pictures. Raises as ``rename_study`` does."""
-    _at_rest(storage, name, force)
-    return _delete(storage, storage.get_study_id_from_name(name))
-
-
-def _at_rest(storage: StudyStorage, name: str, force: bool) -> optuna.Study:
-    """A study of adopt's that nobody is running (StudyError)."""
     study = load_study(storage, name)
+    with storage.claiming(study._study_id):  # a trial begun meanwhile would be left behind without its study
+        _check_at_rest(study, force)
+        return _delete(storage, study._study_id)
+
+
+def _check_at_rest(study: optuna.Study, force: bool) -> None:
+    """StudyError where somebody runs the study."""
     running = [t for t in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)) if _has_worker(t)]
     if running and not force:
         workers = sorted({t.user_attrs.get(OWNER, "unknown") for t in running})
         raise StudyError(
-            f"study {name!r} is being run: {len(running)} running trials of {', '.join(workers)}; "
+            f"study {study.study_name!r} is being run: {len(running)} running trials of {', '.join(workers)}; "
             "stop its workers first, or give --force"
         )
-    return study
 
 
 def _has_worker(trial: FrozenTrial) -> bool:

@@ -6,8 +6,9 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import optuna
@@ -203,6 +204,27 @@ def test_a_study_that_is_being_run_is_left_alone(url: str, folder: Path, adopt: 
     assert adopt("studies", "rename", "--study", "quick", "--to", "new", "--force", "--storage", url).code == 0
     assert adopt("studies", "delete", "--study", "new", "--yes", "--force", "--storage", url).code == 0
     assert study_names(open_storage(url)) == ["twin"]
+
+
+@pytest.mark.parametrize("change", [manage.delete_study, lambda storage, name: manage.rename_study(storage, name, "new")])
+def test_a_trial_that_is_being_taken_is_waited_for(url: str, folder: Path, change: Callable[..., object]) -> None:
+    study = run(folder / "quick.toml", url, "search.trials=2")
+    storage, refused = open_storage(url), []
+
+    def try_it() -> None:
+        try:
+            change(storage, "quick")
+        except AdoptError as error:
+            refused.append(str(error))
+
+    with open_storage(url).claiming(study._study_id):
+        changing = threading.Thread(target=try_it)
+        changing.start()
+        time.sleep(0.5)
+        study.ask()
+    changing.join()
+    assert "is being run: 1 running trials" in refused[0]
+    assert study_names(storage) == ["quick"]
 
 
 def test_trials_of_dead_workers_stop_nobody(folder: Path) -> None:
