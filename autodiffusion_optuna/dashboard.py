@@ -24,7 +24,7 @@ from autodiffusion_optuna import records
 from autodiffusion_optuna.config import StudyConfig
 from autodiffusion_optuna.errors import ConfigError
 from autodiffusion_optuna.figures import FIGURES
-from autodiffusion_optuna.report import StudyReport, read_report
+from autodiffusion_optuna.report import StudyReport, read_report, stored_config
 from autodiffusion_optuna.storage import storage_option
 
 if TYPE_CHECKING:
@@ -208,7 +208,7 @@ def progress(study: optuna.Study) -> tuple[int, ...]:
     finished = study.get_trials(deepcopy=False, states=records.FINISHED)
     attrs = study.user_attrs
     generation = max((t.user_attrs.get(records.GENERATION, 0) for t in finished), default=-1)
-    done = len(finished) >= StudyConfig.model_validate(attrs[records.CONFIG]).search.trials
+    done = len(finished) >= stored_config(study).search.trials
     return generation, int(done), sum(key.startswith("fresh:") for key in attrs)
 
 

@@ -213,9 +213,19 @@ def study_names(storage: StudyStorage) -> list[str]:
     return sorted(study.study_name for study in storage.get_all_studies())
 
 
+def current_name(study: optuna.Study) -> str:
+    """The study's name as it is now: others may have renamed it since it was opened (KeyError where it is deleted)."""
+    return study._storage.get_study_name_from_id(study._study_id)
+
+
 def stored_config(study: optuna.Study) -> StudyConfig:
-    """The config a study was last run with."""
-    return StudyConfig.model_validate(study.user_attrs[records.CONFIG])
+    """The config a study was last run with, under the study's present name.
+
+    optuna-dashboard's rename and Optuna's ``copy_study`` leave the old name in the config, and may choose one that no
+    study file could have: the name is not checked.
+    """
+    config = StudyConfig.model_validate(study.user_attrs[records.CONFIG])
+    return config.model_copy(update={"name": current_name(study)})
 
 
 def read_report(study: optuna.Study, size: tuple[int, int] | None = None) -> StudyReport:

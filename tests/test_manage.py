@@ -134,6 +134,41 @@ def test_a_copy_has_notes_and_pictures_of_its_own(url: str, folder: Path, adopt:
     assert study_names(storage) == ["twin"]
 
 
+def test_a_study_that_another_program_renamed_goes_by_its_new_name(folder: Path, adopt: Adopt) -> None:
+    run(folder / "quick.toml", "sqlite:///adopt.db", "search.trials=2")
+    # As optuna-dashboard renames: a copy, and the old one is deleted.
+    optuna.copy_study(
+        from_study_name="quick", from_storage="sqlite:///adopt.db", to_storage="sqlite:///adopt.db",
+        to_study_name="theirs",
+    )  # fmt: skip
+    optuna.delete_study(study_name="quick", storage="sqlite:///adopt.db")
+    assert stored_config(load_study(open_storage("sqlite:///adopt.db"), "theirs")).name == "theirs"
+    listed = adopt("studies", "list").out
+    assert "theirs" in listed
+    assert "quick" not in listed
+    done = adopt("run", "--study", "theirs", "--set", "search.trials=4")
+    assert done.code == 0, done
+    assert "adopt export --study theirs" in done.out
+    assert "quick" not in done.out
+    assert study_names(open_storage("sqlite:///adopt.db")) == ["theirs"]
+
+
+def test_a_name_that_only_another_program_gives_is_shown(folder: Path, adopt: Adopt) -> None:
+    run(folder / "quick.toml", "sqlite:///adopt.db", "search.trials=1")
+    optuna.copy_study(
+        from_study_name="quick", from_storage="sqlite:///adopt.db", to_storage="sqlite:///adopt.db",
+        to_study_name="a copy (1)",
+    )  # fmt: skip
+    assert adopt("show", "--study", "a copy (1)").code == 0
+    assert "a copy (1)" in adopt("studies", "list").out
+    refused = adopt("run", "--study", "a copy (1)")
+    assert refused.code == 1
+    assert refused.err.count("\n") == 1
+    assert "'a copy (1)'" in refused.err
+    assert adopt("studies", "rename", "--study", "a copy (1)", "--to", "mine").code == 0
+    assert adopt("run", "--study", "mine").code == 0
+
+
 def test_a_picture_that_another_study_shows_is_kept(folder: Path) -> None:
     run(folder / "quick.toml", "sqlite:///studies.db", "search.trials=1")
     kept = with_pictures("sqlite:///studies.db", "quick", folder / "pictures")
