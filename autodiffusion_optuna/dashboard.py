@@ -22,7 +22,7 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from autodiffusion_optuna import records
 from autodiffusion_optuna.config import StudyConfig
-from autodiffusion_optuna.errors import ConfigError
+from autodiffusion_optuna.errors import AdoptError, ConfigError
 from autodiffusion_optuna.figures import FIGURES
 from autodiffusion_optuna.report import StudyReport, read_report, stored_config
 from autodiffusion_optuna.storage import storage_option
@@ -196,7 +196,7 @@ class _Publisher:
                 publish(self.study, self.url)
                 self.stage = stage
             self.trouble = None
-        except (OptunaError, SQLAlchemyError, KeyError) as error:  # KeyError: the study was deleted
+        except (AdoptError, OptunaError, SQLAlchemyError, KeyError) as error:  # KeyError: the study was deleted
             trouble = str(getattr(error.__cause__, "orig", None) or error).splitlines()[0]
             if trouble != self.trouble:
                 self.on_trouble(f"note and figures were not written: {trouble}")

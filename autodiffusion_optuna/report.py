@@ -8,11 +8,12 @@ from typing import Any
 
 import optuna
 from optuna.trial import FrozenTrial, TrialState
+from pydantic import ValidationError
 
-from autodiffusion_optuna import records
+from autodiffusion_optuna import __version__, records
 from autodiffusion_optuna.candidate import Candidate
 from autodiffusion_optuna.claims import Worker, workers
-from autodiffusion_optuna.config import StudyConfig, differences, load_config, presets
+from autodiffusion_optuna.config import StudyConfig, differences, explain, load_config, presets
 from autodiffusion_optuna.errors import StudyError, choose_from
 from autodiffusion_optuna.noise import NoiseSchedule
 from autodiffusion_optuna.storage import StudyStorage, is_empty, open_storage
@@ -222,10 +223,17 @@ def stored_config(study: optuna.Study) -> StudyConfig:
     """The config a study was last run with, under the study's present name.
 
     optuna-dashboard's rename and Optuna's ``copy_study`` leave the old name in the config, and may choose one that no
-    study file could have: the name is not checked.
+    study file could have: the name is not checked. StudyError for a config that only another version of adopt reads.
     """
-    config = StudyConfig.model_validate(study.user_attrs[records.CONFIG])
-    return config.model_copy(update={"name": current_name(study)})
+    attrs, name = study.user_attrs, current_name(study)
+    try:
+        return StudyConfig.model_validate(attrs[records.CONFIG]).model_copy(update={"name": name})
+    except ValidationError as error:
+        reason = explain(error).partition(";")[0]
+        raise StudyError(
+            f"study {name!r} was written by adopt {attrs.get(records.VERSION)}, this is {__version__}: {reason}; "
+            "install that version to go on with it, or choose another study"
+        ) from None
 
 
 def read_report(study: optuna.Study, size: tuple[int, int] | None = None) -> StudyReport:
@@ -279,7 +287,10 @@ def _best(trials: Sequence[FrozenTrial], attrs: dict[str, Any], size: tuple[int,
 
 @dataclass(frozen=True)
 class StudyLine:
-    """One line of ``adopt studies``: a shipped preset, a study in the database, or both."""
+    """One line of ``adopt studies``: a shipped preset, a study in the database, or both.
+
+    ``finished`` and ``best`` are None where there is nothing yet, or nothing that this version can read.
+    """
 
     name: str
     description: str
@@ -305,7 +316,12 @@ def list_studies(storage: StudyStorage | None) -> list[StudyLine]:
 
 
 def _line(study: optuna.Study, preset: bool) -> StudyLine:
-    config = stored_config(study)
+    try:
+        config = stored_config(study)
+    except StudyError:  # the other studies of the database can still be told
+        version = study.user_attrs.get(records.VERSION)
+        what = f"written by adopt {version}, this is {__version__}"
+        return StudyLine(current_name(study), what, preset, None, 0, None)
     best = min(records.values_by_key(study).values(), default=None)
     finished = records.finished(study)
     return StudyLine(config.name, config.description, preset, finished, config.search.trials, best)
