@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
+import json
+import logging
 import re
 import tempfile
+import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,10 +17,8 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 import numpy as np
 import optuna
 from numpy.typing import NDArray
-from optuna.artifacts import Boto3ArtifactStore, FileSystemArtifactStore, GCSArtifactStore, upload_artifact
-from optuna.exceptions import OptunaError
+from optuna.artifacts import Boto3ArtifactStore, FileSystemArtifactStore, GCSArtifactStore
 from optuna.trial import FrozenTrial, TrialState
-from sqlalchemy.exc import SQLAlchemyError
 
 from autodiffusion_optuna import records
 from autodiffusion_optuna.errors import StorageError
@@ -24,11 +27,14 @@ from autodiffusion_optuna.plots import square_grid
 if TYPE_CHECKING:
     from optuna.artifacts._protocol import ArtifactStore
 
+ATTR = "artifacts:"
+"""Prefix of the system attr that Optuna keeps for each artifact of a trial or a study: its id follows."""
 EXTRAS = {"s3": "s3", "gs": "gcs"}
 """Scheme of a bucket's address -> the extra that brings its client."""
 FILE = "samples.png"
 """Name under which the dashboard shows a picture."""
 KNOWN, NEW_BEST, BEST_OF_GENERATION = "known schedule", "new best", "best of its generation so far"
+_log = logging.getLogger("autodiffusion_optuna")
 
 
 @dataclass(frozen=True)
@@ -97,8 +103,7 @@ def _bucket(scheme: str, bucket: str, location: str) -> ArtifactStore:
             f'pip install "autodiffusion-optuna[{EXTRAS[scheme]}]"'
         ) from None
     except Exception as error:  # the clients' errors have no common base
-        reason = str(error).strip().partition("\n")[0]
-        raise StorageError(f"cannot open artifacts {_shown(location)!r}: {reason}") from None
+        raise StorageError(f"cannot open artifacts {_shown(location)!r}: {reason_of(error)}") from None
 
 
 def _shown(location: str) -> str:
@@ -123,20 +128,59 @@ def notable(trials: Sequence[FrozenTrial], number: int, value: float, attrs: Map
 
 
 def attach_picture(trial: optuna.Trial, store: ArtifactStore, images: NDArray[np.uint8], why: str) -> bool:
-    """Keep a picture of a running trial's first images and note ``why``; whether the store took it.
+    """Keep a picture of a running trial's first images and note ``why``; whether it has one then.
 
     ``images``: uint8 [N, C, H, W] with C = 1 or 3, of which up to 16 are drawn. Must come before the trial is finished.
-    A store that fails costs the picture, never the trial; errors of the study's database are raised.
+    A trial that was taken back after its picture was kept is left that one. A store that fails costs the picture,
+    never the trial, and is warned of; errors of the study's database are raised.
     """
-    content = square_grid(images)
-    try:
-        with tempfile.TemporaryDirectory() as folder:
-            path = Path(folder) / FILE
-            path.write_bytes(content)
-            upload_artifact(artifact_store=store, file_path=str(path), study_or_trial=trial)
-    except (OptunaError, SQLAlchemyError):
-        raise
-    except Exception:  # the errors of buckets' clients have no common base
-        return False
+    if not _has_picture(trial):
+        picture = str(uuid.uuid4())
+        try:
+            # The content first: what the database lists, the dashboard shows. Optuna's upload_artifact lists it first.
+            store.write(picture, io.BytesIO(square_grid(images)))
+        except Exception as error:  # the errors of buckets' clients have no common base
+            _remove(store, picture)
+            _warn_of(error)
+            return False
+        try:
+            trial.storage.set_trial_system_attr(trial._trial_id, ATTR + picture, _meta(picture))
+        except Exception:
+            _remove(store, picture)
+            raise
     trial.set_user_attr(records.NOTABLE, why)
     return True
+
+
+def _has_picture(trial: optuna.Trial) -> bool:
+    attrs = trial.storage.get_trial_system_attrs(trial._trial_id)
+    return any(key.startswith(ATTR) and json.loads(value)["filename"] == FILE for key, value in attrs.items())
+
+
+def _meta(picture: str) -> str:
+    """What ``optuna.artifacts.get_all_artifact_meta`` and the dashboard read of an artifact."""
+    return json.dumps({"artifact_id": picture, "filename": FILE, "mimetype": "image/png", "encoding": None})
+
+
+def _remove(store: ArtifactStore, picture: str) -> None:
+    """Take away what may be half written."""
+    with contextlib.suppress(Exception):
+        store.remove(picture)
+
+
+_told: set[type[Exception]] = set()
+
+
+def _warn_of(error: Exception) -> None:
+    """Say why a picture could not be kept, once for each kind of trouble: a search may have hundreds of pictures."""
+    if type(error) in _told:
+        return
+    _told.add(type(error))
+    reason = reason_of(error)
+    _log.warning("pictures are not kept (%s); the search goes on without. Mend it, or give another --artifacts", reason)
+
+
+def reason_of(error: Exception) -> str:
+    """Why a store failed, in a few words without passwords."""
+    reason = getattr(error, "strerror", None) or next(iter(str(error).strip().splitlines()), "")
+    return _shown(reason) or type(error).__name__

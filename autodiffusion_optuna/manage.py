@@ -17,7 +17,7 @@ from optuna.trial import FrozenTrial, TrialState, create_trial
 from sqlalchemy.exc import IntegrityError
 
 from autodiffusion_optuna import records
-from autodiffusion_optuna.artifacts import open_store
+from autodiffusion_optuna.artifacts import ATTR, open_store
 from autodiffusion_optuna.claims import OWNER, is_dead, owner
 from autodiffusion_optuna.config import NAME_PATTERN
 from autodiffusion_optuna.errors import ConfigError, StudyError
@@ -27,8 +27,6 @@ from autodiffusion_optuna.storage import StudyStorage
 if TYPE_CHECKING:
     from optuna.artifacts._protocol import ArtifactStore
 
-ARTIFACT = "artifacts:"
-"""Prefix of the system attr that Optuna keeps for each artifact of a trial or a study: its id follows."""
 NOTE = re.compile(r"^dashboard:(\d+):(note_\w+.*)$")
 """Study system attr in which optuna-dashboard keeps a part of the note of the trial with that database id."""
 COPYING = "{} (being copied)"
@@ -207,10 +205,10 @@ def _with_own_pictures(attrs: Mapping[str, Any]) -> tuple[dict[str, Any], dict[s
     own: dict[str, Any] = {}
     ids: dict[str, str] = {}
     for key, value in attrs.items():
-        if key.startswith(ARTIFACT):
-            old, new = key.removeprefix(ARTIFACT), str(uuid.uuid4())
+        if key.startswith(ATTR):
+            old, new = key.removeprefix(ATTR), str(uuid.uuid4())
             ids[old] = new
-            own[ARTIFACT + new] = json.dumps({**json.loads(value), "artifact_id": new})
+            own[ATTR + new] = json.dumps({**json.loads(value), "artifact_id": new})
         else:
             own[key] = value
     return own, ids
@@ -260,8 +258,8 @@ def _picture_ids(storage: StudyStorage, study_id: int) -> set[str]:
         "UNION SELECT key FROM study_system_attributes WHERE study_id = :study AND key LIKE :prefix"
     )
     with storage.engine.connect() as connection:
-        keys = connection.execute(query, {"study": study_id, "prefix": ARTIFACT + "%"}).scalars()
-        return {key.removeprefix(ARTIFACT) for key in keys}
+        keys = connection.execute(query, {"study": study_id, "prefix": ATTR + "%"}).scalars()
+        return {key.removeprefix(ATTR) for key in keys}
 
 
 def _open_store(location: str) -> ArtifactStore | None:

@@ -15,7 +15,7 @@ from optuna.artifacts.exceptions import ArtifactNotFound
 from optuna.trial import FrozenTrial, TrialState, create_trial
 from PIL import Image
 
-from autodiffusion_optuna import records
+from autodiffusion_optuna import artifacts, records
 from autodiffusion_optuna.artifacts import BEST_OF_GENERATION, KNOWN, NEW_BEST, Prefixed, attach_picture, notable
 from autodiffusion_optuna.artifacts import open_store as open_artifacts
 from autodiffusion_optuna.errors import StorageError
@@ -83,6 +83,43 @@ def test_a_store_that_fails_costs_the_picture_and_not_the_trial() -> None:
     study.tell(trial, 1.0)
     assert study.trials[0].state == TrialState.COMPLETE
     assert records.NOTABLE not in study.trials[0].user_attrs
+    assert get_all_artifact_meta(study.trials[0], storage=study._storage) == []
+
+
+def test_why_there_are_no_pictures_is_told_once(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(artifacts, "_told", set())
+    study = optuna.create_study()
+    for _ in range(3):
+        attach_picture(study.ask(), Broken(), images(4), NEW_BEST)
+    (line,) = [record.getMessage() for record in caplog.records if record.name == "autodiffusion_optuna"]
+    assert "pictures are not kept (No space left on device)" in line
+    assert "--artifacts" in line
+
+
+class Half(FileSystemArtifactStore):
+    """A store whose disk is full after some bytes."""
+
+    def write(self, artifact_id: str, content_body: BinaryIO) -> None:
+        super().write(artifact_id, io.BytesIO(content_body.read(10)))
+        raise OSError(28, "No space left on device")
+
+
+def test_half_a_picture_is_taken_away(tmp_path: Path) -> None:
+    assert not attach_picture(optuna.create_study().ask(), Half(tmp_path), images(4), NEW_BEST)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_trial_that_is_run_again_keeps_its_picture(tmp_path: Path) -> None:
+    study = optuna.create_study(storage=f"sqlite:///{tmp_path}/a.db")
+    store = open_artifacts(str(tmp_path / "pictures"))
+    trial = study.ask()
+    for _ in range(2):
+        assert attach_picture(trial, store, images(4), NEW_BEST)
+    study.tell(trial, 1.0)
+    (meta,) = get_all_artifact_meta(study.trials[0], storage=study._storage)
+    assert [path.name for path in (tmp_path / "pictures").iterdir()] == [meta.artifact_id]
 
 
 def test_a_finished_trial_gets_no_picture(tmp_path: Path) -> None:
@@ -91,6 +128,7 @@ def test_a_finished_trial_gets_no_picture(tmp_path: Path) -> None:
     study.tell(trial, 1.0)
     with pytest.raises(optuna.exceptions.UpdateFinishedTrialError):
         attach_picture(trial, open_artifacts(str(tmp_path)), images(4), NEW_BEST)
+    assert list(tmp_path.iterdir()) == []
 
 
 def finished(number: int, value: float | None, generation: int) -> FrozenTrial:
@@ -152,8 +190,6 @@ def test_an_address_that_is_no_bucket_is_refused_without_its_password() -> None:
 def test_a_missing_package_is_named_with_its_command(
     location: str, package: str, extra: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from autodiffusion_optuna import artifacts
-
     def missing(bucket: str) -> None:
         raise ImportError(f"no module named {package}")
 
@@ -162,8 +198,6 @@ def test_a_missing_package_is_named_with_its_command(
 
 
 def test_a_client_without_credentials_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    from autodiffusion_optuna import artifacts
-
     def refused(bucket: str) -> None:
         raise RuntimeError("no credentials found\nand much more")
 
@@ -172,8 +206,6 @@ def test_a_client_without_credentials_is_one_line(monkeypatch: pytest.MonkeyPatc
 
 
 def test_files_of_a_prefix_stay_below_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from autodiffusion_optuna import artifacts
-
     buckets = []
 
     def bucket(name: str) -> FileSystemArtifactStore:
