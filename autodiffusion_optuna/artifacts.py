@@ -69,12 +69,12 @@ def open_store(location: str) -> ArtifactStore:
         return _folder(location)
     if scheme not in EXTRAS:
         raise StorageError(
-            f"artifacts {_shown(location)!r}: no store for {scheme}://; give a folder, s3://BUCKET/PREFIX or "
+            f"artifacts {shown(location)!r}: no store for {scheme}://; give a folder, s3://BUCKET/PREFIX or "
             "gs://BUCKET/PREFIX"
         )
     bucket, _, prefix = rest.partition("/")
     if not re.fullmatch(r"[\w.-]+", bucket):
-        raise StorageError(f"artifacts {_shown(location)!r} names no bucket; write {scheme}://BUCKET/PREFIX")
+        raise StorageError(f"artifacts {shown(location)!r} names no bucket; write {scheme}://BUCKET/PREFIX")
     store = _bucket(scheme, bucket, location)
     return Prefixed(store, prefix.strip("/")) if prefix.strip("/") else store
 
@@ -99,14 +99,14 @@ def _bucket(scheme: str, bucket: str, location: str) -> ArtifactStore:
         return kind(bucket)
     except ImportError:
         raise StorageError(
-            f"artifacts {_shown(location)!r} need a package that is not installed: "
+            f"artifacts {shown(location)!r} need a package that is not installed: "
             f'pip install "autodiffusion-optuna[{EXTRAS[scheme]}]"'
         ) from None
     except Exception as error:  # the clients' errors have no common base
-        raise StorageError(f"cannot open artifacts {_shown(location)!r}: {reason_of(error)}") from None
+        raise StorageError(f"cannot open artifacts {shown(location)!r}: {reason_of(error)}") from None
 
 
-def _shown(location: str) -> str:
+def shown(location: str) -> str:
     """The address without what may be a password."""
     return re.sub(r"//.*@", "//***@", location)
 
@@ -183,4 +183,4 @@ def _warn_of(error: Exception) -> None:
 def reason_of(error: Exception) -> str:
     """Why a store failed, in a few words without passwords."""
     reason = getattr(error, "strerror", None) or next(iter(str(error).strip().splitlines()), "")
-    return _shown(reason) or type(error).__name__
+    return shown(reason) or type(error).__name__

@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import re
 import uuid
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,10 +18,10 @@ from optuna.trial import FrozenTrial, TrialState, create_trial
 from sqlalchemy.exc import IntegrityError
 
 from autodiffusion_optuna import records
-from autodiffusion_optuna.artifacts import ATTR, open_store
+from autodiffusion_optuna.artifacts import ATTR, open_store, reason_of, shown
 from autodiffusion_optuna.claims import OWNER, is_dead, owner
 from autodiffusion_optuna.config import NAME_PATTERN
-from autodiffusion_optuna.errors import ConfigError, StudyError
+from autodiffusion_optuna.errors import ConfigError, StorageError, StudyError
 from autodiffusion_optuna.report import load_study, study_names
 from autodiffusion_optuna.storage import StudyStorage
 
@@ -33,6 +34,15 @@ COPYING = "{} (being copied)"
 """Name of a copy until it is complete; no study of adopt's can have it, see ``config.NAME_PATTERN``."""
 
 OnCopied = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class Deleted:
+    """What became of a deleted study's pictures: how many are removed; ids of those that are left in the store, why."""
+
+    removed: int
+    left: tuple[str, ...] = ()
+    why: str = ""
 
 
 def check_name(name: str) -> None:
@@ -82,12 +92,16 @@ def copy_study(
         _set_name(destination, copy_id, new, study.user_attrs[records.CONFIG])
 
 
-def delete_study(storage: StudyStorage, name: str, *, force: bool = False) -> int:
-    """Delete a study and the pictures that are its alone; how many pictures. Raises as ``rename_study`` does."""
+def delete_study(storage: StudyStorage, name: str, *, force: bool = False) -> Deleted:
+    """Delete a study and the pictures that are its alone.
+
+    Raises as ``rename_study`` does, and StorageError where the pictures cannot be removed: the study is kept then, but
+    with ``force`` deleted without them.
+    """
     study = load_study(storage, name)
     with storage.claiming(study._study_id):  # a trial begun meanwhile would be left behind without its study
         _check_at_rest(study, force)
-        return _delete(storage, study._study_id)
+        return _delete(storage, study._study_id, leave_pictures=force)
 
 
 def _check_at_rest(study: optuna.Study, force: bool) -> None:
@@ -151,7 +165,7 @@ def _unfinished_copy(storage: StudyStorage, name: str, force: bool) -> Iterator[
     try:
         yield study_id
     except BaseException:
-        _delete(storage, study_id)
+        _delete(storage, study_id, leave_pictures=True)
         raise
 
 
@@ -170,7 +184,7 @@ def _copy_into(
         attrs, pictures = _with_own_pictures(trial.system_attrs)
         new_id = destination.create_new_trial(copy_id, _template(trial, attrs))
         new_ids[storage.get_trial_id_from_study_id_trial_number(old_id, trial.number)] = new_id
-        _copy_pictures(store, pictures)
+        _copy_pictures(store, location, pictures)
         if on_copied is not None:
             on_copied(count, len(trials))
     system_attrs, pictures = _with_own_pictures(storage.get_study_system_attrs(old_id))
@@ -178,7 +192,7 @@ def _copy_into(
         note = NOTE.match(key)
         own = f"dashboard:{new_ids.get(int(note[1]))}:{note[2]}" if note else key
         destination.set_study_system_attr(copy_id, own, value)
-    _copy_pictures(store, pictures)
+    _copy_pictures(store, location, pictures)
     for key, value in study.user_attrs.items():
         if key not in (records.CONFIG, records.ARTIFACTS):
             destination.set_study_user_attr(copy_id, key, value)
@@ -214,40 +228,73 @@ def _with_own_pictures(attrs: Mapping[str, Any]) -> tuple[dict[str, Any], dict[s
     return own, ids
 
 
-def _copy_pictures(store: ArtifactStore | None, ids: Mapping[str, str]) -> None:
+def _copy_pictures(store: ArtifactStore | None, location: str | None, ids: Mapping[str, str]) -> None:
     if store is None:
         return
     for old, new in ids.items():
-        try:
-            with store.open_reader(old) as picture:
-                store.write(new, picture)
-        except ArtifactNotFound:
-            continue  # lost before: the copy has lost it too
+        with _told_as_storage_error("copy", location):
+            try:
+                with store.open_reader(old) as picture:
+                    store.write(new, picture)
+            except ArtifactNotFound:
+                continue  # lost before: the copy has lost it too
 
 
-def _delete(storage: StudyStorage, study_id: int) -> int:
-    """Delete pictures, then the study: a delete that was killed can be told again."""
+@contextmanager
+def _told_as_storage_error(what: str, location: str | None) -> Iterator[None]:
+    """Errors of a store as StorageError, one line."""
+    try:
+        yield
+    except Exception as error:  # the errors of buckets' clients have no common base
+        where = shown(location or "")
+        raise StorageError(
+            f"cannot {what} pictures in {where!r}: {reason_of(error)}; mend that and try again"
+        ) from None
+
+
+def _delete(storage: StudyStorage, study_id: int, *, leave_pictures: bool = False) -> Deleted:
+    """Delete pictures, then the study: a delete that was killed can be told again.
+
+    StorageError, and the study is kept, where a picture cannot be removed; with ``leave_pictures`` it is deleted.
+    """
     location = storage.get_study_user_attrs(study_id).get(records.ARTIFACTS)
-    store = None if location is None else _open_store(location)
-    removed = 0 if store is None else _delete_pictures(storage, study_id, store)
+    pictures = [] if location is None else _own_pictures(storage, study_id)
+    gone, why = dict[str, bool](), ""
+    try:
+        _delete_pictures(location, pictures, gone)
+    except StorageError as error:
+        if not leave_pictures:
+            raise StorageError(f"{error}, or give --force to delete the study and leave its pictures") from None
+        why = str(error)
     storage.delete_study(study_id)
-    return removed
+    return Deleted(sum(gone.values()), tuple(picture for picture in pictures if picture not in gone), why)
 
 
-def _delete_pictures(storage: StudyStorage, study_id: int, store: ArtifactStore) -> int:
+def _own_pictures(storage: StudyStorage, study_id: int) -> list[str]:
+    """Ids of a study's pictures that no other study has."""
     # Optuna's copy and the dashboard's rename leave two studies with the same pictures: those stay.
     own, others = _picture_ids(storage, study_id), set[str]()
     for study in storage.get_all_studies():
         if own and study._study_id != study_id:
             others |= _picture_ids(storage, study._study_id)
-    removed = 0
-    for artifact in own - others:
+    return sorted(own - others)
+
+
+def _delete_pictures(location: str | None, pictures: Sequence[str], gone: dict[str, bool]) -> None:
+    """Remove pictures from their store (StorageError). Notes down those that are gone: now (True), or before."""
+    store = _open_store(location) if location is not None and pictures else None
+    for picture in pictures:
+        gone[picture] = store is not None and _remove(store, location, picture)
+
+
+def _remove(store: ArtifactStore, location: str | None, picture: str) -> bool:
+    """Remove a picture (StorageError); False where it was lost before."""
+    with _told_as_storage_error("remove", location):
         try:
-            store.remove(artifact)
-            removed += 1
+            store.remove(picture)
         except ArtifactNotFound:
-            continue
-    return removed
+            return False
+    return True
 
 
 def _picture_ids(storage: StudyStorage, study_id: int) -> set[str]:
