@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -216,7 +217,28 @@ def study_names(storage: StudyStorage) -> list[str]:
 
 def current_name(study: optuna.Study) -> str:
     """The study's name as it is now: others may have renamed it since it was opened (KeyError where it is deleted)."""
-    return study._storage.get_study_name_from_id(study._study_id)
+    storage = getattr(study._storage, "_backend", study._storage)  # Optuna's cache never asks for a name twice
+    return str(storage.get_study_name_from_id(study._study_id))
+
+
+def is_deleted(study: optuna.Study) -> bool:
+    """Whether a study that was opened is gone."""
+    try:
+        current_name(study)
+    except KeyError:
+        return True
+    return False
+
+
+@contextmanager
+def still_there(study: optuna.Study) -> Iterator[None]:
+    """StudyError where others delete the study meanwhile, of which Optuna says KeyError."""
+    try:
+        yield
+    except KeyError:
+        if not is_deleted(study):
+            raise
+        raise StudyError(f"study {study.study_name!r} was deleted meanwhile, with all that it had found") from None
 
 
 def stored_config(study: optuna.Study) -> StudyConfig:
