@@ -23,7 +23,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from autodiffusion_optuna import records
 from autodiffusion_optuna.config import StudyConfig
 from autodiffusion_optuna.errors import AdoptError, ConfigError
-from autodiffusion_optuna.figures import FIGURES
+from autodiffusion_optuna.figures import FIGURES, nothing
 from autodiffusion_optuna.report import StudyReport, read_report, stored_config
 from autodiffusion_optuna.storage import storage_option
 
@@ -230,8 +230,10 @@ def publish(study: optuna.Study, url: str) -> None:
         save_note(study, new)
     # A figure is kept in rows of 2 kB, written one at a time: slow enough to be left out where it is there already.
     stored = get_plotly_graph_objects(study._storage.get_study_system_attrs(study._study_id))
-    for name, (_, draw) in FIGURES.items():
+    for name, (title, draw) in FIGURES.items():
         figure = draw(report)
+        if figure is None and name in stored:
+            figure = nothing(title)  # the dashboard has no way to take one away
         if figure is not None:
             # The dashboard's buttons stand beside the plot: in a row they would lie over the title.
             figure.update_layout(height=PLOT_HEIGHT, modebar_orientation="v", margin_r=48)

@@ -316,6 +316,18 @@ FIGURES: dict[str, tuple[str, Callable[[StudyReport], go.Figure | None]]] = {
 """Id of a figure -> its title, and the function that draws it; None where there is nothing to draw."""
 
 
+def nothing(title: str) -> go.Figure:
+    """What stands where there was a figure once and is nothing to draw any more."""
+    import plotly.graph_objects as go
+
+    figure = go.Figure()
+    _style(figure, title, height=200)
+    figure.add_annotation(text="nothing to show now", showarrow=False, font={"color": FAINT})
+    figure.update_xaxes(visible=False)
+    figure.update_yaxes(visible=False)
+    return figure
+
+
 def _style(figure: go.Figure, title: str, height: int) -> None:
     """One look for all: white, large enough letters, the legend above the plot so that a phone has the whole width."""
     figure.update_layout(

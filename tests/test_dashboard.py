@@ -14,18 +14,22 @@ import time
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import optuna
 import pytest
 from command import Adopt
+from long_study import long_report
 from optuna.trial import TrialState, create_trial
 from optuna_dashboard import get_note, save_note
+from optuna_dashboard._custom_plot_data import get_plotly_graph_objects
 from optuna_dashboard._inmemory_cache import _CachedExtraStudyProperty
 from test_study import run
 
 from autodiffusion_optuna import dashboard, records
+from autodiffusion_optuna.candidate import Candidate
 from autodiffusion_optuna.config import load_config, load_preset, parse_config, presets, tomllib
 from autodiffusion_optuna.report import load_study, read_report
 from autodiffusion_optuna.storage import open_storage
@@ -81,6 +85,26 @@ def test_the_note_keeps_what_the_user_wrote(folder: Path) -> None:
     assert "4 of 4 candidates" in get_note(study)
     assert get_note(study).endswith("mine already\nand more")
     assert get_note(study).count("mine already") == 1
+
+
+def test_a_figure_of_what_is_no_longer_so_is_replaced(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    study = run(folder / "quick.toml", URL, "search.trials=2")
+    skipping = long_report(60)
+    monkeypatch.setattr(dashboard, "read_report", lambda _: skipping)
+    dashboard.publish(study, URL)
+    assert "heatmap" in plots(study)["masks"]
+    assert skipping.best is not None
+    plain = replace(skipping.best, candidate=Candidate(skipping.best.candidate.timesteps))
+    monkeypatch.setattr(dashboard, "read_report", lambda _: replace(skipping, best=plain))
+    for _ in range(2):
+        dashboard.publish(study, URL)
+        assert "heatmap" not in plots(study)["masks"]
+        assert "nothing to show now" in plots(study)["masks"]
+
+
+def plots(study: optuna.Study) -> dict[str, str]:
+    """Figures as they are stored, by id."""
+    return get_plotly_graph_objects(study._storage.get_study_system_attrs(study._study_id))
 
 
 @pytest.mark.parametrize("name", sorted(presets()))
