@@ -6,6 +6,7 @@ import contextlib
 import io
 import json
 import logging
+import os
 import re
 import tempfile
 import uuid
@@ -23,6 +24,7 @@ from optuna.trial import FrozenTrial, TrialState
 from autodiffusion_optuna import records
 from autodiffusion_optuna.errors import StorageError
 from autodiffusion_optuna.plots import square_grid
+from autodiffusion_optuna.storage import sqlite_path
 
 if TYPE_CHECKING:
     from optuna.artifacts._protocol import ArtifactStore
@@ -57,16 +59,49 @@ class Prefixed:
         self.store.remove(f"{self.prefix}/{artifact_id}")
 
 
-def open_store(location: str) -> ArtifactStore:
+def default_folder(url: str) -> str | None:
+    """Folder for the pictures of a SQLite database's studies, beside it; None for other databases."""
+    file = sqlite_path(url)
+    return None if file is None else str(file.absolute().with_name(f"{file.stem}-artifacts"))
+
+
+def stored_location(location: str, url: str) -> str:
+    """A location as a study in the database at ``url`` keeps it.
+
+    A folder in that of a SQLite file is kept relative to it, so that both may be moved; any other folder is absolute,
+    for workers may start elsewhere.
+    """
+    if "://" in location or not location.strip():
+        return location
+    folder, file = Path(os.path.abspath(location)), sqlite_path(url)
+    home = None if file is None else os.path.abspath(file.parent)
+    return str(folder.relative_to(home)) if home and folder.is_relative_to(home) else str(folder)
+
+
+def location_of(stored: str, url: str) -> str:
+    """Inverse of ``stored_location``: what ``open_store`` takes.
+
+    Older versions kept all folders absolute: one that is gone is looked for beside the database, moved with it.
+    """
+    file = sqlite_path(url)
+    if "://" in stored or file is None:
+        return stored
+    home = file.absolute().parent
+    moved = home / Path(stored).name
+    gone = os.path.isabs(stored) and not Path(stored).is_dir()
+    return str(moved if gone and (moved.is_dir() or str(moved) == default_folder(url)) else home / stored)
+
+
+def open_store(location: str, *, write: bool = True) -> ArtifactStore:
     """The artifact store at a folder's path, ``s3://bucket[/prefix]`` or ``gs://bucket[/prefix]``.
 
-    A folder is created if its parent exists. Whether a bucket can be written shows with the first picture. Raises
-    StorageError, one line without passwords, for an unknown address, a folder that cannot be written, a client that is
-    not installed or finds no credentials.
+    A folder is created if its parent exists; with ``write`` False it is only read, and must be there. Whether a bucket
+    can be written shows with the first picture. Raises StorageError, one line without passwords, for an unknown
+    address, a folder that is missing or cannot be written, a client that is not installed or finds no credentials.
     """
     scheme, separator, rest = location.partition("://")
     if not separator:
-        return _folder(location)
+        return _folder(location, write)
     if scheme not in EXTRAS:
         raise StorageError(
             f"artifacts {shown(location)!r}: no store for {scheme}://; give a folder, s3://BUCKET/PREFIX or "
@@ -79,10 +114,14 @@ def open_store(location: str) -> ArtifactStore:
     return Prefixed(store, prefix.strip("/")) if prefix.strip("/") else store
 
 
-def _folder(location: str) -> ArtifactStore:
+def _folder(location: str, write: bool) -> ArtifactStore:
     path = Path(location)
     if not location.strip():
         raise StorageError("artifacts '' names no folder; give a path, s3://BUCKET/PREFIX or gs://BUCKET/PREFIX")
+    if not write:
+        if not path.is_dir():
+            raise StorageError(f"artifact folder {location!r} does not exist; say with --artifacts where it is")
+        return FileSystemArtifactStore(path)
     try:
         path.mkdir(exist_ok=True)
         # Tried rather than asked: root is told yes on a read-only mount.
@@ -90,7 +129,9 @@ def _folder(location: str) -> ArtifactStore:
             return FileSystemArtifactStore(path)
     except OSError as error:
         reason = error.strerror or str(error)
-        raise StorageError(f"cannot write artifact folder {location!r}: {reason}; give another folder") from None
+        raise StorageError(
+            f"cannot write artifact folder {location!r}: {reason}; give another folder with --artifacts"
+        ) from None
 
 
 def _bucket(scheme: str, bucket: str, location: str) -> ArtifactStore:

@@ -18,7 +18,7 @@ from optuna.trial import FrozenTrial, TrialState, create_trial
 from sqlalchemy.exc import IntegrityError
 
 from autodiffusion_optuna import records
-from autodiffusion_optuna.artifacts import ATTR, open_store, reason_of, shown
+from autodiffusion_optuna.artifacts import ATTR, location_of, open_store, reason_of, shown, stored_location
 from autodiffusion_optuna.claims import OWNER, is_dead, owner
 from autodiffusion_optuna.config import NAME_PATTERN
 from autodiffusion_optuna.errors import ConfigError, StorageError, StudyError
@@ -173,10 +173,10 @@ def _copy_into(
     study: optuna.Study, storage: StudyStorage, destination: StudyStorage, copy_id: int, on_copied: OnCopied | None
 ) -> None:
     """Copy everything but name and config; Optuna's ``copy_study`` writes those first, and mixes up trials' notes."""
-    location = study.user_attrs.get(records.ARTIFACTS)
+    location = _location(storage, study.user_attrs)
     store = None if location is None else _open_store(location)
     if location is not None:  # first, so that pictures of a copy that was killed can be found
-        destination.set_study_user_attr(copy_id, records.ARTIFACTS, location)
+        destination.set_study_user_attr(copy_id, records.ARTIFACTS, stored_location(location, _url(destination)))
     trials = study.get_trials(deepcopy=False)
     old_id = storage.get_study_id_from_name(study.study_name)
     new_ids: dict[int, int] = {}
@@ -257,7 +257,7 @@ def _delete(storage: StudyStorage, study_id: int, *, leave_pictures: bool = Fals
 
     StorageError, and the study is kept, where a picture cannot be removed; with ``leave_pictures`` it is deleted.
     """
-    location = storage.get_study_user_attrs(study_id).get(records.ARTIFACTS)
+    location = _location(storage, storage.get_study_user_attrs(study_id))
     pictures = [] if location is None else _own_pictures(storage, study_id)
     gone, why = dict[str, bool](), ""
     try:
@@ -307,6 +307,16 @@ def _picture_ids(storage: StudyStorage, study_id: int) -> set[str]:
     with storage.engine.connect() as connection:
         keys = connection.execute(query, {"study": study_id, "prefix": ATTR + "%"}).scalars()
         return {key.removeprefix(ATTR) for key in keys}
+
+
+def _url(storage: StudyStorage) -> str:
+    return storage.engine.url.render_as_string(hide_password=False)
+
+
+def _location(storage: StudyStorage, attrs: Mapping[str, Any]) -> str | None:
+    """Where the pictures of a study with these user attributes are, as ``open_store`` takes it."""
+    stored = attrs.get(records.ARTIFACTS)
+    return None if stored is None else location_of(stored, _url(storage))
 
 
 def _open_store(location: str) -> ArtifactStore | None:

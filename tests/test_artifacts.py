@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import io
+import os
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
 import optuna
 import pytest
+from command import Adopt
 from numpy.typing import NDArray
 from optuna.artifacts import FileSystemArtifactStore, download_artifact, get_all_artifact_meta
 from optuna.artifacts.exceptions import ArtifactNotFound
@@ -18,7 +20,10 @@ from PIL import Image
 from autodiffusion_optuna import artifacts, records
 from autodiffusion_optuna.artifacts import BEST_OF_GENERATION, KNOWN, NEW_BEST, Prefixed, attach_picture, notable
 from autodiffusion_optuna.artifacts import open_store as open_artifacts
+from autodiffusion_optuna.commands.dashboard import _pictures as shown_by_dashboard
 from autodiffusion_optuna.errors import StorageError
+from autodiffusion_optuna.report import load_study
+from autodiffusion_optuna.storage import open_storage
 
 
 def images(count: int, channels: int = 1, side: int = 8) -> NDArray[np.uint8]:
@@ -169,10 +174,76 @@ def test_a_folder_is_created_and_its_parents_are_not(tmp_path: Path) -> None:
     assert not (tmp_path / "no").exists()
 
 
+def test_a_folder_that_is_only_read_is_neither_created_nor_written(tmp_path: Path) -> None:
+    with pytest.raises(StorageError, match="does not exist; say with --artifacts"):
+        open_artifacts(str(tmp_path / "new"), write=False)
+    assert list(tmp_path.iterdir()) == []
+    assert isinstance(open_artifacts("/proc/self", write=False), FileSystemArtifactStore)
+
+
+@pytest.mark.parametrize(
+    ("given", "stored"),
+    [
+        ("/data/studies/pictures", "pictures"),
+        ("/data/studies/a/b", "a/b"),
+        ("/data/studies", "."),
+        ("/data/elsewhere", "/data/elsewhere"),
+        ("/data/studies2", "/data/studies2"),
+        ("s3://bucket/prefix", "s3://bucket/prefix"),
+    ],
+)
+def test_a_folder_below_a_sqlite_files_is_kept_relative_to_it(given: str, stored: str) -> None:
+    url = "sqlite:////data/studies/adopt.db"
+    assert artifacts.stored_location(given, url) == stored
+    assert os.path.normpath(artifacts.location_of(stored, url)) == os.path.normpath(given)
+    postgres = "postgresql+psycopg://host/db"
+    assert artifacts.location_of(artifacts.stored_location(given, postgres), postgres) == given
+
+
+def test_an_older_versions_folder_is_found_where_it_was_moved_with_the_database(tmp_path: Path) -> None:
+    url = f"sqlite:///{tmp_path}/adopt.db"
+    (tmp_path / "there").mkdir()
+    (tmp_path / "pictures").mkdir()
+    assert artifacts.location_of(str(tmp_path / "there"), url) == str(tmp_path / "there")
+    assert artifacts.location_of("/gone/adopt-artifacts", url) == str(tmp_path / "adopt-artifacts")
+    assert artifacts.location_of("/gone/pictures", url) == str(tmp_path / "pictures")
+    assert artifacts.location_of("/mnt/not/mounted", url) == "/mnt/not/mounted"
+
+
+@pytest.mark.parametrize("older", [False, True])
+def test_a_study_is_moved_with_its_pictures(
+    folder: Path, adopt: Adopt, monkeypatch: pytest.MonkeyPatch, older: bool
+) -> None:
+    (folder / "one").mkdir()
+    monkeypatch.chdir(folder / "one")
+    assert adopt("run", "--study", "../quick.toml", "--set", "search.trials=3").code == 0
+    if older:
+        study = load_study(open_storage("sqlite:///adopt.db"), "quick")
+        study.set_user_attr(records.ARTIFACTS, str(folder / "one" / "adopt-artifacts"))
+    (folder / "one").rename(folder / "two")
+    monkeypatch.chdir(folder / "two")
+    done = adopt("run", "--study", "quick", "--set", "search.trials=6")
+    assert done.code == 0, done
+    study = load_study(open_storage("sqlite:///adopt.db"), "quick")
+    assert study.user_attrs[records.ARTIFACTS] == "adopt-artifacts"
+    store = shown_by_dashboard(study, "sqlite:///adopt.db", None)
+    assert store is not None
+    pictures = [meta for trial in study.trials for meta in get_all_artifact_meta(trial, storage=study._storage)]
+    assert len(pictures) >= 6
+    for meta in pictures:
+        with store.open_reader(meta.artifact_id) as picture:
+            assert picture.read(4) == b"\x89PNG"
+    assert adopt("studies", "copy", "--study", "quick", "--to", "twin", "--to-storage", "../other.db").code == 0
+    twin = load_study(open_storage("sqlite:///../other.db"), "twin")
+    assert twin.user_attrs[records.ARTIFACTS] == "two/adopt-artifacts"
+    assert len(list((folder / "two" / "adopt-artifacts").iterdir())) == 2 * len(pictures)
+    assert not (folder / "one").exists()
+
+
 def test_a_folder_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     assert "File exists" in one_line(str(tmp_path / "file"))
-    assert "give another folder" in one_line("/proc/pictures")
+    assert "give another folder with --artifacts" in one_line("/proc/pictures")
     assert "give another folder" in one_line("/proc/self")
     assert "names no folder" in one_line(" ")
 

@@ -218,10 +218,10 @@ def test_loopback(host: str, alone: bool) -> None:
     assert dashboard.is_loopback(host) is alone
 
 
-def start(*arguments: str) -> tuple[subprocess.Popen[str], str]:
+def start(*arguments: str, **variables: str) -> tuple[subprocess.Popen[str], str]:
     """A dashboard in a process of its own, and the address it prints."""
     command = [sys.executable, "-m", "autodiffusion_optuna", "dashboard", "--study", "quick", *arguments]
-    environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
+    environment = {**os.environ, "PYTHONUNBUFFERED": "1", **variables}
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
     assert process.stdout is not None
     line = process.stdout.readline()
@@ -247,6 +247,23 @@ def test_the_command_serves_the_study_and_ends_with_ctrl_c(folder: Path) -> None
     assert process.returncode == 130
     assert out == ""
     assert err in ("", "stopped\n")
+
+
+@pytest.mark.parametrize(
+    ("location", "reason"), [("pictures", "does not exist"), ("s3://bucket", 'pip install "autodiffusion-optuna[s3]"')]
+)
+def test_without_its_pictures_a_study_can_be_watched(folder: Path, location: str, reason: str) -> None:
+    if location.startswith("s3"):
+        (folder / "boto3.py").write_text("raise ImportError('none')")  # also where it is installed
+    study = run(folder / "quick.toml", URL, "search.trials=1")
+    study.set_user_attr(records.ARTIFACTS, location)
+    process, address = start("--port", "0", PYTHONPATH=f"{folder}:{os.environ.get('PYTHONPATH', '')}")
+    assert urllib.request.urlopen(address).status == 200
+    process.send_signal(signal.SIGINT)
+    (warning,) = [line for line in process.communicate(timeout=30)[1].splitlines() if line.startswith("warning:")]
+    assert "pictures are not shown" in warning
+    assert reason in warning
+    assert not (folder / "pictures").exists()
 
 
 def test_another_host_than_loopback_is_warned_of(folder: Path) -> None:
