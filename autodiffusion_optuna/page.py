@@ -18,10 +18,10 @@ from numpy.typing import NDArray
 from autodiffusion_optuna import __version__, records
 from autodiffusion_optuna.config import flatten
 from autodiffusion_optuna.errors import AdoptError
-from autodiffusion_optuna.export import export_schedule, schedule_text
+from autodiffusion_optuna.export import report_schedule, schedule_text
 from autodiffusion_optuna.figures import FIGURES
 from autodiffusion_optuna.plots import picture
-from autodiffusion_optuna.report import Row, StudyReport, read_report
+from autodiffusion_optuna.report import Row, StudyReport
 
 ASSETS = Path(__file__).parent / "assets" / "report"
 POLICY = "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data: blob:"
@@ -44,15 +44,14 @@ Pictures = Sequence[tuple[str, NDArray[np.uint8]]]
 
 
 def page(
-    study: optuna.Study, *, pictures: Pictures = (), notes: Sequence[str] = (), tail: str = "", written: str = ""
+    report: StudyReport, *, pictures: Pictures = (), notes: Sequence[str] = (), tail: str = "", written: str = ""
 ) -> str:
-    """One HTML page about a study, with all it needs inside it.
+    """One HTML page about a study as it was read, with all it needs inside it.
 
     ``pictures``: rows as (label, uint8 [N, C, H, W]), uniform's first and the best's last, the n-th images of all from
     one noise; empty for a page without. ``notes``: warnings to show below the result. ``tail``: what the page's
     commands end with, such as `` --storage URL``. ``written``: when, as text.
     """
-    report = read_report(study)
     name = escape(report.config.name)
     drawn = [(key, title, _figure_json(report, key)) for key, (title, _) in FIGURES.items()]
     figures = [(key, title, data) for key, title, data in drawn if data is not None]
@@ -61,7 +60,7 @@ def page(
         _table(report),
         _pictures(pictures),
         _figures(figures),
-        _apply(study, report, tail),
+        _apply(report, tail),
         _provenance(report),
     ]
     about = f'<p class="about">{escape(report.config.description)}</p>' if report.config.description else ""
@@ -287,11 +286,11 @@ def _inside_script(text: str) -> str:
 # How to apply it
 
 
-def _apply(study: optuna.Study, report: StudyReport, tail: str) -> str:
+def _apply(report: StudyReport, tail: str) -> str:
     if report.best is None:
         return ""
     name = report.config.name
-    texts, refused = _exports(study)
+    texts, refused = _exports(report)
     commands = "".join(f"adopt export --study {name} --format {form} --out .{tail}\n" for form in texts)
     steps = [_step("Take the schedule", "These commands write its files:", commands)]
     if "diffusers" in texts:
@@ -314,9 +313,9 @@ def _apply(study: optuna.Study, report: StudyReport, tail: str) -> str:
     )
 
 
-def _exports(study: optuna.Study) -> tuple[dict[str, str], str]:
+def _exports(report: StudyReport) -> tuple[dict[str, str], str]:
     """Text of every export that this model allows, and why another is not among them."""
-    schedule, texts, refused = export_schedule(study), {}, ""
+    schedule, texts, refused = report_schedule(report), {}, ""
     for form in FILES:
         try:
             texts[form] = schedule_text(schedule, form)

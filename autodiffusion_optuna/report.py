@@ -265,7 +265,9 @@ def read_report(study: optuna.Study, size: tuple[int, int] | None = None) -> Stu
     """
     attrs = study.user_attrs
     trials = study.get_trials(deepcopy=False)
-    values = records.values_by_key(study)
+    values = {  # of the trials just read: a running study has others a moment later
+        t.user_attrs[records.CANDIDATE]: t.values[0] for t in _complete(trials)
+    }
     best = _best(trials, attrs, size)
     if size is None and best is not None:
         size = records.largest_fresh(attrs, best.candidate.key)
@@ -291,7 +293,7 @@ def read_report(study: optuna.Study, size: tuple[int, int] | None = None) -> Stu
 
 
 def _best(trials: Sequence[FrozenTrial], attrs: dict[str, Any], size: tuple[int, int] | None) -> Best | None:
-    complete = [t for t in trials if t.state == TrialState.COMPLETE and records.CANDIDATE in t.user_attrs]
+    complete = _complete(trials)
     if not complete:
         return None
     trial = min(complete, key=lambda t: (t.values[0], t.number))
@@ -305,6 +307,10 @@ def _best(trials: Sequence[FrozenTrial], attrs: dict[str, Any], size: tuple[int,
         trace_ratio=trial.user_attrs.get(records.SCORE, {}).get("trace_ratio"),
         fresh=records.fresh(attrs, key, *size) if size else None,
     )
+
+
+def _complete(trials: Sequence[FrozenTrial]) -> list[FrozenTrial]:
+    return [t for t in trials if t.state == TrialState.COMPLETE and records.CANDIDATE in t.user_attrs]
 
 
 @dataclass(frozen=True)
