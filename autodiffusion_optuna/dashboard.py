@@ -9,7 +9,7 @@ import socketserver
 import sys
 import threading
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, cast
 from wsgiref.simple_server import WSGIRequestHandler, WSGIServer
@@ -21,6 +21,7 @@ from optuna.trial import FrozenTrial, TrialState
 from sqlalchemy.exc import SQLAlchemyError
 
 from autodiffusion_optuna import records
+from autodiffusion_optuna.candidate import Candidate
 from autodiffusion_optuna.config import StudyConfig
 from autodiffusion_optuna.errors import AdoptError, ConfigError
 from autodiffusion_optuna.figures import FIGURES, nothing
@@ -278,13 +279,28 @@ def _schedules(report: StudyReport) -> str:
     rows = report.rows()
     if not rows:
         return ""
-    lines = [f"| schedule | {report.metric} | fresh noise, 95 % | cost | timesteps |", "|---|---|---|---|---|"]
+    searched = any(row.candidate.settings for row in rows)
+    heads = ["schedule", report.metric, "fresh noise, 95 %", "cost", *(["settings"] if searched else []), "timesteps"]
+    lines = [_table_line(heads), "|---" * len(heads) + "|"]
     for row in rows:
         value = "-" if row.value is None else _number(row.value)
         fresh = "-" if row.fresh is None else f"{_number(row.fresh.mean)} ± {_number(row.fresh.half_width)}"
         name = f"**{row.name}** (trial {report.best.trial})" if report.best and row is rows[0] else row.name
-        lines.append(f"| {name} | {value} | {fresh} | {row.cost:.2f} | {' '.join(map(str, row.candidate.timesteps))} |")
-    return "\n".join(["## Schedules\n", *lines])
+        settings = [", ".join(f"{key} {setting}" for key, setting in row.candidate.settings)] if searched else []
+        cells = [name, value, fresh, f"{row.cost:.2f}", *settings, " ".join(map(str, row.candidate.timesteps))]
+        lines.append(_table_line(cells))
+    return "\n".join(["## Schedules\n", *lines, *_skips(rows[0].candidate, report.units)])
+
+
+def _table_line(cells: Sequence[str]) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def _skips(best: Candidate, units: Sequence[str]) -> list[str]:
+    """A line on the layers that the best schedule skips; none where it skips nothing."""
+    names = best.skip_names(units)
+    at = [f"{t} ({len(skipped)})" for t, skipped in zip(best.timesteps, names, strict=True) if skipped]
+    return [f"\nThe best found skips layers at timesteps (layers of {len(units)}): {', '.join(at)}."] if at else []
 
 
 def _number(value: float) -> str:

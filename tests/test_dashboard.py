@@ -114,6 +114,24 @@ def test_the_notes_settings_are_a_study_file(name: str) -> None:
     assert parse_config({**tomllib.loads(text), "name": config.name, "description": config.description}) == config
 
 
+def test_the_note_tells_searched_settings_and_skipped_layers() -> None:
+    report = long_report(60, units=14)
+    assert report.best is not None
+    plain = dashboard.note_text(report, URL)
+    assert "| schedule | FD(digits) | fresh noise, 95 % | cost | timesteps |" in plain
+    counts = [len(names) for names in report.best.candidate.skip_names(report.units)]
+    shown = [f"{t} ({count})" for t, count in zip(report.best.candidate.timesteps, counts, strict=True) if count]
+    assert f"skips layers at timesteps (layers of 14): {', '.join(shown)}." in plain
+
+    chosen = Candidate(report.best.candidate.timesteps, settings=(("guidance", 1.5), ("solver", "heun")))
+    note = dashboard.note_text(replace(report, best=replace(report.best, candidate=chosen)), URL)
+    table = [line for line in note.splitlines() if line.startswith("|")]
+    assert "| cost | settings | timesteps |" in table[0]
+    assert "| guidance 1.5, solver heun |" in table[2]
+    assert {line.count("|") for line in table} == {7}
+    assert "skips layers" not in note
+
+
 def test_no_password_gets_into_the_note(folder: Path) -> None:
     study = run(folder / "quick.toml", URL, "search.trials=1")
     text = dashboard.note_text(read_report(study), "postgresql+psycopg://me:secret@host/db")
