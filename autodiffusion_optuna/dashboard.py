@@ -25,7 +25,7 @@ from autodiffusion_optuna.candidate import Candidate
 from autodiffusion_optuna.config import StudyConfig
 from autodiffusion_optuna.errors import AdoptError, ConfigError
 from autodiffusion_optuna.figures import FIGURES, nothing
-from autodiffusion_optuna.report import StudyReport, read_report, stored_config
+from autodiffusion_optuna.report import StudyReport, is_deleted, read_report, stored_config
 from autodiffusion_optuna.storage import storage_option
 
 if TYPE_CHECKING:
@@ -197,8 +197,10 @@ class _Publisher:
                 publish(self.study, self.url)
                 self.stage = stage
             self.trouble = None
-        except (AdoptError, OptunaError, SQLAlchemyError, KeyError) as error:  # KeyError: the study was deleted
+        except (AdoptError, OptunaError, SQLAlchemyError, KeyError) as error:
             trouble = str(getattr(error.__cause__, "orig", None) or error).splitlines()[0]
+            if isinstance(error, KeyError) and is_deleted(self.study):
+                trouble = f"study {self.study.study_name!r} was deleted"
             if trouble != self.trouble:
                 self.on_trouble(f"note and figures were not written: {trouble}")
             self.trouble = trouble

@@ -109,7 +109,8 @@ def _sentence(report: StudyReport, best: Row, uniform: Row | None) -> str:
     if uniform is None or _value(uniform, fresh) is None:
         return text + "."
     given = f'<strong class="plain">{_value(uniform, fresh):.4g}</strong>{_range(uniform, fresh)}'
-    text += f"; {_steps(uniform)} uniform ones give {given}. That is {_change(best, uniform)}, "
+    change = _change(best, uniform)
+    text += f"; {_steps(uniform)} uniform ones give {given}" + (f". That is {change}, " if change else ", ")
     if fresh:
         assert best.fresh is not None
         size = f"{best.fresh.banks}&nbsp;&times;&nbsp;{best.fresh.images:,}"
@@ -133,12 +134,12 @@ def _range(row: Row, fresh: bool) -> str:
     return f' <span class="range">(95&nbsp;% interval {low:.4g} to {high:.4g})</span>'
 
 
-def _change(best: Row, uniform: Row) -> str:
-    """How far the best is below uniform, as a share; both on the same noise."""
+def _change(best: Row, uniform: Row) -> str | None:
+    """How far the best is below uniform, as a share, both on the same noise; None where there is no such share."""
     fresh = best.fresh is not None and uniform.fresh is not None
     found, given = _value(best, fresh), _value(uniform, fresh)
-    if found is None or given is None or given <= 0:  # kid may be negative
-        return "no share of it"
+    if found is None or given is None or found < 0 or given <= 0:  # kid may be negative
+        return None
     share = 1 - found / given
     return f"{_percent(abs(share))} {'lower' if share >= 0 else 'higher'}"
 
@@ -162,7 +163,7 @@ def _doubts(best: Row, uniform: Row | None, report: StudyReport, tail: str) -> l
 def _tiles(report: StudyReport, best: Row, uniform: Row | None) -> str:
     run, saved = report.total("run"), report.total("saved")
     facts = [
-        ("against uniform", _change(best, uniform) if uniform else "&ndash;"),
+        ("against uniform", (uniform and _change(best, uniform)) or "&ndash;"),
         ("cost of the schedule", f"{best.cost:.2f}"),
         ("candidates finished", f"{len(report.finished):,} of {report.config.search.trials:,}"),
         ("evaluations saved", _percent(saved / max(run + saved, 1))),

@@ -168,6 +168,16 @@ def test_trouble_is_told_once_in_one_line(folder: Path, monkeypatch: pytest.Monk
     assert troubles == ["note and figures were not written: attempt to write a readonly database"]
 
 
+def test_of_a_deleted_study_it_is_said_that_it_was_deleted(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dashboard, "LOOK_SECONDS", 0.01)
+    study = run(folder / "quick.toml", URL, "search.trials=2")
+    troubles: list[str] = []
+    with dashboard.published(study, URL, troubles.append):
+        open_storage(URL).delete_study(study._study_id)
+        time.sleep(0.3)
+    assert troubles == ["note and figures were not written: study 'quick' was deleted"]
+
+
 def trials_of_all_kinds() -> list[optuna.trial.FrozenTrial]:
     """Numbered trials whose states, attributes and search spaces differ."""
     choice = optuna.distributions.CategoricalDistribution(["x", "y"])

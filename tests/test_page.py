@@ -7,6 +7,7 @@ import html
 import io
 import json
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -171,6 +172,24 @@ def test_overlapping_intervals_are_pointed_out(quick: optuna.Study) -> None:
     assert "intervals overlap" in text_of(page(read_report(quick)))
     quick.set_user_attr(fresh_key, {"images": 64, "values": [1.0, 2.0, 3.0]})
     assert "intervals overlap" not in text_of(page(read_report(quick)))
+
+
+@pytest.mark.parametrize(("best", "uniform"), [(-0.01, 0.5), (0.01, -0.5), (0.01, 0.0)])
+def test_where_there_is_no_share_of_uniforms_value_none_is_named(
+    quick: optuna.Study, best: float, uniform: float
+) -> None:
+    report = read_report(quick)
+    assert report.best is not None
+    assert report.best.fresh is not None
+    found = replace(report.best, fresh=replace(report.best.fresh, values=(best,) * 3))
+    known = [
+        replace(k, fresh=k.fresh and replace(k.fresh, values=(uniform,) * 3)) if k.name == "uniform" else k
+        for k in report.known
+    ]
+    text = text_of(page(replace(report, known=known, best=found)))
+    assert f"three uniform ones give {uniform:.4g} (95 % interval {uniform:.4g} to {uniform:.4g}) , measured on" in text
+    assert "against uniform \u2013" in text
+    assert "That is" not in text
 
 
 def test_without_fresh_scores_the_page_says_so(folder: Path) -> None:
