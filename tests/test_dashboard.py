@@ -55,7 +55,7 @@ def fetch(url: str) -> Any:
 
 
 def test_what_is_published_is_served(folder: Path) -> None:
-    study = run(folder / "quick.toml", URL, "search.trials=9")
+    study = run(folder / "quick.toml", URL, "search.trials=14", "score.pruner=percentile", "score.rungs=[32]")
     dashboard.publish(study, URL)
     with serving(dashboard.make_app(study._storage, None)) as address:
         detail = fetch(f"{address}/api/studies/{study._study_id}")
@@ -64,6 +64,7 @@ def test_what_is_published_is_served(folder: Path) -> None:
     assert all(json.loads(plot["graph_object"])["data"] for plot in detail["plotly_graph_objects"])
     columns = {attr["key"] for attr in detail["union_user_attrs"]}
     assert {records.GENERATION, records.STAGE, records.OPERATOR, records.COST, records.IMAGES} <= columns
+    assert {records.PARENTS, records.rung_key(32)} <= columns
     assert records.SCORE not in columns
     best = read_report(study).best
     assert best is not None
