@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Literal
 
 import optuna
-from optuna.exceptions import OptunaError
 from optuna.trial import FrozenTrial, TrialState
 
 from autodiffusion_optuna.records import CANDIDATE, FINISHED
@@ -87,23 +86,19 @@ def claim(
             return "wait"
         waiting = next((t for t in others if t.state == TrialState.WAITING), None)
         if waiting is not None:
-            return _take_up(study, storage, study_id, waiting, budget)
+            return _take_up(study, storage, waiting, budget)
         if not ready(trials):
             return "wait"
         return _create(study, storage, study_id, trials, template, budget)
 
 
-def _take_up(
-    study: optuna.Study, storage: StudyStorage, study_id: int, trial: FrozenTrial, budget: int
-) -> Claim | Literal["wait"]:
-    """Take a waiting trial; the name is written first, so that a running trial always has a living owner."""
-    trial_id = storage.get_trial_id_from_study_id_trial_number(study_id, trial.number)
-    storage.set_trial_user_attr(trial_id, OWNER, owner())
-    storage.record_heartbeat(trial_id)
-    if not storage.set_trial_state_values(trial_id, TrialState.RUNNING):
-        return "wait"  # another worker was faster, without the lock
+def _take_up(study: optuna.Study, storage: StudyStorage, trial: FrozenTrial, budget: int) -> Claim | Literal["wait"]:
+    """Take a waiting trial, unless another worker was faster or, without the lock, has taken the last place."""
+    trial_id = trial._trial_id
+    if not storage.take_trial(trial_id, {OWNER: owner()}) and not is_mine(storage.get_trial(trial_id)):
+        return "wait"
     if _is_surplus(study, trial.number, budget):
-        storage.set_trial_state_values(trial_id, TrialState.WAITING)
+        put_back(storage, trial_id)
         return "wait"
     return Claim(study, trial_id, storage.get_trial(trial_id))
 
@@ -128,8 +123,7 @@ def _create(
     if twin is None and not _is_surplus(study, claimed.number, budget):
         return claimed
     reason = "another worker took the last place" if twin is None else f"trial {twin.number} tries the same"
-    storage.set_trial_user_attr(trial_id, FAILURE, f"given up at once: {reason}")
-    storage.set_trial_state_values(trial_id, TrialState.FAIL)
+    storage.finish_trial(trial_id, TrialState.FAIL, None, {FAILURE: f"given up at once: {reason}"}, (OWNER, owner()))
     return "wait"
 
 
@@ -144,7 +138,8 @@ def reclaim(storage: StudyStorage, study_name: str, grace: float) -> list[int]:
     """Put trials of dead workers back in the queue under their own numbers, so that nothing shifts.
 
     A worker is dead where it ran on this host and runs no more, or where its trial had no heartbeat for ``grace``
-    seconds. Returns the numbers taken back. A trial that was taken back ``MAX_RETRIES`` times is failed, with the
+    seconds and this process saw none for half of them: a database that was away, or the clock that was set, silences
+    no one. Returns the numbers taken back. A trial that was taken back ``MAX_RETRIES`` times is failed, with the
     reason in its user attrs, since it may be what kills its worker.
     """
     study_id = storage.get_study_id_from_name(study_name)
@@ -160,13 +155,15 @@ def _take_back_all(storage: StudyStorage, study_id: int, trials: Sequence[Frozen
     for trial in running:
         trial_id = trial._trial_id
         name = trial.user_attrs.get(OWNER)
-        silence = beats.get(trial_id)
+        beat = beats.get(trial_id)
         if name is not None and is_dead(name):
             reason = "died"
-        elif silence is not None and silence > grace:
+        elif name is not None and beat is not None and ran_here_before(name) and beat.silence > grace / 2:
+            reason = "died"  # with the boot that it ran in, or it would have beaten twice since
+        elif beat is not None and beat.silence > grace and beat.watched > grace / 2:
             reason = f"was silent for {grace:g} s"
         else:
-            if silence is None:
+            if beat is None:
                 storage.record_heartbeat(trial_id)  # died before its first beat, or about to beat: its time starts now
             continue
         if _take_back(storage, trial_id, trial, reason):
@@ -175,23 +172,19 @@ def _take_back_all(storage: StudyStorage, study_id: int, trials: Sequence[Frozen
 
 
 def _take_back(storage: StudyStorage, trial_id: int, trial: FrozenTrial, reason: str) -> bool:
+    """Whether the trial waits again; not where it was finished or taken back by another at this very moment."""
     retries = int(trial.user_attrs.get(RETRIES, 0)) + 1
-    try:
-        storage.set_trial_user_attr(trial_id, RETRIES, retries)
-        if retries > MAX_RETRIES:
-            storage.set_trial_user_attr(trial_id, FAILURE, f"its worker {reason}, {retries} times in all")
-            storage.set_trial_state_values(trial_id, TrialState.FAIL)
-            return False
-        storage.set_trial_state_values(trial_id, TrialState.WAITING)
-    except OptunaError:
-        return False  # it was finished at this very moment
-    return True
+    holder = OWNER, trial.user_attrs.get(OWNER)
+    if retries > MAX_RETRIES:
+        attrs = {RETRIES: retries, FAILURE: f"its worker {reason}, {retries} times in all"}
+        storage.finish_trial(trial_id, TrialState.FAIL, None, attrs, holder)
+        return False
+    return storage.finish_trial(trial_id, TrialState.WAITING, None, {RETRIES: retries}, holder)
 
 
 def put_back(storage: StudyStorage, trial_id: int) -> None:
     """RUNNING -> WAITING for a trial of this worker, keeping its number and the parameters it has."""
-    if is_mine(storage.get_trial(trial_id)):
-        storage.set_trial_state_values(trial_id, TrialState.WAITING)
+    storage.finish_trial(trial_id, TrialState.WAITING, None, {}, (OWNER, owner()))
 
 
 def is_mine(trial: FrozenTrial) -> bool:
@@ -215,7 +208,15 @@ def host() -> str:
         namespace = os.readlink("/proc/self/ns/pid").strip("pid:[]")
     except OSError:
         namespace = ""
-    return "-".join(part for part in (os.uname().nodename, machine, namespace) if part)
+    try:  # machines made from one image share even their id; a boot is one machine's
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text()[:8]
+    except OSError:
+        boot = "boot"
+    return "-".join(part for part in (os.uname().nodename, machine, namespace, boot) if part)
+
+
+UNSEEN = "0"
+"""Start time of a process of which only this is known: that it runs."""
 
 
 def _started(pid: int) -> str:
@@ -228,21 +229,26 @@ def _started(pid: int) -> str:
 
 
 def _running_without_proc(pid: int) -> str:
-    if Path("/proc/self/stat").exists():
-        return ""
+    """For systems without /proc, and where it hides the processes of other users."""
     try:
         os.kill(pid, 0)
     except ProcessLookupError:
         return ""
     except PermissionError:
         pass
-    return "0"
+    return UNSEEN
 
 
 def is_dead(name: str) -> bool:
     """Whether the worker of that name ran on this host and runs no more."""
     where, pid, started = name.rsplit("/", 2)
-    return where == host() and _started(int(pid)) != started
+    return where == host() and _started(int(pid)) not in (started, UNSEEN)
+
+
+def ran_here_before(name: str) -> bool:
+    """Whether the worker of that name ran on this machine before it was started anew, or on a copy of this machine."""
+    where, here = name.rsplit("/", 2)[0], host()
+    return where != here and where.rpartition("-")[0] == here.rpartition("-")[0]
 
 
 @dataclass(frozen=True)
@@ -261,7 +267,8 @@ def workers(study: optuna.Study, storage: StudyStorage, grace: float) -> list[Wo
     beats = storage.beats(study_id)
     found = []
     for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
-        silence = beats.get(storage.get_trial_id_from_study_id_trial_number(study_id, trial.number))
+        beat = beats.get(trial._trial_id)
+        silence = None if beat is None else beat.silence
         name = trial.user_attrs.get(OWNER, "unknown")
         alive = (silence is None or silence <= grace) and not (name.count("/") == 2 and is_dead(name))
         found.append(Worker(name, trial.number, silence, alive))

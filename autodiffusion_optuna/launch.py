@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import math
 import os
+import socket
 import subprocess
 import sys
 import tempfile
@@ -16,13 +18,20 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import IO, Any
 
-from autodiffusion_optuna.errors import ConfigError, StudyError, choose_from
+from autodiffusion_optuna.errors import ConfigError, StorageError, StudyError, choose_from
+from autodiffusion_optuna.records import finished
 from autodiffusion_optuna.report import peek
 from autodiffusion_optuna.storage import ENVIRONMENT, storage_url
 from autodiffusion_optuna.worker import USER_ERROR, Job, run_for_engine
 
 MAX_RESTARTS = 5
-"""Times that one worker is started again after it died."""
+"""Times that one worker is started again after it died, while no trial of the study is finished in between."""
+LONGEST_PAUSE = 30.0
+"""Seconds before the last of them; the first comes at once."""
+CONNECT_SECONDS = 10.0
+"""Time for a Ray cluster to answer."""
+SLURM_MINUTES = 24 * 60
+"""Time limit of a Slurm job, where none is given: submitit's own is five minutes."""
 LOOK_SECONDS = 0.25
 STOP_SECONDS = 20.0
 """Time for a worker to put its trial back before it is killed."""
@@ -42,11 +51,31 @@ def launch(engine: str, job: Job, workers: int, options: Options, on_look: OnLoo
     ENGINES[engine](job, workers, options, on_look)
 
 
+class Restarts:
+    """How often one worker has died since the study last went on."""
+
+    def __init__(self, job: Job) -> None:
+        self.job, self.count, self._finished = job, 0, _finished(job)
+
+    def died(self) -> bool:
+        """Note one more death; whether the worker is worth another start."""
+        finished = _finished(self.job)
+        self.count = 1 if finished > self._finished else self.count + 1
+        self._finished = max(finished, self._finished)
+        return self.count <= MAX_RESTARTS
+
+    @property
+    def pause(self) -> float:
+        """Seconds to wait before the next start: what killed a worker may need a moment to pass."""
+        return 0.0 if self.count < 2 else min(2.0 ** (self.count - 1), LONGEST_PAUSE)
+
+
 class Process:
     """A worker as a child process, started again where it dies."""
 
     def __init__(self, job: Job) -> None:
-        self.job, self.restarts, self.finished = job, 0, False
+        self.job, self.restarts, self.finished = job, Restarts(job), False
+        self.due: float | None = None  # ``time.monotonic`` of the next start, while it is dead
         self.errors: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115 (closed by ``join``)
         self.start()
 
@@ -54,7 +83,13 @@ class Process:
         """Start the process and hand it its job."""
         command = [sys.executable, "-m", "autodiffusion_optuna.worker"]
         # In a session of its own Ctrl-C reaches the launcher alone, which then stops its workers one way.
-        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stderr=self.errors, start_new_session=True)
+        self.process = subprocess.Popen(
+            command,
+            stdin=subprocess.PIPE,
+            stderr=self.errors,
+            start_new_session=True,
+            env={**_thread_limits(self.job.workers), **os.environ},
+        )
         assert self.process.stdin is not None
         with contextlib.suppress(BrokenPipeError):
             self.process.stdin.write(self.job.dumps().encode() + b"\n")
@@ -62,16 +97,20 @@ class Process:
 
     def look(self) -> None:
         """Take note of an end: done, or died and started again (StudyError where that makes no sense)."""
+        if self.due is not None:
+            if time.monotonic() >= self.due:
+                self.due = None
+                self.start()
+            return
         code = self.process.poll()
         if code is None or self.finished:
             return
         if code == 0:
             self.finished = True
-        elif code == USER_ERROR or self.restarts == MAX_RESTARTS:
+        elif code == USER_ERROR or not self.restarts.died():
             raise StudyError(self._last_words(code))
         else:
-            self.restarts += 1
-            self.start()
+            self.due = time.monotonic() + self.restarts.pause
 
     def _last_words(self, code: int) -> str:
         self.errors.seek(0)
@@ -79,7 +118,7 @@ class Process:
         if code == USER_ERROR and lines[-1].startswith("error: "):
             return lines[-1].removeprefix("error: ")
         ended = f"was killed by signal {-code}" if code < 0 else f"ended with code {code}"
-        again = f" {self.restarts + 1} times" if self.restarts else ""
+        again = f" {self.restarts.count} times" if self.restarts.count > 1 else ""
         return f"worker {self.job.index} {ended}{again}: {lines[-1]}"
 
     def stop(self) -> None:
@@ -96,6 +135,16 @@ class Process:
             self.process.kill()
             self.process.wait()
         self.errors.close()
+
+
+def _thread_limits(workers: int) -> dict[str, str]:
+    """Environment that gives each of ``workers`` its share of this host's cores.
+
+    Libraries of linear algebra start a thread for each core; where several do, they spend their time waiting for each
+    other. PyTorch can be told later, NumPy's and SciPy's library only here.
+    """
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), str(max(1, cores // workers)))
 
 
 def run_local(job: Job, workers: int, options: Options, on_look: OnLook) -> None:
@@ -120,40 +169,74 @@ def run_local(job: Job, workers: int, options: Options, on_look: OnLook) -> None
 
 
 def run_ray(job: Job, workers: int, options: Options, on_look: OnLook) -> None:
-    """Workers as Ray tasks, one GPU each where the cluster has any; Ray runs a killed one again.
+    """Workers as Ray tasks, one GPU each where the cluster has any; one that dies is started anew, wherever is room.
 
     Options: ``address`` (of a running cluster; default this host), ``gpus`` and ``cpus`` of each worker.
     """
     ray: Any = _extra("ray", "ray")
     _refuse(options, "ray", ("address", "gpus", "cpus"))
+    gpus, cpus = _number(options, "gpus"), _number(options, "cpus")
     started = not ray.is_initialized()
     if started:
-        ray.init(address=options.get("address"), include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+        _join_ray(ray, options.get("address"))
     try:
-        gpus = float(options.get("gpus", 1 if ray.cluster_resources().get("GPU") else 0))
+        if gpus is None:
+            gpus = 1.0 if ray.cluster_resources().get("GPU") else 0.0
+        job = replace(job, workers=-(-workers // max(sum(node["Alive"] for node in ray.nodes()), 1)))
         # A worker that asked for a whole core would never start where there are fewer cores than workers.
-        cpus = float(options.get("cpus", 0))
-        task = ray.remote(num_gpus=gpus, num_cpus=cpus, max_retries=MAX_RESTARTS)(run_for_engine)
-        running = [task.remote(job.dumps())]
+        task = ray.remote(num_gpus=gpus, num_cpus=cpus or 0.0, max_retries=0)(run_for_engine)
+        running = {task.remote(job.dumps()): 0}
+        restarts = {index: Restarts(job) for index in range(workers)}
         while running:
-            if len(running) == 1 and job.index + 1 < workers and _has_begun(job):
-                running += [task.remote(replace(job, index=i).dumps()) for i in range(1, workers)]
+            if workers > 1 and _has_begun(job):
+                running |= {task.remote(replace(job, index=i).dumps()): i for i in range(1, workers)}
                 workers = 1
-            done, running = ray.wait(running, timeout=LOOK_SECONDS)
+            done, _ = ray.wait(list(running), timeout=LOOK_SECONDS)
             on_look()
             for answer in done:
-                _check_answer(_ray_answer(ray, answer))
+                index = running.pop(answer)
+                try:
+                    _check_answer(ray.get(answer))
+                except ray.exceptions.RayError as error:
+                    if not restarts[index].died():
+                        raise StudyError(f"Ray worker {index} gave up: {_last_line(error)}") from error
+                    running[task.remote(replace(job, index=index).dumps())] = index
     finally:
         if started:
             ray.shutdown()
 
 
-def _ray_answer(ray: Any, answer: Any) -> str | None:
+def _join_ray(ray: Any, address: str | None) -> None:
+    host, colon, port = (address or "").removeprefix("ray://").rpartition(":")
     try:
-        result: str | None = ray.get(answer)
-    except ray.exceptions.RayError as error:
-        return f"a Ray worker gave up: {str(error).strip().splitlines()[-1]}"
-    return result
+        if colon:  # Ray itself would try for minutes, and then end this process
+            socket.create_connection((host, int(port)), CONNECT_SECONDS).close()
+        ray.init(address=address, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    except (ConnectionError, ValueError, RuntimeError, OSError) as error:
+        where = "on this host" if address is None else f"at {address!r}"
+        raise ConfigError(f"no Ray cluster {where}: {_first_line(error)}; check --engine-option address") from None
+
+
+def _first_line(error: BaseException) -> str:
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
+def _last_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[-1]
+
+
+def _number(options: Options, name: str) -> float | None:
+    """A number of 0 or more that was given as an option, if it was."""
+    given = options.get(name)
+    if given is None:
+        return None
+    try:
+        number = float(given)
+    except ValueError:
+        number = -1.0
+    if not 0 <= number < math.inf:
+        raise ConfigError(f"--engine-option {name}={given}: give a number, 0 or more")
+    return number
 
 
 def run_slurm(job: Job, workers: int, options: Options, on_look: OnLook) -> None:
@@ -165,20 +248,22 @@ def run_slurm(job: Job, workers: int, options: Options, on_look: OnLook) -> None
     submitit: Any = _extra("submitit", "slurm")
     given = dict(options)
     folder, cluster = given.pop("folder", "adopt-slurm"), given.pop("cluster", None)
-    if cluster is None and not submitit.SlurmExecutor.affinity() > 0:
+    if cluster not in (None, "local", "slurm"):
+        raise ConfigError(f"--engine-option cluster={cluster}: it is slurm, or local for jobs on this host")
+    if cluster != "local" and not submitit.SlurmExecutor.affinity() > 0:
         raise ConfigError(
             "engine 'slurm' finds no sbatch on this host; run it on a login node, or try --engine-option cluster=local"
         )
-    executor = submitit.AutoExecutor(folder=folder, cluster=cluster)
     try:
+        executor = submitit.AutoExecutor(folder=folder, cluster=cluster)
         executor.update_parameters(**_slurm_parameters(given, local=cluster == "local"))
-    except (TypeError, ValueError, NameError) as error:
-        raise ConfigError(f"--engine-option: {error}") from None
+    except (TypeError, ValueError, NameError, OSError) as error:
+        raise ConfigError(f"--engine-option: {_first_line(error)}") from None
     # submitit writes jobs to files, where a password has no place: Slurm hands on the environment.
     os.environ[ENVIRONMENT] = storage_url(job.url)
-    shared = replace(job, url=None)
+    shared = replace(job, url=None, workers=workers if cluster == "local" else 1)
     jobs = {0: executor.submit(run_for_engine, shared.dumps())}
-    restarts = dict.fromkeys(range(workers), 0)
+    restarts = {index: Restarts(job) for index in range(workers)}
     try:
         while jobs:
             if workers > 1 and _has_begun(job):
@@ -192,12 +277,10 @@ def run_slurm(job: Job, workers: int, options: Options, on_look: OnLook) -> None
                 if (died := submitted.exception()) is None:
                     _check_answer(submitted.result())
                     del jobs[index]
-                elif restarts[index] == MAX_RESTARTS:
-                    raise StudyError(
-                        f"Slurm job {submitted.job_id} died {MAX_RESTARTS + 1} times: see {folder!r}"
-                    ) from died
+                elif not restarts[index].died():
+                    times = restarts[index].count
+                    raise StudyError(f"Slurm job {submitted.job_id} died {times} times: see {folder!r}") from died
                 else:
-                    restarts[index] += 1
                     jobs[index] = executor.submit(run_for_engine, replace(shared, index=index).dumps())
             on_look()
             time.sleep(LOOK_SECONDS)
@@ -210,9 +293,10 @@ def _slurm_parameters(given: Options, *, local: bool) -> dict[str, Any]:
     """submitit's names: those that only Slurm knows carry a prefix; numbers are numbers."""
     shared = {"name", "timeout_min", "gpus_per_node", "cpus_per_task", "mem_gb", "nodes", "tasks_per_node"}
     read = {key: int(value) if value.isdecimal() else value for key, value in given.items()}
+    limit = {} if "time" in read else {"timeout_min": SLURM_MINUTES}
     if local:
-        return {"timeout_min": 24 * 60, **{key: value for key, value in read.items() if key in shared}}
-    return {(key if key in shared else f"slurm_{key}"): value for key, value in read.items()}
+        return {**limit, **{key: value for key, value in read.items() if key in shared}}
+    return {**limit, **{(key if key in shared else f"slurm_{key}"): value for key, value in read.items()}}
 
 
 ENGINES: dict[str, Callable[[Job, int, Options, OnLook], None]] = {
@@ -226,6 +310,15 @@ ENGINES: dict[str, Callable[[Job, int, Options, OnLook], None]] = {
 def _has_begun(job: Job) -> bool:
     """Whether the first worker has written down what the study is, so that the others find it."""
     return peek(storage_url(job.url), job.name) is not None
+
+
+def _finished(job: Job) -> int:
+    """Candidates that the study has finished; 0 where it cannot be read at this moment."""
+    try:
+        study = peek(storage_url(job.url), job.name)
+    except StorageError:
+        return 0
+    return 0 if study is None else finished(study)
 
 
 def _check_answer(error: str | None) -> None:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from datetime import datetime
+from itertools import pairwise
 from typing import Any
 
 import optuna
@@ -357,6 +360,8 @@ def _line(study: optuna.Study, preset: bool) -> StudyLine:
 
 RECENT = 20
 """Finished trials from which the rate is told."""
+PAUSE = 10
+"""Times the usual wait for a candidate, from which on nobody was working."""
 
 
 @dataclass(frozen=True)
@@ -400,6 +405,16 @@ def read_status(storage: StudyStorage, study: optuna.Study) -> Status:
 
 
 def _rate(finished: Sequence[FrozenTrial]) -> float | None:
+    """Candidates a second while the study is worked on, from the latest ones; None while that is unknown.
+
+    A wait ten times as long as is usual was a pause. One that still lasts counts once it is longer than is usual.
+    """
     ends = sorted(t.datetime_complete for t in finished if t.datetime_complete is not None)[-RECENT:]
-    spent = (ends[-1] - ends[0]).total_seconds() if len(ends) > 1 else 0.0
-    return (len(ends) - 1) / spent if spent > 0 else None
+    waits = [(after - before).total_seconds() for before, after in pairwise(ends)]
+    if not waits:
+        return None
+    usual = statistics.median(waits)
+    worked = [wait for wait in waits if wait <= PAUSE * usual]
+    lasting = (datetime.now() - ends[-1]).total_seconds()
+    spent = sum(worked) + (lasting if usual < lasting <= PAUSE * usual else 0.0)
+    return len(worked) / spent if spent > 0 else None

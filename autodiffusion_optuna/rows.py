@@ -73,11 +73,17 @@ _AGREED = (
     .where(TRIALS.c.study_id == bindparam("study"), PARAMS.c.param_name == bindparam("name"))
     .limit(1)
 )
+_TAKING = (
+    sqlalchemy.update(TRIALS)
+    .where(_THIS, TRIALS.c.state == TrialState.WAITING)
+    .values(state=TrialState.RUNNING, datetime_start=bindparam("begun_at"))
+)
 _ENDING = (
     sqlalchemy.update(TRIALS)
     .where(_THIS, TRIALS.c.state == TrialState.RUNNING)
     .values(state=bindparam("ended_as"), datetime_complete=bindparam("ended_at"))
 )
+_UNBEAT = sqlalchemy.delete(HEARTBEATS).where(HEARTBEATS.c.trial_id == bindparam("this"))
 _STATE = select(TRIALS.c.state).where(_THIS)
 _ATTR = select(USER_ATTRS.c.value_json).where(
     USER_ATTRS.c.trial_id == bindparam("this"), USER_ATTRS.c.key == bindparam("name")
@@ -243,23 +249,36 @@ def _local(stored: datetime | None) -> datetime | None:
     return None if stored is None else stored.replace(tzinfo=UTC).astimezone().replace(tzinfo=None)
 
 
+def take_trial(connection: Connection, trial_id: int, attrs: Mapping[str, Any]) -> bool:
+    """Begin a waiting trial, with these user attributes and a first heartbeat; False where it waits no more."""
+    this = {"this": trial_id}
+    now = datetime.now(UTC).replace(tzinfo=None)
+    if not connection.execute(_TAKING, {"begun_at": now, **this}).rowcount:
+        return False
+    connection.execute(_FORGET, {"names": list(attrs), **this})
+    _insert(connection, USER_ATTRS, trial_id, _attrs(attrs))
+    connection.execute(_UNBEAT, this)
+    _insert(connection, HEARTBEATS, trial_id, [{}])
+    return True
+
+
 def finish_trial(
     connection: Connection,
     trial_id: int,
     state: TrialState,
     values: Sequence[float] | None,
     attrs: Mapping[str, Any],
-    holder: tuple[str, str],
+    holder: tuple[str, str | None],
 ) -> bool:
     """Write how a running trial ended; False where it is not ``holder``'s or ended otherwise, to be rolled back.
 
     The state comes first: from then on no other worker can write to the trial.
     """
     this = {"this": trial_id}
-    now = datetime.now(UTC).replace(tzinfo=None)
+    now = datetime.now(UTC).replace(tzinfo=None) if state.is_finished() else None
     ended = connection.execute(_ENDING, {"ended_as": state, "ended_at": now, **this})
     whose = connection.execute(_ATTR, {"name": holder[0], **this}).scalar()
-    if whose != json.dumps(holder[1]):
+    if whose != (None if holder[1] is None else json.dumps(holder[1])):
         return False
     if not ended.rowcount:
         return bool(connection.execute(_STATE, this).scalar() == state)

@@ -7,12 +7,14 @@ import logging
 import os
 import re
 import shlex
+import sqlite3
 import tempfile
 import time
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from datetime import datetime
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import filelock
 import optuna
@@ -37,6 +39,8 @@ from sqlalchemy.exc import (
 from autodiffusion_optuna import rows
 from autodiffusion_optuna.errors import StorageError
 
+SECRET = "pass|secret|token|key"
+"""What the names of secrets in a URL's query hold."""
 DEFAULT_URL = "sqlite:///adopt.db"
 ENVIRONMENT = "ADOPT_STORAGE"
 BUSY_TIMEOUT = 60
@@ -45,6 +49,14 @@ PATIENCE = 600.0
 """Seconds to wait for a database that went away while a study runs."""
 LOCK_SECONDS = 10
 """Seconds to wait for another worker that takes a trial, and after which the database ends one that stopped there."""
+LIBPQ = {
+    "connect_timeout": 10,
+    "keepalives_idle": 30,
+    "keepalives_interval": 10,
+    "keepalives_count": 3,
+    "tcp_user_timeout": 30_000,
+}
+"""A server that falls silent is known to be away within the minute; by default that takes many."""
 MAKE_TRIES = 8
 """Times that tables are made, or looked for, while another process makes them."""
 LOCK_CLASS = 0x61646F70
@@ -53,6 +65,16 @@ LOCK_CLASS = 0x61646F70
 
 T = TypeVar("T")
 _log = logging.getLogger("autodiffusion_optuna")
+
+
+class Beat(NamedTuple):
+    """A worker's last heartbeat. ``silence``: seconds since then by the database's clock.
+
+    ``watched``: seconds for which this process has seen none after it, while the database was there.
+    """
+
+    silence: float
+    watched: float
 
 
 class StudyStorage(RDBStorage):
@@ -68,6 +90,8 @@ class StudyStorage(RDBStorage):
     def __init__(self, url: str, **options: Any) -> None:
         super().__init__(url, **options)
         self._agreed: dict[int, dict[str, BaseDistribution]] = {}
+        # Last heartbeats of running trials, and when they were first seen by this process's clock.
+        self._seen: dict[int, tuple[datetime, float]] = {}
         self._prepare_connections()
 
     def __setstate__(self, state: dict[Any, Any]) -> None:
@@ -85,14 +109,18 @@ class StudyStorage(RDBStorage):
         with self.engine.connect() as connection:
             connection.execute(sqlalchemy.text("PRAGMA journal_mode=WAL"))
 
-    def beats(self, study_id: int) -> dict[int, float]:
-        """Seconds since the last heartbeat of each running trial that has had one, by trial id.
+    def beats(self, study_id: int) -> dict[int, Beat]:
+        """The last heartbeat of each running trial that has had one, by trial id."""
+        found = self._until_back(lambda: self._read_beats(study_id))
+        now = time.monotonic()
+        known, self._seen = self._seen, {}
+        for trial, (at, _) in found.items():
+            earlier = known.get(trial)
+            self._seen[trial] = earlier if earlier is not None and earlier[0] == at else (at, now)
+        return {trial: Beat(silence, now - self._seen[trial][1]) for trial, (_, silence) in found.items()}
 
-        Both ends are told by the database's clock: those of the hosts may differ.
-        """
-        return self._until_back(lambda: self._read_beats(study_id))
-
-    def _read_beats(self, study_id: int) -> dict[int, float]:
+    def _read_beats(self, study_id: int) -> dict[int, tuple[datetime, float]]:
+        """Time and age of each heartbeat. Both are the database's clock's: those of the hosts may differ."""
         query = sqlalchemy.text(
             "SELECT b.trial_id, b.heartbeat FROM trial_heartbeats b JOIN trials t ON t.trial_id = b.trial_id "
             "WHERE t.study_id = :study AND t.state = 'RUNNING'"
@@ -103,7 +131,8 @@ class StudyStorage(RDBStorage):
                 rows = connection.execute(query, {"study": study_id}).all()
         except SQLAlchemyError as error:
             raise StorageInternalError("heartbeats cannot be read") from error
-        return {trial: (now - beat.replace(tzinfo=None)).total_seconds() for trial, beat in rows}
+        times = {trial: beat.replace(tzinfo=None) for trial, beat in rows}
+        return {trial: (beat, (now - beat).total_seconds()) for trial, beat in times.items()}
 
     def _create_new_trial(self, study_id: int, template_trial: FrozenTrial | None = None) -> FrozenTrial:
         """A new trial, as Optuna's cache asks for one."""
@@ -157,18 +186,28 @@ class StudyStorage(RDBStorage):
 
         return self._until_back(read)
 
+    def take_trial(self, trial_id: int, attrs: Mapping[str, Any]) -> bool:
+        """Begin a waiting trial with these user attributes: all of it or nothing. False where it waits no more."""
+
+        def take() -> bool:
+            with _create_scoped_session(self.scoped_session) as session:
+                return rows.take_trial(session.connection(), trial_id, attrs)
+
+        return self._until_back(take)
+
     def finish_trial(
         self,
         trial_id: int,
         state: TrialState,
         values: Sequence[float] | None,
         attrs: Mapping[str, Any],
-        holder: tuple[str, str],
+        holder: tuple[str, str | None],
     ) -> bool:
         """Write a running trial's last user attributes, values and state at once: all of it or nothing.
 
-        ``holder``: name and value of the user attribute that says whose it is. False, and nothing is written, where
-        the trial is another's or runs no more; True also where this very call was carried out before it was cut off.
+        ``state``: how it ended, or WAITING for one that is to be run again. ``holder``: name and value of the user
+        attribute that says whose it is, None for one without. False, and nothing is written, where the trial is
+        another's or runs no more; True also where this very call was carried out before it was cut off.
         """
 
         def finish() -> bool:
@@ -204,18 +243,24 @@ class StudyStorage(RDBStorage):
         return lock.release
 
     def _advisory_lock(self, study_id: int) -> Callable[[], None] | None:
+        # Where the server goes away meanwhile, all that wait do so anew: they must not come back without the lock.
+        return self._until_back(lambda: self._wait_for_lock(study_id))
+
+    def _wait_for_lock(self, study_id: int) -> Callable[[], None] | None:
         try:
             connection = self.engine.connect()
-        except SQLAlchemyError:
-            return None
+        except SQLAlchemyError as error:
+            raise StorageInternalError("the lock cannot be asked for") from error
         try:
             connection.execute(sqlalchemy.text(f"SET LOCAL lock_timeout = '{LOCK_SECONDS}s'"))
             # A holder that is frozen loses its connection, and with it the lock.
             connection.execute(sqlalchemy.text(f"SET LOCAL idle_in_transaction_session_timeout = '{LOCK_SECONDS}s'"))
             wait = sqlalchemy.text("SELECT pg_advisory_xact_lock(:kind, :study)")
             connection.execute(wait, {"kind": LOCK_CLASS, "study": study_id})
-        except SQLAlchemyError:
+        except SQLAlchemyError as error:
             _let_go(connection)
+            if _is_away(error):
+                raise StorageInternalError("the lock was lost") from error
             return None
         return functools.partial(_let_go, connection)
 
@@ -239,6 +284,7 @@ class StudyStorage(RDBStorage):
                 if began is None:
                     began = now
                     _log.warning("the database is away; waiting up to %.0f s for it", self.patience)
+                self._seen = {}  # workers that could not beat meanwhile were not silent
                 self.remove_session()
                 time.sleep(0.5)
             else:
@@ -269,7 +315,7 @@ for _name in (
 
 
 NOT_AWAY = ("disk", "readonly", "read-only", "no such table", "no such column", "malformed")
-"""Words of operational errors that waiting does not mend."""
+"""Words of SQLite's operational errors that waiting does not mend; another server's may hold its path."""
 
 
 def _is_away(error: BaseException | None) -> bool:
@@ -285,11 +331,13 @@ def _is_away(error: BaseException | None) -> bool:
         # Connection exceptions, shutting down or starting up, too many connections, deadlock, serialization.
         return code[:2] in ("08", "57") or code in ("53300", "40P01", "40001")
     text = str(error.orig).lower()
-    return "locked" in text or not any(word in text for word in NOT_AWAY)
+    return "locked" in text or not (isinstance(error.orig, sqlite3.Error) and any(word in text for word in NOT_AWAY))
 
 
 def failure(error: BaseException) -> str | None:
     """One line for a database that failed while a study ran: full, read-only, locked or gone; None for other errors."""
+    if isinstance(error, KeyError) and error.args == (models.NOT_FOUND_MSG,):
+        return "the study was deleted while it ran; start it anew with the same command"
     if not isinstance(error, (StorageInternalError, SQLAlchemyError)):
         return None
     cause = error.__cause__ if isinstance(error, StorageInternalError) and error.__cause__ else error
@@ -341,11 +389,16 @@ def sqlite_path(url: str) -> Path | None:
 
 
 def hide_password(url: str) -> str:
-    """The URL with its password starred, for messages."""
+    """The URL with its password starred, and whatever else may be a secret in its query, for messages."""
     try:
-        return make_url(url).render_as_string(hide_password=True)
-    except ArgumentError:
-        return re.sub(r"//[^@/]*@", "//***@", url)
+        parsed = make_url(url)
+    except (ArgumentError, ValueError):
+        parsed = None
+    if parsed is None or "@" in (parsed.host or ""):
+        return re.sub(rf"([?&][^=&]*(?:{SECRET})[^=&]*=)[^&]*", r"\1***", re.sub(r"//.*@", "//***@", url))
+    hidden = {name: "***" for name in parsed.query if re.search(SECRET, name)}
+    shown = parsed.update_query_dict(hidden).render_as_string(hide_password=True)
+    return shown.replace("%2A%2A%2A", "***")
 
 
 def storage_option(url: str) -> str:
@@ -368,7 +421,7 @@ def open_storage(url: str, *, create: bool = True) -> StudyStorage:
             _check_sqlite(parsed, create)
         _check_tables(parsed, create)
         storage = _once_made(
-            lambda: StudyStorage(url, engine_kwargs=_engine_options(parsed), skip_table_creation=not create)
+            lambda: StudyStorage(_literal(url), engine_kwargs=_engine_options(parsed), skip_table_creation=not create)
         )
         if sqlite and create:
             storage.use_wal()
@@ -377,6 +430,11 @@ def open_storage(url: str, *, create: bool = True) -> StudyStorage:
         raise StorageError(_reason(url, error)) from None
     storage.patience = PATIENCE
     return storage
+
+
+def _literal(url: str) -> str:
+    """The URL as Optuna takes it, which fills in what stands in braces."""
+    return url.replace("{", "{{").replace("}", "}}")
 
 
 def _once_made(make: Callable[[], T]) -> T:
@@ -435,7 +493,7 @@ def _check_tables(parsed: URL, create: bool) -> None:
     if "studies" in tables or (create and (not tables or _being_made(tables))):
         return
     what = f"holds tables of another program ({min(tables)}, …)" if tables else "holds no studies"
-    shown = parsed.render_as_string(hide_password=True)
+    shown = hide_password(parsed.render_as_string(hide_password=False))
     raise StorageError(f"database {shown!r} {what}; give another with --storage")
 
 
@@ -448,6 +506,8 @@ def _parse(url: str) -> URL:
             f"storage {hide_password(url)!r} is no database URL ({str(error).splitlines()[0]}); "
             "use sqlite:///FILE.db or postgresql+psycopg://USER@HOST/DB"
         ) from None
+    if "@" in (parsed.host or ""):
+        raise StorageError("the user or the password of the storage URL holds an @; write it there as %40")
     return parsed
 
 
@@ -482,7 +542,9 @@ def _writable(folder: Path) -> bool:
 def _engine_options(url: URL) -> dict[str, Any]:
     if url.get_backend_name() == "sqlite":
         return {"connect_args": {"timeout": BUSY_TIMEOUT}}
-    return {"pool_pre_ping": True}
+    libpq = LIBPQ if url.get_driver_name() in ("psycopg", "psycopg2") else {}
+    given = {name: value for name, value in libpq.items() if name not in url.query}
+    return {"pool_pre_ping": True, "connect_args": given}
 
 
 def _reason(url: str, error: Exception) -> str:
@@ -491,6 +553,11 @@ def _reason(url: str, error: Exception) -> str:
         return f"storage {str(sqlite_path(url))!r} is not a SQLite database; give another file"
     if "psycopg" in detail and isinstance(error, ImportError):
         return 'Postgres needs the package psycopg; pip install "autodiffusion-optuna[postgres]"'
+    if isinstance(error, RuntimeError):  # Optuna's word for tables of another version
+        return (
+            f"storage {hide_password(url)!r} was made by another version of Optuna, or this one is too old for it; "
+            f"keep a copy, then run: adopt storage upgrade --storage {shlex.quote(hide_password(url))}"
+        )
     return f"cannot open storage {hide_password(url)!r}: {detail}; check the URL, or start the server"
 
 
@@ -504,7 +571,9 @@ def upgrade_storage(url: str) -> str:
         if parsed.get_backend_name() == "sqlite":
             _check_sqlite(parsed, create=False)
         _check_tables(parsed, create=False)
-        storage = RDBStorage(url, _engine_options(parsed), skip_compatibility_check=True, skip_table_creation=True)
+        storage = RDBStorage(
+            _literal(url), _engine_options(parsed), skip_compatibility_check=True, skip_table_creation=True
+        )
         before, needed = storage.get_current_version(), storage.get_head_version()
         if before == needed:
             return f"database {hide_password(url)!r} has version {needed} already"

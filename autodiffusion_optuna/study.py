@@ -15,7 +15,7 @@ import numpy as np
 import optuna
 import torch
 from numpy.typing import NDArray
-from optuna.exceptions import OptunaError
+from optuna.exceptions import OptunaError, UpdateFinishedTrialError
 from optuna.pruners import BasePruner, MedianPruner, NopPruner, PercentilePruner
 from optuna.trial import FrozenTrial, TrialState
 from sqlalchemy.exc import SQLAlchemyError
@@ -86,10 +86,19 @@ class Progress:
 OnTrial = Callable[[Progress], None]
 
 
-def build(config: StudyConfig, *, trust: bool = False, unit_costs: tuple[float, ...] | None = None) -> Parts:
-    """Load and check the parts of a study (AdoptError children). ``unit_costs``: the shares it was begun with."""
+def build(
+    config: StudyConfig,
+    *,
+    trust: bool = False,
+    unit_costs: tuple[float, ...] | None = None,
+    device: str | None = None,
+) -> Parts:
+    """Load and check the parts of a study (AdoptError children).
+
+    ``unit_costs``: the shares it was begun with. ``device``: this worker's, instead of the config's, which all share.
+    """
     plan = read_plan(config.sampling)  # a wrong solver is refused before a large model is loaded
-    model = open_model(config, trust)
+    model = open_model(config, trust, device)
     for scale in plan.guidance:
         model.check_scale(scale)
     batch = largest_batch(model) if config.model.batch == "auto" else config.model.batch
@@ -120,8 +129,8 @@ def build(config: StudyConfig, *, trust: bool = False, unit_costs: tuple[float, 
     return Parts(config, model, space, _sampler(config, space), evaluator, known)
 
 
-def open_model(config: StudyConfig, trust: bool = False) -> Model:
-    """The model of a study, on its device (ModelError, ConfigError)."""
+def open_model(config: StudyConfig, trust: bool = False, device: str | None = None) -> Model:
+    """The model of a study, on ``device`` or else the config's (ModelError, ConfigError)."""
     model = config.model
     options = Options(
         preset=model.preset,
@@ -137,7 +146,7 @@ def open_model(config: StudyConfig, trust: bool = False) -> Model:
         config=None if model.config is None else Path(model.config),
         trust=trust,
     )
-    return load_model(model.source, model.device, model.precision, model.clip, options)
+    return load_model(model.source, device or model.device, model.precision, model.clip, options)
 
 
 @dataclass(frozen=True)
@@ -302,12 +311,14 @@ def open_study(parts: Parts, storage: StudyStorage) -> optuna.Study:
         direction="minimize",
         load_if_exists=True,
     )
-    if records.READY in study.user_attrs:
+    with storage.claiming(study._study_id):  # of workers that start together one begins it, the others find it begun
+        begun = records.READY in study.user_attrs
+        if not begun and study.get_trials(deepcopy=False, states=(TrialState.RUNNING, TrialState.COMPLETE)):
+            raise StudyError(f"study {study.study_name!r} exists but was not made by adopt; choose another name")
+        if not begun:
+            _begin(parts, study)
+    if begun:
         check_same(parts, study)
-    elif study.get_trials(deepcopy=False, states=(TrialState.RUNNING, TrialState.COMPLETE)):
-        raise StudyError(f"study {study.study_name!r} exists but was not made by adopt; choose another name")
-    else:
-        _begin(parts, study)
     study.set_user_attr(records.CONFIG, parts.config.model_dump(mode="json"))  # a longer budget is kept
     if records.NOISE not in study.user_attrs:  # begun by an older version
         _describe_model(parts, study)
@@ -324,16 +335,19 @@ class Run:
     store: ArtifactStore | None
 
 
-def open_run(config: StudyConfig, url: str, *, trust: bool = False, artifacts: str | None = None) -> Run:
+def open_run(
+    config: StudyConfig, url: str, *, trust: bool = False, artifacts: str | None = None, device: str | None = None
+) -> Run:
     """Build a study's parts, and create or resume it at ``url``.
 
     ``artifacts``: where its pictures go, as ``artifacts.open_store`` takes it; None leaves that as it is, or for a new
-    study in SQLite beside the database. Raises AdoptError children before anything is written.
+    study in SQLite beside the database. ``device``: this worker's, instead of the config's. Raises AdoptError children
+    before anything is written.
     """
     begun = peek(url, config.name)
     if begun is not None:
         require_same(begun, config)
-    parts = build(config, trust=trust, unit_costs=stored_unit_costs(begun))
+    parts = build(config, trust=trust, unit_costs=stored_unit_costs(begun), device=device)
     check_place(url)
     location = _location(begun, url, artifacts)
     store = None if location is None else open_store(location_of(location, url))
@@ -483,8 +497,11 @@ def work(
                 continue
             idle = FIRST_WAIT
             storage_seconds = time.perf_counter() - started + tell_seconds
-            with heart.beating_for(claimed.id), _given_back(storage, claimed.id):
-                outcome = _evaluate(parts, claimed, store)
+            try:
+                with heart.beating_for(claimed.id), _given_back(storage, claimed.id):
+                    outcome = _evaluate(parts, storage, claimed, store)
+            except UpdateFinishedTrialError:
+                continue  # it was silent too long, and another worker has finished the trial: it counts once
             telling = time.perf_counter()
             counts = _finish(storage, claimed, outcome, storage_seconds)
             tell_seconds = time.perf_counter() - telling
@@ -507,9 +524,8 @@ def _given_back(storage: StudyStorage, trial_id: int) -> Iterator[None]:
     except (OptunaError, SQLAlchemyError):
         raise  # the database's fault: the trial is taken back later
     except Exception as error:
-        if is_mine(storage.get_trial(trial_id)):
-            storage.set_trial_user_attr(trial_id, FAILURE, _one_line(f"{type(error).__name__}: {error}"))
-            storage.set_trial_state_values(trial_id, TrialState.FAIL)
+        reason = {FAILURE: _one_line(f"{type(error).__name__}: {error}")}
+        storage.finish_trial(trial_id, TrialState.FAIL, None, reason, (OWNER, owner()))
         raise
     except BaseException:
         put_back(storage, trial_id)
@@ -552,7 +568,7 @@ class Outcome:
     reason: str | None = None
 
 
-def _evaluate(parts: Parts, claimed: Claim, store: ArtifactStore | None) -> Outcome:
+def _evaluate(parts: Parts, storage: StudyStorage, claimed: Claim, store: ArtifactStore | None) -> Outcome:
     """Score one trial; a candidate that cannot be scored is a failed trial, not the end of the run."""
     candidate = _candidate(parts, claimed)
     try:
@@ -563,7 +579,7 @@ def _evaluate(parts: Parts, claimed: Claim, store: ArtifactStore | None) -> Outc
             raise StatisticsError(f"the distance is {score.value}")
     except (AdoptError, torch.OutOfMemoryError, MemoryError) as error:
         return Outcome(TrialState.FAIL, reason=_one_line(str(error) or "out of memory"))
-    if store is not None and score.complete:
+    if store is not None and score.complete and is_mine(storage.get_trial(claimed.id)):
         _keep_picture(claimed, score, store)
     return Outcome(TrialState.COMPLETE if score.complete else TrialState.PRUNED, score)
 
@@ -666,6 +682,16 @@ def finalists(parts: Parts, study: optuna.Study) -> dict[str, Candidate]:
         name = min(scored, key=lambda name: scored[name])
         found[name] = parts.known[name]
     return {**found, "best": best}
+
+
+def score_finalists(parts: Parts, study: optuna.Study, on_score: Callable[[str, int, int], None] | None = None) -> None:
+    """Score all ``finalists`` on the config's fresh banks; ``on_score`` is told (name, done, all)."""
+    images, banks = parts.config.score.fresh_images, parts.config.score.fresh_banks
+    candidates = finalists(parts, study)
+    for done, (name, candidate) in enumerate(candidates.items(), 1):
+        score_fresh(parts, study, candidate, images, banks)
+        if on_score is not None:
+            on_score(name, done, len(candidates))
 
 
 def sample_rows(parts: Parts, study: optuna.Study, images: int, many_steps: int) -> list[tuple[str, NDArray[np.uint8]]]:

@@ -11,16 +11,17 @@ import os
 import signal
 import sys
 import threading
+import traceback
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from autodiffusion_optuna.config import StudyConfig, parse_config
 from autodiffusion_optuna.errors import AdoptError
 from autodiffusion_optuna.storage import failure, storage_url
 
-USER_ERROR, INTERRUPTED = 1, 130
-"""Exit codes: something that the user must mend, and stopped by its launcher."""
+USER_ERROR, CRASHED, INTERRUPTED = 1, 70, 130
+"""Exit codes: something that the user must mend, an error that another try may not meet, stopped by its launcher."""
 
 
 @dataclass(frozen=True)
@@ -36,13 +37,23 @@ class Job:
     artifacts: str | None = None
     index: int = 0
     workers: int = 1
+    """That share this host's cores."""
+    scores: bool = False
+    """Whether the first worker also scores the winner; else whoever launched it does."""
 
     @classmethod
     def of(
-        cls, config: StudyConfig, url: str, *, workers: int, trust: bool = False, artifacts: str | None = None
+        cls,
+        config: StudyConfig,
+        url: str,
+        *,
+        workers: int,
+        trust: bool = False,
+        artifacts: str | None = None,
+        scores: bool = False,
     ) -> Job:
         """The job of the first of ``workers`` workers, started from the current folder."""
-        return cls(url, config.model_dump(mode="json"), str(Path.cwd()), trust, artifacts, 0, workers)
+        return cls(url, config.model_dump(mode="json"), str(Path.cwd()), trust, artifacts, 0, workers, scores)
 
     def dumps(self) -> str:
         """One line of JSON."""
@@ -70,15 +81,22 @@ def run_job(job: Job) -> None:
         os.chdir(job.folder)
     keep_freed_memory()
     torch.set_num_threads(max(1, torch.get_num_threads() // job.workers))
-    config = parse_config(job.config, _device(job, torch.cuda.device_count()))
-    opened = runner.open_run(config, storage_url(job.url), trust=job.trust, artifacts=job.artifacts)
+    opened = runner.open_run(
+        parse_config(job.config),
+        storage_url(job.url),
+        trust=job.trust,
+        artifacts=job.artifacts,
+        device=_device(job, torch.cuda.device_count()),
+    )
     runner.work(opened.parts, opened.study, opened.storage, store=opened.store)
+    if job.scores and job.index == 0:
+        runner.score_finalists(opened.parts, opened.study)
 
 
-def _device(job: Job, gpus: int) -> list[str]:
-    """Override that gives each worker of a host with several GPUs one of its own."""
+def _device(job: Job, gpus: int) -> str | None:
+    """A GPU of its own for each worker of a host with several; None: the config's device."""
     free = job.config["model"]["device"] in ("auto", "cuda")
-    return [f"model.device=cuda:{job.index % gpus}"] if free and gpus > 1 else []
+    return f"cuda:{job.index % gpus}" if free and gpus > 1 else None
 
 
 def run_for_engine(text: str) -> str | None:
@@ -100,6 +118,8 @@ def _for_user(error: Exception) -> str:
 
 def main() -> None:
     """Run the job on standard input; one line on stderr and exit code 1 where the user must mend something."""
+    # A shell that puts its launcher in the background has it ignore Ctrl-C, and with it this process.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     job = Job.loads(sys.stdin.readline())
     threading.Thread(target=_stop_with_input, daemon=True).start()
     try:
@@ -107,8 +127,17 @@ def main() -> None:
     except KeyboardInterrupt:
         sys.exit(INTERRUPTED)
     except Exception as error:
-        print("error: " + " ".join(_for_user(error).split()), file=sys.stderr)
-        sys.exit(USER_ERROR)
+        _give_up(error)
+
+
+def _give_up(error: Exception) -> NoReturn:
+    try:
+        line = _for_user(error)
+    except Exception:
+        traceback.print_exc()
+        sys.exit(CRASHED)
+    print("error: " + " ".join(line.split()), file=sys.stderr)
+    sys.exit(USER_ERROR)
 
 
 def _stop_with_input() -> None:

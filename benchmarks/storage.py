@@ -163,7 +163,7 @@ def milliseconds(url: str, size: int) -> dict[str, float]:
         claimed = claim(study, storage, 10**6, partial(runner._template, parts, study), grace=60.0)
         assert isinstance(claimed, Claim)
         taken = time.perf_counter()
-        outcome = runner._evaluate(parts, claimed, None)
+        outcome = runner._evaluate(parts, storage, claimed, None)
         scored = time.perf_counter()
         counts = runner._finish(storage, claimed, outcome, 0.0)
         finishes.append(time.perf_counter() - scored)

@@ -180,7 +180,7 @@ def test_a_database_of_another_optuna_is_refused(folder: Path, adopt: Adopt) -> 
     with sqlite3.connect("adopt.db") as connection:
         connection.execute("UPDATE alembic_version SET version_num = 'v0.9.0.a'")
         connection.execute("UPDATE version_info SET schema_version = 1")
-    check_refused(adopt("show", "--study", "quick"), "cannot open storage", "optuna")
+    check_refused(adopt("show", "--study", "quick"), "another version of Optuna", "adopt storage upgrade --storage")
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ from typing import Any
 
 import optuna
 import pytest
+import torch
 from command import Adopt
 from optuna.trial import TrialState
 from PIL import Image
@@ -281,6 +282,31 @@ def test_values_that_are_not_finite_fail_with_their_reason_and_the_run_gives_up(
     with pytest.raises(study.StudyError, match="the distance is nan"):
         study.work(parts, opened, database)
     assert {t.state for t in opened.trials if t.state.is_finished()} == {TrialState.FAIL}
+
+
+def test_candidates_that_need_too_much_memory_fail_once_and_the_search_goes_on(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parts = study.build(config_with(folder / "quick.toml", "search.trials=12"))
+    database = open_storage("sqlite:///a.db")
+    opened = study.open_study(parts, database)
+    real, heavy = type(parts.evaluator).score, set()
+
+    def score(self: Any, candidate: Any, *args: Any, **options: Any) -> Any:
+        if sum(candidate.timesteps) % 3 == 0:
+            heavy.add(candidate.key)
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return real(self, candidate, *args, **options)
+
+    monkeypatch.setattr(type(parts.evaluator), "score", score)
+    study.work(parts, opened, database)
+    states = [t.state for t in opened.trials]
+    failed = [t for t in opened.trials if t.state == TrialState.FAIL]
+    assert states.count(TrialState.COMPLETE) == 12
+    assert heavy
+    assert {t.user_attrs[records.CANDIDATE] for t in failed} == heavy
+    assert {t.user_attrs[FAILURE] for t in failed} == {"CUDA out of memory"}
+    assert len(failed) <= 2 * len(heavy)
 
 
 def test_the_whole_command_line(folder: Path, adopt: Adopt) -> None:

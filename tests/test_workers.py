@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from command import Adopt
 from optuna.trial import TrialState
 from test_study import config_with, rows, run
 
-from autodiffusion_optuna import claims, records, storage, study
+from autodiffusion_optuna import artifacts, claims, records, report, storage, study
 from autodiffusion_optuna.report import load_study, read_status
 from autodiffusion_optuna.storage import StudyStorage, open_storage, storage_url
 from autodiffusion_optuna.worker import Job
@@ -172,12 +173,11 @@ def test_a_worker_frozen_past_the_grace_lives_on_and_counts_once(
     settings = [f"name={name}", "search.trials=40", "search.grace=3", "score.images=4096"]
     found = begin(folder, database, *settings)
     frozen = start(folder, database, *settings)
-    wait_for(lambda: records.finished(found) >= 2)
-    frozen.send_signal(signal.SIGSTOP)
-    held = found.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
+    held = freeze(frozen, found)
     other = start(folder, database, *settings)
     try:
-        wait_for(lambda: all(found.trials[t.number].user_attrs.get(claims.RETRIES) for t in held))
+        # Thawed only after the other one has finished its trial: what it finds then is not its own any more.
+        wait_for(lambda: found.trials[held].state == TrialState.COMPLETE)
         frozen.send_signal(signal.SIGCONT)
         for worker in (frozen, other):
             end(worker)
@@ -185,7 +185,57 @@ def test_a_worker_frozen_past_the_grace_lives_on_and_counts_once(
         frozen.kill()
         other.kill()
     check_whole(database, name, 40)
+    assert found.trials[held].user_attrs[claims.RETRIES] == 1
     assert len({t.user_attrs[claims.OWNER] for t in found.trials}) == 2
+
+
+def freeze(worker: subprocess.Popen[bytes], found: optuna.Study) -> int:
+    """Stop a worker in the middle of a trial; that trial's number."""
+    wait_for(lambda: records.finished(found) >= 2)
+    while True:
+        worker.send_signal(signal.SIGSTOP)
+        held = found.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
+        if held:
+            return held[0].number
+        worker.send_signal(signal.SIGCONT)
+        time.sleep(0.05)
+
+
+@pytest.mark.parametrize("moment", ["at the first rung", "before the picture", "before the end"])
+def test_a_trial_that_another_worker_finished_meanwhile_is_left_to_it(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, moment: str
+) -> None:
+    pruned = ["score.rungs=[32]", "score.pruner='median'"] if "rung" in moment else []
+    settings = ["search.trials=6", "search.warm_starts=['uniform']", *pruned]
+    parts = study.build(config_with(folder / "quick.toml", *settings))
+    database = open_storage("sqlite:///adopt.db")
+    opened = study.open_study(parts, database)
+    store = artifacts.open_store("pictures")
+    score, seen = parts.evaluator.score.__func__, []  # type: ignore[attr-defined]
+
+    def overtaken(self: Any, candidate: Any, rungs: Any, **options: Any) -> Any:
+        seen.append(candidate)
+        if len(seen) == 3 and moment != "before the end":
+            other_finishes()
+        result = score(self, candidate, rungs, **options)
+        if len(seen) == 3 and moment == "before the end":
+            other_finishes()
+        return result
+
+    def other_finishes() -> None:
+        """As another worker that took it over."""
+        (trial,) = opened.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
+        database.set_trial_user_attr(trial._trial_id, claims.OWNER, "elsewhere/1/1")
+        holder = (claims.OWNER, "elsewhere/1/1")
+        assert database.finish_trial(trial._trial_id, TrialState.COMPLETE, [1e9], {}, holder)
+
+    monkeypatch.setattr(type(parts.evaluator), "score", overtaken)
+    study.work(parts, opened, database, store=None if "rung" in moment else store)
+    found = opened.get_trials(deepcopy=False)
+    assert len(found) == 6
+    assert all(t.state.is_finished() for t in found)
+    assert [t.values for t in found].count([1e9]) == 1
+    assert found[2].values == [1e9]
 
 
 @pytest.mark.slow
@@ -255,6 +305,25 @@ def test_status_tells_who_is_alive(folder: Path, adopt: Adopt) -> None:
     assert '"alive": true' in adopt("status", "--study", "quick", "--json").out
 
 
+@pytest.mark.parametrize(
+    ("seconds_ago", "rate"),
+    [
+        ([30, 20, 10, 0], 0.1),
+        ([86430, 86420, 86410, 30, 20, 10, 0], 0.1),  # a day's pause
+        ([60, 50, 40], 2 / 60),  # a wait that lasts
+        ([5000, 4990, 4980], 0.1),  # nobody works any more
+        ([10], None),
+    ],
+    ids=str,
+)
+def test_the_rate_is_that_of_work(seconds_ago: list[int], rate: float | None) -> None:
+    now = datetime.now()
+    ended = [optuna.trial.create_trial(value=0.0) for _ in seconds_ago]
+    for trial, ago in zip(ended, seconds_ago, strict=True):
+        trial.datetime_complete = now - timedelta(seconds=ago)
+    assert report._rate(ended) == (rate if rate is None else pytest.approx(rate, rel=0.01))
+
+
 def test_a_trial_without_a_heartbeat_is_freed_after_the_grace(folder: Path) -> None:
     """Its worker, on another host, died before its first beat: the first who looks starts the clock."""
     found = begin(folder, "sqlite:///adopt.db")
@@ -274,8 +343,8 @@ def test_without_the_lock_the_budget_still_holds(folder: Path, monkeypatch: pyte
     rival = optuna.load_study(study_name="quick", storage=open_storage("sqlite:///adopt.db"), sampler=parts.sampler)
     run(folder / "quick.toml", "sqlite:///adopt.db", "search.trials=8", settings[1])
 
-    def template(number: int) -> Any:
-        made = study._template(parts, opened, number)
+    def template(trials: Any) -> Any:
+        made = study._template(parts, opened, trials)
         rival.add_trial(made)  # another worker is a moment faster
         return made
 
@@ -323,6 +392,22 @@ def test_a_launcher_that_is_killed_takes_its_workers_with_it(folder: Path) -> No
     before = records.finished(load_study(database, "quick"))
     time.sleep(1.0)
     assert records.finished(load_study(database, "quick")) == before
+
+
+def test_ctrl_c_stops_all_workers_and_puts_their_trials_back(folder: Path) -> None:
+    command = [sys.executable, "-m", "autodiffusion_optuna", "run", "--study", "quick.toml", "--workers", "2"]
+    settings = ["--set", "search.trials=5000", "--storage", "adopt.db"]
+    launcher = subprocess.Popen([*command, *settings], cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    wait_for(lambda: (folder / "adopt.db").exists() and len(names("sqlite:///adopt.db")) == 2)
+    launcher.send_signal(signal.SIGINT)
+    _, said = launcher.communicate(timeout=60)
+    assert launcher.returncode == 130
+    assert "Go on with: adopt run --study quick.toml --workers 2" in " ".join(said.decode().split())
+    states = read_status(
+        open_storage("sqlite:///adopt.db"), load_study(open_storage("sqlite:///adopt.db"), "quick")
+    ).states
+    assert states["running"] == 0
+    assert states["fail"] == 0
 
 
 def names(url: str) -> set[str]:

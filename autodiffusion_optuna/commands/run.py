@@ -90,7 +90,8 @@ def run(
     try:
         if workers > 1 or engine != "local":
             found = _launch(config, url, engine, workers, options, trust=trust, artifacts=artifacts)
-            found = _score(_as_named_now(config, found), url, trust, artifacts)
+            if engine == "local":  # this host may have no GPU where the workers are elsewhere: they have done it
+                found = _score(_as_named_now(config, found), url, trust, artifacts)
         else:
             _refuse_options(options)
             found = _search(config, url, trust, artifacts)
@@ -186,7 +187,8 @@ def _launch(
     from autodiffusion_optuna.report import peek, still_there
     from autodiffusion_optuna.worker import Job
 
-    job = Job.of(config, url, workers=workers, trust=trust, artifacts=artifacts)
+    scores = engine != "local"
+    job = Job.of(config, url, workers=workers, trust=trust, artifacts=artifacts, scores=scores)
     say(f"study {config.name}: {workers} workers by engine {engine}, starting. Ctrl-C stops them safely.")
     boards: list[_Board] = []
 
@@ -229,21 +231,26 @@ def _resume_command() -> str:
     """What the user typed, without a password: the same command resumes."""
     from autodiffusion_optuna.storage import hide_password
 
-    return shlex.join(["adopt", *(hide_password(word) if "://" in word else word for word in sys.argv[1:])])
+    def shown(word: str) -> str:
+        option, equals, value = word.partition("=") if word.startswith("--") else ("", "", word)
+        return option + equals + (hide_password(value) if "://" in value else value)
+
+    return shlex.join(["adopt", *map(shown, sys.argv[1:])])
 
 
 def _score_finalists(parts: Parts, study: optuna.Study) -> None:
     from autodiffusion_optuna import study as studies
 
     images, banks = parts.config.score.fresh_images, parts.config.score.fresh_banks
-    candidates = studies.finalists(parts, study)
-    say(f"scoring {', '.join(candidates)} on {banks} fresh banks of {images} images …")
+    say(f"scoring {', '.join(studies.finalists(parts, study))} on {banks} fresh banks of {images} images …")
     started = time.monotonic()
-    for done, (name, candidate) in enumerate(candidates.items(), 1):
-        studies.score_fresh(parts, study, candidate, images, banks)
-        left = (time.monotonic() - started) / done * (len(candidates) - done)
+
+    def scored(name: str, done: int, all_of_them: int) -> None:
+        left = (time.monotonic() - started) / done * (all_of_them - done)
         if left >= SLOW_SECONDS:
             say(f"scored {name}, time left {clock(left)}; Ctrl-C keeps what is done")
+
+    studies.score_finalists(parts, study, scored)
 
 
 @contextmanager
@@ -347,9 +354,10 @@ def status(
 ) -> None:
     """Workers that are alive, trials by state, generation, stage, rate and time left."""
     from autodiffusion_optuna.report import read_status
-    from autodiffusion_optuna.storage import storage_url
+    from autodiffusion_optuna.storage import storage_option, storage_url
 
-    database, found = existing(study, storage_url(storage))
+    url = storage_url(storage)
+    database, found = existing(study, url)
     state = read_status(database, found)
     if as_json:
         print(json.dumps(state.to_json(), indent=2))
@@ -369,4 +377,4 @@ def status(
     elif state.finished >= state.budget:
         say("finished; no worker is needed")
     else:
-        say(f"no worker is alive; go on with: adopt run --study {study}")
+        say(f"no worker is alive; go on with: adopt run --study {shlex.quote(study)}{storage_option(url)}")

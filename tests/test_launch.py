@@ -1,0 +1,211 @@
+"""How workers are started, restarted and stopped, without an engine's cluster."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from threading import Barrier
+
+import pytest
+from command import Adopt
+from optuna.trial import TrialState
+from test_study import config_with
+from test_workers import begin, end, start
+
+from autodiffusion_optuna import claims, launch, records, study, worker
+from autodiffusion_optuna.errors import ConfigError, StudyError
+from autodiffusion_optuna.storage import open_storage
+from autodiffusion_optuna.worker import Job
+
+URL = "sqlite:///adopt.db"
+
+
+def job(folder: Path, **changes: object) -> Job:
+    return Job.of(config_with(folder / "quick.toml"), URL, workers=2, **changes)  # type: ignore[arg-type]
+
+
+def test_a_worker_that_dies_is_given_up_only_where_the_study_stands_still(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    finished = [0]
+    monkeypatch.setattr(launch, "_finished", lambda job: finished[0])
+    restarts = launch.Restarts(job(folder))
+    assert [restarts.died() for _ in range(4)] == [True] * 4
+    assert restarts.pause == 8.0
+    finished[0] = 1
+    assert restarts.died()
+    assert (restarts.count, restarts.pause) == (1, 0.0)
+    assert [restarts.died() for _ in range(launch.MAX_RESTARTS)] == [True] * (launch.MAX_RESTARTS - 1) + [False]
+
+
+def test_an_error_of_ours_is_another_exit_code_than_the_users(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Only what the user must mend ends the launch at once; a device's hiccup is worth another start."""
+
+    def fails_with(error: Exception) -> int:
+        def run(job: Job) -> None:
+            raise error
+
+        monkeypatch.setattr(worker, "run_job", run)
+        with pytest.raises(SystemExit) as stopped:
+            worker.main()
+        assert isinstance(stopped.value.code, int)
+        return stopped.value.code
+
+    with (folder / "job").open("w+") as given:
+        monkeypatch.setattr(sys, "stdin", given)
+        for error, code, said in (
+            (RuntimeError("CUDA error"), worker.CRASHED, "Traceback"),
+            (StudyError("mend this"), worker.USER_ERROR, "error: mend this\n"),
+        ):
+            given.write(job(folder).dumps() + "\n")
+            given.seek(0)
+            monkeypatch.setattr(worker, "_stop_with_input", lambda: None)
+            assert fails_with(error) == code
+            assert said in capfd.readouterr().err
+            given.seek(0)
+            given.truncate()
+
+
+def test_a_worker_stops_with_its_launcher_though_ctrl_c_is_ignored(folder: Path) -> None:
+    """As in a script that puts the launcher in the background."""
+    begin(folder, URL, "search.trials=5000")
+    config = config_with(folder / "quick.toml", "search.trials=5000")
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        started = subprocess.Popen(
+            [sys.executable, "-m", "autodiffusion_optuna.worker"],
+            stdin=subprocess.PIPE,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+        )
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert started.stdin is not None
+    started.stdin.write(Job.of(config, URL, workers=1).dumps().encode() + b"\n")
+    started.stdin.close()
+    assert started.wait(120) == worker.INTERRUPTED
+
+
+def test_one_of_many_begins_the_study(folder: Path) -> None:
+    config = config_with(folder / "quick.toml")
+    together = Barrier(4)
+
+    def open_one(place: int) -> int:
+        parts = study.build(config)
+        storage = open_storage(URL)
+        together.wait()
+        return len(study.open_study(parts, storage).get_trials(deepcopy=False))
+
+    with ThreadPoolExecutor(4) as threads:
+        counts = list(threads.map(open_one, range(4)))
+    found = begin(folder, URL)
+    names = [t.user_attrs[records.KNOWN_NAME] for t in found.trials]
+    assert len(set(names)) == len(names) == max(counts)
+
+
+def test_a_workers_own_device_is_not_the_studys(folder: Path) -> None:
+    config = config_with(folder / "quick.toml", "model.device=auto")
+    opened = study.open_run(config, URL, device="cpu")
+    assert opened.parts.model.device.type == "cpu"
+    assert opened.study.user_attrs[records.CONFIG]["model"]["device"] == "auto"
+    several = Job.of(config, URL, workers=4)
+    assert [worker._device(Job(**{**several.__dict__, "index": i}), 2) for i in range(3)] == [
+        "cuda:0",
+        "cuda:1",
+        "cuda:0",
+    ]
+    assert worker._device(several, 1) is None
+    assert worker._device(Job.of(config_with(folder / "quick.toml", "model.device=cpu"), URL, workers=4), 2) is None
+
+
+def test_with_an_engine_the_first_worker_scores_the_winner(folder: Path) -> None:
+    """The host that launched it may have no GPU."""
+    settings = ["search.trials=4", "score.fresh_banks=2"]
+    config = config_with(folder / "quick.toml", *settings)
+    for index, scored in ((1, False), (0, True)):
+        made = Job.of(config, URL, workers=1, scores=True)
+        assert worker.run_for_engine(Job(**{**made.__dict__, "index": index}).dumps()) is None
+        attrs = begin(folder, URL, *settings).user_attrs
+        assert any(key.startswith("fresh:") for key in attrs) == scored
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ({"partition": "gpu"}, {"timeout_min": launch.SLURM_MINUTES, "slurm_partition": "gpu"}),
+        ({"time": "60"}, {"slurm_time": 60}),
+        ({"timeout_min": "5", "mem_gb": "8"}, {"timeout_min": 5, "mem_gb": 8}),
+    ],
+    ids=str,
+)
+def test_what_slurm_is_asked_for(given: dict[str, str], expected: dict[str, object]) -> None:
+    assert launch._slurm_parameters(given, local=False) == expected
+
+
+@pytest.mark.parametrize(
+    ("engine", "option", "expected"),
+    [
+        ("ray", "gpus=x", ["gpus=x", "0 or more"]),
+        ("ray", "cpus=-1", ["cpus=-1", "0 or more"]),
+        ("ray", "address=127.0.0.1:1", ["no Ray cluster at '127.0.0.1:1'", "address"]),
+        ("slurm", "cluster=foo", ["cluster=foo", "local"]),
+    ],
+)
+def test_wrong_options_of_an_engine(folder: Path, adopt: Adopt, engine: str, option: str, expected: list[str]) -> None:
+    result = adopt("run", "--study", "quick.toml", "--engine", engine, "--engine-option", option)
+    assert result.code == 1, result
+    assert result.err.count("\n") == 1, result.err
+    for text in expected:
+        assert text in result.err
+
+
+def test_an_unwritable_folder_of_slurm(folder: Path, adopt: Adopt) -> None:
+    given = ["--engine-option", "cluster=local", "--engine-option", "folder=/proc/logs"]
+    result = adopt("run", "--study", "quick.toml", "--engine", "slurm", *given)
+    assert result.code == 1, result
+    assert "/proc/logs" in result.err
+    assert result.err.count("\n") == 1, result.err
+
+
+def test_an_unknown_engine_of_the_library(folder: Path) -> None:
+    with pytest.raises(ConfigError, match="unknown engine"):
+        launch.launch("cloud", job(folder), 1, {}, lambda: None)
+
+
+def test_a_process_that_crashes_is_started_again_and_its_last_words_are_told(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A worker whose module cannot be imported crashes with a traceback, every time."""
+    crashing = [sys.executable, "-c", "import sys; sys.stdin.readline(); sys.exit('no such device')"]
+    popen = subprocess.Popen
+    starts = []
+
+    def crash(command: list[str], **options: object) -> subprocess.Popen[bytes]:
+        starts.append(command)
+        return popen(["sh", "-c", '"$@"; exit 70', "sh", *crashing], **options)  # type: ignore[call-overload, no-any-return]
+
+    monkeypatch.setattr(subprocess, "Popen", crash)
+    monkeypatch.setattr(launch, "LONGEST_PAUSE", 0.1)
+    monkeypatch.setattr(launch, "LOOK_SECONDS", 0.02)
+    with pytest.raises(StudyError, match=r"worker 0 ended with code 70 6 times: no such device"):
+        launch.run_local(job(folder), 1, {}, lambda: None)
+    assert len(starts) == launch.MAX_RESTARTS + 1
+
+
+def test_a_worker_that_is_started_while_the_study_is_done_ends(folder: Path) -> None:
+    found = begin(folder, URL, "search.trials=3")
+    for _ in range(2):
+        end(start(folder, URL, "search.trials=3"))
+    assert [t.state for t in found.trials].count(TrialState.COMPLETE) == 3
+    assert len({t.user_attrs[claims.OWNER] for t in found.trials if claims.OWNER in t.user_attrs}) == 1
+
+
+def test_workers_share_the_cores_of_their_host(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(16)))
+    assert set(launch._thread_limits(4).values()) == {"4"}
+    assert set(launch._thread_limits(64).values()) == {"1"}
