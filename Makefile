@@ -1,6 +1,8 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+# What the tests in a browser saw.
+export ADOPT_SCREENSHOTS ?= $(CURDIR)/build/screenshots
 
 .PHONY: demo test slow lint format types bench clean
 

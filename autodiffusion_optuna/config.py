@@ -19,6 +19,9 @@ from autodiffusion_optuna.errors import ConfigError, choose_from
 BANK_SIZE = 100_000
 """Images in one bank of noise; the largest ``score.images`` and ``score.fresh_images``."""
 
+LONGEST_GRACE = 30 * 24 * 3600
+"""Seconds; a worker sleeps a share of ``search.grace`` between heartbeats, which no clock does for ever."""
+
 NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
 
 Count = Annotated[int, Field(ge=1)]
@@ -162,8 +165,8 @@ class SearchConfig(Section):
     """Layers packed into one stored parameter."""
     barrier: bool = False
     """Wait for all of a generation before the next begins; any number of workers then finds the same candidates."""
-    grace: Annotated[float, Field(gt=0)] = 120.0
-    """Seconds without a heartbeat after which a worker's trial is given to another."""
+    grace: Annotated[float, Field(gt=0, le=LONGEST_GRACE)] = 120.0
+    """Seconds without a heartbeat after which a worker's trial is given to another; at most 30 days."""
 
 
 class ScoreConfig(Section):

@@ -9,7 +9,7 @@ import socketserver
 import sys
 import threading
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, cast
 from wsgiref.simple_server import WSGIRequestHandler, WSGIServer
@@ -21,10 +21,11 @@ from optuna.trial import FrozenTrial, TrialState
 from sqlalchemy.exc import SQLAlchemyError
 
 from autodiffusion_optuna import records
+from autodiffusion_optuna.candidate import Candidate
 from autodiffusion_optuna.config import StudyConfig
-from autodiffusion_optuna.errors import ConfigError
-from autodiffusion_optuna.figures import FIGURES
-from autodiffusion_optuna.report import StudyReport, read_report
+from autodiffusion_optuna.errors import AdoptError, ConfigError
+from autodiffusion_optuna.figures import FIGURES, nothing
+from autodiffusion_optuna.report import StudyReport, is_deleted, read_report, stored_config
 from autodiffusion_optuna.storage import storage_option
 
 if TYPE_CHECKING:
@@ -196,8 +197,10 @@ class _Publisher:
                 publish(self.study, self.url)
                 self.stage = stage
             self.trouble = None
-        except (OptunaError, SQLAlchemyError, KeyError) as error:  # KeyError: the study was deleted
+        except (AdoptError, OptunaError, SQLAlchemyError, KeyError) as error:
             trouble = str(getattr(error.__cause__, "orig", None) or error).splitlines()[0]
+            if isinstance(error, KeyError) and is_deleted(self.study):
+                trouble = f"study {self.study.study_name!r} was deleted"
             if trouble != self.trouble:
                 self.on_trouble(f"note and figures were not written: {trouble}")
             self.trouble = trouble
@@ -208,7 +211,7 @@ def progress(study: optuna.Study) -> tuple[int, ...]:
     finished = study.get_trials(deepcopy=False, states=records.FINISHED)
     attrs = study.user_attrs
     generation = max((t.user_attrs.get(records.GENERATION, 0) for t in finished), default=-1)
-    done = len(finished) >= StudyConfig.model_validate(attrs[records.CONFIG]).search.trials
+    done = len(finished) >= stored_config(study).search.trials
     return generation, int(done), sum(key.startswith("fresh:") for key in attrs)
 
 
@@ -230,8 +233,10 @@ def publish(study: optuna.Study, url: str) -> None:
         save_note(study, new)
     # A figure is kept in rows of 2 kB, written one at a time: slow enough to be left out where it is there already.
     stored = get_plotly_graph_objects(study._storage.get_study_system_attrs(study._study_id))
-    for name, (_, draw) in FIGURES.items():
+    for name, (title, draw) in FIGURES.items():
         figure = draw(report)
+        if figure is None and name in stored:
+            figure = nothing(title)  # the dashboard has no way to take one away
         if figure is not None:
             # The dashboard's buttons stand beside the plot: in a row they would lie over the title.
             figure.update_layout(height=PLOT_HEIGHT, modebar_orientation="v", margin_r=48)
@@ -276,13 +281,28 @@ def _schedules(report: StudyReport) -> str:
     rows = report.rows()
     if not rows:
         return ""
-    lines = [f"| schedule | {report.metric} | fresh noise, 95 % | cost | timesteps |", "|---|---|---|---|---|"]
+    searched = any(row.candidate.settings for row in rows)
+    heads = ["schedule", report.metric, "fresh noise, 95 %", "cost", *(["settings"] if searched else []), "timesteps"]
+    lines = [_table_line(heads), "|---" * len(heads) + "|"]
     for row in rows:
         value = "-" if row.value is None else _number(row.value)
         fresh = "-" if row.fresh is None else f"{_number(row.fresh.mean)} ± {_number(row.fresh.half_width)}"
         name = f"**{row.name}** (trial {report.best.trial})" if report.best and row is rows[0] else row.name
-        lines.append(f"| {name} | {value} | {fresh} | {row.cost:.2f} | {' '.join(map(str, row.candidate.timesteps))} |")
-    return "\n".join(["## Schedules\n", *lines])
+        settings = [", ".join(f"{key} {setting}" for key, setting in row.candidate.settings)] if searched else []
+        cells = [name, value, fresh, f"{row.cost:.2f}", *settings, " ".join(map(str, row.candidate.timesteps))]
+        lines.append(_table_line(cells))
+    return "\n".join(["## Schedules\n", *lines, *_skips(rows[0].candidate, report.units)])
+
+
+def _table_line(cells: Sequence[str]) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def _skips(best: Candidate, units: Sequence[str]) -> list[str]:
+    """A line on the layers that the best schedule skips; none where it skips nothing."""
+    names = best.skip_names(units)
+    at = [f"{t} ({len(skipped)})" for t, skipped in zip(best.timesteps, names, strict=True) if skipped]
+    return [f"\nThe best found skips layers at timesteps (layers of {len(units)}): {', '.join(at)}."] if at else []
 
 
 def _number(value: float) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from autodiffusion_optuna.config import Range, StudyConfig
 from autodiffusion_optuna.errors import ConfigError, StudyError, choose_from
 from autodiffusion_optuna.noise import NoiseSchedule
 from autodiffusion_optuna.pipelines import NOT_PIPELINES, SCALING, Recipe, find_recipe
-from autodiffusion_optuna.report import Best, read_report
+from autodiffusion_optuna.report import Best, StudyReport, read_report
 from autodiffusion_optuna.schedule import ConfigPart, FreshPart, ModelPart, NoisePart, Schedule, ScorePart
 
 BUNDLED = ("digits",)
@@ -27,10 +27,14 @@ IMAGES = 16
 
 def export_schedule(study: optuna.Study) -> Schedule:
     """Everything needed to repeat the best candidate's images (StudyError where there is none yet)."""
-    report = read_report(study)
+    return report_schedule(read_report(study))
+
+
+def report_schedule(report: StudyReport) -> Schedule:
+    """``export_schedule`` of a study as it was read."""
     if report.best is None:
         raise StudyError(f"study {report.config.name!r} has no finished trial to export; run it first")
-    config, best, attrs = report.config, report.best, study.user_attrs
+    config, best, attrs = report.config, report.best, report.attrs
     candidate = best.candidate
     sampling = _sampling(config, candidate, attrs)
     packed = attrs.get(records.NOISE)
@@ -57,7 +61,7 @@ def _versions() -> dict[str, str]:
     return {name: metadata.version(name) for name in names if any(metadata.distributions(name=name))}
 
 
-def _sampling(config: StudyConfig, candidate: Candidate, attrs: dict[str, Any]) -> dict[str, Any]:
+def _sampling(config: StudyConfig, candidate: Candidate, attrs: Mapping[str, Any]) -> dict[str, Any]:
     """Solver, final, eta and guidance: what the candidate chose, else what the study fixes."""
     from autodiffusion_optuna.evaluation.solvers import solver_names
 
@@ -83,7 +87,7 @@ def _first(value: Any) -> Any:
     return value[0] if isinstance(value, list) else value
 
 
-def _model(config: StudyConfig, attrs: dict[str, Any]) -> ModelPart:
+def _model(config: StudyConfig, attrs: Mapping[str, Any]) -> ModelPart:
     facts = attrs.get(records.MODEL_FACTS, {"kind": "mixture" if config.model.source == "mixture" else "UNet2DModel"})
     shape, image_shape = facts.get("shape"), facts.get("image_shape")
     return ModelPart(

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+import statistics
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from optuna.trial import FrozenTrial, TrialState
@@ -31,8 +32,10 @@ OPERATORS = {
 AGES = ["#c9dcee", "#8fbbe0", "#4c93c9", "#1b6ca8", "#0a3f6b"]
 """Colours of generations from first to last: lightness alone, so that they also survive a printer."""
 KEPT, SKIPPED = "#e3e8ef", RED
-ROWS, POINTS, BARS, TICKS = 24, 900, 40, 10
-"""Most generations, trials, bars and labels drawn: a figure stays below 60 kB, whatever the study's length."""
+ROWS, POINTS, MEDIANS, BARS, TICKS = 24, 900, 120, 40, 10
+"""Most generations, trials, medians, bars and labels drawn: a figure stays below 60 kB, whatever the study's length."""
+STRIP = 0.7
+"""Width of a generation's trials, on an axis of generations."""
 
 Item = TypeVar("Item")
 
@@ -168,7 +171,7 @@ def _groups(units: Sequence[str]) -> list[tuple[int, str]]:
 
 
 def history(report: StudyReport) -> go.Figure | None:
-    """Value of every trial by the operator that proposed it, the best so far, and the known schedules as lines.
+    """Values by generation: its trials side by side, its median, the best so far, and the known schedules as lines.
 
     A long study's trials are thinned out evenly; those that set a new best stay. None where no trial is complete.
     """
@@ -177,35 +180,89 @@ def history(report: StudyReport) -> go.Figure | None:
     complete = [t for t in report.finished if t.state == TrialState.COMPLETE]
     if not complete:
         return None
-    bests = _new_bests(complete)
-    kept = {t.number for t in bests} | {t.number for t in _thin(complete, POINTS)}
-    figure = go.Figure()
-    last = complete[-1].number
-    _known_lines(figure, report, last)
-    by_operator: dict[str, list[FrozenTrial]] = defaultdict(list)
+    generations: dict[int, list[FrozenTrial]] = defaultdict(list)
     for trial in complete:
-        if trial.number in kept:
-            by_operator[trial.user_attrs.get(records.OPERATOR, "known")].append(trial)
-    for operator, (name, colour, symbol) in OPERATORS.items():
-        trials = by_operator.get(operator, [])
-        if trials:
-            figure.add_scatter(
-                x=[t.number for t in trials], y=[_short(t.values[0]) for t in trials], mode="markers", name=name,
-                customdata=[_generation(t) for t in trials],
-                marker={"color": colour, "symbol": symbol, "size": 7, "opacity": 0.8},
-                hovertemplate=f"trial %{{x}}, {name}<br>generation %{{customdata}}<br>%{{y}}<extra></extra>",
-            )  # fmt: skip
-    steps = _thin(bests, POINTS // 3)
-    figure.add_scatter(
-        x=[*(t.number for t in steps), last], y=[_short(t.values[0]) for t in [*steps, bests[-1]]], mode="lines",
-        name="best so far", legendrank=1, line={"color": BLUE, "width": 2.5, "shape": "hv"}, hoverinfo="skip",
-    )  # fmt: skip
-    _mark_stage_two(figure, complete)
-    _style(figure, f"{report.metric} by trial", height=430)
-    figure.update_xaxes(title_text="trial", zeroline=False)
+        generations[_generation(trial)].append(trial)
+    span = (min(generations) - 0.5, max(generations) + 0.5)
+    figure = go.Figure()
+    _known_lines(figure, report, span)
+    _trial_points(figure, complete, generations)
+    _medians(figure, generations)
+    _best_so_far(figure, generations, span)
+    _mark_stage_two(figure, generations, span)
+    _style(figure, f"{report.metric} by generation", height=430)
+    figure.update_xaxes(
+        title_text="generation", zeroline=False, showgrid=False, range=list(span), tick0=0, dtick=_tick_step(span)
+    )
     figure.update_yaxes(title_text=f"{report.metric}, lower is better", zeroline=False)
     _frame(figure, report, complete)
     return figure
+
+
+def _trial_points(
+    figure: go.Figure, complete: Sequence[FrozenTrial], generations: Mapping[int, Sequence[FrozenTrial]]
+) -> None:
+    """A point for each trial, side by side in their generation, coloured by what proposed them."""
+    kept = {t.number for t in _new_bests(complete)} | {t.number for t in _thin(complete, POINTS)}
+    by_operator: dict[str, list[tuple[float, FrozenTrial]]] = defaultdict(list)
+    for generation, trials in generations.items():
+        for place, trial in enumerate(trials):
+            if trial.number in kept:
+                across = STRIP * (place / (len(trials) - 1) - 0.5) if len(trials) > 1 else 0.0
+                operator = trial.user_attrs.get(records.OPERATOR, "known")
+                by_operator[operator].append((round(generation + across, 3), trial))
+    for operator, (name, colour, symbol) in OPERATORS.items():
+        points = by_operator.get(operator, [])
+        if points:
+            figure.add_scatter(
+                x=[x for x, _ in points], y=[_short(t.values[0]) for _, t in points], mode="markers", name=name,
+                customdata=[[t.number, _generation(t)] for _, t in points],
+                marker={"color": colour, "symbol": symbol, "size": 6, "opacity": 0.7},
+                hovertemplate=f"trial %{{customdata[0]}}, {name}<br>generation %{{customdata[1]}}"
+                "<br>%{y}<extra></extra>",
+            )  # fmt: skip
+
+
+def _medians(figure: go.Figure, generations: Mapping[int, Sequence[FrozenTrial]]) -> None:
+    """A bar across each generation at the median of its values."""
+    x: list[float | None] = []
+    y: list[float | None] = []
+    for generation, trials in _thin(sorted(generations.items()), MEDIANS):
+        median = _short(statistics.median(t.values[0] for t in trials))
+        x += [round(generation - STRIP / 2, 3), round(generation + STRIP / 2, 3), None]
+        y += [median, median, None]
+    figure.add_scatter(
+        x=x, y=y, mode="lines", name="median", legendrank=2, line={"color": FAINT, "width": 2},
+        hovertemplate="median of its generation<br>%{y}<extra></extra>",
+    )  # fmt: skip
+
+
+def _best_so_far(
+    figure: go.Figure, generations: Mapping[int, Sequence[FrozenTrial]], span: tuple[float, float]
+) -> None:
+    """A stepped line through the best value at the end of each generation."""
+    best: FrozenTrial | None = None
+    steps: list[tuple[int, FrozenTrial]] = []
+    for generation, trials in sorted(generations.items()):
+        candidate = min(trials, key=lambda t: (t.values[0], t.number))
+        if best is None or candidate.values[0] < best.values[0]:
+            best = candidate
+            steps.append((generation, best))
+    steps = _thin(steps, POINTS // 3)
+    # Each step is drawn at the left edge of its generation.
+    figure.add_scatter(
+        x=[*(generation - 0.5 for generation, _ in steps), span[1]],
+        y=[_short(t.values[0]) for _, t in [*steps, steps[-1]]],
+        customdata=[[t.number, generation] for generation, t in [*steps, steps[-1]]],
+        mode="lines", name="best so far", legendrank=1, line={"color": BLUE, "width": 2.5, "shape": "hv"},
+        hovertemplate="best since generation %{customdata[1]}<br>trial %{customdata[0]}<br>%{y}<extra></extra>",
+    )  # fmt: skip
+
+
+def _tick_step(span: tuple[float, float]) -> int:
+    """Generations between two labels."""
+    steps = (int(digit * 10.0**exponent) for exponent in range(7) for digit in (1, 2, 5))
+    return next(step for step in steps if (span[1] - span[0]) / step <= TICKS)
 
 
 def _frame(figure: go.Figure, report: StudyReport, complete: Sequence[FrozenTrial]) -> None:
@@ -245,7 +302,7 @@ def _new_bests(complete: Sequence[FrozenTrial]) -> list[FrozenTrial]:
     return found
 
 
-def _known_lines(figure: go.Figure, report: StudyReport, last: int) -> None:
+def _known_lines(figure: go.Figure, report: StudyReport, span: tuple[float, float]) -> None:
     """A line for each known schedule; named are uniform and the best of the others, the rest on hovering."""
     scored = sorted((k.value, k.name) for k in report.known if k.value is not None)
     rivals = [name for _, name in scored if name != "uniform"]
@@ -253,8 +310,8 @@ def _known_lines(figure: go.Figure, report: StudyReport, last: int) -> None:
     for value, name in scored:
         uniform = name == "uniform"
         figure.add_scatter(
-            x=[0, max(last, 1)], y=[_short(value)] * 2, mode="lines", showlegend=name in named,
-            legendrank=2 if uniform else 3, name=name, hovertemplate=f"{name}<br>%{{y}}<extra></extra>",
+            x=list(span), y=[_short(value)] * 2, mode="lines", showlegend=name in named,
+            legendrank=3 if uniform else 4, name=name, hovertemplate=f"{name}<br>%{{y}}<extra></extra>",
             line={
                 "color": INK if uniform else GREEN if name in named else "#d0d5dd",
                 "width": 1.8 if name in named else 1,
@@ -263,12 +320,14 @@ def _known_lines(figure: go.Figure, report: StudyReport, last: int) -> None:
         )  # fmt: skip
 
 
-def _mark_stage_two(figure: go.Figure, trials: Sequence[FrozenTrial]) -> None:
-    """A band over the trials of stage two, where there is one."""
-    second = [t.number for t in trials if t.user_attrs.get(records.STAGE) == 2]
+def _mark_stage_two(
+    figure: go.Figure, generations: Mapping[int, Sequence[FrozenTrial]], span: tuple[float, float]
+) -> None:
+    """A band over the generations of stage two, where there are any."""
+    second = [g for g, trials in generations.items() if any(t.user_attrs.get(records.STAGE) == 2 for t in trials)]
     if second:
         figure.add_vrect(
-            x0=second[0] - 0.5, x1=trials[-1].number + 0.5, fillcolor="#f2f4f7", line_width=0, layer="below",
+            x0=min(second) - 0.5, x1=span[1], fillcolor="#f2f4f7", line_width=0, layer="below",
             annotation={"text": "layers may be skipped", "font": {"size": 11, "color": FAINT}},
             annotation_position="top left",
         )  # fmt: skip
@@ -314,6 +373,18 @@ FIGURES: dict[str, tuple[str, Callable[[StudyReport], go.Figure | None]]] = {
     "evaluations": ("Network evaluations run and saved", evaluations),
 }
 """Id of a figure -> its title, and the function that draws it; None where there is nothing to draw."""
+
+
+def nothing(title: str) -> go.Figure:
+    """What stands where there was a figure once and is nothing to draw any more."""
+    import plotly.graph_objects as go
+
+    figure = go.Figure()
+    _style(figure, title, height=200)
+    figure.add_annotation(text="nothing to show now", showarrow=False, font={"color": FAINT})
+    figure.update_xaxes(visible=False)
+    figure.update_yaxes(visible=False)
+    return figure
 
 
 def _style(figure: go.Figure, title: str, height: int) -> None:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import re
 import uuid
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,24 +18,31 @@ from optuna.trial import FrozenTrial, TrialState, create_trial
 from sqlalchemy.exc import IntegrityError
 
 from autodiffusion_optuna import records
-from autodiffusion_optuna.artifacts import open_store
+from autodiffusion_optuna.artifacts import ATTR, location_of, open_store, reason_of, shown, stored_location
 from autodiffusion_optuna.claims import OWNER, is_dead, owner
 from autodiffusion_optuna.config import NAME_PATTERN
-from autodiffusion_optuna.errors import ConfigError, StudyError
+from autodiffusion_optuna.errors import ConfigError, StorageError, StudyError
 from autodiffusion_optuna.report import load_study, study_names
 from autodiffusion_optuna.storage import StudyStorage
 
 if TYPE_CHECKING:
     from optuna.artifacts._protocol import ArtifactStore
 
-ARTIFACT = "artifacts:"
-"""Prefix of the system attr that Optuna keeps for each artifact of a trial or a study: its id follows."""
 NOTE = re.compile(r"^dashboard:(\d+):(note_\w+.*)$")
 """Study system attr in which optuna-dashboard keeps a part of the note of the trial with that database id."""
 COPYING = "{} (being copied)"
 """Name of a copy until it is complete; no study of adopt's can have it, see ``config.NAME_PATTERN``."""
 
 OnCopied = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class Deleted:
+    """What became of a deleted study's pictures: how many are removed; ids of those that are left in the store, why."""
+
+    removed: int
+    left: tuple[str, ...] = ()
+    why: str = ""
 
 
 def check_name(name: str) -> None:
@@ -52,9 +60,11 @@ def rename_study(storage: StudyStorage, old: str, new: str, *, force: bool = Fal
     or is being run (unless ``force``), or where ``new`` exists. Nothing is changed then.
     """
     check_name(new)
-    study = _at_rest(storage, old, force)
-    _check_free(storage, new)
-    _set_name(storage, storage.get_study_id_from_name(old), new, study.user_attrs[records.CONFIG])
+    study = load_study(storage, old)
+    with storage.claiming(study._study_id):  # no worker begins a trial between the check and the change
+        _check_at_rest(study, force)
+        _check_free(storage, new)
+        _set_name(storage, study._study_id, new, study.user_attrs[records.CONFIG])
 
 
 def copy_study(
@@ -73,7 +83,8 @@ def copy_study(
     killed is no study of adopt's, and is removed when it is tried again. Raises as ``rename_study`` does.
     """
     check_name(new)
-    study = _at_rest(storage, old, force)
+    study = load_study(storage, old)
+    _check_at_rest(study, force)
     destination = storage if target is None else target()
     _check_free(destination, new)
     with _unfinished_copy(destination, new, force) as copy_id:
@@ -81,23 +92,27 @@ def copy_study(
         _set_name(destination, copy_id, new, study.user_attrs[records.CONFIG])
 
 
-def delete_study(storage: StudyStorage, name: str, *, force: bool = False) -> int:
-    """Delete a study and the pictures that are its alone; how many pictures. Raises as ``rename_study`` does."""
-    _at_rest(storage, name, force)
-    return _delete(storage, storage.get_study_id_from_name(name))
+def delete_study(storage: StudyStorage, name: str, *, force: bool = False) -> Deleted:
+    """Delete a study and the pictures that are its alone.
 
-
-def _at_rest(storage: StudyStorage, name: str, force: bool) -> optuna.Study:
-    """A study of adopt's that nobody is running (StudyError)."""
+    Raises as ``rename_study`` does, and StorageError where the pictures cannot be removed: the study is kept then, but
+    with ``force`` deleted without them.
+    """
     study = load_study(storage, name)
+    with storage.claiming(study._study_id):  # a trial begun meanwhile would be left behind without its study
+        _check_at_rest(study, force)
+        return _delete(storage, study._study_id, leave_pictures=force)
+
+
+def _check_at_rest(study: optuna.Study, force: bool) -> None:
+    """StudyError where somebody runs the study."""
     running = [t for t in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)) if _has_worker(t)]
     if running and not force:
         workers = sorted({t.user_attrs.get(OWNER, "unknown") for t in running})
         raise StudyError(
-            f"study {name!r} is being run: {len(running)} running trials of {', '.join(workers)}; "
+            f"study {study.study_name!r} is being run: {len(running)} running trials of {', '.join(workers)}; "
             "stop its workers first, or give --force"
         )
-    return study
 
 
 def _has_worker(trial: FrozenTrial) -> bool:
@@ -150,7 +165,7 @@ def _unfinished_copy(storage: StudyStorage, name: str, force: bool) -> Iterator[
     try:
         yield study_id
     except BaseException:
-        _delete(storage, study_id)
+        _delete(storage, study_id, leave_pictures=True)
         raise
 
 
@@ -158,10 +173,10 @@ def _copy_into(
     study: optuna.Study, storage: StudyStorage, destination: StudyStorage, copy_id: int, on_copied: OnCopied | None
 ) -> None:
     """Copy everything but name and config; Optuna's ``copy_study`` writes those first, and mixes up trials' notes."""
-    location = study.user_attrs.get(records.ARTIFACTS)
+    location = _location(storage, study.user_attrs)
     store = None if location is None else _open_store(location)
     if location is not None:  # first, so that pictures of a copy that was killed can be found
-        destination.set_study_user_attr(copy_id, records.ARTIFACTS, location)
+        destination.set_study_user_attr(copy_id, records.ARTIFACTS, stored_location(location, _url(destination)))
     trials = study.get_trials(deepcopy=False)
     old_id = storage.get_study_id_from_name(study.study_name)
     new_ids: dict[int, int] = {}
@@ -169,7 +184,7 @@ def _copy_into(
         attrs, pictures = _with_own_pictures(trial.system_attrs)
         new_id = destination.create_new_trial(copy_id, _template(trial, attrs))
         new_ids[storage.get_trial_id_from_study_id_trial_number(old_id, trial.number)] = new_id
-        _copy_pictures(store, pictures)
+        _copy_pictures(store, location, pictures)
         if on_copied is not None:
             on_copied(count, len(trials))
     system_attrs, pictures = _with_own_pictures(storage.get_study_system_attrs(old_id))
@@ -177,7 +192,7 @@ def _copy_into(
         note = NOTE.match(key)
         own = f"dashboard:{new_ids.get(int(note[1]))}:{note[2]}" if note else key
         destination.set_study_system_attr(copy_id, own, value)
-    _copy_pictures(store, pictures)
+    _copy_pictures(store, location, pictures)
     for key, value in study.user_attrs.items():
         if key not in (records.CONFIG, records.ARTIFACTS):
             destination.set_study_user_attr(copy_id, key, value)
@@ -204,49 +219,82 @@ def _with_own_pictures(attrs: Mapping[str, Any]) -> tuple[dict[str, Any], dict[s
     own: dict[str, Any] = {}
     ids: dict[str, str] = {}
     for key, value in attrs.items():
-        if key.startswith(ARTIFACT):
-            old, new = key.removeprefix(ARTIFACT), str(uuid.uuid4())
+        if key.startswith(ATTR):
+            old, new = key.removeprefix(ATTR), str(uuid.uuid4())
             ids[old] = new
-            own[ARTIFACT + new] = json.dumps({**json.loads(value), "artifact_id": new})
+            own[ATTR + new] = json.dumps({**json.loads(value), "artifact_id": new})
         else:
             own[key] = value
     return own, ids
 
 
-def _copy_pictures(store: ArtifactStore | None, ids: Mapping[str, str]) -> None:
+def _copy_pictures(store: ArtifactStore | None, location: str | None, ids: Mapping[str, str]) -> None:
     if store is None:
         return
     for old, new in ids.items():
-        try:
-            with store.open_reader(old) as picture:
-                store.write(new, picture)
-        except ArtifactNotFound:
-            continue  # lost before: the copy has lost it too
+        with _told_as_storage_error("copy", location):
+            try:
+                with store.open_reader(old) as picture:
+                    store.write(new, picture)
+            except ArtifactNotFound:
+                continue  # lost before: the copy has lost it too
 
 
-def _delete(storage: StudyStorage, study_id: int) -> int:
-    """Delete pictures, then the study: a delete that was killed can be told again."""
-    location = storage.get_study_user_attrs(study_id).get(records.ARTIFACTS)
-    store = None if location is None else _open_store(location)
-    removed = 0 if store is None else _delete_pictures(storage, study_id, store)
+@contextmanager
+def _told_as_storage_error(what: str, location: str | None) -> Iterator[None]:
+    """Errors of a store as StorageError, one line."""
+    try:
+        yield
+    except Exception as error:  # the errors of buckets' clients have no common base
+        where = shown(location or "")
+        raise StorageError(
+            f"cannot {what} pictures in {where!r}: {reason_of(error)}; mend that and try again"
+        ) from None
+
+
+def _delete(storage: StudyStorage, study_id: int, *, leave_pictures: bool = False) -> Deleted:
+    """Delete pictures, then the study: a delete that was killed can be told again.
+
+    StorageError, and the study is kept, where a picture cannot be removed; with ``leave_pictures`` it is deleted.
+    """
+    location = _location(storage, storage.get_study_user_attrs(study_id))
+    pictures = [] if location is None else _own_pictures(storage, study_id)
+    gone, why = dict[str, bool](), ""
+    try:
+        _delete_pictures(location, pictures, gone)
+    except StorageError as error:
+        if not leave_pictures:
+            raise StorageError(f"{error}, or give --force to delete the study and leave its pictures") from None
+        why = str(error)
     storage.delete_study(study_id)
-    return removed
+    return Deleted(sum(gone.values()), tuple(picture for picture in pictures if picture not in gone), why)
 
 
-def _delete_pictures(storage: StudyStorage, study_id: int, store: ArtifactStore) -> int:
+def _own_pictures(storage: StudyStorage, study_id: int) -> list[str]:
+    """Ids of a study's pictures that no other study has."""
     # Optuna's copy and the dashboard's rename leave two studies with the same pictures: those stay.
     own, others = _picture_ids(storage, study_id), set[str]()
     for study in storage.get_all_studies():
         if own and study._study_id != study_id:
             others |= _picture_ids(storage, study._study_id)
-    removed = 0
-    for artifact in own - others:
+    return sorted(own - others)
+
+
+def _delete_pictures(location: str | None, pictures: Sequence[str], gone: dict[str, bool]) -> None:
+    """Remove pictures from their store (StorageError). Notes down those that are gone: now (True), or before."""
+    store = _open_store(location) if location is not None and pictures else None
+    for picture in pictures:
+        gone[picture] = store is not None and _remove(store, location, picture)
+
+
+def _remove(store: ArtifactStore, location: str | None, picture: str) -> bool:
+    """Remove a picture (StorageError); False where it was lost before."""
+    with _told_as_storage_error("remove", location):
         try:
-            store.remove(artifact)
-            removed += 1
+            store.remove(picture)
         except ArtifactNotFound:
-            continue
-    return removed
+            return False
+    return True
 
 
 def _picture_ids(storage: StudyStorage, study_id: int) -> set[str]:
@@ -257,8 +305,18 @@ def _picture_ids(storage: StudyStorage, study_id: int) -> set[str]:
         "UNION SELECT key FROM study_system_attributes WHERE study_id = :study AND key LIKE :prefix"
     )
     with storage.engine.connect() as connection:
-        keys = connection.execute(query, {"study": study_id, "prefix": ARTIFACT + "%"}).scalars()
-        return {key.removeprefix(ARTIFACT) for key in keys}
+        keys = connection.execute(query, {"study": study_id, "prefix": ATTR + "%"}).scalars()
+        return {key.removeprefix(ATTR) for key in keys}
+
+
+def _url(storage: StudyStorage) -> str:
+    return storage.engine.url.render_as_string(hide_password=False)
+
+
+def _location(storage: StudyStorage, attrs: Mapping[str, Any]) -> str | None:
+    """Where the pictures of a study with these user attributes are, as ``open_store`` takes it."""
+    stored = attrs.get(records.ARTIFACTS)
+    return None if stored is None else location_of(stored, _url(storage))
 
 
 def _open_store(location: str) -> ArtifactStore | None:

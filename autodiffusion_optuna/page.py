@@ -18,10 +18,10 @@ from numpy.typing import NDArray
 from autodiffusion_optuna import __version__, records
 from autodiffusion_optuna.config import flatten
 from autodiffusion_optuna.errors import AdoptError
-from autodiffusion_optuna.export import export_schedule, schedule_text
+from autodiffusion_optuna.export import report_schedule, schedule_text
 from autodiffusion_optuna.figures import FIGURES
 from autodiffusion_optuna.plots import picture
-from autodiffusion_optuna.report import Row, StudyReport, read_report
+from autodiffusion_optuna.report import Row, StudyReport
 
 ASSETS = Path(__file__).parent / "assets" / "report"
 POLICY = "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data: blob:"
@@ -34,7 +34,8 @@ CAPTIONS = {
     "timesteps": "Each row is the best schedule at the end of a generation that improved it. "
     "Diamonds and dotted lines: uniform steps.",
     "masks": "A line per step, a column per layer. A skipped layer passes its input on.",
-    "history": "Every candidate by the operator that proposed it, and the known schedules as lines.",
+    "history": "Every candidate in its generation, by the operator that proposed it; a bar at each generation\u2019s "
+    "median; the known schedules as lines across.",
     "evaluations": "Candidates that share their first steps share the evaluations of these steps.",
 }
 FILES = {"json": "{}.json", "diffusers": "{}.py", "comfyui": "{}-sigmas.txt"}
@@ -44,15 +45,14 @@ Pictures = Sequence[tuple[str, NDArray[np.uint8]]]
 
 
 def page(
-    study: optuna.Study, *, pictures: Pictures = (), notes: Sequence[str] = (), tail: str = "", written: str = ""
+    report: StudyReport, *, pictures: Pictures = (), notes: Sequence[str] = (), tail: str = "", written: str = ""
 ) -> str:
-    """One HTML page about a study, with all it needs inside it.
+    """One HTML page about a study as it was read, with all it needs inside it.
 
     ``pictures``: rows as (label, uint8 [N, C, H, W]), uniform's first and the best's last, the n-th images of all from
     one noise; empty for a page without. ``notes``: warnings to show below the result. ``tail``: what the page's
     commands end with, such as `` --storage URL``. ``written``: when, as text.
     """
-    report = read_report(study)
     name = escape(report.config.name)
     drawn = [(key, title, _figure_json(report, key)) for key, (title, _) in FIGURES.items()]
     figures = [(key, title, data) for key, title, data in drawn if data is not None]
@@ -61,7 +61,7 @@ def page(
         _table(report),
         _pictures(pictures),
         _figures(figures),
-        _apply(study, report, tail),
+        _apply(report, tail),
         _provenance(report),
     ]
     about = f'<p class="about">{escape(report.config.description)}</p>' if report.config.description else ""
@@ -109,7 +109,8 @@ def _sentence(report: StudyReport, best: Row, uniform: Row | None) -> str:
     if uniform is None or _value(uniform, fresh) is None:
         return text + "."
     given = f'<strong class="plain">{_value(uniform, fresh):.4g}</strong>{_range(uniform, fresh)}'
-    text += f"; {_steps(uniform)} uniform ones give {given}. That is {_change(best, uniform)}, "
+    change = _change(best, uniform)
+    text += f"; {_steps(uniform)} uniform ones give {given}" + (f". That is {change}, " if change else ", ")
     if fresh:
         assert best.fresh is not None
         size = f"{best.fresh.banks}&nbsp;&times;&nbsp;{best.fresh.images:,}"
@@ -133,12 +134,12 @@ def _range(row: Row, fresh: bool) -> str:
     return f' <span class="range">(95&nbsp;% interval {low:.4g} to {high:.4g})</span>'
 
 
-def _change(best: Row, uniform: Row) -> str:
-    """How far the best is below uniform, as a share; both on the same noise."""
+def _change(best: Row, uniform: Row) -> str | None:
+    """How far the best is below uniform, as a share, both on the same noise; None where there is no such share."""
     fresh = best.fresh is not None and uniform.fresh is not None
     found, given = _value(best, fresh), _value(uniform, fresh)
-    if found is None or given is None or given <= 0:  # kid may be negative
-        return "no share of it"
+    if found is None or given is None or found < 0 or given <= 0:  # kid may be negative
+        return None
     share = 1 - found / given
     return f"{_percent(abs(share))} {'lower' if share >= 0 else 'higher'}"
 
@@ -162,7 +163,7 @@ def _doubts(best: Row, uniform: Row | None, report: StudyReport, tail: str) -> l
 def _tiles(report: StudyReport, best: Row, uniform: Row | None) -> str:
     run, saved = report.total("run"), report.total("saved")
     facts = [
-        ("against uniform", _change(best, uniform) if uniform else "&ndash;"),
+        ("against uniform", (uniform and _change(best, uniform)) or "&ndash;"),
         ("cost of the schedule", f"{best.cost:.2f}"),
         ("candidates finished", f"{len(report.finished):,} of {report.config.search.trials:,}"),
         ("evaluations saved", _percent(saved / max(run + saved, 1))),
@@ -287,11 +288,11 @@ def _inside_script(text: str) -> str:
 # How to apply it
 
 
-def _apply(study: optuna.Study, report: StudyReport, tail: str) -> str:
+def _apply(report: StudyReport, tail: str) -> str:
     if report.best is None:
         return ""
     name = report.config.name
-    texts, refused = _exports(study)
+    texts, refused = _exports(report)
     commands = "".join(f"adopt export --study {name} --format {form} --out .{tail}\n" for form in texts)
     steps = [_step("Take the schedule", "These commands write its files:", commands)]
     if "diffusers" in texts:
@@ -314,9 +315,9 @@ def _apply(study: optuna.Study, report: StudyReport, tail: str) -> str:
     )
 
 
-def _exports(study: optuna.Study) -> tuple[dict[str, str], str]:
+def _exports(report: StudyReport) -> tuple[dict[str, str], str]:
     """Text of every export that this model allows, and why another is not among them."""
-    schedule, texts, refused = export_schedule(study), {}, ""
+    schedule, texts, refused = report_schedule(report), {}, ""
     for form in FILES:
         try:
             texts[form] = schedule_text(schedule, form)

@@ -28,7 +28,7 @@ KNOWN_COSTS = "known_costs"
 """{name: cost} of the known schedules."""
 
 ARTIFACTS = "artifacts"
-"""Where the pictures of this study's trials are kept, as ``artifacts.open_store`` takes it; absent without pictures."""
+"""Where the pictures of this study's trials are kept, see ``artifacts.stored_location``; absent without pictures."""
 
 # Trial user attrs; plain ones, so that optuna-dashboard shows a column of each.
 KNOWN_NAME = "known"

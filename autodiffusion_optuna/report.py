@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from datetime import datetime
 from itertools import pairwise
@@ -11,11 +12,12 @@ from typing import Any
 
 import optuna
 from optuna.trial import FrozenTrial, TrialState
+from pydantic import ValidationError
 
-from autodiffusion_optuna import records
+from autodiffusion_optuna import __version__, records
 from autodiffusion_optuna.candidate import Candidate
 from autodiffusion_optuna.claims import Worker, workers
-from autodiffusion_optuna.config import StudyConfig, differences, load_config, presets
+from autodiffusion_optuna.config import StudyConfig, differences, explain, load_config, presets
 from autodiffusion_optuna.errors import StudyError, choose_from
 from autodiffusion_optuna.noise import NoiseSchedule
 from autodiffusion_optuna.storage import StudyStorage, is_empty, open_storage
@@ -216,9 +218,47 @@ def study_names(storage: StudyStorage) -> list[str]:
     return sorted(study.study_name for study in storage.get_all_studies())
 
 
+def current_name(study: optuna.Study) -> str:
+    """The study's name as it is now: others may have renamed it since it was opened (KeyError where it is deleted)."""
+    storage = getattr(study._storage, "_backend", study._storage)  # Optuna's cache never asks for a name twice
+    return str(storage.get_study_name_from_id(study._study_id))
+
+
+def is_deleted(study: optuna.Study) -> bool:
+    """Whether a study that was opened is gone."""
+    try:
+        current_name(study)
+    except KeyError:
+        return True
+    return False
+
+
+@contextmanager
+def still_there(study: optuna.Study) -> Iterator[None]:
+    """StudyError where others delete the study meanwhile, of which Optuna says KeyError."""
+    try:
+        yield
+    except KeyError:
+        if not is_deleted(study):
+            raise
+        raise StudyError(f"study {study.study_name!r} was deleted meanwhile, with all that it had found") from None
+
+
 def stored_config(study: optuna.Study) -> StudyConfig:
-    """The config a study was last run with."""
-    return StudyConfig.model_validate(study.user_attrs[records.CONFIG])
+    """The config a study was last run with, under the study's present name.
+
+    optuna-dashboard's rename and Optuna's ``copy_study`` leave the old name in the config, and may choose one that no
+    study file could have: the name is not checked. StudyError for a config that only another version of adopt reads.
+    """
+    attrs, name = study.user_attrs, current_name(study)
+    try:
+        return StudyConfig.model_validate(attrs[records.CONFIG]).model_copy(update={"name": name})
+    except ValidationError as error:
+        reason = explain(error).partition(";")[0]
+        raise StudyError(
+            f"study {name!r} was written by adopt {attrs.get(records.VERSION)}, this is {__version__}: {reason}; "
+            "install that version to go on with it, or choose another study"
+        ) from None
 
 
 def read_report(study: optuna.Study, size: tuple[int, int] | None = None) -> StudyReport:
@@ -228,7 +268,9 @@ def read_report(study: optuna.Study, size: tuple[int, int] | None = None) -> Stu
     """
     attrs = study.user_attrs
     trials = study.get_trials(deepcopy=False)
-    values = records.values_by_key(study)
+    values = {  # of the trials just read: a running study has others a moment later
+        t.user_attrs[records.CANDIDATE]: t.values[0] for t in _complete(trials)
+    }
     best = _best(trials, attrs, size)
     if size is None and best is not None:
         size = records.largest_fresh(attrs, best.candidate.key)
@@ -254,7 +296,7 @@ def read_report(study: optuna.Study, size: tuple[int, int] | None = None) -> Stu
 
 
 def _best(trials: Sequence[FrozenTrial], attrs: dict[str, Any], size: tuple[int, int] | None) -> Best | None:
-    complete = [t for t in trials if t.state == TrialState.COMPLETE and records.CANDIDATE in t.user_attrs]
+    complete = _complete(trials)
     if not complete:
         return None
     trial = min(complete, key=lambda t: (t.values[0], t.number))
@@ -270,9 +312,16 @@ def _best(trials: Sequence[FrozenTrial], attrs: dict[str, Any], size: tuple[int,
     )
 
 
+def _complete(trials: Sequence[FrozenTrial]) -> list[FrozenTrial]:
+    return [t for t in trials if t.state == TrialState.COMPLETE and records.CANDIDATE in t.user_attrs]
+
+
 @dataclass(frozen=True)
 class StudyLine:
-    """One line of ``adopt studies``: a shipped preset, a study in the database, or both."""
+    """One line of ``adopt studies``: a shipped preset, a study in the database, or both.
+
+    ``finished`` and ``best`` are None where there is nothing yet, or nothing that this version can read.
+    """
 
     name: str
     description: str
@@ -298,7 +347,12 @@ def list_studies(storage: StudyStorage | None) -> list[StudyLine]:
 
 
 def _line(study: optuna.Study, preset: bool) -> StudyLine:
-    config = stored_config(study)
+    try:
+        config = stored_config(study)
+    except StudyError:  # the other studies of the database can still be told
+        version = study.user_attrs.get(records.VERSION)
+        what = f"written by adopt {version}, this is {__version__}"
+        return StudyLine(current_name(study), what, preset, None, 0, None)
     best = min(records.values_by_key(study).values(), default=None)
     finished = records.finished(study)
     return StudyLine(config.name, config.description, preset, finished, config.search.trials, best)

@@ -21,7 +21,14 @@ from optuna.trial import FrozenTrial, TrialState
 from sqlalchemy.exc import SQLAlchemyError
 
 from autodiffusion_optuna import __version__, records
-from autodiffusion_optuna.artifacts import attach_picture, notable, open_store
+from autodiffusion_optuna.artifacts import (
+    attach_picture,
+    default_folder,
+    location_of,
+    notable,
+    open_store,
+    stored_location,
+)
 from autodiffusion_optuna.candidate import Candidate
 from autodiffusion_optuna.claims import FAILURE, OWNER, Claim, Heart, claim, is_mine, owner, put_back
 from autodiffusion_optuna.config import Range, SamplingConfig, StudyConfig
@@ -39,7 +46,7 @@ from autodiffusion_optuna.report import peek, require_same, stored_unit_costs
 from autodiffusion_optuna.search.sampler import AutoDiffusionSampler
 from autodiffusion_optuna.search.schedules import KNOWN, known_schedules
 from autodiffusion_optuna.search.space import SearchSpace
-from autodiffusion_optuna.storage import StudyStorage, check_place, open_storage, sqlite_path
+from autodiffusion_optuna.storage import StudyStorage, check_place, open_storage
 
 if TYPE_CHECKING:
     from optuna.artifacts._protocol import ArtifactStore
@@ -343,7 +350,7 @@ def open_run(
     parts = build(config, trust=trust, unit_costs=stored_unit_costs(begun), device=device)
     check_place(url)
     location = _location(begun, url, artifacts)
-    store = None if location is None else open_store(location)
+    store = None if location is None else open_store(location_of(location, url))
     storage = open_storage(url)
     study = open_study(parts, storage)
     if location is not None and location != study.user_attrs.get(records.ARTIFACTS):
@@ -352,13 +359,12 @@ def open_run(
 
 
 def _location(begun: optuna.Study | None, url: str, given: str | None) -> str | None:
-    """Where pictures go; a folder's path is absolute, for other workers may start elsewhere."""
+    """Where pictures go, as it is stored."""
     if given is not None:
-        return given if "://" in given else str(Path(given).absolute())
-    if begun is not None:
-        return begun.user_attrs.get(records.ARTIFACTS)
-    file = sqlite_path(url)
-    return None if file is None else str(file.absolute().with_name(f"{file.stem}-artifacts"))
+        return stored_location(given, url)
+    kept = None if begun is None else begun.user_attrs.get(records.ARTIFACTS)
+    location = default_folder(url) if begun is None else kept and location_of(kept, url)
+    return None if location is None else stored_location(location, url)
 
 
 def _describe_model(parts: Parts, study: optuna.Study) -> None:

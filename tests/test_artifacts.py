@@ -3,22 +3,27 @@
 from __future__ import annotations
 
 import io
+import os
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
 import optuna
 import pytest
+from command import Adopt
 from numpy.typing import NDArray
 from optuna.artifacts import FileSystemArtifactStore, download_artifact, get_all_artifact_meta
 from optuna.artifacts.exceptions import ArtifactNotFound
 from optuna.trial import FrozenTrial, TrialState, create_trial
 from PIL import Image
 
-from autodiffusion_optuna import records
+from autodiffusion_optuna import artifacts, records
 from autodiffusion_optuna.artifacts import BEST_OF_GENERATION, KNOWN, NEW_BEST, Prefixed, attach_picture, notable
 from autodiffusion_optuna.artifacts import open_store as open_artifacts
+from autodiffusion_optuna.commands.dashboard import _pictures as shown_by_dashboard
 from autodiffusion_optuna.errors import StorageError
+from autodiffusion_optuna.report import load_study
+from autodiffusion_optuna.storage import open_storage
 
 
 def images(count: int, channels: int = 1, side: int = 8) -> NDArray[np.uint8]:
@@ -83,6 +88,43 @@ def test_a_store_that_fails_costs_the_picture_and_not_the_trial() -> None:
     study.tell(trial, 1.0)
     assert study.trials[0].state == TrialState.COMPLETE
     assert records.NOTABLE not in study.trials[0].user_attrs
+    assert get_all_artifact_meta(study.trials[0], storage=study._storage) == []
+
+
+def test_why_there_are_no_pictures_is_told_once(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(artifacts, "_told", set())
+    study = optuna.create_study()
+    for _ in range(3):
+        attach_picture(study.ask(), Broken(), images(4), NEW_BEST)
+    (line,) = [record.getMessage() for record in caplog.records if record.name == "autodiffusion_optuna"]
+    assert "pictures are not kept (No space left on device)" in line
+    assert "--artifacts" in line
+
+
+class Half(FileSystemArtifactStore):
+    """A store whose disk is full after some bytes."""
+
+    def write(self, artifact_id: str, content_body: BinaryIO) -> None:
+        super().write(artifact_id, io.BytesIO(content_body.read(10)))
+        raise OSError(28, "No space left on device")
+
+
+def test_half_a_picture_is_taken_away(tmp_path: Path) -> None:
+    assert not attach_picture(optuna.create_study().ask(), Half(tmp_path), images(4), NEW_BEST)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_trial_that_is_run_again_keeps_its_picture(tmp_path: Path) -> None:
+    study = optuna.create_study(storage=f"sqlite:///{tmp_path}/a.db")
+    store = open_artifacts(str(tmp_path / "pictures"))
+    trial = study.ask()
+    for _ in range(2):
+        assert attach_picture(trial, store, images(4), NEW_BEST)
+    study.tell(trial, 1.0)
+    (meta,) = get_all_artifact_meta(study.trials[0], storage=study._storage)
+    assert [path.name for path in (tmp_path / "pictures").iterdir()] == [meta.artifact_id]
 
 
 def test_a_finished_trial_gets_no_picture(tmp_path: Path) -> None:
@@ -91,6 +133,7 @@ def test_a_finished_trial_gets_no_picture(tmp_path: Path) -> None:
     study.tell(trial, 1.0)
     with pytest.raises(optuna.exceptions.UpdateFinishedTrialError):
         attach_picture(trial, open_artifacts(str(tmp_path)), images(4), NEW_BEST)
+    assert list(tmp_path.iterdir()) == []
 
 
 def finished(number: int, value: float | None, generation: int) -> FrozenTrial:
@@ -131,10 +174,76 @@ def test_a_folder_is_created_and_its_parents_are_not(tmp_path: Path) -> None:
     assert not (tmp_path / "no").exists()
 
 
+def test_a_folder_that_is_only_read_is_neither_created_nor_written(tmp_path: Path) -> None:
+    with pytest.raises(StorageError, match="does not exist; say with --artifacts"):
+        open_artifacts(str(tmp_path / "new"), write=False)
+    assert list(tmp_path.iterdir()) == []
+    assert isinstance(open_artifacts("/proc/self", write=False), FileSystemArtifactStore)
+
+
+@pytest.mark.parametrize(
+    ("given", "stored"),
+    [
+        ("/data/studies/pictures", "pictures"),
+        ("/data/studies/a/b", "a/b"),
+        ("/data/studies", "."),
+        ("/data/elsewhere", "/data/elsewhere"),
+        ("/data/studies2", "/data/studies2"),
+        ("s3://bucket/prefix", "s3://bucket/prefix"),
+    ],
+)
+def test_a_folder_below_a_sqlite_files_is_kept_relative_to_it(given: str, stored: str) -> None:
+    url = "sqlite:////data/studies/adopt.db"
+    assert artifacts.stored_location(given, url) == stored
+    assert os.path.normpath(artifacts.location_of(stored, url)) == os.path.normpath(given)
+    postgres = "postgresql+psycopg://host/db"
+    assert artifacts.location_of(artifacts.stored_location(given, postgres), postgres) == given
+
+
+def test_an_older_versions_folder_is_found_where_it_was_moved_with_the_database(tmp_path: Path) -> None:
+    url = f"sqlite:///{tmp_path}/adopt.db"
+    (tmp_path / "there").mkdir()
+    (tmp_path / "pictures").mkdir()
+    assert artifacts.location_of(str(tmp_path / "there"), url) == str(tmp_path / "there")
+    assert artifacts.location_of("/gone/adopt-artifacts", url) == str(tmp_path / "adopt-artifacts")
+    assert artifacts.location_of("/gone/pictures", url) == str(tmp_path / "pictures")
+    assert artifacts.location_of("/mnt/not/mounted", url) == "/mnt/not/mounted"
+
+
+@pytest.mark.parametrize("older", [False, True])
+def test_a_study_is_moved_with_its_pictures(
+    folder: Path, adopt: Adopt, monkeypatch: pytest.MonkeyPatch, older: bool
+) -> None:
+    (folder / "one").mkdir()
+    monkeypatch.chdir(folder / "one")
+    assert adopt("run", "--study", "../quick.toml", "--set", "search.trials=3").code == 0
+    if older:
+        study = load_study(open_storage("sqlite:///adopt.db"), "quick")
+        study.set_user_attr(records.ARTIFACTS, str(folder / "one" / "adopt-artifacts"))
+    (folder / "one").rename(folder / "two")
+    monkeypatch.chdir(folder / "two")
+    done = adopt("run", "--study", "quick", "--set", "search.trials=6")
+    assert done.code == 0, done
+    study = load_study(open_storage("sqlite:///adopt.db"), "quick")
+    assert study.user_attrs[records.ARTIFACTS] == "adopt-artifacts"
+    store = shown_by_dashboard(study, "sqlite:///adopt.db", None)
+    assert store is not None
+    pictures = [meta for trial in study.trials for meta in get_all_artifact_meta(trial, storage=study._storage)]
+    assert len(pictures) >= 6
+    for meta in pictures:
+        with store.open_reader(meta.artifact_id) as picture:
+            assert picture.read(4) == b"\x89PNG"
+    assert adopt("studies", "copy", "--study", "quick", "--to", "twin", "--to-storage", "../other.db").code == 0
+    twin = load_study(open_storage("sqlite:///../other.db"), "twin")
+    assert twin.user_attrs[records.ARTIFACTS] == "two/adopt-artifacts"
+    assert len(list((folder / "two" / "adopt-artifacts").iterdir())) == 2 * len(pictures)
+    assert not (folder / "one").exists()
+
+
 def test_a_folder_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     assert "File exists" in one_line(str(tmp_path / "file"))
-    assert "give another folder" in one_line("/proc/pictures")
+    assert "give another folder with --artifacts" in one_line("/proc/pictures")
     assert "give another folder" in one_line("/proc/self")
     assert "names no folder" in one_line(" ")
 
@@ -152,8 +261,6 @@ def test_an_address_that_is_no_bucket_is_refused_without_its_password() -> None:
 def test_a_missing_package_is_named_with_its_command(
     location: str, package: str, extra: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from autodiffusion_optuna import artifacts
-
     def missing(bucket: str) -> None:
         raise ImportError(f"no module named {package}")
 
@@ -162,8 +269,6 @@ def test_a_missing_package_is_named_with_its_command(
 
 
 def test_a_client_without_credentials_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    from autodiffusion_optuna import artifacts
-
     def refused(bucket: str) -> None:
         raise RuntimeError("no credentials found\nand much more")
 
@@ -172,8 +277,6 @@ def test_a_client_without_credentials_is_one_line(monkeypatch: pytest.MonkeyPatc
 
 
 def test_files_of_a_prefix_stay_below_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from autodiffusion_optuna import artifacts
-
     buckets = []
 
     def bucket(name: str) -> FileSystemArtifactStore:

@@ -8,11 +8,13 @@ import sqlite3
 from pathlib import Path
 
 import numpy as np
+import optuna
 import pytest
 import torch
 from command import Adopt, Result
 from diffusers import DDIMScheduler, UNet2DModel
 
+from autodiffusion_optuna import __version__, dashboard, records
 from autodiffusion_optuna.evaluation.models import DIGITS
 
 
@@ -73,6 +75,10 @@ def tiny_unet(width: int) -> UNet2DModel:
         (["score.reference=nowhere.npz"], ["reference 'nowhere.npz' does not exist"]),
         (["score.extractor=digits", "score.reference=nowhere.npz"], ["does not exist"]),
         (["search.trails=5"], ["unknown setting 'search.trails'", "did you mean 'search.trials'"]),
+        (["search.grace=0"], ["'search.grace'", "given: 0"]),
+        (["search.grace=2592001"], ["'search.grace'", "2592000"]),
+        (["search.grace=inf"], ["'search.grace'", "2592000", "given: inf"]),
+        (["search.grace=nan"], ["'search.grace'", "2592000", "given: nan"]),
         (["trials"], ["has no '='"]),
         (["score.extractor=inception"], ["inception", "weights"]),
     ],
@@ -232,3 +238,46 @@ def test_pictures_and_exports_need_a_folder(folder: Path, adopt: Adopt) -> None:
     check_refused(adopt("export", "--study", "quick", "--format", "python"), "not a model of diffusers")
     check_refused(adopt("show", "--study", "quik"), "did you mean 'quick'")
     check_refused(adopt("score", "--study", "quick", "--banks", "1"), "fresh_banks")
+
+
+@pytest.fixture
+def newer(quick: optuna.Study) -> optuna.Study:
+    """A study whose config another version of adopt wrote."""
+    config = quick.user_attrs[records.CONFIG]
+    config["search"]["cleverness"] = 11
+    quick.set_user_attr(records.CONFIG, config)
+    quick.set_user_attr(records.VERSION, "9.9.0")
+    return quick
+
+
+def test_a_study_of_another_version_is_refused(newer: optuna.Study, folder: Path, adopt: Adopt) -> None:
+    for command in (
+        ("run", "--study", "quick"), ("run", "--study", "quick.toml"), ("show", "--study", "quick"),
+        ("status", "--study", "quick"), ("report", "--study", "quick", "--out", "a.html"),
+        ("export", "--study", "quick"),
+    ):  # fmt: skip
+        check_refused(adopt(*command), "'quick' was written by adopt 9.9.0", "install that version", "cleverness")
+    assert not (folder / "a.html").exists()
+
+
+def test_beside_a_study_of_another_version_all_others_are_listed(newer: optuna.Study, adopt: Adopt) -> None:
+    optuna.copy_study(
+        from_study_name="quick", from_storage="sqlite:///adopt.db", to_storage="sqlite:///adopt.db", to_study_name="b"
+    )
+    study = optuna.load_study(study_name="b", storage="sqlite:///adopt.db")
+    config = study.user_attrs[records.CONFIG]
+    del config["search"]["cleverness"]
+    study.set_user_attr(records.CONFIG, config)
+    listed = adopt("studies", "list")
+    assert listed.code == 0, listed
+    lines = {line.split()[0]: line.split() for line in listed.out.splitlines()}
+    assert lines["quick"][1:] == ["-", "-", "written", "by", "adopt", "9.9.0,", "this", "is", __version__]
+    assert lines["b"][1:4] == ["24", "of", "24"]
+
+
+def test_the_dashboard_of_a_study_of_another_version_is_served_without_its_note(newer: optuna.Study) -> None:
+    troubles: list[str] = []
+    with dashboard.published(newer, "sqlite:///adopt.db", troubles.append):
+        pass
+    (trouble,) = troubles
+    assert "note and figures were not written: study 'quick' was written by adopt 9.9.0" in trouble

@@ -14,18 +14,22 @@ import time
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import optuna
 import pytest
 from command import Adopt
+from long_study import long_report
 from optuna.trial import TrialState, create_trial
 from optuna_dashboard import get_note, save_note
+from optuna_dashboard._custom_plot_data import get_plotly_graph_objects
 from optuna_dashboard._inmemory_cache import _CachedExtraStudyProperty
 from test_study import run
 
 from autodiffusion_optuna import dashboard, records
+from autodiffusion_optuna.candidate import Candidate
 from autodiffusion_optuna.config import load_config, load_preset, parse_config, presets, tomllib
 from autodiffusion_optuna.report import load_study, read_report
 from autodiffusion_optuna.storage import open_storage
@@ -51,7 +55,7 @@ def fetch(url: str) -> Any:
 
 
 def test_what_is_published_is_served(folder: Path) -> None:
-    study = run(folder / "quick.toml", URL, "search.trials=9")
+    study = run(folder / "quick.toml", URL, "search.trials=14", "score.pruner=percentile", "score.rungs=[32]")
     dashboard.publish(study, URL)
     with serving(dashboard.make_app(study._storage, None)) as address:
         detail = fetch(f"{address}/api/studies/{study._study_id}")
@@ -60,6 +64,7 @@ def test_what_is_published_is_served(folder: Path) -> None:
     assert all(json.loads(plot["graph_object"])["data"] for plot in detail["plotly_graph_objects"])
     columns = {attr["key"] for attr in detail["union_user_attrs"]}
     assert {records.GENERATION, records.STAGE, records.OPERATOR, records.COST, records.IMAGES} <= columns
+    assert {records.PARENTS, records.rung_key(32)} <= columns
     assert records.SCORE not in columns
     best = read_report(study).best
     assert best is not None
@@ -83,11 +88,49 @@ def test_the_note_keeps_what_the_user_wrote(folder: Path) -> None:
     assert get_note(study).count("mine already") == 1
 
 
+def test_a_figure_of_what_is_no_longer_so_is_replaced(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    study = run(folder / "quick.toml", URL, "search.trials=2")
+    skipping = long_report(60)
+    monkeypatch.setattr(dashboard, "read_report", lambda _: skipping)
+    dashboard.publish(study, URL)
+    assert "heatmap" in plots(study)["masks"]
+    assert skipping.best is not None
+    plain = replace(skipping.best, candidate=Candidate(skipping.best.candidate.timesteps))
+    monkeypatch.setattr(dashboard, "read_report", lambda _: replace(skipping, best=plain))
+    for _ in range(2):
+        dashboard.publish(study, URL)
+        assert "heatmap" not in plots(study)["masks"]
+        assert "nothing to show now" in plots(study)["masks"]
+
+
+def plots(study: optuna.Study) -> dict[str, str]:
+    """Figures as they are stored, by id."""
+    return get_plotly_graph_objects(study._storage.get_study_system_attrs(study._study_id))
+
+
 @pytest.mark.parametrize("name", sorted(presets()))
 def test_the_notes_settings_are_a_study_file(name: str) -> None:
     config = load_preset(name)
     text = dashboard.toml(config)
     assert parse_config({**tomllib.loads(text), "name": config.name, "description": config.description}) == config
+
+
+def test_the_note_tells_searched_settings_and_skipped_layers() -> None:
+    report = long_report(60, units=14)
+    assert report.best is not None
+    plain = dashboard.note_text(report, URL)
+    assert "| schedule | FD(digits) | fresh noise, 95 % | cost | timesteps |" in plain
+    counts = [len(names) for names in report.best.candidate.skip_names(report.units)]
+    shown = [f"{t} ({count})" for t, count in zip(report.best.candidate.timesteps, counts, strict=True) if count]
+    assert f"skips layers at timesteps (layers of 14): {', '.join(shown)}." in plain
+
+    chosen = Candidate(report.best.candidate.timesteps, settings=(("guidance", 1.5), ("solver", "heun")))
+    note = dashboard.note_text(replace(report, best=replace(report.best, candidate=chosen)), URL)
+    table = [line for line in note.splitlines() if line.startswith("|")]
+    assert "| cost | settings | timesteps |" in table[0]
+    assert "| guidance 1.5, solver heun |" in table[2]
+    assert {line.count("|") for line in table} == {7}
+    assert "skips layers" not in note
 
 
 def test_no_password_gets_into_the_note(folder: Path) -> None:
@@ -124,6 +167,16 @@ def test_trouble_is_told_once_in_one_line(folder: Path, monkeypatch: pytest.Monk
     with dashboard.published(study, URL, troubles.append):
         time.sleep(0.3)
     assert troubles == ["note and figures were not written: attempt to write a readonly database"]
+
+
+def test_of_a_deleted_study_it_is_said_that_it_was_deleted(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dashboard, "LOOK_SECONDS", 0.01)
+    study = run(folder / "quick.toml", URL, "search.trials=2")
+    troubles: list[str] = []
+    with dashboard.published(study, URL, troubles.append):
+        open_storage(URL).delete_study(study._study_id)
+        time.sleep(0.3)
+    assert troubles == ["note and figures were not written: study 'quick' was deleted"]
 
 
 def trials_of_all_kinds() -> list[optuna.trial.FrozenTrial]:
@@ -194,10 +247,10 @@ def test_loopback(host: str, alone: bool) -> None:
     assert dashboard.is_loopback(host) is alone
 
 
-def start(*arguments: str) -> tuple[subprocess.Popen[str], str]:
+def start(*arguments: str, **variables: str) -> tuple[subprocess.Popen[str], str]:
     """A dashboard in a process of its own, and the address it prints."""
     command = [sys.executable, "-m", "autodiffusion_optuna", "dashboard", "--study", "quick", *arguments]
-    environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
+    environment = {**os.environ, "PYTHONUNBUFFERED": "1", **variables}
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
     assert process.stdout is not None
     line = process.stdout.readline()
@@ -223,6 +276,23 @@ def test_the_command_serves_the_study_and_ends_with_ctrl_c(folder: Path) -> None
     assert process.returncode == 130
     assert out == ""
     assert err in ("", "stopped\n")
+
+
+@pytest.mark.parametrize(
+    ("location", "reason"), [("pictures", "does not exist"), ("s3://bucket", 'pip install "autodiffusion-optuna[s3]"')]
+)
+def test_without_its_pictures_a_study_can_be_watched(folder: Path, location: str, reason: str) -> None:
+    if location.startswith("s3"):
+        (folder / "boto3.py").write_text("raise ImportError('none')")  # also where it is installed
+    study = run(folder / "quick.toml", URL, "search.trials=1")
+    study.set_user_attr(records.ARTIFACTS, location)
+    process, address = start("--port", "0", PYTHONPATH=f"{folder}:{os.environ.get('PYTHONPATH', '')}")
+    assert urllib.request.urlopen(address).status == 200
+    process.send_signal(signal.SIGINT)
+    (warning,) = [line for line in process.communicate(timeout=30)[1].splitlines() if line.startswith("warning:")]
+    assert "pictures are not shown" in warning
+    assert reason in warning
+    assert not (folder / "pictures").exists()
 
 
 def test_another_host_than_loopback_is_warned_of(folder: Path) -> None:

@@ -98,7 +98,11 @@ def test_the_pages_show_what_we_wrote(folder: Path, browser: Any, shoot: Callabl
         assert "Failed" not in text()
         shoot("study")
         # Our figures lie below the dashboard's own.
-        for title in ("Timesteps of the best schedule, by generation", "FD(pixels) by trial", "Network evaluations"):
+        for title in (
+            "Timesteps of the best schedule, by generation",
+            "FD(pixels) by generation",
+            "Network evaluations",
+        ):
             figure = f"[...document.querySelectorAll('.gtitle')].find(e => e.textContent.includes('{title}'))"
             wait(f"{figure} !== undefined")
             script(f"{figure}.closest('.js-plotly-plot').scrollIntoView({{block: 'center'}})")

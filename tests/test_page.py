@@ -7,14 +7,17 @@ import html
 import io
 import json
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import optuna
 import pytest
 from command import Adopt
 from numpy.typing import NDArray
+from optuna.trial import create_trial
 from PIL import Image
 from test_cli_errors import check_refused, listing
 
@@ -61,7 +64,7 @@ def text_of(page: str) -> str:
 
 
 def test_the_page_says_what_adopt_show_says(quick: optuna.Study, adopt: Adopt) -> None:
-    text = text_of(page(quick))
+    text = text_of(page(read_report(quick)))
     shown = adopt("show", "--study", "quick").out
     lines = [line.split() for line in shown.splitlines()[1:10]]
     assert lines[0][:2] == ["best", "found"]
@@ -81,7 +84,7 @@ def test_the_page_says_what_adopt_show_says(quick: optuna.Study, adopt: Adopt) -
 
 
 def test_everything_is_inside_the_page(quick: optuna.Study) -> None:
-    text = page(quick, pictures=rows())
+    text = page(read_report(quick), pictures=rows())
     tree = Tree(text)
     for tag, attrs in tree.tags:
         for name in ("src", "href"):
@@ -100,7 +103,7 @@ def test_everything_is_inside_the_page(quick: optuna.Study) -> None:
 
 def test_pictures_of_one_noise_stand_below_each_other(quick: optuna.Study) -> None:
     given = rows(3, channels=3)
-    images = Tree(page(quick, pictures=given)).having("img")
+    images = Tree(page(read_report(quick), pictures=given)).having("img")
     assert [image["alt"] for image in images] == [
         f"{label}, noise {n}" for n in (1, 2, 3) for label in ("uniform, 3 steps", "adopt, 3 steps")
     ]
@@ -112,13 +115,13 @@ def test_pictures_of_one_noise_stand_below_each_other(quick: optuna.Study) -> No
 
 
 def test_large_pictures_are_reduced(quick: optuna.Study) -> None:
-    for image in Tree(page(quick, pictures=rows(1, 3, 512))).having("img"):
+    for image in Tree(page(read_report(quick), pictures=rows(1, 3, 512))).having("img"):
         with Image.open(io.BytesIO(base64.b64decode((image["src"] or "").partition(",")[2]))) as drawn:
             assert drawn.size == (192, 192)
 
 
 def test_the_files_that_the_page_carries_are_the_exports(quick: optuna.Study, adopt: Adopt) -> None:
-    links = {a["download"]: a["href"] or "" for a in Tree(page(quick)).having("a") if a.get("download")}
+    links = {a["download"]: a["href"] or "" for a in Tree(page(read_report(quick))).having("a") if a.get("download")}
     exported = adopt("export", "--study", "quick", "--format", "json").out
     assert list(links) == ["quick.json"]  # nothing that diffusers loads
     assert json.loads(base64.b64decode(links["quick.json"].partition(",")[2])) == json.loads(exported)
@@ -130,7 +133,7 @@ def test_a_model_of_diffusers_comes_with_its_script(quick: optuna.Study, adopt: 
     quick.set_user_attr(records.CONFIG, config)
     facts = {"kind": "DDIMPipeline", "prediction": "epsilon", "shape": [1, 28, 28], "image_shape": [1, 28, 28]}
     quick.set_user_attr(records.MODEL_FACTS, {**facts, "guidance": "none", "scale": 1.0})
-    text = page(quick)
+    text = page(read_report(quick))
     links = {a["download"]: a["href"] or "" for a in Tree(text).having("a") if a.get("download")}
     assert list(links) == ["quick.json", "quick.py", "quick-sigmas.txt"]
     script = base64.b64decode(links["quick.py"].partition(",")[2]).decode()
@@ -151,7 +154,9 @@ def test_what_users_write_is_not_html(quick: optuna.Study) -> None:
     known = {f"{name}{evil}" if name != "uniform" else name: key for name, key in quick.user_attrs["known"].items()}
     quick.set_user_attr(records.KNOWN_COSTS, dict.fromkeys(known, 1.0))
     quick.set_user_attr(records.KNOWN, known)
-    text = page(quick, pictures=[(evil, images) for _, images in rows()], notes=[evil], tail=evil, written=evil)
+    text = page(
+        read_report(quick), pictures=[(evil, images) for _, images in rows()], notes=[evil], tail=evil, written=evil
+    )
     assert "<script>alert" not in text
     assert "<img src=x" not in text
     assert len(Tree(text).having("img")) == 6
@@ -164,9 +169,27 @@ def test_overlapping_intervals_are_pointed_out(quick: optuna.Study) -> None:
     assert report.best is not None
     fresh_key = records.fresh_key(report.best.candidate.key, 64, 3)
     quick.set_user_attr(fresh_key, {"images": 64, "values": [1.0, 2.0, 30000.0]})
-    assert "intervals overlap" in text_of(page(quick))
+    assert "intervals overlap" in text_of(page(read_report(quick)))
     quick.set_user_attr(fresh_key, {"images": 64, "values": [1.0, 2.0, 3.0]})
-    assert "intervals overlap" not in text_of(page(quick))
+    assert "intervals overlap" not in text_of(page(read_report(quick)))
+
+
+@pytest.mark.parametrize(("best", "uniform"), [(-0.01, 0.5), (0.01, -0.5), (0.01, 0.0)])
+def test_where_there_is_no_share_of_uniforms_value_none_is_named(
+    quick: optuna.Study, best: float, uniform: float
+) -> None:
+    report = read_report(quick)
+    assert report.best is not None
+    assert report.best.fresh is not None
+    found = replace(report.best, fresh=replace(report.best.fresh, values=(best,) * 3))
+    known = [
+        replace(k, fresh=k.fresh and replace(k.fresh, values=(uniform,) * 3)) if k.name == "uniform" else k
+        for k in report.known
+    ]
+    text = text_of(page(replace(report, known=known, best=found)))
+    assert f"three uniform ones give {uniform:.4g} (95 % interval {uniform:.4g} to {uniform:.4g}) , measured on" in text
+    assert "against uniform \u2013" in text
+    assert "That is" not in text
 
 
 def test_without_fresh_scores_the_page_says_so(folder: Path) -> None:
@@ -176,11 +199,11 @@ def test_without_fresh_scores_the_page_says_so(folder: Path) -> None:
     parts = runner.build(load_config(folder / "quick.toml", ["search.trials=9"]))
     database = open_storage("sqlite:///adopt.db")
     opened = runner.open_study(parts, database)
-    empty = text_of(page(opened))
+    empty = text_of(page(read_report(opened)))
     assert "No candidate is finished yet: adopt run --study quick" in empty
-    assert "plotly" not in page(opened)
+    assert "plotly" not in page(read_report(opened))
     runner.work(parts, opened, database)
-    text = text_of(page(opened))
+    text = text_of(page(read_report(opened)))
     assert "measured on the search\u2019s own 64 images" in text
     assert "fresh noise gives intervals: adopt score --study quick" in text
 
@@ -197,6 +220,37 @@ def test_the_command_writes_a_page_with_pictures(quick: optuna.Study, folder: Pa
     assert plain.code == 0
     assert plain.err == ""
     assert not Tree((folder / "plain.html").read_text(encoding="utf-8")).having("img")
+
+
+def test_a_winner_found_while_the_page_is_drawn_is_not_mixed_in(
+    quick: optuna.Study, folder: Path, adopt: Adopt, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from autodiffusion_optuna.commands import views
+
+    drawn = []
+
+    def load_and_find(*arguments: Any) -> Any:
+        uniform = quick.trials[0]
+        better = create_trial(values=[0.001], user_attrs={**uniform.user_attrs, records.CANDIDATE: "9,8,7"})
+        quick.add_trial(better)
+        study, parts = load_parts(*arguments)
+        sample = parts.evaluator.sample
+        monkeypatch.setattr(
+            type(parts.evaluator), "sample", lambda self, c, *rest, **more: drawn.append(c) or sample(c, *rest, **more)
+        )
+        return study, parts
+
+    load_parts = views.load_parts
+    monkeypatch.setattr(views, "load_parts", load_and_find)
+    best = read_report(quick).best
+    assert best is not None
+    assert best.fresh is not None
+    assert adopt("report", "--study", "quick", "--out", "report.html", "--images", "1").code == 0
+    assert drawn[1] == best.candidate
+    text = (folder / "report.html").read_text(encoding="utf-8")
+    assert f"FD(pixels) {best.fresh.mean:.4g} (95 % interval" in text_of(text)
+    (link,) = [a["href"] or "" for a in Tree(text).having("a") if a.get("download")]
+    assert json.loads(base64.b64decode(link.partition(",")[2]))["timesteps"] == list(best.candidate.timesteps)
 
 
 def test_without_the_model_the_page_has_no_pictures(
@@ -229,7 +283,7 @@ def test_commands_on_the_page_name_the_database_without_its_password(quick: optu
     from autodiffusion_optuna.storage import storage_option
 
     tail = storage_option("postgresql+psycopg://me:secret@host/db")
-    text = text_of(page(quick, tail=tail))
+    text = text_of(page(read_report(quick), tail=tail))
     assert "adopt export --study quick --format json --out . --storage 'postgresql+psycopg://me:***@host/db'" in text
     assert "secret" not in text
     assert storage_option("sqlite:///adopt.db") == ""

@@ -16,6 +16,7 @@ import pytest
 from selenium import webdriver
 
 from autodiffusion_optuna.page import page
+from autodiffusion_optuna.report import read_report
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 DRIVER = shutil.which("chromedriver")
@@ -44,7 +45,9 @@ def written(quick: optuna.Study, folder: Path) -> Path:
     labels = ("uniform, 3 steps", "adopt, 3 steps")
     pictures = [(label, rng.integers(0, 256, (8, 3, 32, 32), dtype=np.uint8)) for label in labels]
     path = folder / "report.html"
-    path.write_text(page(quick, pictures=pictures, notes=["a warning"], written="2025-01-01"), encoding="utf-8")
+    path.write_text(
+        page(read_report(quick), pictures=pictures, notes=["a warning"], written="2025-01-01"), encoding="utf-8"
+    )
     return path
 
 

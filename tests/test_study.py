@@ -22,7 +22,8 @@ from PIL import Image
 from autodiffusion_optuna import records, study
 from autodiffusion_optuna.claims import FAILURE, MAX_RETRIES, OWNER, RETRIES, owner, put_back, reclaim
 from autodiffusion_optuna.config import StudyConfig, load_config
-from autodiffusion_optuna.report import load_study, read_report
+from autodiffusion_optuna.manage import delete_study, rename_study
+from autodiffusion_optuna.report import load_study, read_report, study_names
 from autodiffusion_optuna.storage import open_storage
 
 Row = tuple[int, str, str, float | None]
@@ -183,6 +184,39 @@ def test_stopped_while_scoring_on_fresh_noise_it_scores_the_rest(
     assert report.best is not None
     assert report.best.fresh is not None
     assert sum(known.fresh is not None for known in report.known) == 2
+
+
+@pytest.mark.parametrize("workers", ["1", "2"])
+def test_renamed_while_its_winner_is_scored_a_study_is_shown_under_its_new_name(
+    folder: Path, adopt: Adopt, monkeypatch: pytest.MonkeyPatch, workers: str
+) -> None:
+    score = study.score_fresh
+
+    def rename_and_score(*arguments: Any) -> records.Fresh:
+        if study_names(open_storage("sqlite:///adopt.db")) == ["quick"]:
+            rename_study(open_storage("sqlite:///adopt.db"), "quick", "renamed")
+        return score(*arguments)
+
+    monkeypatch.setattr(study, "score_fresh", rename_and_score)
+    done = adopt("run", "--study", "quick.toml", "--set", "search.trials=3", "--workers", workers)
+    assert done.code == 0, done
+    assert "adopt export --study renamed" in done.out
+    assert study_names(open_storage("sqlite:///adopt.db")) == ["renamed"]
+
+
+@pytest.mark.parametrize("workers", ["1", "2"])
+def test_deleted_while_its_winner_is_scored_a_study_ends_with_one_line(
+    folder: Path, adopt: Adopt, monkeypatch: pytest.MonkeyPatch, workers: str
+) -> None:
+    score = study.score_fresh
+
+    def delete_and_score(*arguments: Any) -> records.Fresh:
+        delete_study(open_storage("sqlite:///adopt.db"), "quick")
+        return score(*arguments)
+
+    monkeypatch.setattr(study, "score_fresh", delete_and_score)
+    result = adopt("run", "--study", "quick.toml", "--set", "search.trials=3", "--workers", workers)
+    assert (result.code, result.err) == (1, "error: study 'quick' was deleted meanwhile, with all that it had found\n")
 
 
 def test_a_trial_of_a_live_worker_is_left_alone_and_of_a_dead_one_taken_back(folder: Path) -> None:

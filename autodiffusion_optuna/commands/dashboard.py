@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from autodiffusion_optuna.commands.output import StorageUrl, StudyName, existing, say, warn
+from autodiffusion_optuna.errors import StorageError
+
+if TYPE_CHECKING:
+    import optuna
+    from optuna.artifacts._protocol import ArtifactStore
 
 
 def dashboard(
@@ -22,19 +27,31 @@ def dashboard(
 ) -> None:
     """Serve optuna-dashboard with this study's pictures, note and figures until Ctrl-C."""
     from autodiffusion_optuna import dashboard as server
-    from autodiffusion_optuna import records
-    from autodiffusion_optuna.artifacts import open_store
     from autodiffusion_optuna.storage import storage_url
 
     server.require_installed()
     url = storage_url(storage)
     found = existing(study, url)[1]
-    location = artifacts or found.user_attrs.get(records.ARTIFACTS)
     # The study's own storage keeps finished trials: pages and figures share them.
-    app = server.make_app(found._storage, None if location is None else open_store(location))
+    app = server.make_app(found._storage, _pictures(found, url, artifacts))
     listening = server.make_server(app, host, port)
     with listening, server.published(found, url, lambda trouble: warn([trouble])):
         if not server.is_loopback(host):
             warn([f"anyone who reaches {host} can read and delete the studies: the dashboard has no password"])
         say(f"dashboard of {study}: {server.study_address(listening, found)}    (Ctrl-C ends it)")
         listening.serve_forever()
+
+
+def _pictures(study: optuna.Study, url: str, given: str | None) -> ArtifactStore | None:
+    """The store to show pictures from; None, with a warning, where the study's own cannot be opened."""
+    from autodiffusion_optuna import records
+    from autodiffusion_optuna.artifacts import location_of, open_store
+
+    if given is not None:
+        return open_store(given, write=False)
+    stored = study.user_attrs.get(records.ARTIFACTS)
+    try:
+        return None if stored is None else open_store(location_of(stored, url), write=False)
+    except StorageError as error:
+        warn([f"pictures are not shown: {error}"])
+        return None

@@ -31,7 +31,7 @@ from autodiffusion_optuna.commands.output import (
     say,
     warn,
 )
-from autodiffusion_optuna.errors import ConfigError, choose_from
+from autodiffusion_optuna.errors import ConfigError, StudyError, choose_from
 
 if TYPE_CHECKING:
     import optuna
@@ -70,7 +70,7 @@ def run(
     Run it on as many hosts as you like on one database: each is one more worker.
     """
     from autodiffusion_optuna import records
-    from autodiffusion_optuna.report import peek, require_same
+    from autodiffusion_optuna.report import peek, require_same, still_there
     from autodiffusion_optuna.storage import storage_url
 
     if workers < 1:
@@ -89,20 +89,19 @@ def run(
     done = 0 if begun is None else records.finished(begun)
     try:
         if workers > 1 or engine != "local":
-            _launch(config, url, engine, workers, options, trust=trust, artifacts=artifacts)
+            found = _launch(config, url, engine, workers, options, trust=trust, artifacts=artifacts)
             if engine == "local":  # this host may have no GPU where the workers are elsewhere: they have done it
-                _score(config, url, trust, artifacts)
+                found = _score(_as_named_now(config, found), url, trust, artifacts)
         else:
             _refuse_options(options)
-            _search(config, url, trust, artifacts)
+            found = _search(config, url, trust, artifacts)
     except KeyboardInterrupt:
         begun = peek(url, config.name)
         kept = done if begun is None else records.finished(begun)
         err.print(f"stopped; {kept} candidates are kept. Go on with: {_resume_command()}")
         raise typer.Exit(EXIT_INTERRUPTED) from None
-    finished = peek(url, config.name)
-    assert finished is not None
-    print_result(finished, url)
+    with still_there(found):
+        print_result(found, url)
 
 
 def _options(given: list[str]) -> dict[str, str]:
@@ -148,18 +147,29 @@ def _complete(study: optuna.Study, config: StudyConfig) -> bool:
     return records.fresh(study.user_attrs, best.candidate.key, *size) is not None
 
 
-def _search(config: StudyConfig, url: str, trust: bool, artifacts: str | None) -> None:
+def _as_named_now(config: StudyConfig, study: optuna.Study) -> StudyConfig:
+    """The config under the name that others may have given the study meanwhile."""
+    from autodiffusion_optuna.report import current_name, still_there
+
+    with still_there(study):
+        return config.model_copy(update={"name": current_name(study)})
+
+
+def _search(config: StudyConfig, url: str, trust: bool, artifacts: str | None) -> optuna.Study:
     """Work on the study in this process, and score its winner."""
     from autodiffusion_optuna import study as runner
     from autodiffusion_optuna.evaluation.allocator import keep_freed_memory
+    from autodiffusion_optuna.report import still_there
 
     keep_freed_memory()
     opened = runner.open_run(config, url, trust=trust, artifacts=artifacts)
     _say_begin(config, opened.study)
     warn(runner.warnings(opened.parts, config.score.images))
-    with _watched(_Board(config, opened.study)) as board:
-        runner.work(opened.parts, opened.study, opened.storage, board.on_trial, opened.store)
-    _score_finalists(opened.parts, opened.study)
+    with still_there(opened.study):
+        with _watched(_Board(config, opened.study)) as board:
+            runner.work(opened.parts, opened.study, opened.storage, board.on_trial, opened.store)
+        _score_finalists(opened.parts, opened.study)
+    return opened.study
 
 
 def _launch(
@@ -171,10 +181,10 @@ def _launch(
     *,
     trust: bool,
     artifacts: str | None,
-) -> None:
-    """Start workers and show what they do together, whoever else works on the study."""
+) -> optuna.Study:
+    """Start workers and show what they do together, whoever else works on the study, which is returned."""
     from autodiffusion_optuna.launch import launch
-    from autodiffusion_optuna.report import peek
+    from autodiffusion_optuna.report import peek, still_there
     from autodiffusion_optuna.worker import Job
 
     scores = engine != "local"
@@ -186,19 +196,27 @@ def _launch(
         if not boards and (begun := peek(url, config.name)) is not None:
             boards.append(watch.enter_context(_watched(_Board(config, begun, workers))))
         for board in boards:
-            board.on_look()
+            with still_there(board.study):
+                board.on_look()
 
     with ExitStack() as watch:
         launch(engine, job, workers, options, look)
+    found = boards[0].study if boards else peek(url, config.name)
+    if found is None:
+        raise StudyError(f"study {config.name!r} was deleted or renamed meanwhile; see adopt studies list")
+    return found
 
 
-def _score(config: StudyConfig, url: str, trust: bool, artifacts: str | None) -> None:
+def _score(config: StudyConfig, url: str, trust: bool, artifacts: str | None) -> optuna.Study:
     """Score the winner of a study whose budget is met by other processes."""
     from autodiffusion_optuna import study as runner
+    from autodiffusion_optuna.report import still_there
 
     opened = runner.open_run(config, url, trust=trust, artifacts=artifacts)
     warn(runner.warnings(opened.parts, config.score.images))
-    _score_finalists(opened.parts, opened.study)
+    with still_there(opened.study):
+        _score_finalists(opened.parts, opened.study)
+    return opened.study
 
 
 def _say_begin(config: StudyConfig, study: optuna.Study) -> None:

@@ -10,7 +10,7 @@ import typer
 from rich.progress import Progress
 from rich.table import Table
 
-from autodiffusion_optuna.commands.output import StorageUrl, StudyName, err, existing, out, say
+from autodiffusion_optuna.commands.output import StorageUrl, StudyName, err, existing, out, say, warn
 from autodiffusion_optuna.errors import ConfigError
 
 NewName = Annotated[str, typer.Option("--to", help="The new name.")]
@@ -91,7 +91,9 @@ def delete(
     study: StudyName,
     storage: StorageUrl = None,
     yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
-    force: Force = False,
+    force: Annotated[
+        bool, typer.Option("--force", help="Also where workers seem to be running it, or its pictures must stay.")
+    ] = False,
 ) -> None:
     """Delete a study with its trials, and the pictures that are its alone."""
     from autodiffusion_optuna import records
@@ -103,8 +105,10 @@ def delete(
         if not sys.stdin.isatty():
             raise ConfigError(f"deleting study {study!r} needs --yes where there is no terminal to ask on")
         typer.confirm(f"Delete study {study} with {records.finished(found)} finished trials?", abort=True)
-    pictures = delete_study(database, study, force=force)
-    say(f"deleted {study}" + (f" and {pictures} pictures" if pictures else ""))
+    deleted = delete_study(database, study, force=force)
+    say(f"deleted {study}" + (f" and {deleted.removed} pictures" if deleted.removed else ""))
+    if deleted.left:
+        warn([f"{deleted.why}; pictures that stay: {' '.join(deleted.left)}"])
 
 
 @storage_app.command()

@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
+    from autodiffusion_optuna.candidate import Candidate
+
 
 def report(
     study: StudyName,
@@ -44,12 +46,11 @@ def report(
     if path.is_dir():
         raise ConfigError(f"--out {str(path)!r} is a folder; give a file: --out {path / 'report.html'}")
     url = storage_url(storage)
-    found = existing(study, url)[1]
-    read = read_report(found)
-    wanted = not no_pictures and read.best is not None
+    # Read once: drawing takes minutes, in which a running study may find another winner.
+    read = read_report(existing(study, url)[1])
     text = page(
-        found,
-        pictures=_pictures(study, url, images, trust) if wanted else (),
+        read,
+        pictures=_pictures(read.best.candidate, study, url, images, trust) if read.best and not no_pictures else (),
         notes=variety_warning(read),
         tail=storage_option(url),
         written=f"{datetime.now():%Y-%m-%d}",
@@ -61,16 +62,11 @@ def report(
     say(f"wrote {path}")
 
 
-def _pictures(study: str, url: str, images: int, trust: bool) -> list[tuple[str, NDArray[np.uint8]]]:
+def _pictures(best: Candidate, study: str, url: str, images: int, trust: bool) -> list[tuple[str, NDArray[np.uint8]]]:
     """Rows of samples from the same fresh noises: uniform, then the best; none, with a warning, without the model."""
-    from autodiffusion_optuna import records
-    from autodiffusion_optuna import study as runner
-    from autodiffusion_optuna.candidate import Candidate
-
     try:
-        found, parts = load_parts(study, url, trust)
+        parts = load_parts(study, url, trust)[1]
         err.print(f"drawing {images} images with each of two schedules …")
-        best = Candidate.from_key(runner.winner(found).user_attrs[records.CANDIDATE])
         uniform = parts.known["uniform"]
         rows = {f"uniform, {uniform.steps} steps": uniform, f"adopt, {best.steps} steps": best}
         return [(label, parts.evaluator.sample(c, 0, images, bank=1).cpu().numpy()) for label, c in rows.items()]
