@@ -252,9 +252,10 @@ class StudyStorage(RDBStorage):
         except SQLAlchemyError as error:
             raise StorageInternalError("the lock cannot be asked for") from error
         try:
-            connection.execute(sqlalchemy.text(f"SET LOCAL lock_timeout = '{LOCK_SECONDS}s'"))
             # A holder that is frozen loses its connection, and with it the lock.
-            connection.execute(sqlalchemy.text(f"SET LOCAL idle_in_transaction_session_timeout = '{LOCK_SECONDS}s'"))
+            limits = ("lock_timeout", "idle_in_transaction_session_timeout")
+            settings = ", ".join(f"set_config('{name}', '{LOCK_SECONDS}s', true)" for name in limits)
+            connection.execute(sqlalchemy.text(f"SELECT {settings}"))
             wait = sqlalchemy.text("SELECT pg_advisory_xact_lock(:kind, :study)")
             connection.execute(wait, {"kind": LOCK_CLASS, "study": study_id})
         except SQLAlchemyError as error:

@@ -499,7 +499,7 @@ def work(
             storage_seconds = time.perf_counter() - started + tell_seconds
             try:
                 with heart.beating_for(claimed.id), _given_back(storage, claimed.id):
-                    outcome = _evaluate(parts, storage, claimed, store)
+                    outcome = _evaluate(parts, claimed, store)
             except UpdateFinishedTrialError:
                 continue  # it was silent too long, and another worker has finished the trial: it counts once
             telling = time.perf_counter()
@@ -568,18 +568,17 @@ class Outcome:
     reason: str | None = None
 
 
-def _evaluate(parts: Parts, storage: StudyStorage, claimed: Claim, store: ArtifactStore | None) -> Outcome:
+def _evaluate(parts: Parts, claimed: Claim, store: ArtifactStore | None) -> Outcome:
     """Score one trial; a candidate that cannot be scored is a failed trial, not the end of the run."""
     candidate = _candidate(parts, claimed)
     try:
-        score = parts.evaluator.score(
-            candidate, rungs(parts.config), on_rung=_reporter(claimed), preview=PICTURES if store else 0
-        )
+        on_rung = None if parts.config.score.pruner == "none" else _reporter(claimed)  # nobody asks for its one rung
+        score = parts.evaluator.score(candidate, rungs(parts.config), on_rung=on_rung, preview=PICTURES if store else 0)
         if not math.isfinite(score.value):
             raise StatisticsError(f"the distance is {score.value}")
     except (AdoptError, torch.OutOfMemoryError, MemoryError) as error:
         return Outcome(TrialState.FAIL, reason=_one_line(str(error) or "out of memory"))
-    if store is not None and score.complete and is_mine(storage.get_trial(claimed.id)):
+    if store is not None and score.complete:
         _keep_picture(claimed, score, store)
     return Outcome(TrialState.COMPLETE if score.complete else TrialState.PRUNED, score)
 
@@ -597,11 +596,12 @@ def _candidate(parts: Parts, claimed: Claim) -> Candidate:
 
 
 def _keep_picture(claimed: Claim, score: Score, store: ArtifactStore) -> None:
-    """Attach a picture of a notable trial's images, as long as it runs: a finished one takes no artifacts."""
+    """Attach a picture of a notable trial's images, as long as it runs here: a finished one takes no artifacts."""
     assert score.preview is not None
     trials = claimed.study.get_trials(deepcopy=False)
-    why = notable(trials, claimed.number, score.value, trials[claimed.number].user_attrs)
-    if why is not None:
+    now = trials[claimed.number]
+    why = notable(trials, claimed.number, score.value, now.user_attrs)
+    if why is not None and is_mine(now):
         attach_picture(claimed.trial, store, score.preview.numpy(), why)
 
 

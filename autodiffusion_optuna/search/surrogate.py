@@ -25,7 +25,7 @@ from autodiffusion_optuna.search.space import SearchSpace
 Array = NDArray[np.float64]
 
 ENOUGH = 8  # finished trials below which the guess is worth nothing
-KEPT_BEST, KEPT_OTHERS = 200, 100  # trials fitted: the cost of an ask must not grow with the study
+KEPT_BEST, KEPT_OTHERS = 160, 60  # trials fitted: the cost of an ask must not grow with the study
 SCALES = (0.2, 0.4, 0.8, 1.6)  # length scales tried, in units of the median distance
 NOISE = 1e-3  # variance of what the kernel cannot explain, of normal scores
 OPTIMISM = 0.5  # standard deviations by which an uncertain child is preferred
