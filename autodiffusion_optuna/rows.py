@@ -54,6 +54,8 @@ _CHILDREN = {
         (STEPS, "trial_intermediate_value_id"),
     )
 }
+_STUDIES: Table = models.StudyModel.__table__
+_STUDY = select(_STUDIES.c.study_id).where(_STUDIES.c.study_id == bindparam("study")).with_for_update()
 _TRIAL = select(TRIALS).where(_THIS)
 _NEWER = (
     select(TRIALS)
@@ -91,6 +93,11 @@ _ATTR = select(USER_ATTRS.c.value_json).where(
 _FORGET = sqlalchemy.delete(USER_ATTRS).where(
     USER_ATTRS.c.trial_id == bindparam("this"), USER_ATTRS.c.key.in_(bindparam("names", expanding=True))
 )
+
+
+def lock_study(connection: Connection, study_id: int) -> bool:
+    """Whether there is such a study; where the database has such locks, only this transaction counts its trials now."""
+    return connection.execute(_STUDY, {"study": study_id}).scalar() is not None
 
 
 def insert_trial(

@@ -149,9 +149,10 @@ class StudyStorage(RDBStorage):
         def begin() -> FrozenTrial:
             agreed = self._agreed.setdefault(study_id, {})
             with _create_scoped_session(self.scoped_session) as session:
-                # Locks the study where the database has such locks: numbers are counted.
-                models.StudyModel.find_or_raise_by_id(study_id, session, for_update=True)
-                return rows.insert_trial(session.connection(), study_id, template, agreed)
+                connection = session.connection()
+                if not rows.lock_study(connection, study_id):
+                    raise KeyError(models.NOT_FOUND_MSG)
+                return rows.insert_trial(connection, study_id, template, agreed)
 
         return self._until_back(begin)
 

@@ -66,17 +66,17 @@ def facts() -> str:
     storage = load("storage")
     sleeping = storage["sleeping"]
     taking = ", ".join(
-        f"{sizes['100']['cpu']:.0f} ms at trial 100 and {sizes['5000']['cpu']:.0f} at trial 5,000 in {name}"
+        f"{sizes['100']['together']:.0f} ms at trial 100, {sizes['1000']['together']:.0f} at 1,000 and "
+        f"{sizes['5000']['together']:.0f} at 5,000 in {name}"
         for name, sizes in zip(("SQLite", "Postgres"), storage["milliseconds"].values(), strict=True)
     )
     lines = [
         f"Overhead: a search takes {overhead['ratio']:.2f} times the bare network time of the same evaluations "
         "([overhead.json](benchmarks/results/overhead.json)).",
-        f"Taking and finishing a trial of {storage['parameters']} parameters (10 steps, 58 layers), processor time: "
+        f"Taking and finishing a trial of {storage['parameters']} parameters (10 steps, 58 layers), median: "
         f"{taking}; "
         f"{sleeping['workers']} workers on one Postgres, each trial a second's sleep, are "
-        f"{sleeping['speed_up']:.1f} times as fast as one, on {storage['cores']} cores that were "
-        f"{sleeping['share of the machine busy']:.0%} busy, partly with other work "
+        f"{sleeping['speed_up']:.1f} times as fast as one, on {storage['cores']} cores "
         "([storage.json](benchmarks/results/storage.json)).",
         f"Prefix memory: {prefix['candidates']} candidates of a search scored again without it, "
         f"{prefix['candidates whose values differ in any bit']} differ in any bit; it saved "
@@ -97,8 +97,8 @@ def facts() -> str:
         f"Fréchet distance: {frechet['speed_ratio']:.0f} times as fast as clean-fid's at D = {frechet['dimensions']}, "
         f"N = {frechet['generated']}, relative difference {frechet['relative_difference']:.0e} "
         "([frechet.json](benchmarks/results/frechet.json)).",
-        f"Dashboard of {window['trials']:,} trials with {load('dashboard')['parameters']} parameters, measured beside "
-        f"other work: the first load takes {window['first load, seconds']:.1f} s, "
+        f"Dashboard of {window['trials']:,} trials with {load('dashboard')['parameters']} parameters: "
+        f"the first load takes {window['first load, seconds']:.1f} s, "
         f"a poll {window['poll, seconds']:.2f} s, with a new trial "
         f"{window[poll]:.2f} s; optuna-dashboard as it comes {plain[poll]:.0f} s "
         "([dashboard.json](benchmarks/results/dashboard.json)).",
