@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import logging
 import math
 import os
 import socket
@@ -22,7 +23,9 @@ from autodiffusion_optuna.errors import ConfigError, StorageError, StudyError, c
 from autodiffusion_optuna.records import finished
 from autodiffusion_optuna.report import peek
 from autodiffusion_optuna.storage import ENVIRONMENT, storage_url
-from autodiffusion_optuna.worker import USER_ERROR, Job, run_for_engine
+from autodiffusion_optuna.worker import USER_ERROR, WARNING, Job, run_for_engine
+
+_log = logging.getLogger("autodiffusion_optuna")
 
 MAX_RESTARTS = 5
 """Times that one worker is started again after it died, while no trial of the study is finished in between."""
@@ -77,6 +80,7 @@ class Process:
         self.job, self.restarts, self.finished = job, Restarts(job), False
         self.due: float | None = None  # ``time.monotonic`` of the next start, while it is dead
         self.errors: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115 (closed by ``join``)
+        self.read = 0  # bytes of it that ``warnings`` has seen
         self.start()
 
     def start(self) -> None:
@@ -111,6 +115,15 @@ class Process:
             raise StudyError(self._last_words(code))
         else:
             self.due = time.monotonic() + self.restarts.pause
+
+    def warnings(self) -> list[str]:
+        """What it has warned of since the last call."""
+        # Without moving the file's position, which is also where the worker writes.
+        said = os.pread(self.errors.fileno(), 1 << 16, self.read)
+        lines = said[: said.rfind(b"\n") + 1]
+        self.read += len(lines)
+        marked = (line for line in lines.decode(errors="replace").splitlines() if line.startswith(WARNING))
+        return [line.removeprefix(WARNING) for line in marked]
 
     def _last_words(self, code: int) -> str:
         self.errors.seek(0)
@@ -151,6 +164,7 @@ def run_local(job: Job, workers: int, options: Options, on_look: OnLook) -> None
     """Workers as processes of this host; each takes the next of its GPUs, or a share of its cores."""
     _refuse(options, "local", ())
     processes: list[Process] = []
+    told: set[str] = set()
     try:
         while not processes or not all(process.finished for process in processes):
             if len(processes) < workers and (not processes or _has_begun(job) or processes[0].finished):
@@ -158,6 +172,10 @@ def run_local(job: Job, workers: int, options: Options, on_look: OnLook) -> None
                 continue
             for process in processes:
                 process.look()
+                for warning in process.warnings():
+                    if warning not in told:  # what one meets, all do
+                        told.add(warning)
+                        _log.warning(warning)
             on_look()
             time.sleep(LOOK_SECONDS)
     finally:

@@ -7,6 +7,7 @@ password must not show in a list of processes. It ends when that input does, so 
 from __future__ import annotations
 
 import json
+import logging
 import os
 import signal
 import sys
@@ -22,6 +23,10 @@ from autodiffusion_optuna.storage import failure, storage_url
 
 USER_ERROR, CRASHED, INTERRUPTED = 1, 70, 130
 """Exit codes: something that the user must mend, an error that another try may not meet, stopped by its launcher."""
+
+
+WARNING = "warning: "
+"""Beginning of a line that the launcher passes on."""
 
 
 @dataclass(frozen=True)
@@ -120,6 +125,7 @@ def main() -> None:
     """Run the job on standard input; one line on stderr and exit code 1 where the user must mend something."""
     # A shell that puts its launcher in the background has it ignore Ctrl-C, and with it this process.
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    _mark_warnings()
     job = Job.loads(sys.stdin.readline())
     threading.Thread(target=_stop_with_input, daemon=True).start()
     try:
@@ -138,6 +144,14 @@ def _give_up(error: Exception) -> NoReturn:
         sys.exit(CRASHED)
     print("error: " + " ".join(line.split()), file=sys.stderr)
     sys.exit(USER_ERROR)
+
+
+def _mark_warnings() -> None:
+    """Tell warnings apart from whatever else libraries write to stderr: the launcher passes them on."""
+    handler, log = logging.StreamHandler(), logging.getLogger("autodiffusion_optuna")
+    handler.setFormatter(logging.Formatter(WARNING + "%(message)s"))
+    log.addHandler(handler)
+    log.propagate = False
 
 
 def _stop_with_input() -> None:

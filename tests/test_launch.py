@@ -209,3 +209,21 @@ def test_workers_share_the_cores_of_their_host(folder: Path, monkeypatch: pytest
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(16)))
     assert set(launch._thread_limits(4).values()) == {"4"}
     assert set(launch._thread_limits(64).values()) == {"1"}
+
+
+def test_what_workers_warn_of_is_told_once(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    script = "echo 'noise of a library' >&2; echo 'warning: pictures are not kept' >&2; sleep 0.3"
+    popen = subprocess.Popen
+    monkeypatch.setattr(subprocess, "Popen", lambda command, **options: popen(["sh", "-c", script], **options))
+    monkeypatch.setattr(launch, "LOOK_SECONDS", 0.02)
+    monkeypatch.setattr(launch, "_has_begun", lambda job: True)
+    launch.run_local(job(folder), 3, {}, lambda: None)
+    assert [record.message for record in caplog.records] == ["pictures are not kept"]
+
+
+def test_a_worker_marks_its_warnings(capfd: pytest.CaptureFixture[str]) -> None:
+    code = "from autodiffusion_optuna import worker, storage; worker._mark_warnings(); storage._log.warning('away')"
+    subprocess.run([sys.executable, "-c", code], check=True)
+    assert capfd.readouterr().err == "warning: away\n"
