@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import logging
 import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -23,6 +24,8 @@ from optuna.trial import FrozenTrial, TrialState
 
 from autodiffusion_optuna.records import CANDIDATE, FINISHED
 from autodiffusion_optuna.storage import StudyStorage
+
+_log = logging.getLogger("autodiffusion_optuna")
 
 OWNER = "worker"
 """Trial user attr: who runs the trial, as ``owner()`` writes it."""
@@ -309,5 +312,8 @@ class Heart:
         while not self._ended.wait(self._interval):
             trial = self._trial
             if trial is not None:
-                self._storage.record_heartbeat(trial)
+                try:
+                    self._storage.record_heartbeat(trial)
+                except Exception as error:  # whatever it was, the worker lives, and the next beat may say so
+                    _log.debug("a heartbeat failed: %s", error)
         self._storage.remove_session()

@@ -23,14 +23,16 @@ from autodiffusion_optuna.errors import ConfigError, StorageError, StudyError, c
 from autodiffusion_optuna.records import finished
 from autodiffusion_optuna.report import peek
 from autodiffusion_optuna.storage import ENVIRONMENT, storage_url
-from autodiffusion_optuna.worker import USER_ERROR, WARNING, Job, run_for_engine
+from autodiffusion_optuna.worker import USER_ERROR, WARNING, Job, run_for_engine, share_of_cores
 
 _log = logging.getLogger("autodiffusion_optuna")
 
 MAX_RESTARTS = 5
 """Times that one worker is started again after it died, while no trial of the study is finished in between."""
-LONGEST_PAUSE = 30.0
-"""Seconds before the last of them; the first comes at once."""
+PAUSE = 2.0
+"""Seconds before the second of them, doubled for each one after it; the first comes at once."""
+CHUNK = 1 << 16
+"""Bytes of a worker's words that are looked through at a time."""
 CONNECT_SECONDS = 10.0
 """Time for a Ray cluster to answer."""
 SLURM_MINUTES = 24 * 60
@@ -70,7 +72,7 @@ class Restarts:
     @property
     def pause(self) -> float:
         """Seconds to wait before the next start: what killed a worker may need a moment to pass."""
-        return 0.0 if self.count < 2 else min(2.0 ** (self.count - 1), LONGEST_PAUSE)
+        return 0.0 if self.count < 2 else PAUSE * 2.0 ** (self.count - 2)
 
 
 class Process:
@@ -119,8 +121,9 @@ class Process:
     def warnings(self) -> list[str]:
         """What it has warned of since the last call."""
         # Without moving the file's position, which is also where the worker writes.
-        said = os.pread(self.errors.fileno(), 1 << 16, self.read)
-        lines = said[: said.rfind(b"\n") + 1]
+        said = os.pread(self.errors.fileno(), CHUNK, self.read)
+        # A progress bar may go on for long without a newline.
+        lines = said[: said.rfind(b"\n") + 1] or said * (len(said) == CHUNK)
         self.read += len(lines)
         marked = (line for line in lines.decode(errors="replace").splitlines() if line.startswith(WARNING))
         return [line.removeprefix(WARNING) for line in marked]
@@ -156,8 +159,7 @@ def _thread_limits(workers: int) -> dict[str, str]:
     Libraries of linear algebra start a thread for each core; where several do, they spend their time waiting for each
     other. PyTorch can be told later, NumPy's and SciPy's library only here.
     """
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), str(max(1, cores // workers)))
+    return dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), str(share_of_cores(workers)))
 
 
 def run_local(job: Job, workers: int, options: Options, on_look: OnLook) -> None:

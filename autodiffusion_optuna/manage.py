@@ -14,10 +14,11 @@ from typing import TYPE_CHECKING, Any
 import optuna
 import sqlalchemy
 from optuna.artifacts.exceptions import ArtifactNotFound
+from optuna.storages._rdb import models
 from optuna.trial import FrozenTrial, TrialState, create_trial
 from sqlalchemy.exc import IntegrityError
 
-from autodiffusion_optuna import records
+from autodiffusion_optuna import records, rows
 from autodiffusion_optuna.artifacts import ATTR, location_of, open_store, reason_of, shown, stored_location
 from autodiffusion_optuna.claims import OWNER, is_dead, owner
 from autodiffusion_optuna.config import NAME_PATTERN
@@ -299,14 +300,12 @@ def _remove(store: ArtifactStore, location: str | None, picture: str) -> bool:
 
 def _picture_ids(storage: StudyStorage, study_id: int) -> set[str]:
     """Ids of all artifacts of a study and its trials."""
-    query = sqlalchemy.text(
-        "SELECT attr.key FROM trial_system_attributes attr JOIN trials ON trials.trial_id = attr.trial_id "
-        "WHERE trials.study_id = :study AND attr.key LIKE :prefix "
-        "UNION SELECT key FROM study_system_attributes WHERE study_id = :study AND key LIKE :prefix"
-    )
+    of_trials, of_study = rows.SYSTEM_ATTRS, models.StudySystemAttributeModel.__table__
+    trials = sqlalchemy.select(of_trials.c.key).join(rows.TRIALS).where(rows.TRIALS.c.study_id == study_id)
+    study = sqlalchemy.select(of_study.c.key).where(of_study.c.study_id == study_id)
     with storage.engine.connect() as connection:
-        keys = connection.execute(query, {"study": study_id, "prefix": ATTR + "%"}).scalars()
-        return {key.removeprefix(ATTR) for key in keys}
+        keys = connection.execute(sqlalchemy.union(trials, study)).scalars()
+        return {key.removeprefix(ATTR) for key in keys if key.startswith(ATTR)}
 
 
 def _url(storage: StudyStorage) -> str:

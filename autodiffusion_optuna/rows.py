@@ -56,6 +56,7 @@ _CHILDREN = {
 }
 _STUDIES: Table = models.StudyModel.__table__
 _STUDY = select(_STUDIES.c.study_id).where(_STUDIES.c.study_id == bindparam("study")).with_for_update()
+_ALL_TRIALS = select(TRIALS.c.trial_id).where(TRIALS.c.study_id == bindparam("study"))
 _TRIAL = select(TRIALS).where(_THIS)
 _NEWER = (
     select(TRIALS)
@@ -85,7 +86,11 @@ _ENDING = (
     .where(_THIS, TRIALS.c.state == TrialState.RUNNING)
     .values(state=bindparam("ended_as"), datetime_complete=bindparam("ended_at"))
 )
-_UNBEAT = sqlalchemy.delete(HEARTBEATS).where(HEARTBEATS.c.trial_id == bindparam("this"))
+_BEAT = (
+    sqlalchemy.update(HEARTBEATS)
+    .where(HEARTBEATS.c.trial_id == bindparam("this"))
+    .values(heartbeat=func.current_timestamp())
+)
 _STATE = select(TRIALS.c.state).where(_THIS)
 _ATTR = select(USER_ATTRS.c.value_json).where(
     USER_ATTRS.c.trial_id == bindparam("this"), USER_ATTRS.c.key == bindparam("name")
@@ -111,8 +116,8 @@ def insert_trial(
     row = {
         "study_id": study_id,
         "state": template.state,
-        "datetime_start": template.datetime_start,
-        "datetime_complete": template.datetime_complete,
+        "datetime_start": _utc(template.datetime_start),
+        "datetime_complete": _utc(template.datetime_complete),
     }
     trial = copy.copy(template)
     inserted: Any = connection.execute(_INSERTS[TRIALS.name], row)
@@ -251,9 +256,37 @@ def _distribution(text: str) -> BaseDistribution:
     return json_to_distribution(text)
 
 
+def _utc(local: datetime | None) -> datetime | None:
+    """Inverse of ``_local``."""
+    return None if local is None else local.astimezone(UTC).replace(tzinfo=None)
+
+
 def _local(stored: datetime | None) -> datetime | None:
     """Optuna stores UTC and speaks local time, both without a zone."""
     return None if stored is None else stored.replace(tzinfo=UTC).astimezone().replace(tzinfo=None)
+
+
+def delete_study(connection: Connection, study_id: int) -> bool:
+    """Delete a study and all that belongs to it; False where there is none.
+
+    Whoever writes to one of its trials at this moment is waited for, and whoever comes later finds it gone.
+    """
+    if not lock_study(connection, study_id):
+        return False
+    of_study = {"study": study_id}
+    connection.execute(_ALL_TRIALS.with_for_update(), of_study).all()
+    for table in (PARAMS, VALUES, STEPS, USER_ATTRS, SYSTEM_ATTRS, HEARTBEATS):
+        connection.execute(sqlalchemy.delete(table).where(table.c.trial_id.in_(_ALL_TRIALS)), of_study)
+    for model in (
+        models.TrialModel,
+        models.StudyDirectionModel,
+        models.StudyUserAttributeModel,
+        models.StudySystemAttributeModel,
+        models.StudyModel,
+    ):
+        table = model.__table__
+        connection.execute(sqlalchemy.delete(table).where(table.c.study_id == bindparam("study")), of_study)
+    return True
 
 
 def take_trial(connection: Connection, trial_id: int, attrs: Mapping[str, Any]) -> bool:
@@ -264,8 +297,9 @@ def take_trial(connection: Connection, trial_id: int, attrs: Mapping[str, Any]) 
         return False
     connection.execute(_FORGET, {"names": list(attrs), **this})
     _insert(connection, USER_ATTRS, trial_id, _attrs(attrs))
-    connection.execute(_UNBEAT, this)
-    _insert(connection, HEARTBEATS, trial_id, [{}])
+    # An earlier worker's row is changed, not replaced: its heart may be waiting for that very row.
+    if not connection.execute(_BEAT, this).rowcount:
+        _insert(connection, HEARTBEATS, trial_id, [{}])
     return True
 
 

@@ -112,12 +112,11 @@ class StudyStorage(RDBStorage):
     def beats(self, study_id: int) -> dict[int, Beat]:
         """The last heartbeat of each running trial that has had one, by trial id."""
         found = self._until_back(lambda: self._read_beats(study_id))
-        now = time.monotonic()
-        known, self._seen = self._seen, {}
-        for trial, (at, _) in found.items():
-            earlier = known.get(trial)
-            self._seen[trial] = earlier if earlier is not None and earlier[0] == at else (at, now)
-        return {trial: Beat(silence, now - self._seen[trial][1]) for trial, (_, silence) in found.items()}
+        now, known = time.monotonic(), self._seen
+        same = {trial: known[trial] for trial, (at, _) in found.items() if trial in known and known[trial][0] == at}
+        seen = {trial: same.get(trial, (at, now)) for trial, (at, _) in found.items()}
+        self._seen = seen
+        return {trial: Beat(silence, now - seen[trial][1]) for trial, (_, silence) in found.items()}
 
     def _read_beats(self, study_id: int) -> dict[int, tuple[datetime, float]]:
         """Time and age of each heartbeat. Both are the database's clock's: those of the hosts may differ."""
@@ -152,7 +151,11 @@ class StudyStorage(RDBStorage):
                 connection = session.connection()
                 if not rows.lock_study(connection, study_id):
                     raise KeyError(models.NOT_FOUND_MSG)
-                return rows.insert_trial(connection, study_id, template, agreed)
+                begun = rows.insert_trial(connection, study_id, template, agreed)
+                # SQLite lets others write until the first row is in: the study may have been deleted in between.
+                if not rows.lock_study(connection, study_id):
+                    raise KeyError(models.NOT_FOUND_MSG)
+                return begun
 
         return self._until_back(begin)
 
@@ -186,6 +189,16 @@ class StudyStorage(RDBStorage):
             return found
 
         return self._until_back(read)
+
+    def delete_study(self, study_id: int) -> None:
+        """Delete a study, all of it or nothing (KeyError). Optuna's own gives up silently beside a live worker."""
+
+        def delete() -> None:
+            with _create_scoped_session(self.scoped_session) as session:
+                if not rows.delete_study(session.connection(), study_id):
+                    raise KeyError(models.NOT_FOUND_MSG)
+
+        self._until_back(delete)
 
     def take_trial(self, trial_id: int, attrs: Mapping[str, Any]) -> bool:
         """Begin a waiting trial with these user attributes: all of it or nothing. False where it waits no more."""
@@ -271,6 +284,7 @@ class StudyStorage(RDBStorage):
         try:
             super().record_heartbeat(trial_id)
         except StorageInternalError as error:
+            self._seen = {}  # so may those of other workers have been
             _log.debug("a heartbeat was missed: %s", error)
 
     def _until_back(self, call: Callable[[], T]) -> T:
@@ -307,7 +321,7 @@ def _patiently(name: str) -> Callable[..., Any]:
 
 # All calls that a running study makes, those of Optuna's cache in front of the storage included.
 for _name in (
-    "create_new_study", "delete_study", "set_study_user_attr", "set_study_system_attr", "get_study_id_from_name",
+    "create_new_study", "set_study_user_attr", "set_study_system_attr", "get_study_id_from_name",
     "get_study_name_from_id", "get_study_directions", "get_study_user_attrs", "get_study_system_attrs",
     "get_all_studies", "_set_trial_param", "get_trial_param", "set_trial_state_values",
     "set_trial_intermediate_value", "set_trial_user_attr", "set_trial_system_attr",
@@ -397,8 +411,8 @@ def hide_password(url: str) -> str:
     except (ArgumentError, ValueError):
         parsed = None
     if parsed is None or "@" in (parsed.host or ""):
-        return re.sub(rf"([?&][^=&]*(?:{SECRET})[^=&]*=)[^&]*", r"\1***", re.sub(r"//.*@", "//***@", url))
-    hidden = {name: "***" for name in parsed.query if re.search(SECRET, name)}
+        return re.sub(rf"(?i)([?&][^=&]*(?:{SECRET})[^=&]*=)[^&]*", r"\1***", re.sub(r"//.*@", "//***@", url))
+    hidden = {name: "***" for name in parsed.query if re.search(SECRET, name, re.IGNORECASE)}
     shown = parsed.update_query_dict(hidden).render_as_string(hide_password=True)
     return shown.replace("%2A%2A%2A", "***")
 

@@ -75,6 +75,12 @@ class Job:
         return str(self.config["name"])
 
 
+def share_of_cores(workers: int) -> int:
+    """Cores of this host for each of ``workers`` processes, one at least."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, cores // workers)
+
+
 def run_job(job: Job) -> None:
     """Evaluate candidates beside the other workers until the budget is met (AdoptError children)."""
     import torch
@@ -85,7 +91,7 @@ def run_job(job: Job) -> None:
     if Path(job.folder).is_dir():
         os.chdir(job.folder)
     keep_freed_memory()
-    torch.set_num_threads(max(1, torch.get_num_threads() // job.workers))
+    torch.set_num_threads(min(torch.get_num_threads(), share_of_cores(job.workers)))
     opened = runner.open_run(
         parse_config(job.config),
         storage_url(job.url),

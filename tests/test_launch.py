@@ -11,13 +11,14 @@ from pathlib import Path
 from threading import Barrier
 
 import pytest
+import torch
 from command import Adopt
 from optuna.trial import TrialState
 from test_study import config_with
 from test_workers import begin, end, start
 
 from autodiffusion_optuna import claims, launch, records, study, worker
-from autodiffusion_optuna.errors import ConfigError, StudyError
+from autodiffusion_optuna.errors import ConfigError, ModelError, StudyError
 from autodiffusion_optuna.storage import open_storage
 from autodiffusion_optuna.worker import Job
 
@@ -190,7 +191,7 @@ def test_a_process_that_crashes_is_started_again_and_its_last_words_are_told(
         return popen(["sh", "-c", '"$@"; exit 70', "sh", *crashing], **options)  # type: ignore[call-overload, no-any-return]
 
     monkeypatch.setattr(subprocess, "Popen", crash)
-    monkeypatch.setattr(launch, "LONGEST_PAUSE", 0.1)
+    monkeypatch.setattr(launch, "PAUSE", 0.01)
     monkeypatch.setattr(launch, "LOOK_SECONDS", 0.02)
     with pytest.raises(StudyError, match=r"worker 0 ended with code 70 6 times: no such device"):
         launch.run_local(job(folder), 1, {}, lambda: None)
@@ -209,6 +210,12 @@ def test_workers_share_the_cores_of_their_host(folder: Path, monkeypatch: pytest
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(16)))
     assert set(launch._thread_limits(4).values()) == {"4"}
     assert set(launch._thread_limits(64).values()) == {"1"}
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 4)  # as the launcher's environment makes it
+    given: list[int] = []
+    monkeypatch.setattr(torch, "set_num_threads", given.append)
+    with pytest.raises(ModelError, match="unknown model"):
+        worker.run_job(Job.of(config_with(folder / "quick.toml", "model.source=none"), URL, workers=4))
+    assert given == [4]
 
 
 def test_what_workers_warn_of_is_told_once(
@@ -221,6 +228,16 @@ def test_what_workers_warn_of_is_told_once(
     monkeypatch.setattr(launch, "_has_begun", lambda job: True)
     launch.run_local(job(folder), 3, {}, lambda: None)
     assert [record.message for record in caplog.records] == ["pictures are not kept"]
+
+
+def test_a_progress_bar_does_not_hide_what_follows(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    script = "head -c 200000 /dev/zero | tr '\\0' '#' >&2; echo >&2; echo 'warning: at last' >&2"
+    popen = subprocess.Popen
+    monkeypatch.setattr(subprocess, "Popen", lambda command, **options: popen(["sh", "-c", script], **options))
+    process = launch.Process(job(folder))
+    process.process.wait()
+    assert [process.warnings() for _ in range(5)] == [[], [], [], ["at last"], []]
+    process.join(0.0)
 
 
 def test_a_worker_marks_its_warnings(capfd: pytest.CaptureFixture[str]) -> None:

@@ -107,6 +107,7 @@ def test_this_process_is_alive_and_a_reused_pid_is_not_it() -> None:
     [
         "postgresql+psycopg://me:secret@host/db",
         "postgresql+psycopg://host/db?user=me&password=secret",
+        "postgresql+psycopg://host/db?user=me&PASSWORD=secret",
         "postgresql+psycopg://host/db?sslpassword=secret&sslmode=require",
         "postgresql+psycopg://me:secret@host:port/db?password=secret",
         "postgresql+psycopg://me:se/secret@host/db",
@@ -225,6 +226,61 @@ def test_silence_counts_while_it_is_watched(tmp_path: Path) -> None:
     assert claims.reclaim(database, "x", 0.4) == []
     time.sleep(0.3)
     assert claims.reclaim(database, "x", 0.4) == [0]
+
+
+def test_an_outage_that_only_the_heart_meets_silences_no_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    database = s.open_storage(f"sqlite:///{tmp_path}/a.db")
+    _, trial = waiting_trial(database)
+    database.take_trial(trial, {claims.OWNER: "elsewhere/1/1"})
+    age_heartbeats(database)
+    assert claims.reclaim(database, "x", 0.4) == []
+    time.sleep(0.3)
+    with monkeypatch.context() as away:
+        away.setattr(optuna.storages.RDBStorage, "record_heartbeat", fails(StorageInternalError("gone")))
+        database.record_heartbeat(trial)
+    assert claims.reclaim(database, "x", 0.4) == []
+
+
+def fails(error: Exception) -> Callable[..., None]:
+    def call(*args: object) -> None:
+        raise error
+
+    return call
+
+
+def test_a_heart_beats_on_after_any_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    database = s.open_storage(f"sqlite:///{tmp_path}/a.db")
+    _, trial = waiting_trial(database)
+    beats: list[int] = []
+
+    def beat(trial: int) -> None:
+        beats.append(trial)
+        raise AssertionError("the row was taken away")
+
+    monkeypatch.setattr(database, "record_heartbeat", beat)
+    with claims.Heart(database, 0.02) as heart, heart.beating_for(trial):
+        time.sleep(0.3)
+    assert len(beats) > 2
+
+
+def test_a_taken_trial_keeps_the_row_of_its_heartbeat(tmp_path: Path) -> None:
+    """The heart of the worker that had it may be waiting for that row."""
+    database = s.open_storage(f"sqlite:///{tmp_path}/a.db")
+    _, trial = waiting_trial(database)
+
+    def row() -> tuple[int, str]:
+        with database.engine.connect() as connection:
+            query = "SELECT trial_heartbeat_id, heartbeat FROM trial_heartbeats"
+            (found,) = connection.execute(sqlalchemy.text(query)).all()
+        return found[0], str(found[1])
+
+    database.take_trial(trial, {claims.OWNER: claims.owner()})
+    first = row()[0]
+    age_heartbeats(database)
+    claims.put_back(database, trial)
+    database.take_trial(trial, {claims.OWNER: "elsewhere/1/1"})
+    assert row()[0] == first
+    assert not row()[1].startswith("2020")
 
 
 def iter_of(error: StorageInternalError, answer: object) -> Callable[[], object]:

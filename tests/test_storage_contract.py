@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import optuna
@@ -13,6 +15,7 @@ from optuna.storages import RDBStorage
 from optuna.testing.pytest_storages import StorageTestCase
 from optuna.trial import FrozenTrial, TrialState
 
+from autodiffusion_optuna import rows as statements
 from autodiffusion_optuna.claims import OWNER
 from autodiffusion_optuna.storage import StudyStorage, open_storage, storage_url
 
@@ -126,3 +129,84 @@ def test_a_trial_is_finished_once_and_by_its_holder(tmp_path: Path) -> None:
     assert database.finish_trial(trial_id, TrialState.COMPLETE, [2.0], {"a": 2}, HOLDER)
     assert not database.finish_trial(trial_id, TrialState.FAIL, None, {}, HOLDER)
     assert repr(database.get_trial(trial_id)) == repr(finished)
+
+
+@pytest.fixture
+def elsewhere(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """In New York, far from UTC."""
+    monkeypatch.setenv("TZ", "America/New_York")
+    time.tzset()
+    yield
+    monkeypatch.undo()
+    time.tzset()
+
+
+@pytest.mark.usefixtures("elsewhere")
+@pytest.mark.parametrize("state", [TrialState.RUNNING, TrialState.COMPLETE])
+def test_times_are_the_same_in_any_zone_and_by_any_reader(tmp_path: Path, state: TrialState) -> None:
+    url = f"sqlite:///{tmp_path}/a.db"
+    study = optuna.create_study(study_name="x", storage=open_storage(url))
+    made = full_trial(state)
+    study.add_trial(made)
+    plain = optuna.load_study(study_name="x", storage=url)
+    for found in (study.trials[0], plain.trials[0]):
+        assert found.datetime_start == made.datetime_start
+        assert found.datetime_complete == made.datetime_complete
+    begun = open_storage(url).begin_trial(study._study_id, full_trial(TrialState.RUNNING))
+    assert plain.trials[1].datetime_start == begun.datetime_start
+
+
+def test_a_study_is_deleted_with_all_that_is_its(tmp_path: Path) -> None:
+    database = open_storage(f"sqlite:///{tmp_path}/a.db")
+    studies = [optuna.create_study(study_name=name, storage=database) for name in ("a", "b")]
+    for study in studies:
+        study.set_user_attr("k", 1)
+        study._storage.set_study_system_attr(study._study_id, "k", 1)
+        for state in (TrialState.COMPLETE, TrialState.RUNNING):
+            study.add_trial(full_trial(state))
+
+    def counts() -> dict[str, int]:
+        with database.engine.connect() as connection:
+            names = [name for name in sqlalchemy.inspect(database.engine).get_table_names() if "version" not in name]
+            query = "SELECT COUNT(*) FROM {}"
+            return {name: connection.execute(sqlalchemy.text(query.format(name))).scalar_one() for name in names}
+
+    before = counts()
+    assert all(before.values())
+    database.delete_study(studies[0]._study_id)
+    assert counts() == {name: count // 2 for name, count in before.items()}
+    with pytest.raises(KeyError):
+        database.delete_study(studies[0]._study_id)
+
+
+def test_on_postgres_a_study_is_deleted_after_whoever_writes_to_it(server: str) -> None:
+    database, rival = open_storage(server), open_storage(server)
+    study = optuna.create_study(study_name="deleted", storage=database)
+    trial = rival.begin_trial(study._study_id, full_trial(TrialState.RUNNING))
+    with rival.engine.begin() as connection, ThreadPoolExecutor(1) as threads:
+        assert statements.finish_trial(connection, trial._trial_id, TrialState.COMPLETE, [1.0], {"late": 1}, HOLDER)
+        deleted = threads.submit(database.delete_study, study._study_id)
+        time.sleep(0.3)
+        assert not deleted.done()
+        connection.commit()
+        deleted.result(30)
+    assert "deleted" not in [s.study_name for s in database.get_all_studies()]
+    with pytest.raises(KeyError):
+        rival.begin_trial(study._study_id, full_trial(TrialState.RUNNING))
+
+
+def test_on_postgres_a_heart_beats_on_while_its_trial_is_taken(server: str) -> None:
+    """Its worker was taken for dead and thaws at the moment in which another one takes the trial."""
+    database, rival = open_storage(server), open_storage(server)
+    study = optuna.create_study(study_name="taken", storage=database)
+    trial = rival.begin_trial(study._study_id, full_trial(TrialState.RUNNING))._trial_id
+    assert rival.finish_trial(trial, TrialState.WAITING, None, {}, HOLDER)
+    with rival.engine.connect() as connection, ThreadPoolExecutor(1) as threads:
+        assert statements.take_trial(connection, trial, {OWNER: "another"})
+        beat = threads.submit(database.record_heartbeat, trial)
+        time.sleep(0.3)
+        assert not beat.done()
+        connection.commit()
+        beat.result(30)
+    assert database.beats(study._study_id).keys() == {trial}
+    database.delete_study(study._study_id)
