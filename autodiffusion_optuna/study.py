@@ -485,7 +485,7 @@ def work(
     failures, idle, tell_seconds = 0, FIRST_WAIT, 0.0
     take = partial(claim, study, storage, search.trials, partial(_template, parts, study), grace=search.grace)
     parts.sampler.read(study)  # a long study is read before others have to wait for it
-    with Heart(storage, search.grace / BEATS) as heart:
+    with Heart(storage, search.grace / BEATS) as heart, _leaving(study, storage):
         while True:
             started = time.perf_counter()
             claimed = take(ready=partial(_ready, parts))
@@ -498,7 +498,7 @@ def work(
             idle = FIRST_WAIT
             storage_seconds = time.perf_counter() - started + tell_seconds
             try:
-                with heart.beating_for(claimed.id), _given_back(storage, claimed.id):
+                with heart.beating_for(claimed.id), _failed_if_broken(storage, claimed.id):
                     outcome = _evaluate(parts, claimed, store)
             except UpdateFinishedTrialError:
                 continue  # it was silent too long, and another worker has finished the trial: it counts once
@@ -517,8 +517,22 @@ def work(
 
 
 @contextmanager
-def _given_back(storage: StudyStorage, trial_id: int) -> Iterator[None]:
-    """A trial that is stopped goes back in the queue; one that breaks its worker is failed with the reason."""
+def _leaving(study: optuna.Study, storage: StudyStorage) -> Iterator[None]:
+    """A worker that is stopped puts its trial back in the queue, also one that it was about to begin or to end."""
+    try:
+        yield
+    except Exception:
+        raise
+    except BaseException:
+        for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
+            if is_mine(trial):
+                put_back(storage, trial._trial_id)
+        raise
+
+
+@contextmanager
+def _failed_if_broken(storage: StudyStorage, trial_id: int) -> Iterator[None]:
+    """A trial that breaks its worker is failed with the reason."""
     try:
         yield
     except (OptunaError, SQLAlchemyError):
@@ -526,9 +540,6 @@ def _given_back(storage: StudyStorage, trial_id: int) -> Iterator[None]:
     except Exception as error:
         reason = {FAILURE: _one_line(f"{type(error).__name__}: {error}")}
         storage.finish_trial(trial_id, TrialState.FAIL, None, reason, (OWNER, owner()))
-        raise
-    except BaseException:
-        put_back(storage, trial_id)
         raise
 
 

@@ -12,6 +12,7 @@ import os
 import signal
 import sys
 import threading
+import time
 import traceback
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -25,6 +26,8 @@ USER_ERROR, CRASHED, INTERRUPTED = 1, 70, 130
 """Exit codes: something that the user must mend, an error that another try may not meet, stopped by its launcher."""
 
 
+STOP_SECONDS = 10.0
+"""Time for a worker that was told to stop to put its trial back, before it is told again."""
 WARNING = "warning: "
 """Beginning of a line that the launcher passes on."""
 
@@ -162,7 +165,9 @@ def _mark_warnings() -> None:
 
 def _stop_with_input() -> None:
     sys.stdin.read()
-    os.kill(os.getpid(), signal.SIGINT)
+    while True:  # Python drops one that comes in a finaliser
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(STOP_SECONDS)
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -16,6 +17,8 @@ from command import Adopt, Result
 if TYPE_CHECKING:
     import optuna
 
+# Where a script runs the tests in the background they ignore Ctrl-C, and what they start would too.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 torch.set_num_threads(1)  # small tensors: more threads only add noise
 
 QUICK = """

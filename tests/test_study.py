@@ -265,6 +265,31 @@ def test_pruning_repeats_exactly_and_counts_towards_the_budget(folder: Path) -> 
             assert trial.user_attrs[records.SCORE]["rungs"][-1][0] == max(trial.intermediate_values)
 
 
+@pytest.mark.parametrize("moment", ["take_trial", "begin_trial", "finish_trial"])
+def test_ctrl_c_while_a_trial_is_begun_or_ended_leaves_none_running(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, moment: str
+) -> None:
+    parts = study.build(config_with(folder / "quick.toml"))
+    database = open_storage("sqlite:///stopped.db")
+    opened = study.open_study(parts, database)
+    real, calls = getattr(database, moment), []
+
+    def interrupted(*args: Any) -> Any:
+        calls.append(1)
+        if len(calls) == 3 and moment == "finish_trial":
+            raise KeyboardInterrupt
+        result = real(*args)
+        if len(calls) == 3 and moment != "finish_trial":
+            raise KeyboardInterrupt
+        return result
+
+    monkeypatch.setattr(database, moment, interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        study.work(parts, opened, database)
+    assert TrialState.RUNNING not in [t.state for t in opened.trials]
+    assert TrialState.FAIL not in [t.state for t in opened.trials]
+
+
 def test_values_that_are_not_finite_fail_with_their_reason_and_the_run_gives_up(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
