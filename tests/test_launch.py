@@ -13,11 +13,10 @@ from threading import Barrier
 import pytest
 import torch
 from command import Adopt
-from optuna.trial import TrialState
 from test_study import config_with
-from test_workers import begin, end, start
+from test_workers import begin
 
-from autodiffusion_optuna import claims, launch, records, study, worker
+from autodiffusion_optuna import launch, records, study, worker
 from autodiffusion_optuna.errors import ConfigError, ModelError, StudyError
 from autodiffusion_optuna.storage import open_storage
 from autodiffusion_optuna.worker import Job
@@ -196,14 +195,6 @@ def test_a_process_that_crashes_is_started_again_and_its_last_words_are_told(
     with pytest.raises(StudyError, match=r"worker 0 ended with code 70 6 times: no such device"):
         launch.run_local(job(folder), 1, {}, lambda: None)
     assert len(starts) == launch.MAX_RESTARTS + 1
-
-
-def test_a_worker_that_is_started_while_the_study_is_done_ends(folder: Path) -> None:
-    found = begin(folder, URL, "search.trials=3")
-    for _ in range(2):
-        end(start(folder, URL, "search.trials=3"))
-    assert [t.state for t in found.trials].count(TrialState.COMPLETE) == 3
-    assert len({t.user_attrs[claims.OWNER] for t in found.trials if claims.OWNER in t.user_attrs}) == 1
 
 
 def test_workers_share_the_cores_of_their_host(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -117,6 +117,7 @@ def test_four_workers_finish_exactly_the_budget(
     assert "is finished" in again.out
 
 
+@pytest.mark.slow
 def test_one_worker_in_three_processes_equals_one_process(
     database: str, folder: Path, request: pytest.FixtureRequest
 ) -> None:
@@ -128,6 +129,7 @@ def test_one_worker_in_three_processes_equals_one_process(
     assert rows(database, name_of(request)) == rows("sqlite:///whole.db", "quick")
 
 
+@pytest.mark.slow
 def test_with_a_barrier_any_number_of_workers_finds_the_same(folder: Path, adopt: Adopt) -> None:
     settings = ["search.barrier=true", "search.trials=24"]
     arguments = [argument for setting in settings for argument in ("--set", setting)]

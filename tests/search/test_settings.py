@@ -56,7 +56,7 @@ def hits(name: str) -> int:
     )
 
 
-@pytest.mark.parametrize("preset", ["adopt", "paper"])
+@pytest.mark.parametrize("preset", [pytest.param("adopt", marks=pytest.mark.slow), "paper"])
 def test_the_best_settings_are_found_more_often_than_at_random(preset: str) -> None:
     assert hits(preset) > hits("random")
     losses, at_random = (sum(map(score, winners(name))) / 4 for name in (preset, "random"))
