@@ -25,6 +25,7 @@ from optuna.trial import TrialState
 from test_study import config_with, rows, run
 
 from autodiffusion_optuna import artifacts, claims, records, report, storage, study
+from autodiffusion_optuna.commands.run import _Board
 from autodiffusion_optuna.report import load_study, read_status
 from autodiffusion_optuna.storage import StudyStorage, open_storage, storage_url
 from autodiffusion_optuna.worker import Job
@@ -287,6 +288,24 @@ def as_owner(folder: Path) -> dict[str, Any]:
     """Postgres does not run as root: act as whoever its files belong to."""
     owner = folder.stat()
     return {"user": owner.st_uid, "group": owner.st_gid} if os.getuid() == 0 != owner.st_uid else {}
+
+
+@pytest.mark.parametrize("seen", [0, 4, 9])
+def test_the_end_of_a_launch_is_shown_however_fast_it_was(
+    folder: Path, capsys: pytest.CaptureFixture[str], seen: int
+) -> None:
+    """Of nine trials, the view has seen so many when the last worker ends."""
+    settings = ["search.trials=9"]
+    begin(folder, "sqlite:///adopt.db", *settings)
+    if seen:
+        run(folder / "quick.toml", "sqlite:///adopt.db", f"search.trials={seen}")
+    database = open_storage("sqlite:///adopt.db")
+    board = _Board(config_with(folder / "quick.toml", *settings), load_study(database, "quick"), workers=4)
+    run(folder / "quick.toml", "sqlite:///adopt.db", *settings)
+    board.on_look()
+    board.end()
+    shown = capsys.readouterr().out
+    assert shown.count("candidates 9 of 9") == 1
 
 
 def test_status_tells_who_is_alive(folder: Path, adopt: Adopt) -> None:

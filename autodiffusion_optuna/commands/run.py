@@ -201,6 +201,10 @@ def _launch(
 
     with ExitStack() as watch:
         launch(engine, job, workers, options, look)
+        look()
+        for board in boards:
+            with still_there(board.study):
+                board.end()
     found = boards[0].study if boards else peek(url, config.name)
     if found is None:
         raise StudyError(f"study {config.name!r} was deleted or renamed meanwhile; see adopt studies list")
@@ -274,7 +278,7 @@ class _Board:
         self.config, self.study, self.workers = config, study, workers
         self.live: Live | None = None
         self.started = self.looked = time.monotonic()
-        self.best, self.key, self.finished = float("inf"), "", 0
+        self.best, self.key, self.finished, self.lines = float("inf"), "", 0, 0
         self.read()
         self.first = self.said = self.finished
 
@@ -298,6 +302,13 @@ class _Board:
         self.looked = time.monotonic()
         self.show(self.read())
 
+    def end(self) -> None:
+        """Show where the study stands at last: workers may have been faster than the last look, or than all of them."""
+        better = self.read()
+        if not self.lines:
+            self.said = -1
+        self.show(better)
+
     def on_trial(self, progress: Progress) -> None:
         """Take in and show one trial of this process."""
         attrs, values = progress.trial.user_attrs, progress.trial.values
@@ -320,7 +331,7 @@ class _Board:
         if better or due or last:
             line = ", ".join(f"{name} {value}" for name, value in self.facts())
             print(line + (f"  <- {self.key}" if better else ""), flush=True)
-            self.said = self.finished
+            self.said, self.lines = self.finished, self.lines + 1
 
     def facts(self) -> list[tuple[str, str]]:
         """Name and value of everything shown."""
