@@ -136,10 +136,11 @@ def main() -> None:
     signal.signal(signal.SIGINT, signal.default_int_handler)
     _mark_warnings()
     job = Job.loads(sys.stdin.readline())
-    threading.Thread(target=_stop_with_input, daemon=True).start()
     try:
+        threading.Thread(target=_stop_with_input, daemon=True).start()
         run_job(job)
     except KeyboardInterrupt:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # told to stop twice, it still ends in order
         sys.exit(INTERRUPTED)
     except Exception as error:
         _give_up(error)
