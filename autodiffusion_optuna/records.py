@@ -27,6 +27,9 @@ MODEL_FACTS = "model_facts"
 KNOWN_COSTS = "known_costs"
 """{name: cost} of the known schedules."""
 
+WARNINGS = "warnings"
+"""[line]: what ``study.warnings`` said when the study was last run; every view shows them again."""
+
 ARTIFACTS = "artifacts"
 """Where the pictures of this study's trials are kept, see ``artifacts.stored_location``; absent without pictures."""
 

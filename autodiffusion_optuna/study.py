@@ -467,7 +467,7 @@ def warnings(parts: Parts, images: int) -> list[str]:
     reduced = (
         f"model.precision {parts.config.model.precision!r} is mostly slower than float32 on a CPU" if slow else None
     )
-    return [line for line in (few, reduced) if line]
+    return [line for line in (*parts.model.notes, *parts.evaluator.reference.notes, few, reduced) if line]
 
 
 def work(

@@ -35,7 +35,7 @@ class Reference:
     ``mu``: float64 [D]. ``sigma``: float64 [D, D]. ``n``: images behind them, None where a file does not say.
     ``features``: float32 [M, D] of some of the images, or None; only the kernel distance needs them.
     ``channels`` and ``size`` (height, width, of the first where they differ): of the images, None where they are not
-    known.
+    known. ``notes``: what was left out of it or assumed when it was read, a line each.
     """
 
     mu: Tensor
@@ -47,6 +47,7 @@ class Reference:
     features: Tensor | None = None
     channels: int | None = None
     size: tuple[int, int] | None = None
+    notes: tuple[str, ...] = ()
 
     @cached_property
     def factor(self) -> Tensor:

@@ -78,6 +78,7 @@ class Model:
     where the study sets none. ``decode``: float32 [B, C, H, W] states -> images in [-1, 1], None where states are
     images; ``image_shape``: (C, H, W) of an image, None for the state's.
     ``kind``: class of the diffusers pipeline, or of the bare network; "adm", "plugin" and "mixture" for the others.
+    ``notes``: what its loader assumed, chose or left out, a line each; shown wherever the study's values are.
     """
 
     name: str
@@ -94,6 +95,7 @@ class Model:
     decode: Callable[[Tensor], Tensor] | None = None
     image_shape: tuple[int, int, int] | None = None
     kind: str = "UNet2DModel"
+    notes: tuple[str, ...] = ()
     _costs: dict[tuple[CostKind, int], UnitCosts] = field(default_factory=dict, repr=False)
 
     @property
