@@ -84,22 +84,22 @@ def score(
 ) -> None:
     """Score the winner and the known schedules, or a schedule from a file, on fresh noise, with 95 % intervals."""
     settings = _fresh_overrides(images, banks)
-    if _wants_schedule(study, schedule, model=model, overrides=overrides):
+    if _wants_schedule(study, schedule, model=model):
         assert schedule is not None
         given = [] if model is None else [f"model.source={json.dumps(model)}"]
         _score_schedule(schedule, [*given, *(overrides or []), *settings], trust)
     else:
         assert study is not None
-        _score_study(study, settings, storage, trust)
+        _score_study(study, overrides, settings, storage, trust)
 
 
-def _score_study(study: str, overrides: list[str], storage: str | None, trust: bool) -> None:
+def _score_study(study: str, places: list[str] | None, settings: list[str], storage: str | None, trust: bool) -> None:
     from autodiffusion_optuna import study as runner
     from autodiffusion_optuna.candidate import Candidate
     from autodiffusion_optuna.report import read_report
     from autodiffusion_optuna.storage import storage_url
 
-    found, parts = load_parts(study, storage_url(storage), trust, overrides)
+    found, parts = load_parts(study, storage_url(storage), trust, places, settings)
     best = runner.winner(found).user_attrs["candidate"]
     keys = dict.fromkeys([best, *(candidate.key for candidate in parts.known.values())])
     fresh = parts.config.score
@@ -142,8 +142,7 @@ def _wants_schedule(study: str | None, schedule: Path | None, **others: object) 
         return True
     for name, value in others.items():
         if value:
-            option = "--set" if name == "overrides" else f"--{name}"
-            raise ConfigError(f"{option} goes with --schedule; a study keeps its own settings")
+            raise ConfigError(f"--{name} goes with --schedule; a study keeps its own settings")
     return False
 
 
@@ -171,7 +170,7 @@ def sample(
     from autodiffusion_optuna.schedule import Schedule
     from autodiffusion_optuna.storage import storage_url
 
-    from_file = _wants_schedule(study, schedule, overrides=overrides)
+    from_file = _wants_schedule(study, schedule)
     if not path.parent.is_dir():
         raise ConfigError(
             f"folder {str(path.parent)!r} for the picture does not exist; create it or give another --out"
@@ -184,7 +183,7 @@ def sample(
         )
     else:
         assert study is not None
-        found, parts = load_parts(study, storage_url(storage), trust)
+        found, parts = load_parts(study, storage_url(storage), trust, overrides)
         rows = runner.sample_rows(parts, found, images, steps)
     draw_grid(rows, path)
     say(f"wrote {path}")

@@ -316,7 +316,7 @@ def _block(language: str, *lines: str) -> str:
 
 def toml(config: StudyConfig) -> str:
     """The settings of a study that differ from the defaults, as a study file."""
-    table = config.model_dump(mode="json", exclude_defaults=True, exclude={"name", "description"})
+    table = config.model_dump(mode="json", exclude_defaults=True, exclude={"name", "description", "folder"})
     return "\n\n".join(
         "\n".join([f"[{section}]", *(f"{key} = {_toml_value(value)}" for key, value in settings.items())])
         for section, settings in table.items()

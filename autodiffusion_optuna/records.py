@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import math
 import statistics
 from collections.abc import Mapping
@@ -29,6 +30,9 @@ KNOWN_COSTS = "known_costs"
 
 WARNINGS = "warnings"
 """[line]: what ``study.warnings`` said when the study was last run; every view shows them again."""
+
+RUNTIME = "runtime"
+"""What computed the first values, ``evaluation.runtime.describe_runtime``; any other is kept under ``RUNTIME:…``."""
 
 ARTIFACTS = "artifacts"
 """Where the pictures of this study's trials are kept, see ``artifacts.stored_location``; absent without pictures."""
@@ -127,6 +131,24 @@ def largest_fresh(attrs: Mapping[str, Any], candidate_key: str) -> tuple[int, in
     prefix = fresh_key(candidate_key, 0, 0).rpartition(":")[0] + ":"
     sizes = [tuple(map(int, key[len(prefix) :].split("x"))) for key in attrs if key.startswith(prefix)]
     return max(((images, banks) for images, banks in sizes), default=None)
+
+
+def runtime_key(runtime: Mapping[str, Any]) -> str:
+    """Study user attr of a runtime that is not the one the study was begun with."""
+    return f"{RUNTIME}:{hashlib.sha256(json.dumps(runtime, sort_keys=True).encode()).hexdigest()[:12]}"
+
+
+def runtime_warnings(attrs: Mapping[str, Any]) -> list[str]:
+    """A line for each other runtime that some of the study's values were computed with."""
+    first = attrs.get(RUNTIME, {})
+    others = [attrs[key] for key in sorted(attrs) if key.startswith(f"{RUNTIME}:") and attrs[key] != first]
+    return [_runtime_warning(first, other) for other in others]
+
+
+def _runtime_warning(first: Mapping[str, Any], other: Mapping[str, Any]) -> str:
+    keys = [key for key in {**first, **other} if first.get(key) != other.get(key)]
+    changed = ", ".join(f"{key} {first.get(key, 'none')} -> {other.get(key, 'none')}" for key in keys)
+    return f"some values were computed otherwise than the first ones ({changed}): they may differ in their last digits"
 
 
 def finished(study: optuna.Study) -> int:

@@ -17,7 +17,15 @@ from pydantic import ValidationError
 from autodiffusion_optuna import __version__, records
 from autodiffusion_optuna.candidate import Candidate
 from autodiffusion_optuna.claims import Worker, workers
-from autodiffusion_optuna.config import StudyConfig, differences, explain, load_config, presets
+from autodiffusion_optuna.config import (
+    StudyConfig,
+    differences,
+    explain,
+    flatten,
+    load_config,
+    missing_files,
+    presets,
+)
 from autodiffusion_optuna.errors import StudyError, choose_from
 from autodiffusion_optuna.noise import NoiseSchedule
 from autodiffusion_optuna.storage import StudyStorage, is_empty, open_storage
@@ -208,9 +216,24 @@ def require_same(study: optuna.Study, config: StudyConfig) -> None:
         )
 
 
+def require_files(study: optuna.Study, config: StudyConfig) -> None:
+    """StudyError where a file of a study that was begun elsewhere does not exist here, with what gives its place."""
+    for key in missing_files(config):
+        where = flatten(config.model_dump(mode="json"))[key]
+        raise StudyError(
+            f"study {config.name!r} was begun with {key} = {where!r}, which does not exist here; say where it is now: "
+            f"--set {key}=PATH"
+        )
+
+
 def stored_unit_costs(study: optuna.Study | None) -> tuple[float, ...] | None:
     """Cost shares of the units as they were when the study was begun; measured latencies are not measured again."""
     return None if study is None else tuple(study.user_attrs[records.UNIT_COSTS])
+
+
+def stored_batch(study: optuna.Study | None) -> int | None:
+    """Images in one network evaluation when the study was begun; another batch computes other bits."""
+    return None if study is None else study.user_attrs.get(records.RUNTIME, {}).get("batch")
 
 
 def study_names(storage: StudyStorage) -> list[str]:

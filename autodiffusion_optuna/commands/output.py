@@ -11,6 +11,8 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from autodiffusion_optuna.errors import ConfigError
+
 if TYPE_CHECKING:
     import optuna
 
@@ -31,6 +33,9 @@ Overrides = Annotated[list[str] | None, typer.Option("--set", help="key=value, a
 StorageUrl = Annotated[
     str | None,
     typer.Option("--storage", help="Database URL or SQLite file; default $ADOPT_STORAGE, else sqlite:///adopt.db."),
+]
+Places = Annotated[
+    list[str] | None, typer.Option("--set", help="Where a file of the study is now: model.source=PATH and the like.")
 ]
 Trust = Annotated[bool, typer.Option("--trust", help="Allow files that contain code (TorchScript weights).")]
 
@@ -64,17 +69,28 @@ def existing(name: str, url: str) -> tuple[StudyStorage, optuna.Study]:
     return database, load_study(database, name)
 
 
-def load_parts(name: str, url: str, trust: bool, overrides: list[str] | None = None) -> tuple[optuna.Study, Parts]:
-    """A study of the database with its parts built from the config it was run with (AdoptError children)."""
-    from autodiffusion_optuna import study as runner
-    from autodiffusion_optuna.config import parse_config
-    from autodiffusion_optuna.evaluation.allocator import keep_freed_memory
-    from autodiffusion_optuna.report import stored_config, stored_unit_costs
+def load_parts(
+    name: str, url: str, trust: bool, places: list[str] | None = None, overrides: list[str] | None = None
+) -> tuple[optuna.Study, Parts]:
+    """A study of the database with its parts built from the config it was run with (AdoptError children).
 
+    ``places``: what the user set, ``OF_THIS_HOST`` alone. ``overrides``: of the command's own.
+    """
+    from autodiffusion_optuna import study as runner
+    from autodiffusion_optuna.config import OF_THIS_HOST, parse_config
+    from autodiffusion_optuna.evaluation.allocator import keep_freed_memory
+    from autodiffusion_optuna.report import require_files, stored_batch, stored_config, stored_unit_costs
+
+    for place in places or []:
+        if place.partition("=")[0].strip() not in OF_THIS_HOST:
+            raise ConfigError(
+                f"--set {place!r}: a study keeps its own settings; here --set takes {', '.join(OF_THIS_HOST)}"
+            )
     keep_freed_memory()
     found = existing(name, url)[1]
-    config = parse_config(stored_config(found).model_dump(mode="json"), overrides or [])
-    parts = runner.build(config, trust=trust, unit_costs=stored_unit_costs(found))
+    config = parse_config(stored_config(found).model_dump(mode="json"), [*(places or []), *(overrides or [])])
+    require_files(found, config)
+    parts = runner.build(config, trust=trust, unit_costs=stored_unit_costs(found), batch=stored_batch(found))
     runner.check_same(parts, found)
     return found, parts
 
