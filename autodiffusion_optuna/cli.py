@@ -69,6 +69,7 @@ def show(
         return
     print_table(report)
     print_facts(report)
+    warn(report.warnings())
 
 
 @app.command()
@@ -106,8 +107,9 @@ def _score_study(study: str, places: list[str] | None, settings: list[str], stor
     for position, key in enumerate(keys, 1):
         err.print(f"scoring {position} of {len(keys)}: {key}")
         runner.score_fresh(parts, found, Candidate.from_key(key), fresh.fresh_images, fresh.fresh_banks)
-    print_table(read_report(found, (fresh.fresh_images, fresh.fresh_banks)))
-    warn(runner.warnings(parts, fresh.fresh_images))
+    report = read_report(found, (fresh.fresh_images, fresh.fresh_banks))
+    print_table(report)
+    warn(report.warnings())
 
 
 def _score_schedule(path: Path, overrides: list[str], trust: bool) -> None:
@@ -204,6 +206,7 @@ def export(
 ) -> None:
     """The best schedule as JSON, as Python that applies it with diffusers, or as sigmas for ComfyUI."""
     from autodiffusion_optuna.export import export_text
+    from autodiffusion_optuna.report import read_report
     from autodiffusion_optuna.storage import storage_url
 
     wanted = {"both": ["json", "diffusers"], "python": ["diffusers"]}.get(form, [form])
@@ -212,6 +215,7 @@ def export(
     if folder is not None and not folder.absolute().parent.is_dir():
         raise ConfigError(f"folder {str(folder.parent)!r} does not exist; create it or give another --out")
     found = existing(study, storage_url(storage))[1]
+    warn(read_report(found).warnings())
     texts: dict[str, str] = {}
     for one in wanted:
         try:

@@ -20,6 +20,9 @@ from autodiffusion_optuna.errors import ConfigError, choose_from
 BANK_SIZE = 100_000
 """Images in one bank of noise; the largest ``score.images`` and ``score.fresh_images``."""
 
+SEARCH_BANK = 0
+"""Every candidate is scored on the noise of this bank; fresh banks are numbered from 1."""
+
 LONGEST_GRACE = 30 * 24 * 3600
 """Seconds; a worker sleeps a share of ``search.grace`` between heartbeats, which no clock does for ever."""
 

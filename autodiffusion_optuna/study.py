@@ -330,6 +330,7 @@ def open_study(parts: Parts, storage: StudyStorage) -> optuna.Study:
     if begun:
         check_same(parts, study)
     study.set_user_attr(records.CONFIG, parts.config.model_dump(mode="json"))  # a longer budget is kept
+    study.set_user_attr(records.WARNINGS, warnings(parts, parts.config.score.images))
     if records.NOISE not in study.user_attrs:  # begun by an older version
         _describe_model(parts, study)
     return study
@@ -390,6 +391,7 @@ def _describe_model(parts: Parts, study: optuna.Study) -> None:
         "scale": model.scale,
     }
     study.set_user_attr(records.MODEL_FACTS, facts)
+    study.set_user_attr(records.REFERENCE_IMAGES, parts.evaluator.reference.n)
     study.set_user_attr(records.NOISE, model.schedule.pack())
 
 
@@ -472,9 +474,13 @@ def metric_name(parts: Parts) -> str:
     return "FID" if extractor.metric == "FID" else f"FD({extractor.name})"
 
 
+def _too_few(parts: Parts, images: int) -> str | None:
+    return too_few(images, len(parts.evaluator.reference.mu)) if parts.config.score.metric == "frechet" else None
+
+
 def warnings(parts: Parts, images: int) -> list[str]:
     """What to know about distances of so many images in this study, a line each; none where there is nothing."""
-    few = too_few(images, len(parts.evaluator.reference.mu)) if parts.config.score.metric == "frechet" else None
+    few = _too_few(parts, images)
     slow = parts.model.device.type == "cpu" and parts.config.model.precision != "float32"
     reduced = (
         f"model.precision {parts.config.model.precision!r} is mostly slower than float32 on a CPU" if slow else None
@@ -701,7 +707,7 @@ def score_fresh(parts: Parts, study: optuna.Study, candidate: Candidate, images:
     if stored is not None:
         return stored
     values = tuple(parts.evaluator.score(candidate, [images], bank=bank).value for bank in range(1, banks + 1))
-    scored = records.Fresh(images, values)
+    scored = records.Fresh(images, values, _too_few(parts, images))
     study.set_user_attr(records.fresh_key(candidate.key, images, banks), scored.to_json())
     return scored
 

@@ -17,7 +17,6 @@ from autodiffusion_optuna.commands.output import (
     existing,
     load_parts,
     say,
-    variety_warning,
     warn,
 )
 from autodiffusion_optuna.errors import AdoptError, ConfigError
@@ -55,7 +54,7 @@ def report(
         pictures=_pictures(read.best.candidate, study, url, images, places, trust)
         if read.best and not no_pictures
         else (),
-        notes=variety_warning(read),
+        notes=read.warnings(),
         tail=storage_option(url),
         written=f"{datetime.now():%Y-%m-%d}",
     )
