@@ -215,7 +215,6 @@ def export(
     if folder is not None and not folder.absolute().parent.is_dir():
         raise ConfigError(f"folder {str(folder.parent)!r} does not exist; create it or give another --out")
     found = existing(study, storage_url(storage))[1]
-    warn(read_report(found).warnings())
     texts: dict[str, str] = {}
     for one in wanted:
         try:
@@ -224,6 +223,7 @@ def export(
             if form != "both" or not texts:
                 raise
             err.print(f"no script: {error}")
+    warn(read_report(found).warnings())
     if folder is None:
         print("\n".join(texts.values()), end="")
         return

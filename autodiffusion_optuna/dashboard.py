@@ -256,8 +256,8 @@ def note_text(report: StudyReport, url: str) -> str:
     parts = [
         f"# {config.name}",
         config.description,
-        f"{len(report.finished)} of {config.search.trials} candidates finished. Their values: {report.value_name} of the "
-        f"search's noise; reference {report.reference_name}.",
+        f"{len(report.finished)} of {config.search.trials} candidates finished. Their values: {report.value_name} of "
+        f"the search's noise; reference {report.reference_name}.",
         _warnings(report),
         _schedules(report),
         "## Commands",
