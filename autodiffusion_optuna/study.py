@@ -38,7 +38,7 @@ from autodiffusion_optuna.evaluation.evaluator import Evaluator, Score, largest_
 from autodiffusion_optuna.evaluation.features import Extractor, load_extractor
 from autodiffusion_optuna.evaluation.models import Model, Options, load_model
 from autodiffusion_optuna.evaluation.prefix import PrefixMemory
-from autodiffusion_optuna.evaluation.reference import Reference, check_images, load_reference, too_few
+from autodiffusion_optuna.evaluation.reference import Reference, check_images, doubts, load_reference, too_few
 from autodiffusion_optuna.evaluation.sampling import Sampling
 from autodiffusion_optuna.evaluation.solvers import ORDERS, query_steps, solver_names
 from autodiffusion_optuna.noise import Final
@@ -467,7 +467,9 @@ def warnings(parts: Parts, images: int) -> list[str]:
     reduced = (
         f"model.precision {parts.config.model.precision!r} is mostly slower than float32 on a CPU" if slow else None
     )
-    return [line for line in (*parts.model.notes, *parts.evaluator.reference.notes, few, reduced) if line]
+    reference = parts.evaluator.reference
+    doubtful = doubts(reference, parts.model.picture_shape, parts.config.score.metric)
+    return [line for line in (*parts.model.notes, *reference.notes, *doubtful, few, reduced) if line]
 
 
 def work(
