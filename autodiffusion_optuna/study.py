@@ -40,6 +40,7 @@ from autodiffusion_optuna.evaluation.models import Model, Options, load_model
 from autodiffusion_optuna.evaluation.prefix import PrefixMemory
 from autodiffusion_optuna.evaluation.reference import Reference, check_images, doubts, load_reference, too_few
 from autodiffusion_optuna.evaluation.sampling import Sampling
+from autodiffusion_optuna.evaluation.sanity import check_model
 from autodiffusion_optuna.evaluation.solvers import ORDERS, query_steps, solver_names
 from autodiffusion_optuna.noise import Final
 from autodiffusion_optuna.report import peek, require_same, stored_unit_costs
@@ -72,6 +73,8 @@ class Parts:
     evaluator: Evaluator
     known: dict[str, Candidate]
     """Known schedules by name, at the largest number of full steps the budget allows."""
+    sanity: tuple[str, ...] = ()
+    """What is doubtful about the model itself, a line each."""
 
 
 @dataclass(frozen=True)
@@ -126,7 +129,8 @@ def build(
     _check_features(evaluator)
     known = _known(model, space)
     _warm_starts(config, known)  # an unknown name is refused before anything is written
-    return Parts(config, model, space, _sampler(config, space), evaluator, known)
+    sanity = check_model(model, reference.images, batch) if config.model.check else []
+    return Parts(config, model, space, _sampler(config, space), evaluator, known, tuple(sanity))
 
 
 def open_model(config: StudyConfig, trust: bool = False, device: str | None = None) -> Model:
@@ -469,7 +473,7 @@ def warnings(parts: Parts, images: int) -> list[str]:
     )
     reference = parts.evaluator.reference
     doubtful = doubts(reference, parts.model.picture_shape, parts.config.score.metric)
-    return [line for line in (*parts.model.notes, *reference.notes, *doubtful, few, reduced) if line]
+    return [line for line in (*parts.model.notes, *parts.sanity, *reference.notes, *doubtful, few, reduced) if line]
 
 
 def work(

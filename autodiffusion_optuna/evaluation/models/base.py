@@ -76,7 +76,8 @@ class Model:
     model was trained on, for an extractor; None where the model ships with none.
     ``conditions``: None where the model is unconditional. ``guidance``: how a scale acts; ``scale``: the one used
     where the study sets none. ``decode``: float32 [B, C, H, W] states -> images in [-1, 1], None where states are
-    images; ``image_shape``: (C, H, W) of an image, None for the state's.
+    images; ``encode``: the way back, None where it is not known. ``image_shape``: (C, H, W) of an image, None for the
+    state's.
     ``kind``: class of the diffusers pipeline, or of the bare network; "adm", "plugin" and "mixture" for the others.
     ``notes``: what its loader assumed, chose or left out, a line each; shown wherever the study's values are.
     """
@@ -93,6 +94,7 @@ class Model:
     guidance: GuidanceKind = "none"
     scale: float = 1.0
     decode: Callable[[Tensor], Tensor] | None = None
+    encode: Callable[[Tensor], Tensor] | None = None
     image_shape: tuple[int, int, int] | None = None
     kind: str = "UNet2DModel"
     notes: tuple[str, ...] = ()

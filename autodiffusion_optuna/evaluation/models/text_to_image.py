@@ -259,6 +259,7 @@ def _assemble(
         guidance=guidance,
         scale=scale,
         decode=vae.decode,
+        encode=vae.encode,
         image_shape=image_shape,
         kind=index["_class_name"],
     )
