@@ -353,6 +353,7 @@ def open_run(
         require_same(begun, config)
     parts = build(config, trust=trust, unit_costs=stored_unit_costs(begun), device=device)
     check_place(url)
+    parts.evaluator.prepare(0, config.score.images)  # prompts too many for this machine are refused here
     location = _location(begun, url, artifacts)
     store = None if location is None else open_store(location_of(location, url))
     storage = open_storage(url)

@@ -170,8 +170,8 @@ def _count(model: Model) -> int:
 def _denoise(model: Model, x: Tensor) -> Callable[[Tensor, float], Tensor]:
     """The model for ``x``, without guidance, which would lead away from the expected clean image."""
     scales = {"none": None, "free": 0.0, "classifier": 0.0, "embedded": 1.0}
-    count = model.conditions.count if model.conditions else 1
-    denoise = model.bind([i * count // len(x) for i in range(len(x))], scales[model.guidance])
+    labels = model.conditions.count if model.conditions and model.conditions.kind == "labels" else 1
+    denoise = model.bind([i * labels // len(x) for i in range(len(x))], scales[model.guidance])
     return lambda x, t: denoise(x, t, 0)
 
 

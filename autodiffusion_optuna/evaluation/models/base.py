@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -55,6 +55,7 @@ class Conditions:
     ``count``: labels or prompts there are. ``rows``: the condition [n, ...] of n of them, by index in [0, count).
     ``negative``: the condition [n, ...] that classifier-free guidance leads away from; None where there is none.
     ``draw``: how an image's index is chosen. ``fingerprint``: hex digest of all conditions and of ``draw``.
+    ``prepare``: makes the rows of those indices at once, where that is cheaper; it changes no bit of them.
     """
 
     kind: Literal["labels", "prompts"]
@@ -63,6 +64,7 @@ class Conditions:
     negative: Callable[[int], Condition] | None
     fingerprint: str
     draw: Draw = "balanced"
+    prepare: Callable[[Iterable[int]], None] | None = None
 
 
 @dataclass(frozen=True, eq=False)
