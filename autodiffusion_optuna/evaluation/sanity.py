@@ -8,8 +8,10 @@ of any weight. They show in what the network makes of noised images, at three no
 2. The expected clean image is uncorrelated with its own error, so that nothing is gained by rescaling it, or by adding
    a multiple of the noisy image (the orthogonality principle). What is gained tells levels or weights that are off.
 
-``benchmarks/sanity.py`` shows what both tell apart and what they do not: a model that was trained badly, noise levels
-that are off by little, or attention with the wrong number of heads pass.
+``benchmarks/sanity.py`` shows what both tell apart and what they do not: noise levels that are off by little, weights
+rounded to 8 bits, attention with the wrong number of heads and any fault that hardly matters pass. On its own samples
+even a wrong model is at home, and little but prediction types and weights is told. A model distilled to few steps gives
+samples instead of expectations, and may be told though it is right.
 """
 
 from __future__ import annotations
@@ -84,17 +86,17 @@ def check_model(model: Model, images: Tensor | None, batch: int) -> list[str]:
         states = _states(model, images)
         own = states is None
         if states is None:
-            states = _samples(model, batch)
+            states = own_samples(model, batch)
         levels = measure(model, states, batch)
     except torch.OutOfMemoryError:
         return [f"model {model.name!r}: not checked at load, the device has too little memory; lower model.batch"]
-    doubt = _doubt(levels)
-    if doubt is None:
+    found = doubt(levels)
+    if found is None:
         return []
     shown = ", ".join(f"{level.ratio:.2g}" for level in levels)
     where = "its own samples, as there are no images to take" if own else "images of the reference"
     return [
-        f"model {model.name!r} {doubt}: errors at three noise levels {shown} of a linear filter's, on {where}. "
+        f"model {model.name!r} {found}: errors at three noise levels {shown} of a linear filter's, on {where}. "
         f"If it was trained, check {suspects(model)}; model.check = false is without this check"
     ]
 
@@ -104,7 +106,8 @@ def suspects(model: Model) -> str:
     return SUSPECTS.get(model.kind, LATENT if model.decode is not None else PLAIN)
 
 
-def _doubt(levels: Sequence[Level]) -> str | None:
+def doubt(levels: Sequence[Level]) -> str | None:
+    """What is wrong with a model of these errors, in words; None where nothing is."""
     if not levels:
         return "has too little variety in its own samples to be checked"
     if any(level.ratio >= 1 for level in levels):
@@ -151,7 +154,7 @@ def _states(model: Model, images: Tensor | None) -> Tensor | None:
     return some if model.encode is None else model.encode(some)
 
 
-def _samples(model: Model, batch: int) -> Tensor:
+def own_samples(model: Model, batch: int) -> Tensor:
     """States that the model draws itself: deterministic DDIM over a few uniform steps."""
     T = model.schedule.T
     steps = np.unique(np.linspace(0, T - 1, min(STEPS, T)).round().astype(int))[::-1]
