@@ -219,7 +219,7 @@ def _notes(root: Path, left_out: Sequence[str], headers: Mapping[str, _Header]) 
     """A line for the files that were left out, and for each way in which others are not read as they are."""
     told: dict[str, list[str]] = {}
     if left_out:
-        told[f"left out, as read are {', '.join(FORMATS)} (npy: uint8 [H, W, 3])"] = sorted(left_out)
+        told[f"left out (read are {', '.join(FORMATS)}; npy as uint8 [H, W, 3])"] = sorted(left_out)
     for name, header in headers.items():
         for remark in header.remarks:
             told.setdefault(remark, []).append(name)

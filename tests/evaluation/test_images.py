@@ -76,7 +76,7 @@ def test_every_file_is_read_or_named(tmp_path: Path) -> None:
     assert images.total == 21
     np.testing.assert_array_equal(pixels(images), COLOUR[:21].transpose(0, 3, 1, 2))
     assert len(images.notes) == 1
-    assert images.notes[0].startswith("reference 'mine': 4 files left out, as read are bmp, ")
+    assert images.notes[0].startswith("reference 'mine': 4 files left out (read are bmp, ")
     assert images.notes[0].endswith(": 21.gif, a.txt, b.json, …")
     with zipfile.ZipFile(tmp_path / "mine.zip", "w") as archive:
         for file in folder.iterdir():
@@ -115,7 +115,7 @@ def test_arrays_among_the_images(tmp_path: Path) -> None:
     images = folder_images(tmp_path)
     np.testing.assert_array_equal(pixels(images)[0], COLOUR[0].transpose(2, 0, 1))
     np.testing.assert_array_equal(pixels(images)[1], COLOUR[1, :, :, :1].repeat(3, 2).transpose(2, 0, 1))
-    assert images.notes[0].endswith("(npy: uint8 [H, W, 3]): labels.npy, scaled.npy")
+    assert images.notes[0].endswith("npy as uint8 [H, W, 3]): labels.npy, scaled.npy")
     (tmp_path / "cut.npy").write_bytes((tmp_path / "a.npy").read_bytes()[:20])
     with pytest.raises(StatisticsError, match=r"cut\.npy is not a readable array"):
         folder_images(tmp_path)

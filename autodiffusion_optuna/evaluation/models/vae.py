@@ -73,7 +73,7 @@ def load_vae(folder: Path, device: torch.device, precision: str = "float32", sca
 
     factor = 2 ** (len(config.block_out_channels) - 1)
     override = {} if scaling is None else {"scaling_factor": scaling}
-    return Vae(channels, factor, digest(part.files, {**stored, **override}), _Sliced(decode, factor), encode)
+    return Vae(channels, factor, digest(part.files, {**stored, **override}), _Sliced(decode, factor), encode=encode)
 
 
 def _affine(
