@@ -100,6 +100,7 @@ def test_a_search_end_to_end(folder: Path, adopt: Adopt, kind: str) -> None:
     result = adopt("run", "--study", "any.toml", *arguments)
     assert result.code == 0, result.err
     assert re.search(r"warning: model '\w+' (denoises no better|misjudges its noise)", result.err)  # never trained
+    assert "warning: reference 'reference' has 40 images for" in result.err
     shown: dict[str, Any] = json.loads(adopt("show", "--study", "any", "--json").out)
     assert (shown["finished"], shown["stage"]) == (6, 2)
     assert set(shown["best"]["settings"]) >= {"solver"}
