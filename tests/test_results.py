@@ -102,6 +102,8 @@ def test_the_check_at_load_tells_the_clear_cases_apart() -> None:
             "states halved",
         ):
             assert told[f"{kind}, {wrong}"], (kind, wrong)
+    for name in ("digits, states doubled", "ADM, states doubled"):  # a right model that does not clip
+        assert not sanity["rows"][name]["own samples"]["told"]
     assert told["ADM, attention: other order"]
     assert not told["digits, attention: other order"]  # it hardly matters there
     for name, worst in sanity["false alarms"].items():

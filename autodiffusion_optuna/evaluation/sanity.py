@@ -36,6 +36,8 @@ NO_GAIN = 0.85
 """Share of its error that rescaling must leave a model. Trained ones keep 0.97 or more, in 16 images or in 4."""
 IMAGES, FEWEST, NUMBERS = 16, 4, 2**16
 STEPS = 20
+LEAST_SIGNAL = 0.1
+"""alpha / sigma from which own samples are drawn; below, small errors of a right model that does not clip grow large."""
 SEED = 0x5A17
 
 SUSPECTS = {
@@ -155,9 +157,10 @@ def _states(model: Model, images: Tensor | None) -> Tensor | None:
 
 
 def own_samples(model: Model, batch: int) -> Tensor:
-    """States that the model draws itself: deterministic DDIM over a few uniform steps."""
-    T = model.schedule.T
-    steps = np.unique(np.linspace(0, T - 1, min(STEPS, T)).round().astype(int))[::-1]
+    """States that the model draws itself: deterministic DDIM over a few uniform steps, begun at ``LEAST_SIGNAL``."""
+    ratios = np.asarray(model.schedule.alphas) / np.maximum(model.schedule.sigmas, 1e-12)
+    last = int(np.flatnonzero(ratios >= min(LEAST_SIGNAL, ratios.max())).max())
+    steps = np.unique(np.linspace(0, last, STEPS).round().astype(int))[::-1]
     nodes = times(model.schedule, [int(t) for t in steps], "one")
     parts = []
     for noise in torch.split(Bank(SEED, 0, model.shape).noise(0, _count(model)), batch):

@@ -101,6 +101,7 @@ def test_right_models_pass(model: Model, digits: Tensor) -> None:
     assert check_model(model, digits, 64) == []
     assert check_model(model, digits[:4], 64) == []
     assert check_model(model, None, 64) == []
+    assert check_model(rebuilt(model, clip=False), None, 64) == []
     assert torch.equal(torch.get_rng_state(), drawn_from)
     levels = measure(model, digits.float() / 127.5 - 1, 5)
     assert [level.signal for level in levels] == list(LEVELS)
