@@ -10,8 +10,8 @@ of any weight. They show in what the network makes of noised images, at three no
 
 ``benchmarks/sanity.py`` shows what both tell apart and what they do not: noise levels that are off by little, weights
 rounded to 8 bits, attention with the wrong number of heads and any fault that hardly matters pass. On its own samples
-even a wrong model is at home, and little but prediction types and weights is told. A model distilled to few steps gives
-samples instead of expectations, and may be told though it is right.
+even a wrong model is at home: wrong weights and most prediction types are told, betas, attention and scales of latents
+mostly not. A model distilled to few steps gives samples instead of expectations, and may be told though it is right.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ NO_GAIN = 0.85
 IMAGES, FEWEST, NUMBERS = 16, 4, 2**16
 STEPS = 20
 LEAST_SIGNAL = 0.1
-"""alpha / sigma from which own samples are drawn; below, small errors of a right model that does not clip grow large."""
+"""alpha / sigma from which own samples are drawn; below, small errors of right models that do not clip grow large."""
 SEED = 0x5A17
 
 SUSPECTS = {
