@@ -61,15 +61,16 @@ def show(
 ) -> None:
     """The best schedule, the known ones beside it, evaluations run and saved, and the history."""
     from autodiffusion_optuna.report import read_report
-    from autodiffusion_optuna.storage import storage_url
+    from autodiffusion_optuna.storage import storage_option, storage_url
 
-    report = read_report(existing(study, storage_url(storage))[1])
+    url = storage_url(storage)
+    report = read_report(existing(study, url)[1])
     if as_json:
-        print(json.dumps(report.to_json(), indent=2))
+        print(json.dumps(report.to_json(storage_option(url)), indent=2))
         return
     print_table(report)
     print_facts(report)
-    warn(report.warnings())
+    warn(report.warnings(storage_option(url)))
 
 
 @app.command()
@@ -98,9 +99,10 @@ def _score_study(study: str, places: list[str] | None, settings: list[str], stor
     from autodiffusion_optuna import study as runner
     from autodiffusion_optuna.candidate import Candidate
     from autodiffusion_optuna.report import read_report
-    from autodiffusion_optuna.storage import storage_url
+    from autodiffusion_optuna.storage import storage_option, storage_url
 
-    found, parts = load_parts(study, storage_url(storage), trust, places, settings)
+    url = storage_url(storage)
+    found, parts = load_parts(study, url, trust, places, settings)
     best = runner.winner(found).user_attrs["candidate"]
     keys = dict.fromkeys([best, *(candidate.key for candidate in parts.known.values())])
     fresh = parts.config.score
@@ -109,7 +111,7 @@ def _score_study(study: str, places: list[str] | None, settings: list[str], stor
         runner.score_fresh(parts, found, Candidate.from_key(key), fresh.fresh_images, fresh.fresh_banks)
     report = read_report(found, (fresh.fresh_images, fresh.fresh_banks))
     print_table(report)
-    warn(report.warnings())
+    warn(report.warnings(storage_option(url)))
 
 
 def _score_schedule(path: Path, overrides: list[str], trust: bool) -> None:
@@ -207,14 +209,15 @@ def export(
     """The best schedule as JSON, as Python that applies it with diffusers, or as sigmas for ComfyUI."""
     from autodiffusion_optuna.export import export_text
     from autodiffusion_optuna.report import read_report
-    from autodiffusion_optuna.storage import storage_url
+    from autodiffusion_optuna.storage import storage_option, storage_url
 
     wanted = {"both": ["json", "diffusers"], "python": ["diffusers"]}.get(form, [form])
     if not set(wanted) <= FORMS.keys():
         raise ConfigError(choose_from("format", form, [*FORMS, "both"]))
     if folder is not None and not folder.absolute().parent.is_dir():
         raise ConfigError(f"folder {str(folder.parent)!r} does not exist; create it or give another --out")
-    found = existing(study, storage_url(storage))[1]
+    url = storage_url(storage)
+    found = existing(study, url)[1]
     texts: dict[str, str] = {}
     for one in wanted:
         try:
@@ -223,7 +226,7 @@ def export(
             if form != "both" or not texts:
                 raise
             err.print(f"no script: {error}")
-    warn(read_report(found).warnings())
+    warn(read_report(found).warnings(storage_option(url)))
     if folder is None:
         print("\n".join(texts.values()), end="")
         return
