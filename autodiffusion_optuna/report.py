@@ -247,7 +247,6 @@ class StudyReport:
             "timesteps": list(best.candidate.timesteps),
             "skips": best.candidate.skip_names(self.units),
             "settings": best.candidate.settings_dict,
-            "trace_ratio": best.trace_ratio,  # the log of the next one, for scripts that read it
             "variance_ratio": None if best.trace_ratio is None else round(math.exp(best.trace_ratio), 6),
             "value": best.value,
             **self._measured_on,

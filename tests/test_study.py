@@ -361,7 +361,7 @@ def check_json(data: dict[str, Any]) -> None:
     ]  # fmt: skip
     assert (data["finished"], data["budget"]) == (26, 26)
     assert list(data["best"]) == [
-        "trial", "timesteps", "skips", "settings", "trace_ratio", "variance_ratio", "value", "images", "bank", "cost",
+        "trial", "timesteps", "skips", "settings", "variance_ratio", "value", "images", "bank", "cost",
         "fresh",
     ]  # fmt: skip
     assert {(known["images"], known["bank"]) for known in data["known"]} == {(64, 0)}
