@@ -27,6 +27,7 @@ from torch import Tensor
 from autodiffusion_optuna.errors import ConfigError, ModelError, StatisticsError, choose_from
 from autodiffusion_optuna.evaluation.contents import MODES, Mode
 from autodiffusion_optuna.evaluation.digits_net import FEATURES, load_digits_net
+from autodiffusion_optuna.evaluation.files import check_content
 from autodiffusion_optuna.evaluation.weights import is_published, sha256_of
 
 DIGITS_WEIGHTS = Path(__file__).parent.parent / "assets" / "digits" / "extractor.safetensors"
@@ -175,6 +176,8 @@ def load_extractor(
 def _check_weights(kind: str, name: str, weights: Path | None, trust: bool, mode: Mode | None) -> None:
     if weights is not None and not weights.is_file() and not (kind == "dinov2" and weights.is_dir()):
         raise ConfigError(f"extractor {name!r}: {str(weights)!r} is not a file; give the path of local weights")
+    if weights is not None and weights.is_file():
+        check_content(weights, ModelError)
     if trust:
         return
     if kind == "python":
@@ -409,6 +412,7 @@ def _dinov2_folder(wanted: _Wanted) -> tuple[Network, str]:
                 f"extractor 'dinov2': folder {str(folder)!r} has no {name}; give one written by "
                 "Dinov2Model.save_pretrained"
             )
+        check_content(folder / name, ModelError)
     try:
         kind = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type")
     except (ValueError, AttributeError) as error:

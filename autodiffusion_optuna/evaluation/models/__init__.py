@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from autodiffusion_optuna.errors import ConfigError, ModelError, choose_from
+from autodiffusion_optuna.evaluation.files import check_content
 from autodiffusion_optuna.evaluation.models.base import Conditions, Model, Options, find_device
 from autodiffusion_optuna.evaluation.models.diffusers_folder import NETWORK, load_folder
 from autodiffusion_optuna.evaluation.models.mixture import mixture_model
@@ -144,6 +145,7 @@ def _check_plain(folder: Path, index: Mapping[str, Any]) -> None:
 def _single_file(path: Path, device: str, precision: str, clip: bool | None, options: Options) -> Model:
     if not path.is_file():
         raise ModelError(f"{path}: no such file; give the path of a checkpoint, or a folder that diffusers saved")
+    check_content(path, ModelError)
     if path.suffix != ".safetensors":
         raise ModelError(
             f"{path}: a bare {path.suffix} file says nothing of its architecture; for a guided-diffusion checkpoint "

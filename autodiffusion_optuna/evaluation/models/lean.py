@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from autodiffusion_optuna.errors import ConfigError, ModelError
+from autodiffusion_optuna.evaluation.files import check_content
 from autodiffusion_optuna.evaluation.models.parts import fill, first_line, read_weights
 
 Weights = Mapping[str, Tensor]
@@ -49,6 +50,7 @@ def _shapes(file: Path) -> Mapping[str, Sequence[int]]:
 
     if file.suffix != ".safetensors":
         return {name: tensor.shape for name, tensor in read_weights([file]).items()}
+    check_content(file, ModelError)
     try:
         with safe_open(file, framework="pt") as stored:
             return {name: stored.get_slice(name).get_shape() for name in stored.keys()}  # noqa: SIM118

@@ -20,6 +20,7 @@ from torch.overrides import TorchFunctionMode
 
 from autodiffusion_optuna.errors import ConfigError, ModelError, choose_from
 from autodiffusion_optuna.evaluation.denoiser import PREDICTIONS, store_reduced
+from autodiffusion_optuna.evaluation.files import check_content
 from autodiffusion_optuna.noise import NoiseSchedule, from_scheduler_config
 
 STEM = "diffusion_pytorch_model"
@@ -124,6 +125,7 @@ def read_weights(files: Sequence[Path]) -> dict[str, Tensor]:
 
     weights: dict[str, Tensor] = {}
     for file in files:
+        check_content(file, ModelError)
         if file.suffix != ".safetensors":
             weights |= read_checkpoint(file)
             continue
@@ -262,6 +264,7 @@ def _prediction(config: Mapping[str, Any], path: Path) -> str:
 
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object. ``ModelError`` where the file holds none."""
+    check_content(path, ModelError)
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from autodiffusion_optuna.errors import ConfigError, ModelError
+from autodiffusion_optuna.evaluation.files import check_content
 from autodiffusion_optuna.evaluation.models.parts import digest, find_weights, first_line, read_json
 
 ENCODERS = ("CLIPTextModel", "CLIPTextModelWithProjection", "T5EncoderModel")
@@ -202,7 +203,10 @@ def _load_model(path: Path, kind: str, device: torch.device, dtype: torch.dtype)
     transformers = _transformers()
     if kind not in ENCODERS:
         raise ModelError(f"{path}: is a {kind}; only {', '.join(ENCODERS)} are supported")
-    first = _find_weights(path)[0].name
+    files = _find_weights(path)
+    for file in (path / "config.json", *files):
+        check_content(file, ModelError)
+    first = files[0].name
     variant = "fp16" if ".fp16" in first else None
     try:
         with _quiet(transformers):
@@ -230,6 +234,8 @@ def _load_tokenizer(path: Path, entry: Any) -> Any:
         raise ModelError(f"{path}: is a {kind}; only {', '.join(TOKENIZERS)} are supported")
     if not path.is_dir():
         raise ModelError(f"{path}: no such folder; copy the whole pipeline")
+    for file in sorted(path.iterdir()):
+        check_content(file, ModelError)
     try:
         with _quiet(transformers):
             return getattr(transformers, kind).from_pretrained(path, local_files_only=True)
