@@ -437,7 +437,8 @@ def _dinov2_folder(wanted: _Wanted) -> tuple[Network, str]:
         )
         stored = load_file(folder / "model.safetensors")
         check_numbers(weights_of(stored, folder / "model.safetensors"), stored, folder)
-        if unfit := sorted({*info["missing_keys"], *info["unexpected_keys"]}):
+        unknown = {key for key in info["unexpected_keys"] if not key.startswith("classifier.")}
+        if unfit := sorted({*info["missing_keys"], *unknown}):
             raise ValueError(f"{len(unfit)} weights are missing or of another model, first {unfit[0]!r}")
     except Exception as error:
         raise ModelError(

@@ -40,11 +40,18 @@ LEFT_OUT = re.compile(
 PLAIN = "give the model's own weights, not quantised ones"
 
 
-def weights_of(stored: Weights, file: Path, wanted: Collection[str] = (), scales: Weights | None = None) -> Weights:
+def weights_of(
+    stored: Weights,
+    file: Path,
+    wanted: Collection[str] = (),
+    scales: Weights | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> Weights:
     """The weights among the tensors ``stored`` in ``file``, float8 ones multiplied by the scales beside them.
 
     Names in ``wanted`` are weights whatever they are called; others that nothing is known of are kept for the caller.
-    ``scales``: those of the whole model where ``stored`` is a part of it. ``ModelError`` that names what would change
+    ``scales``: those of the whole model where ``stored`` is a part of it. ``dtype``: of scaled weights, which are
+    multiplied in float32 and take its room where they are many. ``ModelError`` that names what would change
     the weights and is not applied here. Tensors may be on the meta device.
     """
     beside = [key for key in stored if key not in wanted]
@@ -62,7 +69,7 @@ def weights_of(stored: Weights, file: Path, wanted: Collection[str] = (), scales
             continue
         target = ".".join([*key.split(".")[:-1], "weight"])
         if target in weights:
-            weights[target] = _scaled(weights[target], scale, f"{file}: {key}")
+            weights[target] = _scaled(weights[target], scale, f"{file}: {key}").to(dtype)
         elif scales is None:
             raise ModelError(f"{file}: {key} scales {target}, which is not there; {PLAIN}")
     return weights
@@ -89,9 +96,11 @@ def _scaled(weight: Tensor, scale: Tensor, where: str) -> Tensor:
 def check_numbers(given: Weights, floating: Iterable[str], where: object) -> None:
     """``ModelError`` that names the first weight in ``floating`` that does not hold floating-point numbers."""
     for key in sorted(given.keys() & set(floating)):
-        if not given[key].is_floating_point():
+        if not isinstance(given[key], Tensor) or not given[key].is_floating_point():
             raise ModelError(f"{where}: {key} holds {_told(given[key])}, not floating-point numbers; {PLAIN}")
 
 
-def _told(tensor: Tensor) -> str:
+def _told(tensor: object) -> str:
+    if not isinstance(tensor, Tensor):
+        return f"a {type(tensor).__name__}"
     return f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"

@@ -137,6 +137,11 @@ def test_scales_are_applied_in_single_files(sd: Path, prompts: Path, tmp_path: P
     save_file({f"model.diffusion_model.{key}" if key == "scaled_fp8" else key: stored[key] for key in stored}, file)
     other = load_text(file, prompts, sd)
     assert torch.equal(one.bind(CHOSEN)(noise(one), 500, 0), other.bind(CHOSEN)(noise(one), 500, 0))
+    given = Options(prompts=prompts, size=SIZE, config=sd, reduced=True)
+    reduced = load_model(str(file), precision="bfloat16", clip=None, options=given)
+    save_file(meant, file)
+    expected = load_model(str(file), precision="bfloat16", clip=None, options=given)
+    assert torch.equal(reduced.bind(CHOSEN)(noise(one), 500, 0), expected.bind(CHOSEN)(noise(one), 500, 0))
 
 
 def test_scales_are_applied_in_checkpoints(tmp_path: Path) -> None:

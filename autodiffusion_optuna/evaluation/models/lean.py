@@ -106,13 +106,15 @@ def materialise(network: nn.Module, parts: Iterable[Weights], device: torch.devi
     return network.eval().requires_grad_(False)
 
 
-def read_single_file(path: Path, kind: str, config: Path, subfolder: str) -> tuple[Weights, tuple[str, ...]]:
+def read_single_file(
+    path: Path, kind: str, config: Path, subfolder: str, dtype: torch.dtype = torch.float32
+) -> tuple[Weights, tuple[str, ...]]:
     """Weights of diffusers' class ``kind`` from one file in the layout of its authors, by diffusers' names.
 
     Where the file holds a moving average besides the weights in training, it is the average, as in the folders that
-    the authors publish. ``config``: a pipeline's folder, in whose ``subfolder`` the class's config lies.
-    The second value says what of the file is used where it holds more, a line each.
-    ``ModelError`` where the file does not hold such weights, or holds any that the converter would drop;
+    the authors publish. ``config``: a pipeline's folder, in whose ``subfolder`` the class's config lies. ``dtype``: the
+    one in which matrices are kept in the end. The second value says what of the file is used where it holds more, a
+    line each. ``ModelError`` where the file does not hold such weights, or holds any that the converter would drop;
     ``ConfigError`` where diffusers cannot read single files of this class.
     """
     import diffusers
@@ -122,13 +124,17 @@ def read_single_file(path: Path, kind: str, config: Path, subfolder: str) -> tup
         raise ConfigError(f"{path}: diffusers cannot read a {kind} from a single file; give the folder of its pipeline")
     stored = read_weights([path])
     own = {name: tensor for name, tensor in stored.items() if not name.startswith(OTHER_PARTS) and name not in MARKERS}
-    weights = dict(weights_of(own, path))
+    weights = dict(weights_of(own, path, dtype=dtype))
     averaged = sum(name.startswith("model_ema.") for name in weights) > 100  # fewer are none to diffusers
     converted = _convert(original, weights.copy(), path, config, subfolder)
-    # The same once more with each tensor's number in its place tells which ones the converter takes.
-    numbers = {name: torch.tensor(float(i)).expand(tensor.shape) for i, (name, tensor) in enumerate(weights.items())}
+    # The same once more with each tensor's number in its place tells which ones the converter takes. It looks at no
+    # more than their rows.
+    numbers = {
+        name: torch.tensor(i).expand((*tensor.shape[:1], *[1] * (tensor.ndim - 1)))
+        for i, (name, tensor) in enumerate(weights.items())
+    }
     places = _convert(original, numbers, path, config, subfolder)
-    taken = set().union(*map(_values, places.values()))
+    taken = {int(number) for rows in places.values() for number in rows.flatten().tolist()}
     training = {name for name in weights if averaged and name.startswith("model.")}
     unused = [name for i, name in enumerate(weights) if i not in taken and name not in training]
     if unused:
@@ -181,15 +187,6 @@ def _notes(path: Path, stored: Weights, averaged: bool, config: Path) -> Iterato
     others = sorted({name.split(".")[0] for name in stored if name.startswith(OTHER_PARTS)})
     if others:
         yield f"of {path.name} the denoising network alone is used, not {', '.join(others)}: those of {config} are"
-
-
-def _values(tensor: Tensor) -> set[int]:
-    """The numbers in a tensor, most of which are one number without memory."""
-    if not tensor.numel():
-        return set()
-    if not any(tensor.stride()):
-        return {int(tensor[(0,) * tensor.ndim])}
-    return {int(value) for value in tensor.unique()}  # type: ignore[no-untyped-call]
 
 
 def _convert(original: Any, stored: dict[str, Tensor], path: Path, config: Path, subfolder: str) -> dict[str, Tensor]:

@@ -272,7 +272,8 @@ def _assemble(
         notes += [*networks_beside(path.parent), *network_notes(path.parent, config, network, files)]
         materialise(network, each_file(network, files), place)
     else:
-        weights, said = _read_single_file(file, network, pipeline, folder)
+        dtype = PRECISIONS[precision] if options.reduced else torch.float32
+        weights, said = _read_single_file(file, network, pipeline, folder, dtype)
         materialise(network, [weights], place)
         notes += said
     if options.compile:
@@ -498,8 +499,10 @@ def _reduce(network: nn.Module, precision: str) -> None:
             module.weight.data = module.weight.data.to(PRECISIONS[precision])
 
 
-def _read_single_file(file: Path, network: nn.Module, pipeline: _Pipeline, folder: Path) -> tuple[Weights, Notes]:
+def _read_single_file(
+    file: Path, network: nn.Module, pipeline: _Pipeline, folder: Path, dtype: torch.dtype
+) -> tuple[Weights, Notes]:
     """Weights of ``network`` from one file in its authors' layout; ``folder``: the pipeline with its config."""
-    weights, notes = read_single_file(file, pipeline.network, folder, pipeline.folder)
+    weights, notes = read_single_file(file, pipeline.network, folder, pipeline.folder, dtype)
     check_fit(network, weights, file, "config.json")
     return weights, notes
