@@ -62,6 +62,9 @@ def weights_of(
                 f"{file}: holds {what}: {len(found)} tensors, first {found[0]!r}, without which the others mean "
                 f"something else; {PLAIN}, with adapters merged into them"
             )
+    for key, tensor in stored.items():
+        if tensor.layout != torch.strided:
+            raise ModelError(f"{file}: {key} is {str(tensor.layout).removeprefix('torch.')}; save it with to_dense()")
     dropped = {key for key in beside if LEFT_OUT.fullmatch(key) or SCALE.fullmatch(key)}
     weights = {key: tensor for key, tensor in stored.items() if key not in dropped}
     for key, scale in (stored if scales is None else scales).items():

@@ -96,6 +96,8 @@ def test_the_right_part_of_a_training_checkpoint_is_used(tmp_path: Path) -> None
         ({"generator": weights, "critic": other}, "holds several sets of weights (generator, critic)"),
         ({"model": other, "ema": {"shadow": weights, "decay": 0.9}}, "holds entries model, ema, not tensors by name"),
         ({"epoch": 3}, "holds entries epoch"),
+        ({0: torch.ones(2)}, "holds entries 0, not tensors by name"),
+        ({**weights, "out.2.bias": torch.ones(3).to_sparse()}, "out.2.bias is sparse_coo; save it with to_dense()"),
         ({}, "it is empty"),
     ):
         assert words in refused(lambda stored=stored: load(stored))

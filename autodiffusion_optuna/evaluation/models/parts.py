@@ -194,7 +194,7 @@ PREFIXES = re.compile(r"((module|_orig_mod|model)\.)+")
 
 
 def _is_state_dict(value: Any) -> bool:
-    return isinstance(value, dict) and all(isinstance(entry, Tensor) for entry in value.values())
+    return isinstance(value, dict) and all(isinstance(k, str) and isinstance(v, Tensor) for k, v in value.items())
 
 
 def _trained(stored: Mapping[str, Any], path: Path, notes: list[str] | None) -> dict[str, Tensor]:
@@ -217,8 +217,8 @@ def _trained(stored: Mapping[str, Any], path: Path, notes: list[str] | None) -> 
 
 
 def _unprefixed(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    common = {match[0] for match in map(PREFIXES.match, map(str, weights)) if match}
-    if len(common) != 1 or not all(str(name).startswith((*common,)) for name in weights):
+    common = {match[0] for match in map(PREFIXES.match, weights) if match}
+    if len(common) != 1 or not all(name.startswith((*common,)) for name in weights):
         return weights
     return {name.removeprefix(*common): tensor for name, tensor in weights.items()}
 
