@@ -137,14 +137,14 @@ def edm(sigmas: Array) -> NoiseSchedule:
     return NoiseSchedule(np.ones_like(levels), levels, np.log(levels) / 4)
 
 
-def flow(T: int = 1000, shift: float = 1.0) -> NoiseSchedule:
+def flow(T: int = 1000, shift: float = 1.0, span: float = 1000.0) -> NoiseSchedule:
     """Flow matching: alpha = 1 - s, sigma = s at s in (0, 1), shifted towards noise (arXiv 2403.03206, eq. 23).
 
-    s = 1 itself has no signal and is left out of the grid. The network takes 1000 s as its time.
+    s = 1 itself has no signal and is left out of the grid. The network takes ``span`` s as its time.
     """
     uniform = np.arange(1, T + 1) / (T + 1)
     s = shift * uniform / (1 + (shift - 1) * uniform)
-    return NoiseSchedule(1.0 - s, s, 1000.0 * s)
+    return NoiseSchedule(1.0 - s, s, span * s)
 
 
 def from_scheduler_config(config: Mapping[str, Any]) -> NoiseSchedule:
@@ -161,7 +161,7 @@ def from_scheduler_config(config: Mapping[str, Any]) -> NoiseSchedule:
     if config.get("trained_betas") is not None:
         return from_betas(np.asarray(config["trained_betas"]))
     if config.get("prediction_type") == "flow_prediction" or "FlowMatch" in str(config.get("_class_name", "")):
-        return flow(T, float(config.get("shift", 1.0)))
+        return flow(T, float(config.get("shift", config.get("flow_shift", 1.0))), T)
     kind = str(config.get("beta_schedule", "linear"))
     start, end = float(config.get("beta_start", 1e-4)), float(config.get("beta_end", 0.02))
     if kind == "linear":

@@ -210,7 +210,7 @@ def test_prompts(folder: Path, adopt: Adopt) -> None:
     assert "none of its 2 columns" in refuse(folder, adopt, "model.source=sd", "model.prompts=wrong.csv").err
     tiny_models.write_ddpm(folder / "ddpm")
     result = refuse(folder, adopt, "model.source=ddpm", "model.prompts=empty.txt")
-    assert "prompts = 'empty.txt' is not for models such as 'ddpm'" in result.err
+    assert "empty.txt' is not for models such as 'ddpm'" in result.err
     assert "nowhere.txt" in refuse(folder, adopt, "model.source=sd", "model.prompts=nowhere.txt").err
     assert "model.prompts" in refuse(folder, adopt, "model.source=sd").err
 

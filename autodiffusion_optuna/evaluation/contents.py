@@ -19,6 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from autodiffusion_optuna.errors import StatisticsError
+from autodiffusion_optuna.evaluation.files import check_content
 from autodiffusion_optuna.evaluation.images import (
     BAD_ZIP,
     MAX_MEMBER,
@@ -113,6 +114,7 @@ def read_contents(path: Path) -> Contents:
         return Contents("a folder of images", images=folder_images(path))
     if not path.exists():
         raise StatisticsError(f"reference {str(path)!r} does not exist; {ADVICE}")
+    check_content(path, StatisticsError)
     try:
         return _read_file(path)
     except DAMAGED as error:

@@ -27,6 +27,8 @@ from torch import Tensor
 from autodiffusion_optuna.errors import ConfigError, ModelError, StatisticsError, choose_from
 from autodiffusion_optuna.evaluation.contents import MODES, Mode
 from autodiffusion_optuna.evaluation.digits_net import FEATURES, load_digits_net
+from autodiffusion_optuna.evaluation.files import check_content
+from autodiffusion_optuna.evaluation.tensors import check_numbers, weights_of
 from autodiffusion_optuna.evaluation.weights import is_published, sha256_of
 
 DIGITS_WEIGHTS = Path(__file__).parent.parent / "assets" / "digits" / "extractor.safetensors"
@@ -175,6 +177,8 @@ def load_extractor(
 def _check_weights(kind: str, name: str, weights: Path | None, trust: bool, mode: Mode | None) -> None:
     if weights is not None and not weights.is_file() and not (kind == "dinov2" and weights.is_dir()):
         raise ConfigError(f"extractor {name!r}: {str(weights)!r} is not a file; give the path of local weights")
+    if weights is not None and weights.is_file():
+        check_content(weights, ModelError)
     if trust:
         return
     if kind == "python":
@@ -210,7 +214,9 @@ def efficientnet_side(height: int, width: int) -> int:
 def _load_digits(wanted: _Wanted) -> Extractor:
     path = wanted.weights or DIGITS_WEIGHTS
     try:
-        net = load_digits_net(load_file(path)).to(wanted.device)
+        stored = load_file(path)
+        check_numbers(stored, (key for key in stored if not key.endswith("num_batches_tracked")), path)
+        net = load_digits_net(stored).to(wanted.device)
     except (SafetensorError, RuntimeError, OSError) as error:
         raise ModelError(
             f"extractor 'digits': {str(path)!r} does not hold its network ({_first_line(error)}); "
@@ -320,6 +326,7 @@ def _inception_pytorch(weights: Path, device: torch.device, mode: Mode) -> Netwo
     )
     try:
         state = torch.load(weights, map_location="cpu", weights_only=True)
+        check_numbers(state, (key for key in state if not key.endswith("num_batches_tracked")), weights)
         with _in_place_of(package, "load_state_dict_from_url", lambda *_, **__: state), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torchvision's arguments have other names now
             # The constructor downloads; it is handed the local weights instead.
@@ -409,6 +416,7 @@ def _dinov2_folder(wanted: _Wanted) -> tuple[Network, str]:
                 f"extractor 'dinov2': folder {str(folder)!r} has no {name}; give one written by "
                 "Dinov2Model.save_pretrained"
             )
+        check_content(folder / name, ModelError)
     try:
         kind = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type")
     except (ValueError, AttributeError) as error:
@@ -420,9 +428,18 @@ def _dinov2_folder(wanted: _Wanted) -> tuple[Network, str]:
     bars = log.is_progress_bar_enabled()
     log.disable_progress_bar()
     try:
-        net = package.Dinov2Model.from_pretrained(
-            str(folder), local_files_only=True, use_safetensors=True, attn_implementation="eager"
+        net, info = package.Dinov2Model.from_pretrained(
+            str(folder),
+            local_files_only=True,
+            use_safetensors=True,
+            attn_implementation="eager",
+            output_loading_info=True,
         )
+        stored = load_file(folder / "model.safetensors")
+        check_numbers(weights_of(stored, folder / "model.safetensors"), stored, folder)
+        unknown = {key for key in info["unexpected_keys"] if not key.startswith("classifier.")}
+        if unfit := sorted({*info["missing_keys"], *unknown}):
+            raise ValueError(f"{len(unfit)} weights are missing or of another model, first {unfit[0]!r}")
     except Exception as error:
         raise ModelError(
             f"extractor 'dinov2': folder {str(folder)!r} cannot be loaded ({_first_line(error)}); save the model again"
@@ -449,7 +466,9 @@ def _load_efficientnet(wanted: _Wanted) -> Extractor:
         )
     try:
         net = package.EfficientNet.from_name("efficientnet-lite0")
-        net.load_state_dict(torch.load(weights, map_location="cpu", weights_only=True))
+        stored = torch.load(weights, map_location="cpu", weights_only=True)
+        check_numbers(stored, (key for key in stored if not key.endswith("num_batches_tracked")), weights)
+        net.load_state_dict(stored)
     except Exception as error:
         raise ModelError(
             f"extractor 'efficientnet-lite0': {str(weights)!r} does not hold its network ({_why_not_plain(error)}); "

@@ -18,6 +18,7 @@ import numpy.typing as npt
 from PIL import Image, UnidentifiedImageError
 
 from autodiffusion_optuna.errors import StatisticsError
+from autodiffusion_optuna.evaluation.files import START, not_content
 
 Pixels = npt.NDArray[np.uint8]
 Read = Callable[[str], IO[bytes]]
@@ -307,7 +308,9 @@ def _image(file: IO[bytes], path: Path) -> Iterator[Image.Image]:
     except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
         raise StatisticsError(f"{path} claims more pixels than an image has; remove or replace it") from error
     except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:
-        raise StatisticsError(f"{path} is not a readable image; remove or replace it") from error
+        file.seek(0)
+        told = not_content(file.read(START)) or "is not a readable image; remove or replace it"
+        raise StatisticsError(f"{path} {told}") from error
 
 
 def _decoded(file: IO[bytes], path: Path, mode: str) -> Pixels:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from autodiffusion_optuna.errors import ConfigError, choose_from
+from autodiffusion_optuna.evaluation.files import START, not_content
 
 KEYS = ("prompt", "caption", "text")
 """Where a csv column or a jsonl field of prompts is looked for, in this order and in any case of letters."""
@@ -31,6 +32,8 @@ def read_prompts(path: Path) -> tuple[str, ...]:
         raise ConfigError(f"{path}: is not UTF-8 text (byte {error.start}); save it as UTF-8") from error
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read ({error.strerror}); give a file of prompts") from error
+    if text and (told := not_content(text[:START].encode())):
+        raise ConfigError(f"{path}: {told}")
     read = (prompt.strip() for prompt in READERS[path.suffix.lower()](text, path))
     prompts = tuple(prompt for prompt in read if prompt)
     if not prompts:

@@ -458,13 +458,13 @@ def test_files_that_cannot_be_used_are_refused(tiny: Tiny, tmp_path: Path) -> No
     for length in (0, 1, 3, 10, 1000, len(raw) // 2, len(raw) - 1):
         bad.write_bytes(raw[:length])
         assert "damaged or cut short" in message()
-    for junk in (b"hello, this is text", b"<html>404</html>", pickle.dumps({"a": 1}), pickle.dumps(Code())):
+    for junk in (b"hello, this is text", pickle.dumps({"a": 1}), pickle.dumps(Code())):
         bad.write_bytes(junk)
         assert "no PyTorch checkpoint" in message()
     torch.save({"weight": Code()}, bad)
     assert "which is code and not run" in message()
-    torch.save({"model": torch.load(path), "step": 3}, bad)
-    assert "holds entries model, step, not tensors by name" in message()
+    torch.save({"epoch": 2, "step": 3}, bad)
+    assert "holds entries epoch, step, not tensors by name" in message()
     torch.save([torch.zeros(1)], bad)
     assert "holds a list" in message()
     torch.save({"conv_in.weight": torch.zeros(1)}, bad)

@@ -227,6 +227,32 @@ def test_dinov2_takes_a_torchscript_export(tmp_path: Path) -> None:
     assert extractor.dim == 12
 
 
+def test_dinov2_weights_are_those_of_its_config(tmp_path: Path, dinov2_folder: Path) -> None:
+    """transformers draws those that are missing, and leaves out those that it does not know."""
+    from safetensors.torch import load_file, save_file
+
+    weights = load_file(dinov2_folder / "model.safetensors")
+    (tmp_path / "config.json").write_text((dinov2_folder / "config.json").read_text())
+    key = "encoder.layer.0.mlp.fc1.weight"
+
+    def message(changed: dict[str, Tensor]) -> str:
+        save_file(changed, tmp_path / "model.safetensors", {"format": "pt"})
+        with pytest.raises(ModelError) as caught:
+            load_extractor("dinov2", "cpu", tmp_path)
+        assert "\n" not in str(caught.value)
+        return str(caught.value)
+
+    lost = {name: value for name, value in weights.items() if name != key}
+    assert f"1 weights are missing or of another model, first '{key}'" in message(lost)
+    assert "never.seen" in message({**weights, "never.seen": torch.ones(2)})
+    assert "holds int8 [" in message({**weights, key: weights[key].to(torch.int8)})
+    assert "quantisation by bitsandbytes" in message({**weights, f"{key}.absmax": torch.ones(2)})
+    scaled = {key: weights[key].to(torch.float8_e4m3fn), key.replace("weight", "scale_weight"): torch.ones(())}
+    assert "scale_weight" in message({**weights, **scaled})
+    save_file({**weights, "classifier.weight": torch.ones(2, 2)}, tmp_path / "model.safetensors", {"format": "pt"})
+    load_extractor("dinov2", "cpu", tmp_path)
+
+
 def test_dinov2_folders_of_another_kind_are_refused(tmp_path: Path, dinov2_folder: Path) -> None:
     with pytest.raises(ModelError, match=r"has no config\.json"):
         load_extractor("dinov2", "cpu", tmp_path)

@@ -307,7 +307,11 @@ def test_a_null_class_allows_guidance(tmp_path: Path) -> None:
     assert model.conditions is not None
     assert (model.conditions.count, model.guidance, model.scale) == (3, "free", 2.5)
     assert model.conditions.rows([0, 1, 2])["label"].tolist() == [0, 2, 3]
+    none = load_folder(tmp_path, options=Options(fields={"null_class": False}))
     plain = load_folder(tmp_path)
+    assert none.conditions is not None
+    assert (none.conditions.count, none.notes) == (4, ())
+    assert "model.fields.null_class" in plain.notes[0]
     assert plain.conditions is not None
     assert plain.conditions.fingerprint != model.conditions.fingerprint
     x = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))

@@ -86,7 +86,8 @@ def test_decoders_that_overflow_stay_in_float32(tmp_path: Path, upcast: bool) ->
         ({"_class_name": "AutoencoderTiny"}, "describes a AutoencoderTiny; only AutoencoderKL or VQModel"),
         ({"scaling_factor": 0}, "do not scale latents of 4 channels"),
         ({"scaling_factor": "half"}, "do not scale latents of 4 channels"),
-        ({"latents_std": [1.0, 2.0]}, "do not scale latents of 4 channels"),
+        ({"latents_mean": [0.0] * 4, "latents_std": [1.0, 2.0]}, "do not scale latents of 4 channels"),
+        ({"latents_std": [1.0] * 4}, "latents_mean is None and latents_std [1.0, 1.0, 1.0, 1.0]; give both"),
         ({"latent_channels": 5}, "weights do not fit config.json"),
     ],
 )

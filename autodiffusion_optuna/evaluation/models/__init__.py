@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import zipfile
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
@@ -12,9 +14,11 @@ from typing import Any
 import torch
 
 from autodiffusion_optuna.errors import ConfigError, ModelError, choose_from
+from autodiffusion_optuna.evaluation.files import check_content
 from autodiffusion_optuna.evaluation.models.base import Conditions, Model, Options, find_device
 from autodiffusion_optuna.evaluation.models.diffusers_folder import NETWORK, load_folder
 from autodiffusion_optuna.evaluation.models.mixture import mixture_model
+from autodiffusion_optuna.evaluation.models.parts import read_checkpoint
 from autodiffusion_optuna.evaluation.reference import load_reference
 
 __all__ = ["MODELS", "Conditions", "Model", "Options", "find_device", "load_model"]
@@ -38,6 +42,7 @@ PIPELINES = {
 }
 """Pipeline class of a diffusers folder -> loader; every other folder is one of a UNet2DModel."""
 
+INDEX = "model_index.json"
 SINGLE_FILES = (".safetensors", ".ckpt", ".pt", ".pth", ".bin")
 
 
@@ -87,6 +92,10 @@ def _load(source: str, device: str, precision: str, clip: bool | None, options: 
         return load_plugin(source, device, precision, clip, options)
     if Path(source).is_dir():
         return _folder(Path(source), device, precision, clip, Path(source).resolve().name, options)
+    if Path(source).suffix.lower() == ".gguf":
+        raise ModelError(
+            f"{source}: is a GGUF file, whose weights are quantised; give safetensors or a diffusers folder"
+        )
     if Path(source).suffix in SINGLE_FILES:
         return _single_file(Path(source), device, precision, clip, options)
     if source.count("/") == 1 and not source.startswith((".", "/", "~")):
@@ -107,24 +116,35 @@ def _bundled(name: str, device: str, precision: str, clip: bool | None, options:
 
 
 def _folder(folder: Path, device: str, precision: str, clip: bool | None, name: str, options: Options) -> Model:
+    folder, network = _whole(folder)
     index = _index(folder)
     kind = PIPELINES.get(str(index.get("_class_name", "")), "unet")
     if kind == "text":
         from autodiffusion_optuna.evaluation.models.text_to_image import load_text_to_image
 
-        return load_text_to_image(folder, device, precision, clip, name, options)
+        return load_text_to_image(folder, device, precision, clip, name, options, network)
     if kind == "dit":
         from autodiffusion_optuna.evaluation.models.dit import load_dit
 
-        return load_dit(folder, device, precision, clip, name, options)
+        return load_dit(folder, device, precision, clip, name, options, network)
     _check_plain(folder, index)
-    return load_folder(folder, device, precision, clip, name=name, options=options)
+    return load_folder(folder, device, precision, clip, name, options, network)
+
+
+def _whole(folder: Path) -> tuple[Path, str]:
+    """The pipeline's folder, and which folder in it is to be its network: ``""`` for the one that it names itself.
+
+    A source such as ``.../unet_ema`` has the rest of its pipeline, a decoder too, beside it.
+    """
+    parent = Path(os.path.abspath(folder)).parent
+    part = (folder / "config.json").is_file() and not (folder / INDEX).exists() and (parent / INDEX).is_file()
+    return (parent, os.path.basename(os.path.abspath(folder))) if part else (folder, "")
 
 
 def _index(folder: Path) -> dict[str, Any]:
     """``model_index.json`` of a pipeline; empty where there is none, or it cannot be read."""
     try:
-        index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
+        index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
     return index if isinstance(index, dict) else {}
@@ -144,7 +164,10 @@ def _check_plain(folder: Path, index: Mapping[str, Any]) -> None:
 def _single_file(path: Path, device: str, precision: str, clip: bool | None, options: Options) -> Model:
     if not path.is_file():
         raise ModelError(f"{path}: no such file; give the path of a checkpoint, or a folder that diffusers saved")
+    check_content(path, ModelError)
     if path.suffix != ".safetensors":
+        if zipfile.is_zipfile(path):
+            read_checkpoint(path)  # which refuses what holds no weights at all
         raise ModelError(
             f"{path}: a bare {path.suffix} file says nothing of its architecture; for a guided-diffusion checkpoint "
             f"write adm:{path} with model.preset, for others give safetensors or a diffusers folder"

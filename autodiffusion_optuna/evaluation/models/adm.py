@@ -8,6 +8,7 @@ architecture; for any other architecture nothing can be seen.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -26,6 +27,7 @@ from autodiffusion_optuna.evaluation.models.base import Conditions, Model, Optio
 from autodiffusion_optuna.evaluation.models.parts import digest, read_weights
 from autodiffusion_optuna.evaluation.seeds import Draw
 from autodiffusion_optuna.evaluation.skip import Units, compile_units, find_units
+from autodiffusion_optuna.evaluation.tensors import check_numbers, weights_of
 from autodiffusion_optuna.noise import NoiseSchedule, cosine, linear
 
 CHANNELS = 3
@@ -145,8 +147,10 @@ def load_adm(path: Path, device: str, precision: str, clip: bool, options: Optio
     place = find_device(device)
     adm = resolve_fields(options.preset, options.fields)
     _check_options(adm, options)
-    network = _load(path, partial(convert, fields=adm)).to(place)
-    classifier = _load(options.classifier, partial(convert_classifier, fields=adm)) if options.classifier else None
+    notes = _assumed(adm, options)
+    network = _load(path, partial(convert, fields=adm), notes).to(place)
+    guide = partial(convert_classifier, fields=adm)
+    classifier = _load(options.classifier, guide, notes) if options.classifier else None
     units = _units(network, adm, place)
     gradient = label_gradient(classifier.to(place)) if classifier else None
     denoiser = _denoiser(network, adm, place, precision, clip, units, gradient)
@@ -170,6 +174,7 @@ def load_adm(path: Path, device: str, precision: str, clip: bool, options: Optio
         guidance=denoiser.guidance,
         scale=1.0 if options.guidance is None else options.guidance,
         kind="adm",
+        notes=tuple(notes),
     )
 
 
@@ -318,11 +323,35 @@ def _check_options(adm: AdmFields, options: Options) -> None:
 Built = TypeVar("Built", bound=nn.Module)
 
 
-def _load(path: Path, build: Callable[[Mapping[str, Tensor]], Built]) -> Built:
+def _assumed(adm: AdmFields, options: Options) -> list[str]:
+    """A line where guided-diffusion's defaults stand in for fields that no weight shows."""
+    fields = [name for name in UNSEEN if options.preset is None and name not in options.fields]
+    if adm.num_head_channels != -1:  # which says how many heads there are
+        fields = [name for name in fields if not name.startswith("num_head")]
+    if not fields:
+        return []
+    told = ", ".join(f"{name} = {json.dumps(getattr(adm, name))}" for name in fields)
+    return [f"model.fields does not say all that no weight shows; assumed is guided-diffusion's default: {told}"]
+
+
+UNSEEN = (
+    "use_new_attention_order",
+    "num_heads",
+    "num_head_channels",
+    "num_heads_upsample",
+    "diffusion_steps",
+    "noise_schedule",
+    "rescale_timesteps",
+    "predict_xstart",
+)
+"""Fields that decide samples and leave no trace in the weights."""
+
+
+def _load(path: Path, build: Callable[[Mapping[str, Tensor]], Built], notes: list[str]) -> Built:
     """The network that ``build`` makes of the checkpoint; its errors name the file."""
     if not path.is_file():
         raise ModelError(f"{path}: no such file; give a checkpoint as guided-diffusion saves it, or as safetensors")
-    weights = read_weights([path])
+    weights = weights_of(read_weights([path], notes), path)
     try:
         return build(weights)
     except ModelError as error:
@@ -525,6 +554,7 @@ def _split_qkv(value: Tensor, path: str, adm: AdmFields) -> Sequence[Tensor]:
 
 def _check_fit(given: Mapping[str, Tensor], wanted: Mapping[str, Sequence[int]]) -> None:
     """``ModelError`` that names the first weight that does not fit."""
+    check_numbers(given, wanted, "weights do not fit")
     if "input_blocks.0.0.weight" not in given:
         first = f"first key {next(iter(given))!r}" if given else "it is empty"
         raise ModelError(f"is no ADM checkpoint: it has no input_blocks.0.0.weight ({first}); give one")

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import json
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,14 @@ from autodiffusion_optuna.evaluation.models.checks import (
     trace_units,
 )
 from autodiffusion_optuna.evaluation.models.labels import label_conditions
-from autodiffusion_optuna.evaluation.models.parts import digest, load_part, load_scheduler, read_config, read_json
+from autodiffusion_optuna.evaluation.models.parts import (
+    digest,
+    load_part,
+    load_scheduler,
+    networks_beside,
+    read_config,
+    read_json,
+)
 from autodiffusion_optuna.evaluation.models.vae import load_vae
 from autodiffusion_optuna.evaluation.skip import compile_units
 
@@ -37,6 +45,7 @@ def load_folder(
     clip: bool | None = None,
     name: str = "",
     options: Options | None = None,
+    network: str = "",
 ) -> Model:
     """The model in ``folder``, which holds a pipeline (``unet/``, ``scheduler/``) or the parts of one.
 
@@ -44,8 +53,9 @@ def load_folder(
     ``scheduler/``. Weights are safetensors, or ``.bin`` files of tensors alone; nothing is downloaded. With a ``vae``
     or ``vqvae``, states are latents (LDMPipeline, arXiv 2112.10752). A network with ``num_class_embeds`` is
     class-conditional; ``options.fields = {"null_class": i}`` says that it was trained with class i as no class, which
-    allows classifier-free guidance (scale 1 unless given) and leaves the other classes to be drawn.
-    ``clip``: clamp x0 to [-1, 1]; None: of pixels. ``name`` defaults to the folder's.
+    allows classifier-free guidance (scale 1 unless given) and leaves the other classes to be drawn; False: no class is.
+    ``clip``: clamp x0 to [-1, 1]; None: of pixels. ``name`` defaults to the folder's. ``network``: name of the folder
+    in it that holds the network, where that is another than ``unet``.
     ``ModelError`` where a part is missing or broken, or the model is of a kind not supported; ``ConfigError`` where
     an option does not suit the model.
     """
@@ -53,22 +63,28 @@ def load_folder(
     check_precision(precision)
     place = find_device(device)
     name = name or folder.resolve().name
-    unet, decoder, kind = _find_parts(folder)
+    unet, decoder, kind = _find_parts(folder, network)
+    given_clip = clip
     clip = choose_clip(clip, name, latent=decoder is not None)
     config, path = read_config(unet, [NETWORK]), unet / "config.json"
     shape = _check_network(config, path)
     conditions = _conditions(config, options, name, path, place)
     part = load_part(unet, NETWORK, config, precision if options.reduced else None)
     scheduler = load_scheduler(folder)
+    if scheduler.filled.get("use_dynamic_shifting"):
+        raise ModelError(
+            f"{folder}: its scheduler shifts the noise by the size of the images (use_dynamic_shifting), but how a "
+            f"{NETWORK} was trained with it is not known; save a scheduler with use_dynamic_shifting=false and a shift"
+        )
     vae = load_vae(decoder, place, precision) if decoder else None
-    network = part.network.to(place)
+    net = part.network.to(place)
 
     def predict(x: Tensor, model_times: Tensor, condition: Condition) -> Tensor:
-        output: Tensor = network(x, model_times, class_labels=condition.get("label"), return_dict=False)[0]
+        output: Tensor = net(x, model_times, class_labels=condition.get("label"), return_dict=False)[0]
         return output
 
     some = conditions.rows([0]) if conditions else UNCONDITIONAL
-    units = trace_units(network, lambda x, t: predict(x, t, some), shape, place, precision, path)
+    units = trace_units(net, lambda x, t: predict(x, t, some), shape, place, precision, path)
     if options.compile:
         compile_units(units)
     guidance: GuidanceKind = "free" if conditions and conditions.negative else "none"
@@ -89,19 +105,50 @@ def load_folder(
         encode=vae.encode if vae else None,
         image_shape=decoded_shape(vae, shape, path) if vae else None,
         kind=kind,
+        notes=(
+            *networks_beside(unet),
+            *part.notes,
+            *scheduler.notes,
+            *(vae.notes if vae else ()),
+            *_clip_notes(scheduler.filled, given_clip if vae is None else False),
+            *_class_notes(path, conditions, options),
+        ),
     )
     model.check_scale(options.guidance)
     return model
 
 
-def _find_parts(folder: Path) -> tuple[Path, Path | None, str]:
+def _clip_notes(scheduler: Mapping[str, Any], clip: bool | None) -> Iterator[str]:
+    """What was assumed of clipping; ``clip``: as it was given."""
+    other = [
+        f"{key} = {json.dumps(scheduler.get(key))}"
+        for key, usual in CLIPS.items()
+        if scheduler.get(key, usual) != usual
+    ]
+    if clip is None and other:
+        yield f"x0 is clamped to [-1, 1], but the scheduler has {', '.join(other)}; set model.clip to say which"
+
+
+def _class_notes(path: Path, conditions: Conditions | None, options: Options) -> Iterator[str]:
+    if conditions is not None and "null_class" not in options.fields:
+        yield (
+            f"{path} does not say whether one of its {conditions.count} classes means no class; all are drawn. Say it: "
+            "model.fields.null_class = NUMBER, or false for none"
+        )
+
+
+CLIPS = {"clip_sample": True, "clip_sample_range": 1.0, "thresholding": False}
+"""What a scheduler's config says of x0 where it is clamped to [-1, 1]."""
+
+
+def _find_parts(folder: Path, network: str) -> tuple[Path, Path | None, str]:
     """Where the network lies, the decoder of latents if there is one, and what kind of model they make."""
     if not folder.is_dir():
         raise ModelError(f"{folder}: no such folder; give one that diffusers' save_pretrained wrote")
     index = folder / "model_index.json"
     named = read_json(index) if index.is_file() else {}
     decoder = next((folder / part for part in DECODERS if part in named or (folder / part).is_dir()), None)
-    unet = folder / "unet" if (folder / "unet").is_dir() else folder
+    unet = folder / network if network else folder / "unet" if (folder / "unet").is_dir() else folder
     return unet, decoder, str(named.get("_class_name", NETWORK))
 
 
@@ -127,6 +174,7 @@ def _conditions(
 ) -> Conditions | None:
     """The classes to be drawn, all but the null class; None where the network is unconditional."""
     count, null = config.get("num_class_embeds"), options.fields.get("null_class")
+    null = None if null is False else null
     check_options(options, name, () if count is None else ("fields",))
     if count is None:
         return None

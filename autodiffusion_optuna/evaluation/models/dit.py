@@ -20,7 +20,13 @@ from autodiffusion_optuna.evaluation.models.checks import (
     trace_units,
 )
 from autodiffusion_optuna.evaluation.models.labels import label_conditions
-from autodiffusion_optuna.evaluation.models.parts import digest, load_part, load_scheduler, read_config
+from autodiffusion_optuna.evaluation.models.parts import (
+    digest,
+    load_part,
+    load_scheduler,
+    networks_beside,
+    read_config,
+)
 from autodiffusion_optuna.evaluation.models.vae import load_vae
 from autodiffusion_optuna.evaluation.skip import compile_units
 
@@ -38,8 +44,9 @@ def load_dit(
     clip: bool | None = None,
     name: str = "",
     options: Options | None = None,
+    network: str = "",
 ) -> Model:
-    """The DiT in ``folder``, which holds ``transformer/``, ``vae/`` and ``scheduler/``.
+    """The DiT in ``folder``, which holds ``transformer/`` (or the folder ``network``), ``vae/`` and ``scheduler/``.
 
     Classes are labels in [0, ``num_embeds_ada_norm``), and the label after the last, 1000 for ImageNet, is the one of
     no class, which classifier-free guidance leads away from. Guidance scale 4 unless ``options.guidance`` is given,
@@ -55,21 +62,21 @@ def load_dit(
     name = name or folder.resolve().name
     clip = choose_clip(clip, name, latent=True)
     check_options(options, name)
-    transformer = folder / "transformer"
+    transformer = folder / (network or "transformer")
     config, path = read_config(transformer, NAMES), transformer / "config.json"
     shape, classes = _check_network(config, path)
     part = load_part(transformer, NETWORK, config, precision if options.reduced else None)
     scheduler = load_scheduler(folder)
     vae = load_vae(folder / "vae", place, precision)
     image_shape = decoded_shape(vae, shape, path)
-    network = part.network.to(place)
+    net = part.network.to(place)
     conditions = label_conditions(range(classes), place, classes, options.labels)
 
     def predict(x: Tensor, model_times: Tensor, condition: Condition) -> Tensor:
-        output: Tensor = network(x, model_times, class_labels=condition["label"], return_dict=False)[0]
+        output: Tensor = net(x, model_times, class_labels=condition["label"], return_dict=False)[0]
         return output
 
-    units = trace_units(network, lambda x, t: predict(x, t, conditions.rows([0])), shape, place, precision, path)
+    units = trace_units(net, lambda x, t: predict(x, t, conditions.rows([0])), shape, place, precision, path)
     if options.compile:
         compile_units(units)
     denoiser = Denoiser(predict, scheduler.schedule, scheduler.prediction, place, precision, clip, units, "free")
@@ -88,6 +95,7 @@ def load_dit(
         encode=vae.encode,
         image_shape=image_shape,
         kind="DiTPipeline",
+        notes=(*networks_beside(transformer), *part.notes, *scheduler.notes, *vae.notes),
     )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
+import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -16,11 +17,19 @@ from torch import Tensor
 from torch.nn import functional
 
 from autodiffusion_optuna.errors import ConfigError, ModelError
+from autodiffusion_optuna.evaluation.files import check_content
+from autodiffusion_optuna.evaluation.models.lean import stored_shapes
 from autodiffusion_optuna.evaluation.models.parts import digest, find_weights, first_line, read_json
+from autodiffusion_optuna.evaluation.tensors import PLAIN, check_numbers, is_scale, weights_of
 
 ENCODERS = ("CLIPTextModel", "CLIPTextModelWithProjection", "T5EncoderModel")
 TOKENIZERS = ("CLIPTokenizer", "CLIPTokenizerFast", "T5Tokenizer", "T5TokenizerFast")
 NAMES = ("text_encoder", "text_encoder_2", "text_encoder_3")
+
+OTHER_HALF = re.compile(
+    r"vision_model\.|visual_projection\.|text_projection\.|logit_scale$|decoder\.|lm_head\.|(.*\.)?position_ids$"
+)
+"""Names of weights beside a text encoder that it has no use for: the rest of CLIP or T5."""
 
 CLIP_LENGTH, SD3_LENGTH, FLUX_LENGTH = 77, 256, 512
 """Tokens of the released CLIP models, and those that the pipelines of Stable Diffusion 3 and Flux take from T5."""
@@ -225,7 +234,18 @@ def _load_model(path: Path, kind: str, device: torch.device, dtype: torch.dtype)
     transformers = _transformers()
     if kind not in ENCODERS:
         raise ModelError(f"{path}: is a {kind}; only {', '.join(ENCODERS)} are supported")
-    first = _find_weights(path)[0].name
+    files = _find_weights(path)
+    for file in (path / "config.json", *files):
+        check_content(file, ModelError)
+    if read_json(path / "config.json").get("quantization_config"):
+        raise ModelError(f"{path / 'config.json'}: has a quantization_config; {PLAIN}")
+    stored = stored_shapes(files)
+    weights_of(stored, files[0])
+    for name in stored:
+        if is_scale(name):
+            raise ModelError(f"{files[0]}: {name} scales a weight, which transformers would leave out; {PLAIN}")
+    check_numbers(stored, (name for name in stored if not name.endswith("position_ids")), files[0])
+    first = files[0].name
     variant = "fp16" if ".fp16" in first else None
     try:
         with _quiet(transformers):
@@ -243,6 +263,9 @@ def _load_model(path: Path, kind: str, device: torch.device, dtype: torch.dtype)
     if info["missing_keys"]:
         missing = sorted(info["missing_keys"])
         raise ModelError(f"{path}: weights do not fit config.json, {len(missing)} missing, first {missing[0]!r}")
+    unknown = sorted(key for key in info["unexpected_keys"] if not OTHER_HALF.match(key))
+    if unknown:
+        raise ModelError(f"{path}: weights do not fit config.json, {len(unknown)} unexpected, first {unknown[0]!r}")
     return model.to(device).eval().requires_grad_(False)
 
 
@@ -253,6 +276,8 @@ def _load_tokenizer(path: Path, entry: Any) -> Any:
         raise ModelError(f"{path}: is a {kind}; only {', '.join(TOKENIZERS)} are supported")
     if not path.is_dir():
         raise ModelError(f"{path}: no such folder; copy the whole pipeline")
+    for file in sorted(path.iterdir()):
+        check_content(file, ModelError)
     try:
         with _quiet(transformers):
             return getattr(transformers, kind).from_pretrained(path, local_files_only=True)

@@ -5,12 +5,13 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -31,13 +32,13 @@ from autodiffusion_optuna.evaluation.models.checks import (
     sides_of,
 )
 from autodiffusion_optuna.evaluation.models.lean import (
-    Weights,
     blueprint,
     check_fit,
     each_file,
     materialise,
     read_single_file,
     stored_shapes,
+    training_facts,
 )
 from autodiffusion_optuna.evaluation.models.parts import (
     Scheduler,
@@ -45,6 +46,8 @@ from autodiffusion_optuna.evaluation.models.parts import (
     find_weights,
     first_line,
     load_scheduler,
+    network_notes,
+    networks_beside,
     read_config,
     read_json,
 )
@@ -60,13 +63,19 @@ from autodiffusion_optuna.evaluation.models.text import (
     encoders_digest,
     load_encoders,
 )
-from autodiffusion_optuna.evaluation.models.vae import Vae, load_vae
+from autodiffusion_optuna.evaluation.models.vae import AUTOENCODERS, Vae, load_vae
 from autodiffusion_optuna.evaluation.prompts import read_prompts
 from autodiffusion_optuna.evaluation.skip import Units, compile_units, find_units
+from autodiffusion_optuna.evaluation.tensors import Weights
 from autodiffusion_optuna.noise import NoiseSchedule, flow
+
+Notes = tuple[str, ...]
 
 Size = tuple[int, int]
 """(height, width)."""
+
+MARKED = ("prediction_type", "rescale_betas_zero_snr")
+"""Of what a single file says of its training, what belongs to the scheduler."""
 
 
 @dataclass(frozen=True)
@@ -166,17 +175,18 @@ PIPELINES: dict[str, _Pipeline] = {
 
 
 def load_text_to_image(
-    folder: Path, device: str, precision: str, clip: bool | None, name: str, options: Options
+    folder: Path, device: str, precision: str, clip: bool | None, name: str, options: Options, network: str = ""
 ) -> Model:
     """The text-to-image pipeline in ``folder``, as diffusers saves it; a key of ``PIPELINES``.
 
     ``options.prompts`` are encoded by the pipeline's text encoders as images of them are drawn; in between the encoders
     are dropped. Each prompt is cut to the length the pipeline cuts it to. ``options.negative_prompt``: empty means the
     pipeline's default, which is zero for SDXL. ``options.size`` is the model's own where it is None. States are
-    latents, so ``clip`` cannot be True. Nothing is downloaded. ``ConfigError`` where an option is missing or wrong,
-    ``ModelError`` where the pipeline or the device cannot be used.
+    latents, so ``clip`` cannot be True. ``network``: folder in it of what denoises, where it is not the pipeline's own.
+    Nothing is downloaded. ``ConfigError`` where an option is missing or wrong, ``ModelError`` where the pipeline or the
+    device cannot be used.
     """
-    return _load(folder, None, device, precision, clip, name, options)
+    return _load(folder, None, device, precision, clip, name, options, network)
 
 
 def load_single_file(path: Path, device: str, precision: str, clip: bool | None, name: str, options: Options) -> Model:
@@ -194,10 +204,17 @@ def load_single_file(path: Path, device: str, precision: str, clip: bool | None,
 
 
 def _load(
-    folder: Path, file: Path | None, device: str, precision: str, clip: bool | None, name: str, options: Options
+    folder: Path,
+    file: Path | None,
+    device: str,
+    precision: str,
+    clip: bool | None,
+    name: str,
+    options: Options,
+    part: str = "",
 ) -> Model:
     try:
-        return _assemble(folder, file, device, precision, clip, name, options)
+        return _assemble(folder, file, device, precision, clip, name, options, part)
     except torch.OutOfMemoryError:
         raise ModelError(
             f"{folder}: the device has too little memory for this model; keep its weights in a lower precision "
@@ -206,7 +223,14 @@ def _load(
 
 
 def _assemble(
-    folder: Path, file: Path | None, device: str, precision: str, clip: bool | None, name: str, options: Options
+    folder: Path,
+    file: Path | None,
+    device: str,
+    precision: str,
+    clip: bool | None,
+    name: str,
+    options: Options,
+    part: str,
 ) -> Model:
     place = find_device(device)
     if precision not in PRECISIONS:
@@ -215,20 +239,22 @@ def _assemble(
     prompts = _read_prompts(name, options)
     index = _read_index(folder)
     pipeline = PIPELINES[index["_class_name"]]
-    path = folder / pipeline.folder / "config.json"
+    path = folder / (part or pipeline.folder) / "config.json"
     config = read_config(path.parent, (pipeline.network,))
     network = blueprint(pipeline.network, config, path)
     guidance = _guidance(network, pipeline, path)
     scale = _scale(pipeline, guidance, options, name)
     negative, beside = ("negative_prompt",) if guidance == "free" else (), ("config",) if file else ()
     check_options(options, name, ("prompts", "size", *negative, *beside))
-    vae = load_vae(folder / "vae", place, precision)
+    facts = training_facts(file) if file else {}
+    given = "scaling_factor" in read_config(folder / "vae", AUTOENCODERS)
+    vae = load_vae(folder / "vae", place, precision, None if given else facts.get("scaling_factor"))
     shape = _latent_shape(network, pipeline, vae, options.size, path)
     image_shape = decoded_shape(vae, shape, path)
     files = [file] if file else find_weights(path.parent)
     if file is None:
         check_fit(network, stored_shapes(files), files[0], path.name)
-    scheduler = load_scheduler(folder)
+    scheduler = load_scheduler(folder, {key: value for key, value in facts.items() if key in MARKED})
     schedule = scheduler.schedule
     if pipeline.largest_mu is not None:
         schedule = _flow_schedule(scheduler, shape, pipeline.patch, pipeline.largest_mu, folder / "scheduler")
@@ -238,10 +264,15 @@ def _assemble(
     units = _find_units(network, predict, shape, conditions, guidance, path)
     if options.reduced:
         _reduce(network, precision)
+    notes = [*scheduler.notes, *vae.notes, *_notes(folder, config, index, options, facts, scheduler)]
     if file is None:
-        materialise(network, each_file(files), place)
+        notes += [*networks_beside(path.parent), *network_notes(path.parent, config, network, files)]
+        materialise(network, each_file(network, files), place)
     else:
-        materialise(network, _read_single_file(file, network, pipeline, folder), place)
+        dtype = PRECISIONS[precision] if options.reduced else torch.float32
+        weights, said = _read_single_file(file, network, pipeline, folder, dtype)
+        materialise(network, [weights], place)
+        notes += said
     if options.compile:
         compile_units(units)
     return Model(
@@ -259,7 +290,34 @@ def _assemble(
         encode=vae.encode,
         image_shape=image_shape,
         kind=index["_class_name"],
+        notes=tuple(notes),
     )
+
+
+def _notes(
+    folder: Path,
+    config: Mapping[str, Any],
+    index: Mapping[str, Any],
+    options: Options,
+    facts: Mapping[str, Any],
+    scheduler: Scheduler,
+) -> Iterator[str]:
+    """What the files do not say and was assumed, and where a single file's ``facts`` are others than those used."""
+    decoder = folder / "vae" / "config.json"
+    stored = read_json(decoder)
+    if PIPELINES[index["_class_name"]].largest_mu is not None and "shift_factor" not in stored:
+        yield f"{decoder} gives no shift_factor of latents; assumed is 0"
+    trained, given = facts.get("scaling_factor"), stored.get("scaling_factor")
+    if trained and given and not math.isclose(trained, given, rel_tol=1e-4):
+        yield f"the checkpoint was trained on latents scaled by {trained:g}; {decoder} says {given:g}, which is used"
+    levels, own = facts.get("alphas_cumprod"), scheduler.schedule.alphas**2
+    if levels is not None and not (levels.shape == own.shape and np.allclose(levels[:-1], own[:-1], rtol=1e-2)):
+        yield "the checkpoint holds other noise levels (alphas_cumprod) than those of the scheduler, which are used"
+    if config.get("sample_size") is None and options.size is None:
+        yield "the network's config gives no sample_size; images have the pipeline's usual one unless model.size is set"
+    zeros = "force_zeros_for_empty_prompt"
+    if index["_class_name"] == "StableDiffusionXLPipeline" and not options.negative_prompt and zeros not in index:
+        yield f"{folder / 'model_index.json'} does not say {zeros}; assumed is true, the default of its class"
 
 
 def _read_prompts(name: str, options: Options) -> tuple[str, ...]:
@@ -330,7 +388,7 @@ def _flow_schedule(
     scheduler: Scheduler, shape: tuple[int, int, int], patch: int, largest_mu: float, where: Path
 ) -> NoiseSchedule:
     """The schedule of a flow-matching scheduler, found in ``where``, for latents of ``shape``."""
-    config = scheduler.config
+    config = scheduler.filled
     if scheduler.prediction != "flow_prediction" or config.get("invert_sigmas"):
         raise ModelError(
             f"{where}: {config.get('_class_name')} with prediction_type {scheduler.prediction!r} and invert_sigmas "
@@ -342,7 +400,7 @@ def _flow_schedule(
             raise ValueError(f"the noise levels would be shifted by {shift:g}")
     except (TypeError, ValueError, ArithmeticError) as error:
         raise ModelError(f"{where}: {first_line(error)}; copy its config anew") from error
-    return flow(scheduler.schedule.T, shift)
+    return flow(scheduler.schedule.T, shift, scheduler.schedule.T)
 
 
 def flow_shift(config: Mapping[str, Any], tokens: int, largest_mu: float) -> float:
@@ -435,8 +493,10 @@ def _reduce(network: nn.Module, precision: str) -> None:
             module.weight.data = module.weight.data.to(PRECISIONS[precision])
 
 
-def _read_single_file(file: Path, network: nn.Module, pipeline: _Pipeline, folder: Path) -> list[Weights]:
+def _read_single_file(
+    file: Path, network: nn.Module, pipeline: _Pipeline, folder: Path, dtype: torch.dtype
+) -> tuple[Weights, Notes]:
     """Weights of ``network`` from one file in its authors' layout; ``folder``: the pipeline with its config."""
-    weights = read_single_file(file, pipeline.network, folder, pipeline.folder)
-    check_fit(network, {key: tensor.shape for key, tensor in weights.items()}, file, "config.json")
-    return [weights]
+    weights, notes = read_single_file(file, pipeline.network, folder, pipeline.folder, dtype)
+    check_fit(network, weights, file, "config.json")
+    return weights, notes

@@ -27,6 +27,7 @@ class Vae:
     ``channels``: of a latent. ``factor``: side of an image / side of its latent. ``digest``: sha256 in hexadecimal of
     weights and config. ``decode``: float32 [B, c, h, w] latents as the diffusion model knows them, that is scaled
     -> float32 [B, 3, H, W] in about [-1, 1]. ``encode``: the way back, to the most likely latents.
+    ``notes``: what its files do not say and was assumed, a line each.
     """
 
     channels: int
@@ -34,6 +35,7 @@ class Vae:
     digest: str
     decode: Callable[[Tensor], Tensor]
     encode: Callable[[Tensor], Tensor]
+    notes: tuple[str, ...] = ()
 
 
 def load_vae(folder: Path, device: torch.device, precision: str = "float32", scaling: float | None = None) -> Vae:
@@ -43,11 +45,17 @@ def load_vae(folder: Path, device: torch.device, precision: str = "float32", sca
     config has ``latents_mean`` and ``latents_std`` (arXiv 2112.10752, section D.1). ``scaling``: in place of the
     config's factor. ``precision``: of the decoder, under autocast; float16 is raised to float32 where the config has
     ``force_upcast``, because such decoders overflow. Nothing is downloaded.
+    Where the config has no factor it is 1 for a VQModel, as CompVis trained with those, and else the class's default.
     ``ModelError`` where a file is missing or broken, or the class is another.
     """
     stored = read_config(folder, AUTOENCODERS)
     part = load_part(folder, stored["_class_name"], stored)
     config: Any = part.network.config
+    notes = list(part.notes)
+    if scaling is None and "scaling_factor" not in stored:
+        scaling = 1.0 if stored["_class_name"] == "VQModel" else None
+        chosen = "1, as VQ models were trained" if scaling else f"{config.scaling_factor:g}, the default of its class"
+        notes.append(f"{folder / 'config.json'} gives no scaling_factor of latents; assumed is {chosen}")
     network: Any = part.network
     encoder = nn.Sequential(network.encoder, network.quant_conv or nn.Identity()).cpu()
     network.encoder = network.quant_conv = nn.Identity()  # a third of the weights, and hardly ever run
@@ -73,7 +81,14 @@ def load_vae(folder: Path, device: torch.device, precision: str = "float32", sca
 
     factor = 2 ** (len(config.block_out_channels) - 1)
     override = {} if scaling is None else {"scaling_factor": scaling}
-    return Vae(channels, factor, digest(part.files, {**stored, **override}), _Sliced(decode, factor), encode=encode)
+    return Vae(
+        channels,
+        factor,
+        digest(part.files, {**stored, **override}),
+        _Sliced(decode, factor),
+        encode=encode,
+        notes=tuple(notes),
+    )
 
 
 def _affine(
@@ -82,6 +97,10 @@ def _affine(
     """(gain, offset), float32 [1, c or 1, 1, 1]: a diffusion model's latents times gain plus offset are decoded."""
     factor = config.scaling_factor if scaling is None else scaling
     mean, std = config.get("latents_mean"), config.get("latents_std")
+    if (mean is None) != (std is None):
+        raise ModelError(
+            f"{folder / 'config.json'}: latents_mean is {mean!r} and latents_std {std!r}; give both, or null for both"
+        )
     shift = config.get("shift_factor") or 0.0
     try:
         gain = torch.tensor(std or [1.0], dtype=torch.float32).reshape(1, -1, 1, 1) / float(factor)
