@@ -221,8 +221,17 @@ def _constants(recipe: Recipe, schedule: Schedule) -> str:
     return _constant("TIMESTEPS", recipe.timesteps) + _constant("SIGMAS", recipe.sigmas)
 
 
-def _own_timesteps(recipe: Recipe, scheduler: str) -> str:
-    """Code that makes the scheduler take the list whatever it is asked for."""
+WIDE_STEP = """
+
+def step(self, model_output, timestep, sample, return_dict=False):
+    # Between levels far apart a step multiplies what float32 rounds.
+    result = type(self).step(self, model_output.double(), timestep, sample.double(), return_dict=False)
+    return (result[0].to(sample.dtype), *result[1:])
+"""
+
+
+def _own_timesteps(recipe: Recipe, scheduler: str, wide: bool = False) -> str:
+    """Code that makes the scheduler take the list whatever it is asked for; ``wide``: and its steps in float64."""
     if recipe.argument is not None:
         why = "    # No pipeline of this kind hands a list on."
         body = f"    type(self).set_timesteps(self, {recipe.argument}={recipe.argument.upper()}, device=device)\n"
@@ -231,7 +240,7 @@ def _own_timesteps(recipe: Recipe, scheduler: str) -> str:
         body = (
             f"    type(self).set_timesteps(self, {recipe.steps}, device=device)\n"
             "    self.timesteps = torch.tensor(TIMESTEPS, device=device)\n"
-            "    self.sigmas = torch.tensor(SIGMAS)\n"
+            f"    self.sigmas = torch.tensor(SIGMAS{', dtype=torch.float64' if recipe.scales else ''})\n"
         )
     text = f"\n\ndef set_timesteps(self, num_inference_steps=None, device=None, **kwargs):\n{why}\n{body}"
     methods = ["set_timesteps"]
@@ -242,6 +251,9 @@ def _own_timesteps(recipe: Recipe, scheduler: str) -> str:
             "        self.lower_order_nums = 0  # the last step, to no noise at all, is first order\n"
             "    return type(self).step(self, model_output, timestep, sample, return_dict=return_dict)\n"
         )
+        methods.append("step")
+    if wide:
+        text += WIDE_STEP
         methods.append("step")
     lines = [f"{scheduler}.{method} = types.MethodType({method}, {scheduler})\n" for method in methods]
     return text + "\n\n" + "".join(lines)
@@ -274,7 +286,7 @@ def _pipeline_script(schedule: Schedule, recipe: Recipe) -> str:
         + _load_pipeline(schedule, arguments)
         + f"pipe.to({DEVICE})\n"
         + (f"apply(pipe, {_beside(schedule)})\n" if applied else _set_scheduler(recipe))
-        + (_own_timesteps(recipe, "pipe.scheduler") if injected else "")
+        + (_own_timesteps(recipe, "pipe.scheduler", wide=recipe.scales) if injected else "")
         + _call(schedule, None if applied or injected else recipe.argument)
     )
 
@@ -361,12 +373,12 @@ def _loop(schedule: Schedule, recipe: Recipe, decoder: tuple[str, str] | None) -
         text += "shape = (unet.config.in_channels, unet.config.sample_size, unet.config.sample_size)\n"
     text += (
         f"\ngenerator = torch.Generator().manual_seed(0)\nx = torch.randn({IMAGES}, {shape}, generator=generator)\n"
-        f"x = x.to(device){' * scheduler.init_noise_sigma' if scales else ''}\n"
+        f"x = x.to(device){'.double() * scheduler.init_noise_sigma' if scales else ''}\n"
         "with torch.inference_mode():\n    for t in scheduler.timesteps:\n"
     )
     given = "x"
     if scales:
-        text += "        scaled = scheduler.scale_model_input(x, t)\n"
+        text += "        scaled = scheduler.scale_model_input(x, t).float()  # steps are in float64: levels lie far apart\n"
         given = "scaled"
     text += f"        output = unet({given}, t{label}).sample\n"
     if guided:
@@ -378,6 +390,7 @@ def _loop(schedule: Schedule, recipe: Recipe, decoder: tuple[str, str] | None) -
     if scales and schedule.final == "first":
         text += f"    x = x * {schedule.require_noise().alpha[-1]!r}  # this scheduler's states are x / alpha\n"
     if decoder:
+        text += "    x = x.float()\n" if scales else ""
         text += f"    vae = {decoder[0]}.from_pretrained(MODEL, subfolder={decoder[1]!r}).eval().to(device)\n"
         text += "    x = vae.decode(x / vae.config.scaling_factor).sample\n"
     return text + f"images = ((x + 1) * 127.5).clamp(0, 255).round().to(torch.uint8).cpu()  # [{IMAGES}, C, H, W]\n"

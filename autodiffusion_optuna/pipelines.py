@@ -20,6 +20,7 @@ from autodiffusion_optuna.noise import from_scheduler_config
 from autodiffusion_optuna.schedule import Schedule
 
 if TYPE_CHECKING:
+    import torch
     from torch import nn
 
 Pipeline = TypeVar("Pipeline")
@@ -43,7 +44,8 @@ class Recipe:
     ``scheduler``: its class. ``options``: for ``from_config``. ``steps``: for its own ``set_timesteps``, after which
     ``timesteps`` (model time of each network evaluation) and ``sigmas`` (levels, one more) are put in. ``argument``: of
     ``set_timesteps`` and of pipelines that gives the same; None where there is none. ``euler_last``: the last step has
-    to be told to be of first order. ``scales``: its states are x / alpha, which the pipeline must scale.
+    to be told to be of first order. ``scales``: its states are x / alpha, which the pipeline must scale; its steps are
+    taken in float64, because a step from sigma / alpha = s to r multiplies what is rounded there by up to s / r.
     """
 
     scheduler: str
@@ -444,6 +446,13 @@ def _bypasses(
     return found
 
 
+def _wide(device: Any) -> torch.dtype:
+    """float64, where the device has it."""
+    import torch
+
+    return torch.float32 if device is not None and torch.device(device).type == "mps" else torch.float64
+
+
 def _configured(before: Any, recipe: Recipe, position: _Position, native: bool) -> Any:
     """The scheduler of a recipe. ``native``: its states are the pipeline's; else they are x / alpha, and x outside."""
     import diffusers
@@ -459,7 +468,7 @@ def _configured(before: Any, recipe: Recipe, position: _Position, native: bool) 
     def set_timesteps(num_inference_steps: object = None, device: Any = None, **kwargs: object) -> None:
         plain_set(recipe.steps, device=device)
         scheduler.timesteps = torch.tensor(recipe.timesteps, device=device)
-        scheduler.sigmas = torch.tensor(recipe.sigmas)
+        scheduler.sigmas = torch.tensor(recipe.sigmas, dtype=_wide(device) if recipe.scales else torch.float32)
         scheduler.set_begin_index(0)  # else the first step looks its own time up, and waits for the device
         position.evaluation = 0
 
@@ -471,12 +480,13 @@ def _configured(before: Any, recipe: Recipe, position: _Position, native: bool) 
             scheduler.lower_order_nums = 0
         output = model_output[:, : sample.shape[1]]  # without a learned variance
         taken = {name: value for name, value in kwargs.items() if name in known}
-        if native:
+        if not recipe.scales:
             return plain_step(output, timestep, sample, *args, **taken)
-        result = plain_step(output, timestep, sample * gains[here], *args, **taken)
+        wide = _wide(sample.device)
+        result = plain_step(output.to(wide), timestep, sample.to(wide) * gains[here], *args, **taken)
         if isinstance(result, tuple):
-            return (result[0] / gains[here + 1], *result[1:])
-        result.prev_sample = result.prev_sample / gains[here + 1]
+            return ((result[0] / gains[here + 1]).to(sample.dtype), *result[1:])
+        result.prev_sample = (result.prev_sample / gains[here + 1]).to(sample.dtype)
         return result
 
     scheduler.set_timesteps, scheduler.step = set_timesteps, step
