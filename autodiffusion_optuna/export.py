@@ -378,7 +378,9 @@ def _loop(schedule: Schedule, recipe: Recipe, decoder: tuple[str, str] | None) -
     )
     given = "x"
     if scales:
-        text += "        scaled = scheduler.scale_model_input(x, t).float()  # steps are in float64: levels lie far apart\n"
+        text += (
+            "        scaled = scheduler.scale_model_input(x, t).float()  # steps are in float64: levels lie far apart\n"
+        )
         given = "scaled"
     text += f"        output = unet({given}, t{label}).sample\n"
     if guided:
