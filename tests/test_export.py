@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import runpy
 import subprocess
@@ -28,6 +29,7 @@ from autodiffusion_optuna.export import (
     export_schedule,
     export_text,
     load_schedule,
+    notes,
     report_schedule,
     schedule_text,
 )
@@ -74,6 +76,13 @@ def without_betas(folder: Path) -> None:
     )
 
 
+def cosine(folder: Path) -> None:
+    """Its highest level has sigma / alpha = 20291."""
+    from diffusers import DDPMPipeline, DDPMScheduler
+
+    DDPMPipeline(make_unet(), DDPMScheduler(beta_schedule="squaredcos_cap_v2")).save_pretrained(folder)
+
+
 def flowing(folder: Path) -> None:
     from diffusers import FlowMatchEulerDiscreteScheduler
 
@@ -89,6 +98,13 @@ def latent(folder: Path) -> None:
     DDPMScheduler().save_pretrained(folder / "scheduler")
 
 
+def forget_parts(folder: Path) -> None:
+    """Leave out of the pipeline's index the parts that it says it has not."""
+    path = folder / "model_index.json"
+    index = json.loads(path.read_text())
+    path.write_text(json.dumps({name: part for name, part in index.items() if part != [None, None]}))
+
+
 Case = tuple[Callable[[Path], Any], dict[str, Any], dict[str, Any]]
 NETWORKS: dict[str, Case] = {
     "ddim": (write_ddpm, {}, {"solver": "ddim"}),
@@ -100,6 +116,9 @@ NETWORKS: dict[str, Case] = {
     "dpm_solver_2": (write_ddpm, {}, {"solver": "dpm_solver_2"}),
     "heun": (write_ddpm, {}, {"solver": "heun"}),
     "heun-defaults": (without_betas, {}, {"solver": "heun"}),
+    "heun-far-apart": (cosine, {}, {"solver": "heun", "timesteps": (999, 500)}),
+    "heun-far-apart-first": (cosine, {}, {"solver": "heun", "timesteps": (999, 500), "final": "first"}),
+    "heun-short-end": (write_ddpm, {}, {"solver": "heun", "timesteps": (999, 5)}),
     "heun-first": (write_ddpm, {}, {"solver": "heun", "final": "first"}),
     "lms": (write_ddpm, {"clip": False}, {"solver": "lms"}),
     "unipc_3": (write_ddpm, {}, {"solver": "unipc_3"}),
@@ -126,7 +145,7 @@ def test_the_script_of_a_network_draws_our_images(folder: Path, name: str, maske
     write(folder / "net")
     if masked:
         fields = {**fields, "skips": SKIPS}
-    schedule = schedule_of(Path("net"), options, timesteps=TIMESTEPS, **fields)
+    schedule = schedule_of(Path("net"), options, **{"timesteps": TIMESTEPS, **fields})
     classes = [] if "classes" not in name else [i % (4 if "guided" in name else 5) for i in range(16)]
     drawn = run(folder, schedule)
     assert drawn.shape == (16, *(schedule.model.image_shape or ()))
@@ -141,6 +160,9 @@ PIPELINES: dict[str, Case] = {
     "sd-v-deis_2": (lambda folder: write_sd(folder, "v_prediction"), {}, {"solver": "deis_2"}),
     "sdxl-ddim": (write_sdxl, {}, {"solver": "ddim"}),
     "sd3-ddim": (lambda folder: write_sd3(folder, t5=True), {}, {"solver": "ddim"}),
+    "sd3-without-t5": (write_sd3, {}, {"solver": "ddim"}),
+    "sd3-index-without-t5": (lambda folder: write_sd3(folder) and forget_parts(folder), {}, {"solver": "ddim"}),
+    "sd-index-without-checker": (lambda folder: write_sd(folder) and forget_parts(folder), {}, {"solver": "ddim"}),
     "sd3-unipc_2": (lambda folder: write_sd3(folder, t5=True), {}, {"solver": "unipc_2", "guidance": 4.0}),
     "flux-euler": (write_flux, {}, {"solver": "euler", "guidance": 2.0}),
     "flux-dpmpp_2m": (write_flux, {}, {"solver": "dpmpp_2m", "final": "first"}),
@@ -242,11 +264,12 @@ def adm_config() -> ConfigPart:
 
 
 def sigmas(schedule: Schedule) -> tuple[list[str], list[float]]:
-    """Comment lines, and the numbers as the node finds them."""
-    *notes, line = schedule_text(schedule, "comfyui").splitlines()
-    assert all(note.startswith("# ") for note in notes)
-    assert "e" not in line
-    return notes, [float(number) for number in re.findall(r"[-+]?(?:\d*\.*\d+)", line)]
+    """What is said beside it, and the numbers as the node finds them: all of a text, in comments too."""
+    text = schedule_text(schedule, "comfyui")
+    assert "e" not in text
+    found = [float(number) for number in re.findall(r"[-+]?(?:\d*\.*\d+)", text)]
+    assert len(found) == len(schedule.timesteps) + 1
+    return notes(schedule, "comfyui"), found
 
 
 def test_comfyui_is_given_sigma_over_alpha() -> None:
@@ -257,11 +280,11 @@ def test_comfyui_is_given_sigma_over_alpha() -> None:
     timesteps = (999, 613, 208, 0)
     part = {"kind": "StableDiffusionPipeline", "guidance": "free"}
     schedule = example(scaled_linear(), timesteps=timesteps, solver="dpmpp_2m", guidance=7.5, model=part)
-    notes, found = sigmas(schedule)
+    said, found = sigmas(schedule)
     wanted = [*(((1 - abar[t]) / abar[t]) ** 0.5 for t in timesteps), 0.0]
     np.testing.assert_allclose(found, wanted, rtol=1e-9, atol=1e-12)
     assert found[0] == pytest.approx(14.614642, abs=1e-4)  # sigma_max of Stable Diffusion in k-diffusion
-    assert notes[1:] == ["# Sampler: dpmpp_2m.", "# Guidance: 7.5 (cfg)."]
+    assert said[1:] == ["Sampler: dpmpp_2m.", "Guidance: 7.5 (cfg)."]
     last = sigmas(example(scaled_linear(), timesteps=timesteps, final="first"))[1][-1]
     assert last == pytest.approx(((1 - abar[0]) / abar[0]) ** 0.5, rel=1e-9)
 
@@ -269,10 +292,10 @@ def test_comfyui_is_given_sigma_over_alpha() -> None:
 def test_comfyui_is_given_the_levels_of_a_flow() -> None:
     part = {"kind": "FluxPipeline", "prediction": "flow_prediction", "guidance": "embedded"}
     schedule = example(flow(1000, 3.0), timesteps=(999, 500, 3), guidance=3.5, model=part)
-    notes, found = sigmas(schedule)
+    said, found = sigmas(schedule)
     u = np.array([1000, 501, 4]) / 1001
     np.testing.assert_allclose(found, [*(3 * u / (1 + 2 * u)), 0.0], atol=1e-11)
-    assert notes[1:] == ["# Sampler: euler.", "# Guidance: 3.5 (guidance of FluxGuidance, with a cfg of 1)."]
+    assert said[1:] == ["Sampler: euler.", "Guidance: 3.5 (guidance of FluxGuidance, with a cfg of 1)."]
     assert "another coordinate" in sigmas(schedule.model_copy(update={"solver": "heun"}))[0][1]
     stochastic = schedule.model_copy(update={"solver": "ddim", "eta": 0.5})
     assert "euler_ancestral (approximately" in sigmas(stochastic)[0][1]
