@@ -18,11 +18,11 @@ import torch
 from command import Adopt
 from example_schedules import example, ours, schedule_of
 from tiny_models import make_unet, make_vae, write_class_conditional, write_ddpm, write_dit
-from tiny_pipelines import write_flux, write_sd, write_sd3, write_sdxl
+from tiny_pipelines import write_flux, write_prompts, write_sd, write_sd3, write_sdxl
 from torch import Tensor
 
-from autodiffusion_optuna import Schedule
-from autodiffusion_optuna.errors import ConfigError, StudyError
+from autodiffusion_optuna import Schedule, transfer
+from autodiffusion_optuna.errors import ConfigError, ModelError, StudyError
 from autodiffusion_optuna.evaluation.models import load_model
 from autodiffusion_optuna.export import (
     FORMS,
@@ -38,6 +38,7 @@ from autodiffusion_optuna.records import Fresh
 from autodiffusion_optuna.report import load_study, read_report
 from autodiffusion_optuna.schedule import ConfigPart, FreshPart, ScorePart
 from autodiffusion_optuna.storage import open_storage, storage_url
+from autodiffusion_optuna.transfer import script_fault
 
 pytestmark = pytest.mark.filterwarnings("ignore:algorithm_type dpmsolver is deprecated:FutureWarning")
 
@@ -435,3 +436,78 @@ def test_a_study_without_a_finished_trial_has_nothing_to_export(folder: Path, ad
     empty = replace(read_report(study), best=None)
     with pytest.raises(StudyError, match="no finished trial to export; run it first"):
         report_schedule(empty)
+
+
+# The check
+
+
+def test_a_script_that_draws_our_images_has_no_fault(folder: Path) -> None:
+    cosine(folder / "net")
+    schedule = schedule_of(Path("net"), solver="heun", timesteps=(999, 500))
+    assert script_fault(schedule) is None
+    write_sd3(folder / "sd3")
+    write_prompts(folder)
+    options = {"prompts": "prompts.txt", "size": [32, 32]}
+    for skips in (((),) * 4, SKIPS):
+        assert script_fault(schedule_of(Path("sd3"), options, timesteps=TIMESTEPS, skips=skips)) is None
+
+
+def test_a_script_that_draws_other_images_has_one(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cosine(folder / "net")
+    schedule = schedule_of(Path("net"), solver="heun", timesteps=(999, 500))
+    given = transfer.diffusers_script
+    monkeypatch.setattr(
+        transfer,
+        "diffusers_script",
+        lambda *a, **k: given(*a, **k).replace(".double()", "").replace("float64", "float32"),
+    )
+    fault = script_fault(schedule)
+    assert fault is not None
+    found = re.fullmatch(r"on this model diffusers' images differ from those of .* sampler by (\d+\.\d) of 255", fault)
+    assert found
+    assert float(found[1]) > 50
+    monkeypatch.setattr(transfer, "diffusers_script", lambda *a, **k: "raise OSError('no such part\\nat all')")
+    assert script_fault(schedule) == "diffusers cannot draw with this model as it is here (OSError: no such part)"
+
+
+def test_a_check_that_cannot_be_made_downloads_nothing(folder: Path) -> None:
+    write_ddpm(folder / "net")
+    schedule = schedule_of(Path("net"), timesteps=TIMESTEPS)
+    assert schedule.config is not None
+    for source, message in (("gone", "gone"), ("org/name", "'org/name' is not in the hub's cache")):
+        model = schedule.model.model_copy(update={"source": source})
+        config = schedule.config.model_copy(
+            update={"model": schedule.config.model.model_copy(update={"source": source})}
+        )
+        with pytest.raises(ModelError, match=message):
+            script_fault(schedule.model_copy(update={"model": model, "config": config}))
+
+
+def test_the_command_prints_one_text_and_says_the_rest_elsewhere(
+    folder: Path, adopt: Adopt, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    study = searched(adopt, folder)
+    script = adopt("export", "--study", "mine")
+    assert (script.code, script.out) == (0, export_text(study, "diffusers"))
+    assert "warning" not in script.err
+    assert Schedule.parse(adopt("export", "--study", "mine", "--format", "json").out) == export_schedule(study)
+    numbers = adopt("export", "--study", "mine", "--format", "comfyui")
+    assert len(re.findall(r"\d+", numbers.out.replace(".", ""))) == len(export_schedule(study).timesteps) + 1
+    assert "paste the numbers into the node ManualSigmas" in numbers.err
+
+    monkeypatch.setattr(transfer, "difference", lambda *_: 94.0)
+    other = adopt("export", "--study", "mine", "--out", "there")
+    assert (
+        "warning: on this model diffusers' images differ from those of the search's sampler by 94 of 255" in other.err
+    )
+    assert (folder / "there" / "mine.json").is_file()
+    assert "import load_model" in (folder / "there" / "mine.py").read_text()
+    assert torch.equal(run(folder / "there", export_schedule(study)), ours(export_schedule(study), 16).int())
+    unchecked = adopt("export", "--study", "mine", "--no-check")
+    assert (unchecked.out, unchecked.err) == (script.out, "")
+
+    (folder / "net").rename(folder / "elsewhere")
+    moved = adopt("export", "--study", "mine")
+    assert moved.code == 0
+    assert "from diffusers import" in moved.out
+    assert "warning: the script was not checked against the search's sampler" in moved.err
