@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from autodiffusion_optuna.schedule import Schedule
@@ -52,6 +52,11 @@ def difference(images: Tensor, wanted: Tensor) -> float:
     scale = max(1.0, float(wanted.float().square().mean().sqrt()))
     found = float((images.float() - wanted.float()).abs().flatten(1).mean(1).max()) * 127.5 / scale
     return found if math.isfinite(found) else math.inf
+
+
+def same_weights(then: Mapping[str, float], now: Mapping[str, float]) -> bool:
+    """Whether two samples of weights are of one network, up to what half precision rounds."""
+    return then.keys() == now.keys() and all(math.isclose(then[k], now[k], rel_tol=1e-2, abs_tol=1e-7) for k in then)
 
 
 def _drawn(

@@ -121,6 +121,7 @@ def _score_schedule(path: Path, overrides: list[str], trust: bool) -> None:
 
     keep_freed_memory()
     opened = transfer.open_schedule(Schedule.read(path), overrides, trust=trust)
+    warn([opened.other] if opened.other else [])
     settings = opened.parts.config.score
     err.print(f"scoring {', '.join(opened.rivals)} on {settings.fresh_banks} banks of {settings.fresh_images} images …")
     scored = transfer.score_rivals(opened)
@@ -182,9 +183,9 @@ def sample(
     if from_file:
         assert schedule is not None
         keep_freed_memory()
-        rows = transfer.sample_rivals(
-            transfer.open_schedule(Schedule.read(schedule), overrides or [], trust=trust), images
-        )
+        opened = transfer.open_schedule(Schedule.read(schedule), overrides or [], trust=trust)
+        warn([opened.other] if opened.other else [])
+        rows = transfer.sample_rivals(opened, images)
     else:
         assert study is not None
         found, parts = load_parts(study, storage_url(storage), trust)

@@ -15,12 +15,11 @@ from autodiffusion_optuna.candidate import Candidate
 from autodiffusion_optuna.config import Range, StudyConfig
 from autodiffusion_optuna.errors import ConfigError, ModelError, StudyError, choose_from
 from autodiffusion_optuna.noise import NoiseSchedule
-from autodiffusion_optuna.pipelines import NOT_PIPELINES, SCALING, Recipe, find_recipe
+from autodiffusion_optuna.pipelines import NOT_PIPELINES, SCALING, TEXT_PIPELINES, Recipe, find_recipe
 from autodiffusion_optuna.report import Best, StudyReport, read_report
 from autodiffusion_optuna.schedule import ConfigPart, FreshPart, ModelPart, NoisePart, Schedule, ScorePart
 
 BUNDLED = ("digits",)
-TEXT_PIPELINES = ("StableDiffusionPipeline", "StableDiffusionXLPipeline", "StableDiffusion3Pipeline", "FluxPipeline")
 IMAGES = 16
 """Images that a script without prompts draws."""
 PROMPT = "a photograph of a cat"
@@ -41,7 +40,7 @@ def report_schedule(report: StudyReport) -> Schedule:
     packed = attrs.get(records.NOISE)
     return Schedule(
         study=config.name,
-        model=_model(config, attrs),
+        model=_model(config, attrs, report.units),
         train_timesteps=attrs["codec"]["T"],
         amplification_cap=config.sampling.amplification_cap,
         timesteps=candidate.timesteps,
@@ -88,7 +87,7 @@ def _first(value: Any) -> Any:
     return value[0] if isinstance(value, list) else value
 
 
-def _model(config: StudyConfig, attrs: Mapping[str, Any]) -> ModelPart:
+def _model(config: StudyConfig, attrs: Mapping[str, Any], units: Sequence[str]) -> ModelPart:
     facts = attrs.get(records.MODEL_FACTS, {"kind": "mixture" if config.model.source == "mixture" else "UNet2DModel"})
     shape, image_shape = facts.get("shape"), facts.get("image_shape")
     return ModelPart(
@@ -102,6 +101,9 @@ def _model(config: StudyConfig, attrs: Mapping[str, Any]) -> ModelPart:
         guidance=facts.get("guidance", "none"),
         shape=shape and tuple(shape),
         image_shape=image_shape and tuple(image_shape),
+        latent_scale=facts.get("latent_scale"),
+        weights=facts.get("weights"),
+        units=tuple(units),
     )
 
 

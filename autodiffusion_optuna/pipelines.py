@@ -17,10 +17,10 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import numpy as np
 
-from autodiffusion_optuna.check import LIMIT, steps_error
+from autodiffusion_optuna.check import LIMIT, same_weights, steps_error
 from autodiffusion_optuna.errors import ConfigError
 from autodiffusion_optuna.noise import from_scheduler_config
-from autodiffusion_optuna.schedule import Schedule
+from autodiffusion_optuna.schedule import FORMAT, Schedule
 
 if TYPE_CHECKING:
     import torch
@@ -36,6 +36,7 @@ NO_RAMP = {"use_karras_sigmas": False, "use_exponential_sigmas": False, "use_bet
 NO_NOISE = 1e-8
 """Stands for sigma = 0 in schedulers that take its logarithm; far below what float32 can tell from it."""
 
+TEXT_PIPELINES = ("StableDiffusionPipeline", "StableDiffusionXLPipeline", "StableDiffusion3Pipeline", "FluxPipeline")
 NOT_PIPELINES = ("adm", "plugin", "mixture")
 SCALING = ("StableDiffusionPipeline", "StableDiffusionXLPipeline", "LDMPipeline")
 """Pipelines that ask the scheduler to scale the first noise and the network's input, as some schedulers need."""
@@ -397,6 +398,7 @@ def apply(pipe: Pipeline, schedule: str | Path | Schedule, *, masks: bool = True
     takes milliseconds and no prompt. Nothing waits for the device between steps. The guidance scale stays an argument
     of the pipeline: pass ``schedule.guidance``. A call that asks for other steps or another scale is answered with a
     warning, once. Networks may be compiled: which layers are skipped is asked outside of the graphs.
+    Where its weights, latent scale or size are not those that the schedule was found with, it says so.
     Applying another schedule takes the place of the first; ``remove`` restores the pipeline.
 
     >>> pipe = apply(StableDiffusionPipeline.from_pretrained(FOLDER), "best.json")  # doctest: +SKIP
@@ -416,6 +418,12 @@ def apply(pipe: Pipeline, schedule: str | Path | Schedule, *, masks: bool = True
     if check:
         _check_steps(before, recipe, schedule, native, network)
     run.scheduler = _configured(before, recipe, run, native)
+    if other := _other_model(pipe, network, schedule):
+        warnings.warn(
+            f"the pipeline is not of the model that the schedule of study {schedule.study!r} was found on: {other}",
+            UserWarning,
+            stacklevel=2,
+        )
     remove(pipe)
     if bypasses and _is_compiled(_outer(pipe), network):
         from autodiffusion_optuna.evaluation.skip import allow_graphs
@@ -531,6 +539,32 @@ def _check_noise(scheduler: Any, schedule: Schedule) -> None:
             f"the schedule of study {schedule.study!r} is for another noise schedule than the pipeline's scheduler "
             "has; apply it to a pipeline of the same model, or search for this one"
         )
+
+
+def _other_model(pipe: object, network: Any, schedule: Schedule) -> str:
+    """What sets a pipeline apart from the model of a schedule, as far as both say it; empty where nothing does."""
+    from autodiffusion_optuna.evaluation.denoiser import weights_of
+
+    part, found = schedule.model, []
+    offloaded = part.weights is not None and any(weight.is_meta for weight in network.parameters())
+    if part.weights and not offloaded and not same_weights(part.weights, weights_of(network, part.weights)):
+        found.append("other weights, or adapters to them")
+    scale = _latent_scale(pipe)
+    if scale is not None and part.latent_scale is not None and not math.isclose(scale, part.latent_scale, rel_tol=1e-5):
+        found.append(f"latent scale {scale:g} instead of {part.latent_scale:g}")
+    size = getattr(getattr(network, "config", None), "sample_size", None)
+    if size and part.shape and part.kind not in TEXT_PIPELINES and (*np.broadcast_to(size, 2),) != part.shape[1:]:
+        found.append(f"sample_size {size} instead of {part.shape[1]}x{part.shape[2]}")
+    if schedule.format < FORMAT:
+        found.append("not known, as the schedule is of an older version, which did not say its weights")
+    return ", ".join(found)
+
+
+def _latent_scale(pipe: object) -> float | None:
+    """What a pipeline multiplies latents by; None where there are none, or each channel has a scale of its own."""
+    decoder = _part(pipe, "vqvae") if _part(pipe, "vae") is None else _part(pipe, "vae")
+    config = getattr(decoder, "config", {})
+    return None if config.get("latents_std") is not None else config.get("scaling_factor")
 
 
 def _bypasses(network: Any, schedule: Schedule) -> list[tuple[nn.Module, Callable[..., Any], frozenset[int]]]:

@@ -18,15 +18,18 @@ import torch
 from numpy.typing import NDArray
 
 from autodiffusion_optuna.candidate import Candidate
-from autodiffusion_optuna.check import LIMIT, difference
+from autodiffusion_optuna.check import LIMIT, difference, same_weights
 from autodiffusion_optuna.config import StudyConfig, parse_config
 from autodiffusion_optuna.errors import AdoptError, ConfigError
+from autodiffusion_optuna.evaluation.denoiser import Denoiser
+from autodiffusion_optuna.evaluation.models import Model
 from autodiffusion_optuna.evaluation.prefix import Tally, remembering
 from autodiffusion_optuna.evaluation.sampling import Sampling
 from autodiffusion_optuna.evaluation.solvers import times
 from autodiffusion_optuna.export import PROMPT, diffusers_script, local_folder
+from autodiffusion_optuna.noise import NoiseSchedule
 from autodiffusion_optuna.records import Fresh
-from autodiffusion_optuna.schedule import Schedule
+from autodiffusion_optuna.schedule import FORMAT, Schedule
 from autodiffusion_optuna.search.schedules import KNOWN
 from autodiffusion_optuna.study import Parts, build, open_model
 
@@ -35,11 +38,13 @@ from autodiffusion_optuna.study import Parts, build, open_model
 class Opened:
     """A schedule on a model: the parts that score it, and what is compared.
 
-    ``rivals``: uniform with as many steps, then the schedule itself, both with the schedule's solver.
+    ``rivals``: uniform with as many steps, then the schedule itself, both with the schedule's solver. ``other``: one
+    line of what sets the model apart from the one that the schedule was found on; None where it is that one.
     """
 
     parts: Parts
     rivals: dict[str, Candidate]
+    other: str | None = None
 
 
 def open_schedule(schedule: Schedule, overrides: Iterable[str] = (), *, trust: bool = False) -> Opened:
@@ -50,7 +55,58 @@ def open_schedule(schedule: Schedule, overrides: Iterable[str] = (), *, trust: b
     parts = build(schedule_config(schedule, overrides), trust=trust)
     found = schedule.candidate(parts.model.units, parts.model.schedule.T)
     uniform = Candidate(KNOWN["uniform"](parts.model.schedule, found.steps))
-    return Opened(parts, {"uniform": uniform, schedule.study: found})
+    different = differences(schedule, parts.model)
+    other = (
+        f"model {parts.model.name} is not the one that the schedule of study {schedule.study!r} was found on: "
+        f"{', '.join(different)}"
+    )
+    return Opened(parts, {"uniform": uniform, schedule.study: found}, other if different else None)
+
+
+def differences(schedule: Schedule, model: Model) -> list[str]:
+    """What a model has otherwise than the one that a schedule was found on; empty where it is the same one."""
+    part = schedule.model
+    denoiser = model.denoiser if isinstance(model.denoiser, Denoiser) else None
+    pairs: list[tuple[str, Any, Any]] = [
+        ("kind", part.kind, model.kind),
+        ("prediction", part.prediction, denoiser and denoiser.prediction),
+        ("clip", part.clip, denoiser and denoiser.clip),
+        ("guidance", part.guidance, model.guidance),
+        ("shape", part.shape, model.shape),
+        ("image shape", part.image_shape, model.picture_shape),
+        ("latent scale", part.latent_scale, model.latent_scale),
+    ]
+    found = [f"{name} {_shown(now)} instead of {_shown(then)}" for name, then, now in pairs if _other(then, now)]
+    if schedule.noise is not None and not _same_noise(schedule.noise_schedule(), model.schedule):
+        found.append("another noise schedule")
+    if part.units is not None and part.units != model.units:
+        found.append(f"other layers ({len(model.units)} instead of {len(part.units)})")
+    if schedule.conditions != (model.conditions and model.conditions.fingerprint):
+        found.append("other labels or prompts")
+    if part.weights is not None and model.weights is not None and not same_weights(part.weights, model.weights):
+        found.insert(0, "other weights")
+    elif part.sha256 != model.fingerprint:
+        found.insert(0, "other files, of weights or configs")
+    if found and schedule.format < FORMAT:
+        found.append("and the schedule, of an older version, does not say all of its own")
+    return found
+
+
+def _other(then: object, now: object) -> bool:
+    known = then is not None and now is not None
+    if known and isinstance(then, float):
+        return not np.isclose(then, float(str(now)), rtol=1e-5)
+    return known and then != now
+
+
+def _shown(value: object) -> str:
+    if isinstance(value, tuple):
+        return "x".join(map(str, value))
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _same_noise(then: NoiseSchedule, now: NoiseSchedule) -> bool:
+    return then.T == now.T and np.allclose(then.lambdas, now.lambdas, atol=1e-6)
 
 
 def schedule_config(schedule: Schedule, overrides: Iterable[str] = ()) -> StudyConfig:

@@ -77,6 +77,7 @@ class Model:
     ``conditions``: None where the model is unconditional. ``guidance``: how a scale acts; ``scale``: the one used
     where the study sets none. ``decode``: float32 [B, C, H, W] states -> images in [-1, 1], None where states are
     images; ``image_shape``: (C, H, W) of an image, None for the state's.
+    ``latent_scale``: what latents are multiplied by. ``weights``: some of them by name, see ``weights_sample``.
     ``kind``: class of the diffusers pipeline, or of the bare network; "adm", "plugin" and "mixture" for the others.
     ``notes``: what its loader assumed, chose or left out, a line each; shown wherever the study's values are.
     """
@@ -88,6 +89,8 @@ class Model:
     denoiser: SkippingDenoise
     device: torch.device
     units: tuple[str, ...] = ()
+    latent_scale: float | None = None
+    weights: Mapping[str, float] | None = None
     reference: Callable[[Extractor], Reference] | None = None
     conditions: Conditions | None = None
     guidance: GuidanceKind = "none"

@@ -33,6 +33,8 @@ class Vae:
     factor: int
     digest: str
     decode: Callable[[Tensor], Tensor]
+    scale: float = 1.0
+    """What latents were multiplied by for the diffusion model, in the mean of their channels."""
 
 
 def load_vae(folder: Path, device: torch.device, precision: str = "float32", scaling: float | None = None) -> Vae:
@@ -61,7 +63,13 @@ def load_vae(folder: Path, device: torch.device, precision: str = "float32", sca
 
     factor = 2 ** (len(config.block_out_channels) - 1)
     override = {} if scaling is None else {"scaling_factor": scaling}
-    return Vae(channels, factor, digest(part.files, {**stored, **override}), _Sliced(decode, factor))
+    return Vae(
+        channels,
+        factor,
+        digest(part.files, {**stored, **override}),
+        _Sliced(decode, factor),
+        scale=float(1 / gain.mean()),
+    )
 
 
 def _affine(
