@@ -38,7 +38,7 @@ from autodiffusion_optuna.records import Fresh
 from autodiffusion_optuna.report import load_study, read_report
 from autodiffusion_optuna.schedule import ConfigPart, FreshPart, ScorePart
 from autodiffusion_optuna.storage import open_storage, storage_url
-from autodiffusion_optuna.transfer import script_fault
+from autodiffusion_optuna.transfer import differences, script_fault
 
 pytestmark = pytest.mark.filterwarnings("ignore:algorithm_type dpmsolver is deprecated:FutureWarning")
 
@@ -393,6 +393,9 @@ def test_a_study_is_exported_with_everything_that_repeats_it(folder: Path, adopt
     assert schedule.model.clip
     assert (schedule.model.sha256, schedule.model.kind) == (model.fingerprint, "DDPMPipeline")
     assert schedule.model.shape == schedule.model.image_shape == (3, 8, 8)
+    assert schedule.model.units == model.units
+    assert schedule.model.weights == model.weights
+    assert differences(schedule, model) == []
     np.testing.assert_array_equal(schedule.noise_schedule().alphas, model.schedule.alphas)
     assert schedule.config is not None
     assert schedule.config.model.source == "net"
