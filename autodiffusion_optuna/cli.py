@@ -238,16 +238,17 @@ def export(
 def _checked(schedule: Schedule, text: str) -> str:
     """The script for diffusers, or one with the search's own sampler where it draws other images than the search."""
     from autodiffusion_optuna.export import diffusers_script, uses_diffusers
-    from autodiffusion_optuna.transfer import script_fault
+    from autodiffusion_optuna.transfer import check_script
 
     if not uses_diffusers(text):
         return text
     err.print("comparing the script's images with those of the search's sampler …")
     try:
-        fault = script_fault(schedule)
+        fault, other = check_script(schedule)
     except AdoptError as error:
         warn([f"the script was not checked against the search's sampler: {error}"])
         return text
+    warn([other] if other else [])
     if fault is None:
         return text
     warn([f"{fault}; the script uses the search's own sampler instead"])

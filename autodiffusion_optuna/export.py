@@ -40,7 +40,7 @@ def report_schedule(report: StudyReport) -> Schedule:
     packed = attrs.get(records.NOISE)
     return Schedule(
         study=config.name,
-        model=_model(config, attrs, report.units),
+        model=_model(config, attrs),
         train_timesteps=attrs["codec"]["T"],
         amplification_cap=config.sampling.amplification_cap,
         timesteps=candidate.timesteps,
@@ -87,9 +87,9 @@ def _first(value: Any) -> Any:
     return value[0] if isinstance(value, list) else value
 
 
-def _model(config: StudyConfig, attrs: Mapping[str, Any], units: Sequence[str]) -> ModelPart:
+def _model(config: StudyConfig, attrs: Mapping[str, Any]) -> ModelPart:
     facts = attrs.get(records.MODEL_FACTS, {"kind": "mixture" if config.model.source == "mixture" else "UNet2DModel"})
-    shape, image_shape = facts.get("shape"), facts.get("image_shape")
+    shape, image_shape, units = facts.get("shape"), facts.get("image_shape"), facts.get("units")
     return ModelPart(
         source=config.model.source,
         sha256=attrs["model"],
@@ -103,7 +103,7 @@ def _model(config: StudyConfig, attrs: Mapping[str, Any], units: Sequence[str]) 
         image_shape=image_shape and tuple(image_shape),
         latent_scale=facts.get("latent_scale"),
         weights=facts.get("weights"),
-        units=tuple(units),
+        units=None if units is None else tuple(units),
     )
 
 

@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -55,12 +55,13 @@ def open_schedule(schedule: Schedule, overrides: Iterable[str] = (), *, trust: b
     parts = build(schedule_config(schedule, overrides), trust=trust)
     found = schedule.candidate(parts.model.units, parts.model.schedule.T)
     uniform = Candidate(KNOWN["uniform"](parts.model.schedule, found.steps))
-    different = differences(schedule, parts.model)
-    other = (
-        f"model {parts.model.name} is not the one that the schedule of study {schedule.study!r} was found on: "
-        f"{', '.join(different)}"
-    )
-    return Opened(parts, {"uniform": uniform, schedule.study: found}, other if different else None)
+    return Opened(parts, {"uniform": uniform, schedule.study: found}, _other_model(schedule, parts.model))
+
+
+def _other_model(schedule: Schedule, model: Model) -> str | None:
+    found = differences(schedule, model)
+    start = f"model {model.name} is not the one that the schedule of study {schedule.study!r} was found on: "
+    return start + ", ".join(found) if found else None
 
 
 def differences(schedule: Schedule, model: Model) -> list[str]:
@@ -159,14 +160,31 @@ CHECKED = 2
 """Images that an exported script is checked on."""
 
 
-def script_fault(schedule: Schedule) -> str | None:
-    """Why the script for diffusers does not draw the images of the search's sampler; None where it does.
+class ScriptCheck(NamedTuple):
+    """What was found of a script for diffusers, None where there is nothing to say.
 
-    It is run as it is exported, on its model and on ``CHECKED`` images; their pixels may differ by ``check.LIMIT`` of
-    255 in the mean. ``AdoptError`` where that cannot be found out, as the model is not here. Nothing is downloaded.
+    ``fault``: why it does not draw the images of the search's sampler. ``other``: see ``Opened``.
+    """
+
+    fault: str | None
+    other: str | None
+
+
+def check_script(schedule: Schedule) -> ScriptCheck:
+    """Compare the images of the script for diffusers with those of the search's sampler.
+
+    It is run as it is exported, on its model and on ``CHECKED`` images; the pixels of each may differ by
+    ``check.LIMIT`` of 255 in the mean. ``AdoptError`` where the model is not here. Nothing is downloaded.
     """
     schedule = _at_hand(schedule)
-    wanted = _drawn(schedule)
+    model = _open_for_check(schedule)
+    conditions = model.conditions and model.conditions.fingerprint  # the prompt of a script is its own
+    other = _other_model(schedule.model_copy(update={"conditions": conditions}), model)
+    return ScriptCheck(_fault(schedule, _drawn(schedule, model)), other)
+
+
+def _fault(schedule: Schedule, wanted: torch.Tensor) -> str | None:
+    """Why the script does not draw the images ``wanted``, uint8 [CHECKED, C, H, W]."""
     with TemporaryDirectory() as place:
         script = Path(place) / f"{schedule.study}.py"
         schedule.write(script.with_suffix(".json"))
@@ -178,7 +196,7 @@ def script_fault(schedule: Schedule) -> str | None:
         except Exception as error:  # whatever diffusers makes of the model
             line = next(iter(str(error).splitlines()), "")[:200]
             return f"diffusers cannot draw with this model as it is here ({type(error).__name__}: {line})"
-    off = difference(found / 127.5 - 1, wanted / 127.5 - 1)
+    off = difference(found / 127.5 - 1, wanted.float() / 127.5 - 1)
     if off <= LIMIT:
         return None
     return f"on this model diffusers' images differ from those of the search's sampler by {off:.3g} of 255"
@@ -199,14 +217,18 @@ def _at_hand(schedule: Schedule) -> Schedule:
     )
 
 
-def _drawn(schedule: Schedule) -> torch.Tensor:
-    """float32 [CHECKED, C, H, W] in [0, 255] of the search's sampler, from the noise that the script draws."""
+def _open_for_check(schedule: Schedule) -> Model:
+    """The model as the study opens it, but with the prompt of the script."""
     with TemporaryDirectory() as place:
         prompts = Path(place) / "prompts.txt"
         prompts.write_text(f"{PROMPT}\n" * CHECKED, encoding="utf-8")
         model_config = schedule.config and schedule.config.model
         prompted = [f"model.prompts={json.dumps(str(prompts))}"] if model_config and model_config.prompts else []
-        model = open_model(schedule_config(schedule, [*prompted, "model.compile=false"]))
+        return open_model(schedule_config(schedule, [*prompted, "model.compile=false"]))
+
+
+def _drawn(schedule: Schedule, model: Model) -> torch.Tensor:
+    """uint8 [CHECKED, C, H, W] of the search's sampler, from the noise that the script draws."""
     candidate = schedule.candidate(model.units, T=model.schedule.T)
     sampling = Sampling(**schedule.sampling_settings())
     generator = torch.Generator().manual_seed(0)
@@ -218,7 +240,7 @@ def _drawn(schedule: Schedule) -> torch.Tensor:
     chosen = [i % model.conditions.count for i in range(CHECKED)] if model.conditions else []
     denoise = remembering(model.bind(chosen, sampling.guidance), candidate, None, (), Tally())
     nodes = times(model.schedule, candidate.timesteps, sampling.final)
-    return model.to_images(sampling.find_solver(noise)(denoise, x, nodes)).cpu().float()
+    return model.to_images(sampling.find_solver(noise)(denoise, x, nodes)).cpu()
 
 
 def _run(script: Path) -> torch.Tensor:

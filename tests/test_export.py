@@ -38,7 +38,7 @@ from autodiffusion_optuna.records import Fresh
 from autodiffusion_optuna.report import load_study, read_report
 from autodiffusion_optuna.schedule import ConfigPart, FreshPart, ScorePart
 from autodiffusion_optuna.storage import open_storage, storage_url
-from autodiffusion_optuna.transfer import differences, script_fault
+from autodiffusion_optuna.transfer import check_script, differences
 
 pytestmark = pytest.mark.filterwarnings("ignore:algorithm_type dpmsolver is deprecated:FutureWarning")
 
@@ -447,12 +447,12 @@ def test_a_study_without_a_finished_trial_has_nothing_to_export(folder: Path, ad
 def test_a_script_that_draws_our_images_has_no_fault(folder: Path) -> None:
     cosine(folder / "net")
     schedule = schedule_of(Path("net"), solver="heun", timesteps=(999, 500))
-    assert script_fault(schedule) is None
+    assert check_script(schedule) == (None, None)
     write_sd3(folder / "sd3")
     write_prompts(folder)
     options = {"prompts": "prompts.txt", "size": [32, 32]}
     for skips in (((),) * 4, SKIPS):
-        assert script_fault(schedule_of(Path("sd3"), options, timesteps=TIMESTEPS, skips=skips)) is None
+        assert check_script(schedule_of(Path("sd3"), options, timesteps=TIMESTEPS, skips=skips)) == (None, None)
 
 
 def test_a_script_that_draws_other_images_has_one(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -464,13 +464,13 @@ def test_a_script_that_draws_other_images_has_one(folder: Path, monkeypatch: pyt
         "diffusers_script",
         lambda *a, **k: given(*a, **k).replace(".double()", "").replace("float64", "float32"),
     )
-    fault = script_fault(schedule)
+    fault = check_script(schedule).fault
     assert fault is not None
     found = re.fullmatch(r"on this model diffusers' images differ from those of .* sampler by (\d+\.\d) of 255", fault)
     assert found
     assert float(found[1]) > 50
     monkeypatch.setattr(transfer, "diffusers_script", lambda *a, **k: "raise OSError('no such part\\nat all')")
-    assert script_fault(schedule) == "diffusers cannot draw with this model as it is here (OSError: no such part)"
+    assert check_script(schedule).fault == "diffusers cannot draw with this model as it is here (OSError: no such part)"
 
 
 def test_a_check_that_cannot_be_made_downloads_nothing(folder: Path) -> None:
@@ -483,7 +483,7 @@ def test_a_check_that_cannot_be_made_downloads_nothing(folder: Path) -> None:
             update={"model": schedule.config.model.model_copy(update={"source": source})}
         )
         with pytest.raises(ModelError, match=message):
-            script_fault(schedule.model_copy(update={"model": model, "config": config}))
+            check_script(schedule.model_copy(update={"model": model, "config": config}))
 
 
 def test_the_command_prints_one_text_and_says_the_rest_elsewhere(
@@ -509,6 +509,10 @@ def test_the_command_prints_one_text_and_says_the_rest_elsewhere(
     unchecked = adopt("export", "--study", "mine", "--no-check")
     assert (unchecked.out, unchecked.err) == (script.out, "")
 
+    write_ddpm(folder / "net", sample_size=8, block_out_channels=(8, 32), norm_num_groups=4, attention_head_dim=4)
+    assert "warning: model net is not the one that the schedule of study 'mine' was found on: other weights" in (
+        adopt("export", "--study", "mine").err
+    )
     (folder / "net").rename(folder / "elsewhere")
     moved = adopt("export", "--study", "mine")
     assert moved.code == 0
