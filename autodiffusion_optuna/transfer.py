@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import logging
 import runpy
 import warnings
 from collections.abc import Iterable
@@ -246,7 +247,13 @@ def _drawn(schedule: Schedule, model: Model) -> torch.Tensor:
 def _run(script: Path) -> torch.Tensor:
     """float32 [B, C, H, W] in [0, 255] that a script draws; what it and its libraries say is not shown."""
     quiet = io.StringIO()
-    with contextlib.redirect_stdout(quiet), contextlib.redirect_stderr(quiet), warnings.catch_warnings(action="ignore"):
+    with contextlib.ExitStack() as silence:
+        silence.enter_context(contextlib.redirect_stdout(quiet))
+        silence.enter_context(contextlib.redirect_stderr(quiet))
+        silence.enter_context(warnings.catch_warnings(action="ignore"))
+        for library in map(logging.getLogger, ("diffusers", "transformers")):
+            silence.callback(library.setLevel, library.level)
+            library.setLevel(logging.CRITICAL)
         images = runpy.run_path(str(script))["images"]
     if isinstance(images, torch.Tensor):
         return images.float()

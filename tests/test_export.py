@@ -492,7 +492,7 @@ def test_the_command_prints_one_text_and_says_the_rest_elsewhere(
     study = searched(adopt, folder)
     script = adopt("export", "--study", "mine")
     assert (script.code, script.out) == (0, export_text(study, "diffusers"))
-    assert "warning" not in script.err
+    assert script.err == "comparing the script's images with those of the search's sampler …\n"
     assert Schedule.parse(adopt("export", "--study", "mine", "--format", "json").out) == export_schedule(study)
     numbers = adopt("export", "--study", "mine", "--format", "comfyui")
     assert len(re.findall(r"\d+", numbers.out.replace(".", ""))) == len(export_schedule(study).timesteps) + 1
