@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -287,17 +287,23 @@ COMPILED: dict[str, Callable[[Any, Any], Any]] = {
 }
 
 
-@pytest.mark.parametrize("how", COMPILED)
-def test_a_compiled_network_skips_the_same_and_no_mask_compiles_it_again(
-    tmp_path: Path, how: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture
+def counter() -> Iterator[Any]:
+    """A fresh compiler that counts its graphs, with its limits as they were afterwards."""
     from torch._dynamo import config
     from torch._dynamo.testing import CompileCounter
 
-    for limit in ("recompile_limit", "accumulated_recompile_limit"):
-        monkeypatch.setattr(config, limit, getattr(config, limit))
     torch._dynamo.reset()
-    counter = CompileCounter()
+    limits = {name: getattr(config, name) for name in ("recompile_limit", "accumulated_recompile_limit")}
+    with config.patch(limits):
+        yield CompileCounter()
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("how", COMPILED)
+def test_a_compiled_network_skips_the_same_and_no_mask_compiles_it_again(
+    tmp_path: Path, how: str, counter: Any
+) -> None:
     timesteps = tuple(range(950, 40, -80))
     masks = tuple(tuple(u for u in (0, 1, 2) if step >> u & 1) for step in range(len(timesteps)))
     pipe, schedule, draw, wanted = make("ddpm", tmp_path, timesteps=timesteps, skips=masks)
