@@ -21,9 +21,10 @@ from numpy.typing import NDArray
 from autodiffusion_optuna.candidate import Candidate
 from autodiffusion_optuna.check import LIMIT, difference, same_weights
 from autodiffusion_optuna.config import StudyConfig, parse_config
-from autodiffusion_optuna.errors import AdoptError, ConfigError
+from autodiffusion_optuna.errors import AdoptError, ConfigError, ModelError
 from autodiffusion_optuna.evaluation.denoiser import Denoiser
 from autodiffusion_optuna.evaluation.models import Model
+from autodiffusion_optuna.evaluation.models.parts import first_line
 from autodiffusion_optuna.evaluation.prefix import Tally, remembering
 from autodiffusion_optuna.evaluation.sampling import Sampling
 from autodiffusion_optuna.evaluation.solvers import times
@@ -178,10 +179,8 @@ def check_script(schedule: Schedule) -> ScriptCheck:
     ``check.LIMIT`` of 255 in the mean. ``AdoptError`` where the model is not here. Nothing is downloaded.
     """
     schedule = _at_hand(schedule)
-    model = _open_for_check(schedule)
-    conditions = model.conditions and model.conditions.fingerprint  # the prompt of a script is its own
-    other = _other_model(schedule.model_copy(update={"conditions": conditions}), model)
-    return ScriptCheck(_fault(schedule, _drawn(schedule, model)), other)
+    wanted, other = _ours(schedule)
+    return ScriptCheck(_fault(schedule, wanted), other)
 
 
 def _fault(schedule: Schedule, wanted: torch.Tensor) -> str | None:
@@ -194,9 +193,10 @@ def _fault(schedule: Schedule, wanted: torch.Tensor) -> str | None:
             found = _run(script)
         except AdoptError as error:
             return str(error).partition(";")[0]
+        except (torch.OutOfMemoryError, MemoryError, ImportError) as error:
+            raise ModelError(f"it cannot be run here ({type(error).__name__}: {first_line(error)})") from error
         except Exception as error:  # whatever diffusers makes of the model
-            line = next(iter(str(error).splitlines()), "")[:200]
-            return f"diffusers cannot draw with this model as it is here ({type(error).__name__}: {line})"
+            return f"diffusers cannot draw with this model as it is here ({type(error).__name__}: {first_line(error)})"
     off = difference(found / 127.5 - 1, wanted.float() / 127.5 - 1)
     if off <= LIMIT:
         return None
@@ -216,6 +216,14 @@ def _at_hand(schedule: Schedule) -> Schedule:
             "config": schedule.config.model_copy(update={"model": model}),
         }
     )
+
+
+def _ours(schedule: Schedule) -> tuple[torch.Tensor, str | None]:
+    """Images of the search's sampler, and what sets the model apart, which is let go of before the script loads it."""
+    model = _open_for_check(schedule)
+    conditions = model.conditions and model.conditions.fingerprint  # the prompt of a script is its own
+    other = _other_model(schedule.model_copy(update={"conditions": conditions}), model)
+    return _drawn(schedule, model), other
 
 
 def _open_for_check(schedule: Schedule) -> Model:

@@ -471,6 +471,11 @@ def test_a_script_that_draws_other_images_has_one(folder: Path, monkeypatch: pyt
     assert float(found[1]) > 50
     monkeypatch.setattr(transfer, "diffusers_script", lambda *a, **k: "raise OSError('no such part\\nat all')")
     assert check_script(schedule).fault == "diffusers cannot draw with this model as it is here (OSError: no such part)"
+    monkeypatch.setattr(transfer, "diffusers_script", lambda *a, **k: "import no_such_package")
+    with pytest.raises(
+        ModelError, match=r"it cannot be run here .ModuleNotFoundError: No module named 'no_such_package'"
+    ):
+        check_script(schedule)
 
 
 def test_a_check_that_cannot_be_made_downloads_nothing(folder: Path) -> None:
