@@ -72,6 +72,7 @@ def show(
         return
     print_table(report)
     print_facts(report)
+    warn(report.warnings())
 
 
 @app.command()
@@ -87,30 +88,31 @@ def score(
 ) -> None:
     """Score the winner and the known schedules, or a schedule from a file, on fresh noise, with 95 % intervals."""
     settings = _fresh_overrides(images, banks)
-    if _wants_schedule(study, schedule, model=model, overrides=overrides):
+    if _wants_schedule(study, schedule, model=model):
         assert schedule is not None
         given = [] if model is None else [f"model.source={json.dumps(model)}"]
         _score_schedule(schedule, [*given, *(overrides or []), *settings], trust)
     else:
         assert study is not None
-        _score_study(study, settings, storage, trust)
+        _score_study(study, overrides, settings, storage, trust)
 
 
-def _score_study(study: str, overrides: list[str], storage: str | None, trust: bool) -> None:
+def _score_study(study: str, places: list[str] | None, settings: list[str], storage: str | None, trust: bool) -> None:
     from autodiffusion_optuna import study as runner
     from autodiffusion_optuna.candidate import Candidate
     from autodiffusion_optuna.report import read_report
     from autodiffusion_optuna.storage import storage_url
 
-    found, parts = load_parts(study, storage_url(storage), trust, overrides)
+    found, parts = load_parts(study, storage_url(storage), trust, places, settings)
     best = runner.winner(found).user_attrs["candidate"]
     keys = dict.fromkeys([best, *(candidate.key for candidate in parts.known.values())])
     fresh = parts.config.score
     for position, key in enumerate(keys, 1):
         err.print(f"scoring {position} of {len(keys)}: {key}")
         runner.score_fresh(parts, found, Candidate.from_key(key), fresh.fresh_images, fresh.fresh_banks)
-    print_table(read_report(found, (fresh.fresh_images, fresh.fresh_banks)))
-    warn(runner.warnings(parts, fresh.fresh_images))
+    report = read_report(found, (fresh.fresh_images, fresh.fresh_banks))
+    print_table(report)
+    warn(report.warnings())
 
 
 def _score_schedule(path: Path, overrides: list[str], trust: bool) -> None:
@@ -146,8 +148,7 @@ def _wants_schedule(study: str | None, schedule: Path | None, **others: object) 
         return True
     for name, value in others.items():
         if value:
-            option = "--set" if name == "overrides" else f"--{name}"
-            raise ConfigError(f"{option} goes with --schedule; a study keeps its own settings")
+            raise ConfigError(f"--{name} goes with --schedule; a study keeps its own settings")
     return False
 
 
@@ -175,7 +176,7 @@ def sample(
     from autodiffusion_optuna.schedule import Schedule
     from autodiffusion_optuna.storage import storage_url
 
-    from_file = _wants_schedule(study, schedule, overrides=overrides)
+    from_file = _wants_schedule(study, schedule)
     if not path.parent.is_dir():
         raise ConfigError(
             f"folder {str(path.parent)!r} for the picture does not exist; create it or give another --out"
@@ -188,7 +189,7 @@ def sample(
         rows = transfer.sample_rivals(opened, images)
     else:
         assert study is not None
-        found, parts = load_parts(study, storage_url(storage), trust)
+        found, parts = load_parts(study, storage_url(storage), trust, overrides)
         rows = runner.sample_rows(parts, found, images, steps)
     draw_grid(rows, path)
     say(f"wrote {path}")
@@ -209,7 +210,8 @@ def export(
     storage: StorageUrl = None,
 ) -> None:
     """The best schedule as Python that applies it with diffusers, as JSON, or as sigmas for ComfyUI."""
-    from autodiffusion_optuna.export import export_schedule, notes, reads_json, schedule_text
+    from autodiffusion_optuna.export import notes, reads_json, report_schedule, schedule_text
+    from autodiffusion_optuna.report import read_report
     from autodiffusion_optuna.storage import storage_option, storage_url
 
     form = "diffusers" if form == "python" else form
@@ -218,10 +220,12 @@ def export(
     if folder is not None and not folder.absolute().parent.is_dir():
         raise ConfigError(f"folder {str(folder.parent)!r} does not exist; create it or give another --out")
     url = storage_url(storage)
-    schedule = export_schedule(existing(study, url)[1])
+    report = read_report(existing(study, url)[1])
+    schedule = report_schedule(report)
     text = schedule_text(schedule, form)
     if form == "diffusers" and check:
         text = _checked(schedule, text)
+    warn(report.warnings())
     for note in notes(schedule, form):
         err.print(note)
     beside = form == "diffusers" and reads_json(text)

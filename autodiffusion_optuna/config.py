@@ -6,6 +6,7 @@ import difflib
 import hashlib
 import itertools
 import json
+import os
 import tomllib
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -19,10 +20,22 @@ from autodiffusion_optuna.errors import ConfigError, choose_from
 BANK_SIZE = 100_000
 """Images in one bank of noise; the largest ``score.images`` and ``score.fresh_images``."""
 
+SEARCH_BANK = 0
+"""Every candidate is scored on the noise of this bank; fresh banks are numbered from 1."""
+
 LONGEST_GRACE = 30 * 24 * 3600
 """Seconds; a worker sleeps a share of ``search.grace`` between heartbeats, which no clock does for ever."""
 
 NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
+
+BUNDLED = ("digits", "mixture")
+"""Names that ``model.source`` means before any file: the models that are shipped."""
+
+FILES = ("model.source", "model.classifier", "model.prompts", "model.config", "score.weights", "score.reference")
+"""Settings that name a file or a folder, or may do so."""
+
+OF_THIS_HOST = (*FILES, "folder", "model.device", "model.memory_mb")
+"""Settings that each command may change for itself: where files are, and what runs the model."""
 
 Count = Annotated[int, Field(ge=1)]
 Images = Annotated[int, Field(ge=2, le=BANK_SIZE)]
@@ -213,6 +226,8 @@ class StudyConfig(Section):
 
     name: Annotated[str, Field(pattern=NAME_PATTERN)]
     description: str = ""
+    folder: str | None = None
+    """Where modules of ``python:module:function`` lie, besides the current folder; unset: with the study file."""
     model: ModelConfig
     sampling: SamplingConfig
     search: SearchConfig
@@ -233,6 +248,7 @@ class StudyConfig(Section):
 MAY_CHANGE = {
     "name",
     "description",
+    "folder",
     "model.device",
     "model.source",
     "score.reference",
@@ -252,8 +268,12 @@ What lies at the paths is compared by hash.
 """
 
 
-def load_config(path: Path, overrides: Iterable[str] = ()) -> StudyConfig:
-    """Study file with ``key=value`` overrides; the name defaults to the file's."""
+def load_config(path: Path, overrides: Iterable[str] = (), folder: Path | None = None) -> StudyConfig:
+    """Study file with ``key=value`` overrides; the name defaults to the file's.
+
+    Relative paths in it start from ``folder``, by default its own, and those of overrides from the current one. They
+    are made absolute, so that the study works from any folder.
+    """
     try:
         table = tomllib.loads(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
@@ -262,6 +282,7 @@ def load_config(path: Path, overrides: Iterable[str] = ()) -> StudyConfig:
     except tomllib.TOMLDecodeError as error:
         raise ConfigError(f"{path.name} is not valid TOML: {error}; mend that line and run again") from None
     table.setdefault("name", path.stem)
+    locate_files(table, folder or path.parent)
     return parse_config(table, overrides)
 
 
@@ -286,11 +307,55 @@ def apply_override(table: dict[str, Any], override: str) -> None:
     open_ended = key.strip().startswith("model.fields.")
     if not open_ended and key.strip() not in known and not any(k.startswith(key.strip() + ".") for k in known):
         raise ConfigError("--set: " + unknown_key(key.strip()))
+    given: dict[str, Any] = {path[-1]: toml_value(text.strip())}
+    for part in reversed(path[:-1]):
+        given = {part: given}
+    locate_files(given, Path.cwd())
+    if "folder" in given:
+        table["folder"] = given.pop("folder")
     for part in path[:-1]:
-        table = table.setdefault(part, {})
+        table, given = table.setdefault(part, {}), given[part]
         if not isinstance(table, dict):
             raise ConfigError(f"--set {override!r}: {part!r} is a value, not a table; set it as a whole")
-    table[path[-1]] = toml_value(text.strip())
+    table.update(given)
+
+
+def locate_files(table: dict[str, Any], folder: Path) -> None:
+    """Make the relative paths of a nested table absolute, from ``folder``; a table of Python plug-ins keeps it."""
+    for key in FILES:
+        section, name = key.split(".")
+        values = table.get(section)
+        if isinstance(values, dict) and isinstance(values.get(name), str):
+            values[name] = _located(key, values[name], folder)
+    if isinstance(table.get("folder"), str):
+        table["folder"] = _absolute(table["folder"], folder)
+    elif any(str(value).startswith("python:") for value in flatten(table).values()):
+        table["folder"] = _absolute(".", folder)
+
+
+def _located(key: str, value: str, folder: Path) -> str:
+    """The value of one of ``FILES`` with an absolute path, where it is a path."""
+    if key != "model.source":
+        return _absolute(value, folder)
+    if value.startswith("adm:"):
+        return "adm:" + _absolute(value.removeprefix("adm:"), folder)
+    if value in BUNDLED or value.startswith("python:"):
+        return value
+    absolute = _absolute(value, folder)
+    # A hub id looks like a path, and a misspelt name is better called so.
+    is_path = value.startswith((".", "~")) or Path(absolute).exists()
+    return absolute if is_path else value
+
+
+def _absolute(path: str, folder: Path) -> str:
+    return os.path.abspath(folder / Path(path).expanduser())  # not resolved: links stay as the user sees them
+
+
+def missing_files(config: StudyConfig) -> list[str]:
+    """Those of ``FILES`` whose absolute path does not exist on this host."""
+    flat = flatten(config.model_dump(mode="json"))
+    paths = {key: str(flat[key] or "").removeprefix("adm:") for key in FILES}
+    return [key for key, path in paths.items() if os.path.isabs(path) and not os.path.exists(path)]
 
 
 def toml_value(text: str) -> Any:
@@ -303,7 +368,7 @@ def toml_value(text: str) -> Any:
 
 def known_keys() -> set[str]:
     """Dotted names of all settings."""
-    keys = {"name", "description"}
+    keys = {"name", "description", "folder"}
     keys |= {f"sampling.{key}.{end}" for key in ("steps", "guidance", "eta") for end in ("min", "max")}
     for section in ("model", "sampling", "search", "score"):
         kind = StudyConfig.model_fields[section].annotation
@@ -395,4 +460,4 @@ def load_preset(name: str, overrides: Iterable[str] = ()) -> StudyConfig:
     known = presets()
     if name not in known:
         raise ConfigError(choose_from("study preset", name, known))
-    return load_config(known[name], overrides)
+    return load_config(known[name], overrides, folder=Path.cwd())  # its files are the user's

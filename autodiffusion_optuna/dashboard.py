@@ -25,7 +25,7 @@ from autodiffusion_optuna.candidate import Candidate
 from autodiffusion_optuna.config import StudyConfig
 from autodiffusion_optuna.errors import AdoptError, ConfigError
 from autodiffusion_optuna.figures import FIGURES, nothing
-from autodiffusion_optuna.report import StudyReport, is_deleted, read_report, stored_config
+from autodiffusion_optuna.report import StudyReport, banks_of, is_deleted, read_report, stored_config
 from autodiffusion_optuna.storage import storage_option
 
 if TYPE_CHECKING:
@@ -226,7 +226,7 @@ def publish(study: optuna.Study, url: str) -> None:
     report = read_report(study)
     if study.metric_names is None:
         with warnings.catch_warnings(category=ExperimentalWarning, action="ignore"):
-            study.set_metric_names([report.metric])
+            study.set_metric_names([report.value_name])
     old = get_note(study)
     new = note_text(report, url) + _users_part(old)
     if new != old:
@@ -256,7 +256,9 @@ def note_text(report: StudyReport, url: str) -> str:
     parts = [
         f"# {config.name}",
         config.description,
-        f"{len(report.finished)} of {config.search.trials} candidates finished.",
+        f"{len(report.finished)} of {config.search.trials} candidates finished. Their values: {report.value_name} of "
+        f"the search's noise; reference {report.reference_name}.",
+        _warnings(report),
         _schedules(report),
         "## Commands",
         _block("sh", *(f"adopt {command}{tail}" for command in _commands(config.name))),
@@ -265,6 +267,10 @@ def note_text(report: StudyReport, url: str) -> str:
         SIGNATURE,
     ]
     return "\n\n".join(part for part in parts if part)
+
+
+def _warnings(report: StudyReport) -> str:
+    return "\n".join(["## Warnings\n", *(f"- {line}" for line in lines)]) if (lines := report.warnings()) else ""
 
 
 def _commands(name: str) -> list[str]:
@@ -282,11 +288,15 @@ def _schedules(report: StudyReport) -> str:
     if not rows:
         return ""
     searched = any(row.candidate.settings for row in rows)
-    heads = ["schedule", report.metric, "fresh noise, 95 %", "cost", *(["settings"] if searched else []), "timesteps"]
+    size = report.fresh_size
+    noise = f"fresh noise, {banks_of(size)} images, 95 %" if size else "fresh noise"
+    heads = ["schedule", report.value_name, noise, "cost", *(["settings"] if searched else []), "timesteps"]
     lines = [_table_line(heads), "|---" * len(heads) + "|"]
     for row in rows:
         value = "-" if row.value is None else _number(row.value)
         fresh = "-" if row.fresh is None else f"{_number(row.fresh.mean)} ± {_number(row.fresh.half_width)}"
+        if row.fresh is not None and row.fresh.size != size:
+            fresh += f" ({banks_of(row.fresh.size)})"
         name = f"**{row.name}** (trial {report.best.trial})" if report.best and row is rows[0] else row.name
         settings = [", ".join(f"{key} {setting}" for key, setting in row.candidate.settings)] if searched else []
         cells = [name, value, fresh, f"{row.cost:.2f}", *settings, " ".join(map(str, row.candidate.timesteps))]
@@ -316,7 +326,7 @@ def _block(language: str, *lines: str) -> str:
 
 def toml(config: StudyConfig) -> str:
     """The settings of a study that differ from the defaults, as a study file."""
-    table = config.model_dump(mode="json", exclude_defaults=True, exclude={"name", "description"})
+    table = config.model_dump(mode="json", exclude_defaults=True, exclude={"name", "description", "folder"})
     return "\n\n".join(
         "\n".join([f"[{section}]", *(f"{key} = {_toml_value(value)}" for key, value in settings.items())])
         for section, settings in table.items()

@@ -190,11 +190,11 @@ def history(report: StudyReport) -> go.Figure | None:
     _medians(figure, generations)
     _best_so_far(figure, generations, span)
     _mark_stage_two(figure, generations, span)
-    _style(figure, f"{report.metric} by generation", height=430)
+    _style(figure, f"{report.value_name}, by generation", height=430)
     figure.update_xaxes(
         title_text="generation", zeroline=False, showgrid=False, range=list(span), tick0=0, dtick=_tick_step(span)
     )
-    figure.update_yaxes(title_text=f"{report.metric}, lower is better", zeroline=False)
+    figure.update_yaxes(title_text=f"{report.value_name}, lower is better", zeroline=False)
     _frame(figure, report, complete)
     return figure
 

@@ -16,12 +16,12 @@ import optuna
 from numpy.typing import NDArray
 
 from autodiffusion_optuna import __version__, records
-from autodiffusion_optuna.config import flatten
+from autodiffusion_optuna.config import SEARCH_BANK, flatten
 from autodiffusion_optuna.errors import AdoptError
 from autodiffusion_optuna.export import report_schedule, schedule_text
 from autodiffusion_optuna.figures import FIGURES
 from autodiffusion_optuna.plots import picture
-from autodiffusion_optuna.report import Row, StudyReport
+from autodiffusion_optuna.report import Row, StudyReport, banks_of
 
 ASSETS = Path(__file__).parent / "assets" / "report"
 POLICY = "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data: blob:"
@@ -94,11 +94,9 @@ def _result(report: StudyReport, notes: Sequence[str], tail: str) -> str:
     if not rows:
         command = f"adopt run --study {report.config.name}{tail}"
         return f'<p class="result">No candidate is finished yet: <code>{_code(command)}</code>.</p>\n'
-    uniform = next((row for row in rows if row.name == "uniform"), None)
-    shown = "".join(
-        f'<p class="note">{_code(note)}</p>\n' for note in [*notes, *_doubts(rows[0], uniform, report, tail)]
-    )
-    return f'<p class="result">{_sentence(report, rows[0], uniform)}</p>\n{shown}{_tiles(report, rows[0], uniform)}'
+    best, uniform = report.compared() or (rows[0], None)
+    shown = "".join(f'<p class="note">{_code(note)}</p>\n' for note in [*notes, *_doubts(best, uniform, report, tail)])
+    return f'<p class="result">{_sentence(report, best, uniform)}</p>\n{shown}{_tiles(report, best, uniform)}'
 
 
 def _sentence(report: StudyReport, best: Row, uniform: Row | None) -> str:
@@ -106,16 +104,20 @@ def _sentence(report: StudyReport, best: Row, uniform: Row | None) -> str:
     fresh = best.fresh is not None and uniform is not None and uniform.fresh is not None
     found = f"<strong>{escape(report.metric)}&nbsp;{_value(best, fresh):.4g}</strong>{_range(best, fresh)}"
     text = f"{_steps(best).capitalize()} searched step{'' if best.candidate.steps == 1 else 's'} give {found}"
+    on = f"measured on the search&rsquo;s own {report.config.score.images:,} images."
     if uniform is None or _value(uniform, fresh) is None:
-        return text + "."
+        return f"{text}, {on}"
     given = f'<strong class="plain">{_value(uniform, fresh):.4g}</strong>{_range(uniform, fresh)}'
     change = _change(best, uniform)
     text += f"; {_steps(uniform)} uniform ones give {given}" + (f". That is {change}, " if change else ", ")
     if fresh:
         assert best.fresh is not None
-        size = f"{best.fresh.banks}&nbsp;&times;&nbsp;{best.fresh.images:,}"
-        return text + f"measured on {size} images from noise that the search never saw."
-    return text + f"measured on the search&rsquo;s own {report.config.score.images:,} images."
+        return text + f"measured on {_banks(best.fresh.size)} images from noise that the search never saw."
+    return text + on
+
+
+def _banks(size: tuple[int, int]) -> str:
+    return banks_of(size).replace(" x ", "&nbsp;&times;&nbsp;")
 
 
 def _steps(row: Row) -> str:
@@ -162,8 +164,9 @@ def _doubts(best: Row, uniform: Row | None, report: StudyReport, tail: str) -> l
 
 def _tiles(report: StudyReport, best: Row, uniform: Row | None) -> str:
     run, saved = report.total("run"), report.total("saved")
+    images = banks_of(best.fresh.size) if best.fresh else f"{report.config.score.images:,}"
     facts = [
-        ("against uniform", (uniform and _change(best, uniform)) or "&ndash;"),
+        (f"against uniform, {images} images", (uniform and _change(best, uniform)) or "&ndash;"),
         ("cost of the schedule", f"{best.cost:.2f}"),
         ("candidates finished", f"{len(report.finished):,} of {report.config.search.trials:,}"),
         ("evaluations saved", _percent(saved / max(run + saved, 1))),
@@ -178,9 +181,9 @@ def _table(report: StudyReport) -> str:
     rows = report.rows()
     if not rows:
         return ""
-    fresh = rows[0].fresh
+    size = report.fresh_size
     searched = bool(rows[0].candidate.settings)
-    noise = f"fresh noise, {fresh.banks}&nbsp;&times;&nbsp;{fresh.images:,}" if fresh else "fresh noise"
+    noise = f"fresh noise, {_banks(size)} images" if size else "fresh noise"
     heads = [
         ("", "schedule"),
         ("", f"{escape(report.metric)}<br>search, {report.config.score.images:,} images"),
@@ -190,7 +193,7 @@ def _table(report: StudyReport) -> str:
         ("left", "timesteps"),
     ]
     head = "".join(f'<th scope="col" class="{kind}">{text}</th>' for kind, text in heads)
-    body = "".join(_row(row, searched) for row in rows)
+    body = "".join(_row(row, searched, size) for row in rows)
     return (
         '<section id="schedules">\n<h2>Schedules</h2>\n'
         "<p>Lower is better. Intervals are Student&rsquo;s, over disjoint banks of noise.</p>\n"
@@ -199,10 +202,12 @@ def _table(report: StudyReport) -> str:
     )
 
 
-def _row(row: Row, searched: bool) -> str:
+def _row(row: Row, searched: bool, size: tuple[int, int] | None) -> str:
     kind = {"best found": "best", "uniform": "uniform"}.get(row.name, "")
     value = "&ndash;" if row.value is None else f"{row.value:.4g}"
     interval = "&ndash;" if row.fresh is None else f"{row.fresh.mean:.4g} &plusmn; {row.fresh.half_width:.2g}"
+    if row.fresh is not None and row.fresh.size != size:
+        interval += f"<br>({_banks(row.fresh.size)})"
     chosen = escape(", ".join(f"{name} {value}" for name, value in row.candidate.settings))
     settings = f'<td class="left">{chosen}</td>' if searched else ""
     timesteps = " ".join(str(t) for t in row.candidate.timesteps)
@@ -362,10 +367,10 @@ def _provenance(report: StudyReport) -> str:
         "labels or prompts": attrs.get("conditions"),
         "sampling": _sampling(report),
         "search": f"preset {search.preset}, {search.trials:,} candidates, seed {search.seed}",
-        "value": f"{report.metric} of {score.images:,} images a candidate, noise seed {score.seed}",
-        "fresh noise": f"{fresh.banks} banks of {fresh.images:,} images" if fresh else None,
+        "value": f"{report.metric} of {score.images:,} images a candidate, noise seed {score.seed}, bank {SEARCH_BANK}",
+        "fresh noise": f"{fresh.banks} banks (1 to {fresh.banks}) of {fresh.images:,} images" if fresh else None,
         "extractor": f"{score.extractor}, fingerprint {attrs.get('extractor')}",
-        "reference": f"{score.reference or 'bundled with the model'}, digest {attrs.get('reference')}",
+        "reference": f"{report.reference_name}, digest {attrs.get('reference')}",
         "network evaluations": f"{report.total('run'):,.0f} run, {report.total('saved'):,.0f} saved",
         "time": _time(report),
         "begun with": f"adopt {attrs.get(records.VERSION, 'unknown')}",

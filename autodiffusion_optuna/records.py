@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import math
 import statistics
 from collections.abc import Mapping
@@ -19,6 +20,8 @@ VERSION = "version"
 METRIC = "metric"
 KNOWN = "known"
 """{name: candidate key} of the known schedules."""
+REFERENCE_IMAGES = "reference_images"
+"""Images behind the reference's statistics; None where they do not say."""
 UNIT_COSTS = "unit_costs"
 NOISE = "noise"
 """The model's noise schedule, ``NoiseSchedule.pack``."""
@@ -29,6 +32,9 @@ KNOWN_COSTS = "known_costs"
 
 WARNINGS = "warnings"
 """[line]: what ``study.warnings`` said when the study was last run; every view shows them again."""
+
+RUNTIME = "runtime"
+"""What computed the first values, ``evaluation.runtime.describe_runtime``; any other is kept under ``RUNTIME:…``."""
 
 ARTIFACTS = "artifacts"
 """Where the pictures of this study's trials are kept, see ``artifacts.stored_location``; absent without pictures."""
@@ -72,15 +78,24 @@ T_95 = (
 
 @dataclass(frozen=True)
 class Fresh:
-    """Values of one candidate on disjoint banks of noise, each of ``images`` images."""
+    """Values of one candidate on disjoint banks of noise, each of ``images`` images.
+
+    ``warning``: what to know about distances of so many images, None where there is nothing.
+    """
 
     images: int
     values: tuple[float, ...]
+    warning: str | None = None
 
     @property
     def banks(self) -> int:
         """Number of banks."""
         return len(self.values)
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """(images, banks), in the order in which more is better."""
+        return self.images, self.banks
 
     @property
     def mean(self) -> float:
@@ -95,7 +110,7 @@ class Fresh:
 
     def to_json(self) -> dict[str, Any]:
         """As stored."""
-        return {"images": self.images, "values": list(self.values)}
+        return {"images": self.images, "values": list(self.values), "warning": self.warning}
 
     def summary(self) -> dict[str, Any]:
         """As printed by ``adopt show --json``."""
@@ -116,17 +131,40 @@ def fresh_key(candidate_key: str, images: int, banks: int) -> str:
 def fresh(attrs: Mapping[str, Any], candidate_key: str, images: int, banks: int) -> Fresh | None:
     """Stored fresh values of a candidate on so many images and banks, if any."""
     stored = attrs.get(fresh_key(candidate_key, images, banks))
-    return None if stored is None else Fresh(stored["images"], tuple(stored["values"]))
+    return None if stored is None else Fresh(stored["images"], tuple(stored["values"]), stored.get("warning"))
 
 
-def largest_fresh(attrs: Mapping[str, Any], candidate_key: str) -> tuple[int, int] | None:
-    """(images, banks) of a candidate's fresh values on the most images.
-
-    Everything beside it is then read at the same numbers: distances of different numbers of images do not compare.
-    """
+def fresh_sizes(attrs: Mapping[str, Any], candidate_key: str) -> set[tuple[int, int]]:
+    """(images, banks) of all of a candidate's fresh values."""
     prefix = fresh_key(candidate_key, 0, 0).rpartition(":")[0] + ":"
-    sizes = [tuple(map(int, key[len(prefix) :].split("x"))) for key in attrs if key.startswith(prefix)]
-    return max(((images, banks) for images, banks in sizes), default=None)
+    sizes = (key[len(prefix) :].split("x") for key in attrs if key.startswith(prefix))
+    return {(int(images), int(banks)) for images, banks in sizes}
+
+
+def largest_fresh(attrs: Mapping[str, Any], *candidate_keys: str) -> tuple[int, int] | None:
+    """(images, banks) on which all of these candidates have fresh values, the most images first.
+
+    Distances of different numbers of images do not compare.
+    """
+    return max(set.intersection(*(fresh_sizes(attrs, key) for key in candidate_keys)), default=None)
+
+
+def runtime_key(runtime: Mapping[str, Any]) -> str:
+    """Study user attr of a runtime that is not the one the study was begun with."""
+    return f"{RUNTIME}:{hashlib.sha256(json.dumps(runtime, sort_keys=True).encode()).hexdigest()[:12]}"
+
+
+def runtime_warnings(attrs: Mapping[str, Any]) -> list[str]:
+    """A line for each other runtime that some of the study's values were computed with."""
+    first = attrs.get(RUNTIME, {})
+    others = [attrs[key] for key in sorted(attrs) if key.startswith(f"{RUNTIME}:") and attrs[key] != first]
+    return [_runtime_warning(first, other) for other in others]
+
+
+def _runtime_warning(first: Mapping[str, Any], other: Mapping[str, Any]) -> str:
+    keys = [key for key in {**first, **other} if first.get(key) != other.get(key)]
+    changed = ", ".join(f"{key} {first.get(key, 'none')} -> {other.get(key, 'none')}" for key in keys)
+    return f"some values were computed otherwise than the first ones ({changed}): they may differ in their last digits"
 
 
 def finished(study: optuna.Study) -> int:

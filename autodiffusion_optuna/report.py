@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime
 from itertools import pairwise
 from typing import Any
@@ -17,12 +18,23 @@ from pydantic import ValidationError
 from autodiffusion_optuna import __version__, records
 from autodiffusion_optuna.candidate import Candidate
 from autodiffusion_optuna.claims import Worker, workers
-from autodiffusion_optuna.config import StudyConfig, differences, explain, load_config, presets
+from autodiffusion_optuna.config import (
+    SEARCH_BANK,
+    StudyConfig,
+    differences,
+    explain,
+    flatten,
+    load_config,
+    missing_files,
+    presets,
+)
 from autodiffusion_optuna.errors import StudyError, choose_from
 from autodiffusion_optuna.noise import NoiseSchedule
 from autodiffusion_optuna.storage import StudyStorage, is_empty, open_storage
 
 PHASES = ("network", "features", "distance", "storage")
+LOST_VARIETY = -0.2
+"""log of the variance of features over the reference's below which the best schedule is worth a look."""
 FIRST = {records.GENERATION: 0, records.STAGE: 1}
 
 
@@ -79,6 +91,62 @@ class StudyReport:
         packed = self.attrs.get(records.NOISE)
         return None if packed is None else NoiseSchedule.unpack(packed)
 
+    @property
+    def value_name(self) -> str:
+        """What the value of every candidate is: the metric, and the images it was measured on."""
+        return f"{self.metric}, {self.config.score.images:,} images"
+
+    @property
+    def reference_name(self) -> str:
+        """Where the reference comes from, and how many images are behind it."""
+        images = self.attrs.get(records.REFERENCE_IMAGES)
+        count = "of an unknown number of images" if images is None else f"of {images:,} images"
+        return f"{self.config.score.reference or 'bundled with the model'}, {count}"
+
+    @property
+    def fresh_size(self) -> tuple[int, int] | None:
+        """(images, banks) of the fresh values on the most images; another schedule's may be of fewer."""
+        return max((row.fresh.size for row in self.rows() if row.fresh is not None), default=None)
+
+    def compared(self) -> tuple[Row, Row] | None:
+        """The best found and uniform, their fresh values on the same images or left out; None where one is missing."""
+        rows = self.rows()
+        uniform = next((row for row in rows if row.name == "uniform"), None)
+        if uniform is None:
+            return None
+        pair = rows[0], uniform
+        if rows[0].fresh and uniform.fresh and rows[0].fresh.size == uniform.fresh.size:
+            return pair
+        size = records.largest_fresh(self.attrs, *(row.candidate.key for row in pair))
+        best, uniform = (
+            replace(row, fresh=size and records.fresh(self.attrs, row.candidate.key, *size)) for row in pair
+        )
+        return best, uniform
+
+    def warnings(self) -> list[str]:
+        """Everything to know before a value of the study is quoted, a line each: what ``adopt run`` said, and more."""
+        fresh = self.best.fresh.warning if self.best and self.best.fresh else None
+        lines = [*self.attrs.get(records.WARNINGS, []), *([fresh] if fresh else []), *self.found_doubtful()]
+        return list(dict.fromkeys(lines))
+
+    def found_doubtful(self) -> list[str]:
+        """Those of ``warnings`` that only the trials and the fresh values show."""
+        return [*_variety_warning(self.best), *self._fewer_images(), *records.runtime_warnings(self.attrs)]
+
+    def _fewer_images(self) -> list[str]:
+        """A line where a schedule was scored on more images than the best one."""
+        if self.best is None or self.fresh_size is None:
+            return []
+        own = self.best.fresh.size if self.best.fresh else None
+        if own == self.fresh_size:
+            return []
+        images, banks = self.fresh_size
+        has = f"only {banks_of(own)}" if own else "none"
+        return [
+            f"other schedules were scored on {banks_of(self.fresh_size)} fresh images, the best found on {has}; score "
+            f"it too: adopt score --study {self.config.name} --images {images} --banks {banks}"
+        ]
+
     def rows(self) -> list[Row]:
         """The best found, then the known schedules from best to worst; nothing where no candidate is finished."""
         if self.best is None:
@@ -132,8 +200,13 @@ class StudyReport:
             "generation": self.last_origin["generation"],
             "stage": self.last_origin["stage"],
             "solver": self.solver,
+            "metric": self.metric,
             "extractor": self.config.score.extractor,
             "images": self.config.score.images,
+            "bank": SEARCH_BANK,
+            "seed": self.config.score.seed,
+            "reference_images": self.attrs.get(records.REFERENCE_IMAGES),
+            "warnings": self.warnings(),
             "best": None if self.best is None else self._best_json(self.best),
             "known": [
                 {
@@ -141,6 +214,7 @@ class StudyReport:
                     "timesteps": list(known.candidate.timesteps),
                     "settings": known.candidate.settings_dict,
                     "value": known.value,
+                    **self._measured_on,
                     "fresh": None if known.fresh is None else known.fresh.summary(),
                 }
                 for known in self.known
@@ -152,17 +226,36 @@ class StudyReport:
             },
         }
 
+    @property
+    def _measured_on(self) -> dict[str, int]:
+        return {"images": self.config.score.images, "bank": SEARCH_BANK}
+
     def _best_json(self, best: Best) -> dict[str, Any]:
         return {
             "trial": best.trial,
             "timesteps": list(best.candidate.timesteps),
             "skips": best.candidate.skip_names(self.units),
             "settings": best.candidate.settings_dict,
-            "trace_ratio": best.trace_ratio,
+            "variance_ratio": None if best.trace_ratio is None else round(math.exp(best.trace_ratio), 6),
             "value": best.value,
+            **self._measured_on,
             "cost": best.cost,
             "fresh": None if best.fresh is None else best.fresh.summary(),
         }
+
+
+def banks_of(size: tuple[int, int]) -> str:
+    """(images, banks) as it is shown everywhere: banks x images."""
+    return f"{size[1]} x {size[0]:,}"
+
+
+def _variety_warning(best: Best | None) -> list[str]:
+    """A warning where the best schedule may owe its value to images that are too much alike."""
+    ratio = best.trace_ratio if best else None
+    if ratio is None or ratio > LOST_VARIETY:
+        return []
+    share = math.exp(ratio)
+    return [f"the features of the best schedule's images have {share:.0%} of the reference's variance; look at samples"]
 
 
 def load_study(storage: StudyStorage, name: str) -> optuna.Study:
@@ -208,9 +301,24 @@ def require_same(study: optuna.Study, config: StudyConfig) -> None:
         )
 
 
+def require_files(study: optuna.Study, config: StudyConfig) -> None:
+    """StudyError where a file of a study that was begun elsewhere does not exist here, with what gives its place."""
+    for key in missing_files(config):
+        where = flatten(config.model_dump(mode="json"))[key]
+        raise StudyError(
+            f"study {config.name!r} was begun with {key} = {where!r}, which does not exist here; say where it is now: "
+            f"--set {key}=PATH"
+        )
+
+
 def stored_unit_costs(study: optuna.Study | None) -> tuple[float, ...] | None:
     """Cost shares of the units as they were when the study was begun; measured latencies are not measured again."""
     return None if study is None else tuple(study.user_attrs[records.UNIT_COSTS])
+
+
+def stored_batch(study: optuna.Study | None) -> int | None:
+    """Images in one network evaluation when the study was begun; another batch computes other bits."""
+    return None if study is None else study.user_attrs.get(records.RUNTIME, {}).get("batch")
 
 
 def study_names(storage: StudyStorage) -> list[str]:
@@ -264,7 +372,7 @@ def stored_config(study: optuna.Study) -> StudyConfig:
 def read_report(study: optuna.Study, size: tuple[int, int] | None = None) -> StudyReport:
     """Everything about a study that can be read without its model.
 
-    ``size``: (images, banks) of the fresh values to show; None: those of the best schedule on the most images.
+    ``size``: (images, banks) of the fresh values to show; None: each schedule's on the most images.
     """
     attrs = study.user_attrs
     trials = study.get_trials(deepcopy=False)
@@ -272,15 +380,13 @@ def read_report(study: optuna.Study, size: tuple[int, int] | None = None) -> Stu
         t.user_attrs[records.CANDIDATE]: t.values[0] for t in _complete(trials)
     }
     best = _best(trials, attrs, size)
-    if size is None and best is not None:
-        size = records.largest_fresh(attrs, best.candidate.key)
     known = [
         Known(
             name,
             Candidate.from_key(key),
             attrs[records.KNOWN_COSTS][name],
             values.get(key),
-            records.fresh(attrs, key, *size) if size else None,
+            _fresh(attrs, key, size),
         )
         for name, key in attrs.get(records.KNOWN, {}).items()
     ]
@@ -301,15 +407,20 @@ def _best(trials: Sequence[FrozenTrial], attrs: dict[str, Any], size: tuple[int,
         return None
     trial = min(complete, key=lambda t: (t.values[0], t.number))
     key = trial.user_attrs[records.CANDIDATE]
-    size = size or records.largest_fresh(attrs, key)
     return Best(
         trial=trial.number,
         candidate=Candidate.from_key(key),
         value=trial.values[0],
         cost=trial.user_attrs[records.COST],
         trace_ratio=trial.user_attrs.get(records.SCORE, {}).get("trace_ratio"),
-        fresh=records.fresh(attrs, key, *size) if size else None,
+        fresh=_fresh(attrs, key, size),
     )
+
+
+def _fresh(attrs: Mapping[str, Any], key: str, size: tuple[int, int] | None) -> records.Fresh | None:
+    """A candidate's fresh values of a size, or else those on the most images."""
+    size = size or records.largest_fresh(attrs, key)
+    return records.fresh(attrs, key, *size) if size else None
 
 
 def _complete(trials: Sequence[FrozenTrial]) -> list[FrozenTrial]:
@@ -329,6 +440,8 @@ class StudyLine:
     finished: int | None
     budget: int
     best: float | None
+    measure: str = ""
+    """What ``best`` is: metric and images."""
 
 
 def list_studies(storage: StudyStorage | None) -> list[StudyLine]:
@@ -355,7 +468,8 @@ def _line(study: optuna.Study, preset: bool) -> StudyLine:
         return StudyLine(current_name(study), what, preset, None, 0, None)
     best = min(records.values_by_key(study).values(), default=None)
     finished = records.finished(study)
-    return StudyLine(config.name, config.description, preset, finished, config.search.trials, best)
+    measure = f"{study.user_attrs.get(records.METRIC, 'value')}, {config.score.images:,} images"
+    return StudyLine(config.name, config.description, preset, finished, config.search.trials, best, measure)
 
 
 RECENT = 20
@@ -375,8 +489,11 @@ class Status:
     stage: int
     metric: str
     best: float | None
+    images: int
+    bank: int
     workers: list[Worker]
     rate: float | None
+    warnings: list[str]
 
     @property
     def seconds_left(self) -> float | None:
@@ -399,6 +516,9 @@ def read_status(storage: StudyStorage, study: optuna.Study) -> Status:
         **report.last_origin,
         metric=report.metric,
         best=None if report.best is None else report.best.value,
+        images=report.config.score.images,
+        bank=SEARCH_BANK,
+        warnings=report.warnings(),
         workers=workers(study, storage, report.config.search.grace),
         rate=_rate(report.finished),
     )

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import math
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -39,10 +41,11 @@ from autodiffusion_optuna.evaluation.features import Extractor, load_extractor
 from autodiffusion_optuna.evaluation.models import Model, Options, load_model
 from autodiffusion_optuna.evaluation.prefix import PrefixMemory
 from autodiffusion_optuna.evaluation.reference import Reference, check_images, load_reference, too_few
+from autodiffusion_optuna.evaluation.runtime import describe_runtime
 from autodiffusion_optuna.evaluation.sampling import Sampling
 from autodiffusion_optuna.evaluation.solvers import ORDERS, query_steps, solver_names
 from autodiffusion_optuna.noise import Final
-from autodiffusion_optuna.report import peek, require_same, stored_unit_costs
+from autodiffusion_optuna.report import peek, require_files, require_same, stored_batch, stored_unit_costs
 from autodiffusion_optuna.search.sampler import AutoDiffusionSampler
 from autodiffusion_optuna.search.schedules import KNOWN, known_schedules
 from autodiffusion_optuna.search.space import SearchSpace
@@ -50,6 +53,8 @@ from autodiffusion_optuna.storage import StudyStorage, check_place, open_storage
 
 if TYPE_CHECKING:
     from optuna.artifacts._protocol import ArtifactStore
+
+_log = logging.getLogger("autodiffusion_optuna")
 
 MAX_FAILURES = 10
 """Trials that may fail in a row before the run gives up."""
@@ -92,16 +97,21 @@ def build(
     trust: bool = False,
     unit_costs: tuple[float, ...] | None = None,
     device: str | None = None,
+    batch: int | None = None,
 ) -> Parts:
     """Load and check the parts of a study (AdoptError children).
 
-    ``unit_costs``: the shares it was begun with. ``device``: this worker's, instead of the config's, which all share.
+    ``unit_costs``, ``batch``: the shares and the batch it was begun with. ``device``: this worker's, instead of the
+    config's, which all share.
     """
+    if config.folder is not None and config.folder not in sys.path:
+        sys.path.insert(0, config.folder)  # and left there, for what the plug-ins import later
     plan = read_plan(config.sampling)  # a wrong solver is refused before a large model is loaded
     model = open_model(config, trust, device)
     for scale in plan.guidance:
         model.check_scale(scale)
-    batch = largest_batch(model) if config.model.batch == "auto" else config.model.batch
+    if batch is None:
+        batch = largest_batch(model) if config.model.batch == "auto" else config.model.batch
     space = _space(config, plan, model, batch, unit_costs)
     extractor = load_extractor(
         config.score.extractor,
@@ -320,6 +330,7 @@ def open_study(parts: Parts, storage: StudyStorage) -> optuna.Study:
     if begun:
         check_same(parts, study)
     study.set_user_attr(records.CONFIG, parts.config.model_dump(mode="json"))  # a longer budget is kept
+    study.set_user_attr(records.WARNINGS, warnings(parts, parts.config.score.images))
     if records.NOISE not in study.user_attrs:  # begun by an older version
         _describe_model(parts, study)
     return study
@@ -347,7 +358,8 @@ def open_run(
     begun = peek(url, config.name)
     if begun is not None:
         require_same(begun, config)
-    parts = build(config, trust=trust, unit_costs=stored_unit_costs(begun), device=device)
+        require_files(begun, config)
+    parts = build(config, trust=trust, unit_costs=stored_unit_costs(begun), device=device, batch=stored_batch(begun))
     check_place(url)
     location = _location(begun, url, artifacts)
     store = None if location is None else open_store(location_of(location, url))
@@ -382,6 +394,7 @@ def _describe_model(parts: Parts, study: optuna.Study) -> None:
         "scale": model.scale,
     }
     study.set_user_attr(records.MODEL_FACTS, facts)
+    study.set_user_attr(records.REFERENCE_IMAGES, parts.evaluator.reference.n)
     study.set_user_attr(records.NOISE, model.schedule.pack())
 
 
@@ -412,6 +425,7 @@ def _begin(parts: Parts, study: optuna.Study) -> None:
     for key, value in _identity(parts).items():
         study.set_user_attr(key, value)
     _describe_model(parts, study)
+    study.set_user_attr(records.RUNTIME, describe_runtime(parts.evaluator))
     study.set_user_attr(records.VERSION, __version__)
     study.set_user_attr(records.METRIC, metric_name(parts))
     study.set_user_attr(records.UNIT_COSTS, list(parts.space.unit_costs))
@@ -463,9 +477,13 @@ def metric_name(parts: Parts) -> str:
     return "FID" if extractor.metric == "FID" else f"FD({extractor.name})"
 
 
+def _too_few(parts: Parts, images: int) -> str | None:
+    return too_few(images, len(parts.evaluator.reference.mu)) if parts.config.score.metric == "frechet" else None
+
+
 def warnings(parts: Parts, images: int) -> list[str]:
     """What to know about distances of so many images in this study, a line each; none where there is nothing."""
-    few = too_few(images, len(parts.evaluator.reference.mu)) if parts.config.score.metric == "frechet" else None
+    few = _too_few(parts, images)
     slow = parts.model.device.type == "cpu" and parts.config.model.precision != "float32"
     reduced = (
         f"model.precision {parts.config.model.precision!r} is mostly slower than float32 on a CPU" if slow else None
@@ -505,6 +523,7 @@ def work(
                     outcome = _evaluate(parts, claimed, store)
             except UpdateFinishedTrialError:
                 continue  # it was silent too long, and another worker has finished the trial: it counts once
+            _note_runtime(parts, study)
             telling = time.perf_counter()
             counts = _finish(storage, claimed, outcome, storage_seconds)
             tell_seconds = time.perf_counter() - telling
@@ -517,6 +536,19 @@ def work(
                 trials = study.get_trials(deepcopy=False)
                 finished = sum(trial.state in records.FINISHED for trial in trials)
                 on_trial(Progress(trials[claimed.number], finished, time.perf_counter() - started))
+
+
+def _note_runtime(parts: Parts, study: optuna.Study) -> None:
+    """Keep what a trial was computed with, where it is not what the study's first one was: bits may differ."""
+    now, attrs = describe_runtime(parts.evaluator), study.user_attrs
+    if now == attrs.get(records.RUNTIME):
+        return
+    if not records.finished(study):  # memory ran out in the first trial: the smaller batch is the study's
+        study.set_user_attr(records.RUNTIME, now)
+    elif (key := records.runtime_key(now)) not in attrs:
+        study.set_user_attr(key, now)
+        for line in records.runtime_warnings({records.RUNTIME: attrs.get(records.RUNTIME, {}), key: now}):
+            _log.warning(line)
 
 
 @contextmanager
@@ -678,7 +710,7 @@ def score_fresh(parts: Parts, study: optuna.Study, candidate: Candidate, images:
     if stored is not None:
         return stored
     values = tuple(parts.evaluator.score(candidate, [images], bank=bank).value for bank in range(1, banks + 1))
-    scored = records.Fresh(images, values)
+    scored = records.Fresh(images, values, _too_few(parts, images))
     study.set_user_attr(records.fresh_key(candidate.key, images, banks), scored.to_json())
     return scored
 

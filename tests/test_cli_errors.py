@@ -72,7 +72,7 @@ def tiny_unet(width: int) -> UNet2DModel:
         (["search.max_skip=0.5"], ["no layers that can be skipped"]),
         (["model.device=cuda:99"], ["device 'cuda:99' does not exist", "cpu"]),
         (["model.source=nowhere"], ["unknown model 'nowhere'", "digits", "diffusers folder"]),
-        (["score.reference=nowhere.npz"], ["reference 'nowhere.npz' does not exist"]),
+        (["score.reference=nowhere.npz"], ["nowhere.npz' does not exist"]),
         (["score.extractor=digits", "score.reference=nowhere.npz"], ["does not exist"]),
         (["search.trails=5"], ["unknown setting 'search.trails'", "did you mean 'search.trials'"]),
         (["search.grace=0"], ["'search.grace'", "given: 0"]),

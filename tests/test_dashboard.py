@@ -59,7 +59,7 @@ def test_what_is_published_is_served(folder: Path) -> None:
     dashboard.publish(study, URL)
     with serving(dashboard.make_app(study._storage, None)) as address:
         detail = fetch(f"{address}/api/studies/{study._study_id}")
-    assert detail["objective_names"] == ["FD(pixels)"]
+    assert detail["objective_names"] == ["FD(pixels), 64 images"]
     assert {plot["id"] for plot in detail["plotly_graph_objects"]} == {"timesteps", "history", "evaluations"}
     assert all(json.loads(plot["graph_object"])["data"] for plot in detail["plotly_graph_objects"])
     columns = {attr["key"] for attr in detail["union_user_attrs"]}
@@ -119,7 +119,7 @@ def test_the_note_tells_searched_settings_and_skipped_layers() -> None:
     report = long_report(60, units=14)
     assert report.best is not None
     plain = dashboard.note_text(report, URL)
-    assert "| schedule | FD(digits) | fresh noise, 95 % | cost | timesteps |" in plain
+    assert "| schedule | FD(digits), 256 images | fresh noise | cost | timesteps |" in plain
     counts = [len(names) for names in report.best.candidate.skip_names(report.units)]
     shown = [f"{t} ({count})" for t, count in zip(report.best.candidate.timesteps, counts, strict=True) if count]
     assert f"skips layers at timesteps (layers of 14): {', '.join(shown)}." in plain

@@ -103,7 +103,7 @@ def test_the_history_holds_every_complete_trial_in_its_generation(short: StudyRe
             assert generation == number // POPULATION
             assert abs(x - generation) < 0.36
     assert drawn == pytest.approx(complete, rel=1e-4)
-    assert figure.layout.title.text == "FD(digits) by generation"
+    assert figure.layout.title.text == "FD(digits), 256 images, by generation"
     assert (figure.layout.xaxis.range, figure.layout.xaxis.dtick) == ((-0.5, 2.5), 1)
     for name, value in (("uniform", 60.0), ("cosine", 55.0)):
         line = named(figure, name)

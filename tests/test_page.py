@@ -66,7 +66,7 @@ def text_of(page: str) -> str:
 def test_the_page_says_what_adopt_show_says(quick: optuna.Study, adopt: Adopt) -> None:
     text = text_of(page(read_report(quick)))
     shown = adopt("show", "--study", "quick").out
-    lines = [line.split() for line in shown.splitlines()[1:10]]
+    lines = [line.split() for line in shown.splitlines()[2:11]]
     assert lines[0][:2] == ["best", "found"]
     for words in lines:
         assert " ".join(words).replace("- 1.00", "\u2013 1.00") in text, words
@@ -188,7 +188,7 @@ def test_where_there_is_no_share_of_uniforms_value_none_is_named(
     ]
     text = text_of(page(replace(report, known=known, best=found)))
     assert f"three uniform ones give {uniform:.4g} (95 % interval {uniform:.4g} to {uniform:.4g}) , measured on" in text
-    assert "against uniform \u2013" in text
+    assert "against uniform, 3 x 64 images \u2013" in text
     assert "That is" not in text
 
 

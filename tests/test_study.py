@@ -356,11 +356,14 @@ def test_the_whole_command_line(folder: Path, adopt: Adopt) -> None:
 
 def check_json(data: dict[str, Any]) -> None:
     assert list(data) == [
-        "study", "finished", "budget", "generation", "stage", "solver", "extractor", "images",
-        "best", "known", "evaluations", "seconds",
+        "study", "finished", "budget", "generation", "stage", "solver", "metric", "extractor", "images", "bank", "seed",
+        "reference_images", "warnings", "best", "known", "evaluations", "seconds",
     ]  # fmt: skip
     assert (data["finished"], data["budget"]) == (26, 26)
-    assert list(data["best"]) == ["trial", "timesteps", "skips", "settings", "trace_ratio", "value", "cost", "fresh"]
+    assert list(data["best"]) == [
+        "trial", "timesteps", "skips", "settings", "variance_ratio", "value", "images", "bank", "cost", "fresh",
+    ]  # fmt: skip
+    assert {(known["images"], known["bank"]) for known in data["known"]} == {(64, 0)}
     assert list(data["best"]["fresh"]) == ["mean", "low", "high", "images", "banks"]
     assert data["best"]["fresh"]["low"] < data["best"]["fresh"]["mean"] < data["best"]["fresh"]["high"]
     assert data["best"]["skips"] == [[], [], []]
@@ -392,7 +395,7 @@ def test_score_shows_the_size_that_was_asked_for(folder: Path, adopt: Adopt) -> 
     assert adopt("run", "--study", "quick.toml", "--set", "search.trials=8").code == 0
     asked = adopt("score", "--study", "quick", "--images", "32")
     assert asked.code == 0, asked
-    header, *lines = asked.out.splitlines()
-    assert "3 x 32" in header
+    _, header, *lines = asked.out.splitlines()
+    assert "3 x 32 images" in header
     assert all("±" in line for line in lines if line.strip())
     assert "3 x 64" in adopt("show", "--study", "quick").out

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -10,6 +9,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.console import Console
 from rich.table import Table
+
+from autodiffusion_optuna.errors import ConfigError
 
 if TYPE_CHECKING:
     import optuna
@@ -31,6 +32,9 @@ Overrides = Annotated[list[str] | None, typer.Option("--set", help="key=value, a
 StorageUrl = Annotated[
     str | None,
     typer.Option("--storage", help="Database URL or SQLite file; default $ADOPT_STORAGE, else sqlite:///adopt.db."),
+]
+Places = Annotated[
+    list[str] | None, typer.Option("--set", help="Where a file of the study is now: model.source=PATH and the like.")
 ]
 Trust = Annotated[bool, typer.Option("--trust", help="Allow files that contain code (TorchScript weights).")]
 
@@ -64,29 +68,43 @@ def existing(name: str, url: str) -> tuple[StudyStorage, optuna.Study]:
     return database, load_study(database, name)
 
 
-def load_parts(name: str, url: str, trust: bool, overrides: list[str] | None = None) -> tuple[optuna.Study, Parts]:
-    """A study of the database with its parts built from the config it was run with (AdoptError children)."""
-    from autodiffusion_optuna import study as runner
-    from autodiffusion_optuna.config import parse_config
-    from autodiffusion_optuna.evaluation.allocator import keep_freed_memory
-    from autodiffusion_optuna.report import stored_config, stored_unit_costs
+def load_parts(
+    name: str, url: str, trust: bool, places: list[str] | None = None, overrides: list[str] | None = None
+) -> tuple[optuna.Study, Parts]:
+    """A study of the database with its parts built from the config it was run with (AdoptError children).
 
+    ``places``: what the user set, ``OF_THIS_HOST`` alone. ``overrides``: of the command's own.
+    """
+    from autodiffusion_optuna import study as runner
+    from autodiffusion_optuna.config import OF_THIS_HOST, parse_config
+    from autodiffusion_optuna.evaluation.allocator import keep_freed_memory
+    from autodiffusion_optuna.report import require_files, stored_batch, stored_config, stored_unit_costs
+
+    for place in places or []:
+        if place.partition("=")[0].strip() not in OF_THIS_HOST:
+            raise ConfigError(
+                f"--set {place!r}: a study keeps its own settings; here --set takes {', '.join(OF_THIS_HOST)}"
+            )
     keep_freed_memory()
     found = existing(name, url)[1]
-    config = parse_config(stored_config(found).model_dump(mode="json"), overrides or [])
-    parts = runner.build(config, trust=trust, unit_costs=stored_unit_costs(found))
+    config = parse_config(stored_config(found).model_dump(mode="json"), [*(places or []), *(overrides or [])])
+    require_files(found, config)
+    parts = runner.build(config, trust=trust, unit_costs=stored_unit_costs(found), batch=stored_batch(found))
     runner.check_same(parts, found)
     return found, parts
 
 
-def print_result(study: optuna.Study, url: str) -> None:
-    """What a finished run prints: the table, and the commands that come next."""
+def print_result(study: optuna.Study, url: str, *, said_before: bool = True) -> None:
+    """What a finished run prints: the table, and the commands that come next.
+
+    ``said_before``: whether it printed the study's stored warnings when it began.
+    """
     from autodiffusion_optuna.report import read_report
     from autodiffusion_optuna.storage import storage_option
 
     report = read_report(study)
     print_table(report)
-    warn(variety_warning(report))
+    warn(report.found_doubtful() if said_before else report.warnings())
     tail = storage_option(url)
     name, more = report.config.name, report.config.search.trials * 2
     say("\nnext:")
@@ -99,31 +117,25 @@ def print_result(study: optuna.Study, url: str) -> None:
         say(f"  {command}    # {why}")
 
 
-LOST_VARIETY = -0.2
-"""log of the variance of features over the reference's below which the best schedule is worth a look."""
-
-
-def variety_warning(report: StudyReport) -> list[str]:
-    """A warning where the best schedule may owe its value to images that are too much alike."""
-    ratio = report.best.trace_ratio if report.best else None
-    if ratio is None or ratio > LOST_VARIETY:
-        return []
-    share = math.exp(ratio)
-    return [f"the features of the best schedule's images have {share:.0%} of the reference's variance; look at samples"]
-
-
 def print_table(report: StudyReport) -> None:
-    """Schedules from best to worst: timesteps, value on the search's noise, value on fresh noise."""
+    """Schedules from best to worst: timesteps, value on the search's noise, value on fresh noise.
+
+    A value of another number of images than its column's carries its own.
+    """
+    from autodiffusion_optuna.report import banks_of
+
     if report.best is None:
         say(f"study {report.config.name}: no candidate is finished yet")
         return
-    fresh = report.best.fresh
-    noise = f"fresh noise, {fresh.banks} x {fresh.images}, 95 %" if fresh else "fresh noise"
+    size, best = report.fresh_size, report.best
     table = Table(box=None, pad_edge=False, title_justify="left")
-    for column, justify in (("schedule", "left"), (report.metric, "right"), (noise, "right")):
-        table.add_column(column, justify=justify)  # type: ignore[arg-type]
-    table.add_column("cost", justify="right")
-    best = report.best
+    table.add_column("schedule", overflow="fold")
+    for column in (
+        f"{report.metric}\n{report.config.score.images:,} images",
+        f"fresh noise, 95 %\n{banks_of(size)} images" if size else "fresh noise",
+        "cost",
+    ):
+        table.add_column(column, justify="right", no_wrap=True)
     searched = bool(best.candidate.settings)
     if searched:
         table.add_column("settings", overflow="fold")
@@ -131,6 +143,8 @@ def print_table(report: StudyReport) -> None:
     for row in report.rows():
         shown = "-" if row.value is None else f"{row.value:.4g}"
         interval = "-" if row.fresh is None else f"{row.fresh.mean:.4g} ± {row.fresh.half_width:.2g}"
+        if row.fresh is not None and row.fresh.size != size:
+            interval += f" ({banks_of(row.fresh.size)})"
         timesteps = " ".join(str(t) for t in row.candidate.timesteps)
         chosen = [", ".join(f"{name} {value}" for name, value in row.candidate.settings)] if searched else []
         table.add_row(row.name, shown, interval, f"{row.cost:.2f}", *chosen, timesteps)
@@ -153,13 +167,15 @@ def print_facts(report: StudyReport) -> None:
     run_count, saved = data["evaluations"]["run"], data["evaluations"]["saved"]
     share = saved / max(run_count + saved, 1)
     seconds = data["seconds"]
+    solver = ", ".join(report.solver) if isinstance(report.solver, list) else report.solver
     say(
         f"\n{data['finished']} of {data['budget']} candidates finished, generation {data['generation']}, "
-        f"stage {data['stage']}, solver {data['solver']}, {data['images']} images a candidate",
+        f"stage {data['stage']}, solver {solver}, {data['images']:,} images a candidate, "
+        f"reference {report.reference_name}",
     )
     say(f"network evaluations (an image each): {run_count:,} run, {saved:,} saved ({share:.0%})")
     phases = ", ".join(f"{phase} {seconds[phase]:.1f}" for phase in ("network", "features", "distance", "storage"))
     say(f"seconds: {phases}, total {seconds['total']:.1f}")
-    say("\ngeneration  stage  best so far")
+    say(f"\ngeneration  stage  best so far ({report.value_name})")
     for generation, stage, value in report.best_by_generation():
         say(f"{generation:>10}  {stage:>5}  {value:.4g}")

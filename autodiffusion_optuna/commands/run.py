@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shlex
 import sys
 import time
@@ -84,7 +85,7 @@ def run(
         if _complete(begun, config):
             done = records.finished(begun)
             say(f"study {config.name} is finished: {done} candidates for a budget of {config.search.trials}.")
-            print_result(begun, url)
+            print_result(begun, url, said_before=False)
             return
     done = 0 if begun is None else records.finished(begun)
     try:
@@ -343,12 +344,16 @@ class _Board:
             ("candidates", f"{self.finished} of {self.config.search.trials}"),
             ("generation", str(self.origin["generation"])),
             ("stage", "layers and timesteps" if self.origin["stage"] == 2 else "timesteps"),
-            (f"best {self.metric}", f"{self.best:.4g}"),
+            (f"best {self.metric}", self.best_so_far()),
             ("seconds a trial", f"{pace:.2f}"),
             ("evaluations saved", f"{share:.0%}"),
             ("time left", clock(left)),
         ]
         return facts if self.workers == 1 else [*facts, ("workers", str(self.workers))]
+
+    def best_so_far(self) -> str:
+        """The best value with its number of images."""
+        return f"{self.best:.4g} of {self.config.score.images:,} images" if math.isfinite(self.best) else "none yet"
 
     def table(self) -> Group:
         """The live view."""
@@ -375,7 +380,7 @@ def status(
         return
     counts = ", ".join(f"{count} {name}" for name, count in state.states.items() if count)
     say(f"study {study}: {state.finished} of {state.budget} candidates finished ({counts or 'none begun'})")
-    best = "none yet" if state.best is None else f"{state.best:.4g}"
+    best = "none yet" if state.best is None else f"{state.best:.4g} of {state.images:,} images"
     say(f"generation {state.generation}, stage {state.stage}, best {state.metric} {best}")
     alive = [worker for worker in state.workers if worker.alive]
     for worker in state.workers:
@@ -384,8 +389,9 @@ def status(
     if alive:
         rate = "too early for a rate" if state.rate is None else f"{60 * state.rate:.3g} candidates a minute"
         left = "" if state.seconds_left is None else f", time left {clock(state.seconds_left)}"
-        say(f"{len(alive)} workers alive, {rate}{left}")
+        say(f"{len(alive)} {'worker' if len(alive) == 1 else 'workers'} alive, {rate}{left}")
     elif state.finished >= state.budget:
         say("finished; no worker is needed")
     else:
         say(f"no worker is alive; go on with: adopt run --study {shlex.quote(study)}{storage_option(url)}")
+    warn(state.warnings)

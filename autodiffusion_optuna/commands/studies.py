@@ -41,7 +41,7 @@ def list_all(storage: StorageUrl = None) -> None:
         table.add_column(column, overflow="fold")
     for line in list_studies(peek_storage(storage_url(storage))):
         finished = "-" if line.finished is None else f"{line.finished} of {line.budget}"
-        best = "-" if line.best is None else f"{line.best:.4g}"
+        best = "-" if line.best is None else f"{line.best:.4g} ({line.measure})"
         table.add_row(line.name, "yes" if line.preset else "", finished, best, line.description)
     out.print(table)
 

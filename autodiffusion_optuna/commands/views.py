@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from autodiffusion_optuna.commands.output import (
+    Places,
     StorageUrl,
     StudyName,
     Trust,
@@ -16,7 +17,6 @@ from autodiffusion_optuna.commands.output import (
     existing,
     load_parts,
     say,
-    variety_warning,
     warn,
 )
 from autodiffusion_optuna.errors import AdoptError, ConfigError
@@ -34,6 +34,7 @@ def report(
     storage: StorageUrl = None,
     images: Annotated[int, typer.Option("--images", min=1, max=64, help="Noises to draw.")] = 8,
     no_pictures: Annotated[bool, typer.Option("--no-pictures", help="Without samples; needs no model.")] = False,
+    places: Places = None,
     trust: Trust = False,
 ) -> None:
     """Write one page with the result, figures, pictures and how to apply it; it opens anywhere, without a network."""
@@ -50,8 +51,10 @@ def report(
     read = read_report(existing(study, url)[1])
     text = page(
         read,
-        pictures=_pictures(read.best.candidate, study, url, images, trust) if read.best and not no_pictures else (),
-        notes=variety_warning(read),
+        pictures=_pictures(read.best.candidate, study, url, images, places, trust)
+        if read.best and not no_pictures
+        else (),
+        notes=read.warnings(),
         tail=storage_option(url),
         written=f"{datetime.now():%Y-%m-%d}",
     )
@@ -62,10 +65,12 @@ def report(
     say(f"wrote {path}")
 
 
-def _pictures(best: Candidate, study: str, url: str, images: int, trust: bool) -> list[tuple[str, NDArray[np.uint8]]]:
+def _pictures(
+    best: Candidate, study: str, url: str, images: int, places: list[str] | None, trust: bool
+) -> list[tuple[str, NDArray[np.uint8]]]:
     """Rows of samples from the same fresh noises: uniform, then the best; none, with a warning, without the model."""
     try:
-        parts = load_parts(study, url, trust)[1]
+        parts = load_parts(study, url, trust, places)[1]
         err.print(f"drawing {images} images with each of two schedules …")
         uniform = parts.known["uniform"]
         rows = {f"uniform, {uniform.steps} steps": uniform, f"adopt, {best.steps} steps": best}

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from autodiffusion_optuna.candidate import Candidate
+from autodiffusion_optuna.config import SEARCH_BANK
 from autodiffusion_optuna.errors import ModelError, StatisticsError
 from autodiffusion_optuna.evaluation.features import Extractor
 from autodiffusion_optuna.evaluation.frechet import Moments, frechet_distance, mmd2_unbiased
@@ -21,9 +22,6 @@ from autodiffusion_optuna.evaluation.reference import Reference, log_trace_ratio
 from autodiffusion_optuna.evaluation.sampling import Sampling
 from autodiffusion_optuna.evaluation.seeds import Bank
 from autodiffusion_optuna.evaluation.solvers import times
-
-SEARCH_BANK = 0
-"""Every candidate is scored on the noise of this bank; fresh banks are numbered from 1."""
 
 KEPT_NOISE = 2**28
 """Bytes of noise that are kept on the device; the rest is drawn anew, which costs less than one network evaluation."""

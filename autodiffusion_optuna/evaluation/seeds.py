@@ -14,8 +14,6 @@ from torch import Tensor
 
 from autodiffusion_optuna.errors import ConfigError
 
-SEARCH_BANK = 0
-
 Draw = Literal["balanced", "random"]
 """How conditions are drawn: each equally often, or independently."""
 

@@ -2,8 +2,9 @@ import numpy as np
 import pytest
 import torch
 
+from autodiffusion_optuna.config import SEARCH_BANK
 from autodiffusion_optuna.errors import ConfigError
-from autodiffusion_optuna.evaluation.seeds import SEARCH_BANK, Bank, Draw
+from autodiffusion_optuna.evaluation.seeds import Bank, Draw
 
 SHAPE = (1, 4, 4)
 

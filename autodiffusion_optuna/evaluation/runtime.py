@@ -1,0 +1,33 @@
+"""What the bits of a value depend on besides its study: the batch, the device and the libraries."""
+
+from __future__ import annotations
+
+from importlib.metadata import version
+from typing import Any
+
+import torch
+
+from autodiffusion_optuna.evaluation.evaluator import Evaluator
+
+
+def describe_runtime(evaluator: Evaluator) -> dict[str, Any]:
+    """Name -> value of all that decides which kernels run, as plain JSON; equal ones compute equal bits.
+
+    ``batch`` is the one that fits now: an evaluator that ran out of memory goes on with a smaller one.
+    """
+    device = evaluator.model.device
+    libraries = {name: version(name) for name in ("torch", "diffusers")}
+    if device.type == "cuda":
+        return {
+            "batch": evaluator.fitting_batch,
+            "device": torch.cuda.get_device_name(device),
+            **libraries,
+            "CUDA": torch.version.cuda,
+            "cuDNN": torch.backends.cudnn.version(),  # type: ignore[no-untyped-call]
+        }
+    return {
+        "batch": evaluator.fitting_batch,
+        "device": f"CPU with {torch.backends.cpu.get_cpu_capability()}",
+        "threads": torch.get_num_threads(),
+        **libraries,
+    }
