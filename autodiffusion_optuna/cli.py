@@ -186,13 +186,14 @@ def sample(
         keep_freed_memory()
         opened = transfer.open_schedule(Schedule.read(schedule), overrides or [], trust=trust)
         warn([opened.other] if opened.other else [])
-        rows = transfer.sample_rivals(opened, images)
+        parts, rows = opened.parts, transfer.sample_rivals(opened, images)
     else:
         assert study is not None
         found, parts = load_parts(study, storage_url(storage), trust, overrides)
         rows = runner.sample_rows(parts, found, images, steps)
     draw_grid(rows, path)
     say(f"wrote {path}")
+    warn([*parts.model.notes, *parts.sanity])
 
 
 FORMS = {"json": "{}.json", "diffusers": "{}.py", "comfyui": "{}-sigmas.txt"}

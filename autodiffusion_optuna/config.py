@@ -81,6 +81,9 @@ class ModelConfig(Section):
     """[height, width] of the images of a text-to-image model; unset: the model's own."""
     config: str | None = None
     """Local diffusers folder with all other parts of a single-file model."""
+    check: bool = True
+    """See at every start whether the model denoises at all, and warn if not: 3 evaluations of 4 to 16 images, and 20
+    more where there are no reference images."""
 
 
 class StepRange(Section):
@@ -257,6 +260,7 @@ MAY_CHANGE = {
     "model.classifier",
     "model.prompts",
     "model.config",
+    "model.check",
     "search.trials",
     "search.grace",
     "score.fresh_images",

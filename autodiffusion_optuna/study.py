@@ -40,9 +40,10 @@ from autodiffusion_optuna.evaluation.evaluator import Evaluator, Score, largest_
 from autodiffusion_optuna.evaluation.features import Extractor, load_extractor
 from autodiffusion_optuna.evaluation.models import Model, Options, load_model
 from autodiffusion_optuna.evaluation.prefix import PrefixMemory
-from autodiffusion_optuna.evaluation.reference import Reference, check_images, load_reference, too_few
+from autodiffusion_optuna.evaluation.reference import Reference, check_images, doubts, load_reference, too_few
 from autodiffusion_optuna.evaluation.runtime import describe_runtime
 from autodiffusion_optuna.evaluation.sampling import Sampling
+from autodiffusion_optuna.evaluation.sanity import check_model
 from autodiffusion_optuna.evaluation.solvers import ORDERS, query_steps, solver_names
 from autodiffusion_optuna.noise import Final
 from autodiffusion_optuna.report import peek, require_files, require_same, stored_batch, stored_unit_costs
@@ -77,6 +78,8 @@ class Parts:
     evaluator: Evaluator
     known: dict[str, Candidate]
     """Known schedules by name, at the largest number of full steps the budget allows."""
+    sanity: tuple[str, ...] = ()
+    """What is doubtful about the model itself, a line each."""
 
 
 @dataclass(frozen=True)
@@ -136,7 +139,8 @@ def build(
     _check_features(evaluator)
     known = _known(model, space)
     _warm_starts(config, known)  # an unknown name is refused before anything is written
-    return Parts(config, model, space, _sampler(config, space), evaluator, known)
+    sanity = check_model(model, reference.images, batch) if config.model.check else []
+    return Parts(config, model, space, _sampler(config, space), evaluator, known, tuple(sanity))
 
 
 def open_model(config: StudyConfig, trust: bool = False, device: str | None = None) -> Model:
@@ -361,6 +365,7 @@ def open_run(
         require_files(begun, config)
     parts = build(config, trust=trust, unit_costs=stored_unit_costs(begun), device=device, batch=stored_batch(begun))
     check_place(url)
+    parts.evaluator.prepare(0, config.score.images)  # prompts too many for this machine are refused here
     location = _location(begun, url, artifacts)
     store = None if location is None else open_store(location_of(location, url))
     storage = open_storage(url)
@@ -488,7 +493,9 @@ def warnings(parts: Parts, images: int) -> list[str]:
     reduced = (
         f"model.precision {parts.config.model.precision!r} is mostly slower than float32 on a CPU" if slow else None
     )
-    return [line for line in (*parts.model.notes, *parts.evaluator.reference.notes, few, reduced) if line]
+    reference = parts.evaluator.reference
+    doubtful = doubts(reference, parts.model.picture_shape, parts.config.score.metric)
+    return [line for line in (*parts.model.notes, *parts.sanity, *reference.notes, *doubtful, few, reduced) if line]
 
 
 def work(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -98,6 +99,8 @@ def test_a_search_end_to_end(folder: Path, adopt: Adopt, kind: str) -> None:
 
     result = adopt("run", "--study", "any.toml", *arguments)
     assert result.code == 0, result.err
+    assert re.search(r"warning: model '\w+' (denoises no better|misjudges its noise)", result.err)  # never trained
+    assert "warning: reference 'reference' has 40 images for" in result.err
     shown: dict[str, Any] = json.loads(adopt("show", "--study", "any", "--json").out)
     assert (shown["finished"], shown["stage"]) == (6, 2)
     assert set(shown["best"]["settings"]) >= {"solver"}
@@ -117,3 +120,5 @@ def test_a_search_end_to_end(folder: Path, adopt: Adopt, kind: str) -> None:
     assert "found on" not in scored.err
     assert adopt("sample", "--schedule", "any.json", "--images", "3", "--out", "grid.png").code == 0
     assert (folder / "grid.png").stat().st_size > 0
+    quiet = adopt("sample", "--schedule", "any.json", "--set", "model.check=false", "--out", "grid.png")
+    assert "warning" not in quiet.err

@@ -81,3 +81,31 @@ def test_the_dashboard_stays_quick() -> None:
     assert ours["trials"] >= 5000
     assert ours["poll, seconds"] < 1
     assert ours["poll with a new trial, seconds"] < 1
+
+
+def test_the_check_at_load_tells_the_clear_cases_apart() -> None:
+    sanity = result("sanity")
+    told = {name: row["images"]["told"] for name, row in sanity["rows"].items()}
+    for kind in ("digits", "ADM"):
+        assert not told[f"{kind}, right"]
+        assert not sanity["rows"][f"{kind}, right"]["own samples"]["told"]
+        for wrong in (
+            "prediction: sample",
+            "prediction: v",
+            "prediction: flow",
+            "betas: cosine",
+            "betas: scaled linear, Stable Diffusion's",
+            "weights halved",
+            "weights doubled",
+            "random: weights shuffled",
+            "states doubled",
+            "states halved",
+        ):
+            assert told[f"{kind}, {wrong}"], (kind, wrong)
+    for name in ("digits, states doubled", "ADM, states doubled"):  # a right model that does not clip
+        assert not sanity["rows"][name]["own samples"]["told"]
+    assert told["ADM, attention: other order"]
+    assert not told["digits, attention: other order"]  # it hardly matters there
+    for name, worst in sanity["false alarms"].items():
+        assert worst["largest ratio"] < 0.6, name
+        assert worst["least kept"] > 0.9, name

@@ -45,9 +45,9 @@ def build(
     with _progress() as on_images:
         reference = build_reference_from(images, loaded, on_images=on_images)
     save_reference(path, reference)
-    warning = too_few(reference.n or 0, len(reference.mu))
-    if warning:
-        err.print(f"warning: {warning}")
+    for warning in (*reference.notes, too_few(reference.n or 0, len(reference.mu))):
+        if warning:
+            err.print(f"warning: {warning}", soft_wrap=True)
     out.print(f"wrote {path}: {reference.n:,} images, {len(reference.mu):,} features each", soft_wrap=True)
 
 
@@ -137,9 +137,11 @@ def _facts(contents: Contents) -> list[tuple[str, str]]:
     if contents.meta is not None:
         facts.append(("channels", str(meta.channels or "not said")))
         facts.append(("size", f"{meta.size[1]}x{meta.size[0]}" if meta.size else "not said"))
+        facts += [("note", note) for note in meta.notes]
     if contents.images is not None:
         channels, height, width = contents.images.shape
         more = f" and {len(contents.images.others):,} others" if contents.images.others else ""
         facts += [("images", f"{contents.images.total:,}"), ("channels", str(channels))]
         facts.append(("size", f"{width}x{height}{more}"))
+        facts += [("note", note) for note in contents.images.notes]
     return facts

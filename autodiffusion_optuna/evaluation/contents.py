@@ -11,7 +11,7 @@ import re
 import warnings
 import zipfile
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, Any, Literal, get_args
 
@@ -73,6 +73,9 @@ class Meta:
     dataset: str
     channels: int | None
     size: tuple[int, int] | None
+    notes: tuple[str, ...] = ()
+    images: npt.NDArray[np.uint8] | None = None
+    """Some of its images, uint8 [N, C, H, W]."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -89,13 +92,13 @@ def read_contents(path: Path) -> Contents:
     """What ``path`` holds, recognised by its first bytes and its keys, never by its suffix alone.
 
     ======================  =========================================================================
-    folder, zip             png, jpg, jpeg and webp images of one size, sorted by path
-    npz of ours             meta, mu, sigma[, features]
+    folder, zip             images of ``images.FORMATS``, those of clean-fid, sorted by path
+    npz of ours             meta, mu, sigma[, features][, images]
     clean-fid               npz: mu, sigma; its ``_kid`` file: feats. Of two side by side both are read.
                             The name ``DATASET_MODE[_clip_vit_b_32]_SPLIT_SIZE.npz`` says what made them.
     ADM (guided-diffusion)  npz: mu, sigma, mu_s, sigma_s[, arr_0]: Inception, mode legacy_tensorflow
     pytorch-fid, TTUR, EDM  npz: mu, sigma, and no word of what made them
-    sample batches          npz: arr_0 uint8 [N, H, W, 1 or 3]; a npy of the same
+    sample batches          npz: uint8 [N, H, W, 1 or 3] as arr_0, or as its only array of images; a npy of the same
     features                npz: feats, reps or features float [N, D]; a npy of the same
     dgm-eval                npz: reps and model (dinov2; its other networks are none of ours)
     EDM2                    pickle: fid (Inception, legacy_tensorflow) and fd_dinov2, each with mu, sigma
@@ -230,6 +233,14 @@ class _Npz:
         with self.stream(key) as stream:
             return _checked(self.path, key, _header(stream), held)
 
+    def has_images(self, key: str) -> bool:
+        """Whether an array is one of images, also where another could not be read."""
+        try:
+            with self.stream(key) as stream:
+                return _is_images(_header(stream))
+        except DAMAGED:
+            return False
+
     def data(self, key: str) -> IO[bytes]:
         """A member from the first byte after its header."""
         stream = self.stream(key)
@@ -258,13 +269,18 @@ def _npz(path: Path, members: Mapping[str, str]) -> Contents:
         return _own(npz)
     statistics = _npz_statistics(npz)
     images = None
+    batches = [key for key in keys if npz.has_images(key)]
     if "arr_0" in keys and len(npz.header("arr_0").shape) != 2:
         images = npz.images("arr_0")
+        others = sorted({*batches} - {"arr_0"})
+        if others:
+            note = f"reference {path.stem!r}: images in {', '.join(others)} left out, as those in arr_0 are read"
+            images = replace(images, notes=(note,))
     found = [statistics.what] if statistics else []
     if images:
         found.append("images")
-    if not found and len(keys) == 1 and len(npz.header(*keys).shape) == 4:
-        images, found = npz.images(*keys), ["images"]
+    if not found and (len(batches) == 1 or (len(keys) == 1 and len(npz.header(*keys).shape) == 4)):
+        images, found = npz.images(*(batches or keys)), ["images"]
     if not found:
         raise StatisticsError(
             f"{path}: holds {', '.join(sorted(keys)) or 'nothing'}; it needs mu and sigma, features, or images in arr_0"
@@ -280,7 +296,11 @@ def _own(npz: _Npz) -> Contents:
         n, dataset = None if meta["n"] is None else int(meta["n"]), str(meta["dataset"])
         channels, size = meta.get("channels"), meta.get("size")
         shape = (int(size[0]), int(size[1])) if size else None
-        told = Meta(name, digest, n, dataset, None if channels is None else int(channels), shape)
+        notes = tuple(map(str, meta.get("notes", ())))
+        images = npz.array("images") if "images" in npz.members else None
+        if images is not None and (images.dtype != np.uint8 or images.ndim != 4):
+            raise ValueError(f"images {images.dtype} {list(images.shape)}")
+        told = Meta(name, digest, n, dataset, None if channels is None else int(channels), shape, notes, images)
     except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
         raise StatisticsError(f"{path}: its meta is damaged ({error}); build the reference again") from error
     if version != FORMAT:

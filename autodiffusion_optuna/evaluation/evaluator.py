@@ -112,6 +112,7 @@ class Evaluator:
         ``preview``: how many of the first images the score keeps.
         Raises StatisticsError where images or features are not finite.
         """
+        self.prepare(0, rungs[-1], bank)
         seconds, tally = Seconds(), Tally()
         moments, kept, reached = Moments(self.extractor.dim), [], []
         shown: list[Tensor] = []
@@ -141,7 +142,15 @@ class Evaluator:
 
     def sample(self, candidate: Candidate, start: int, stop: int, bank: int = SEARCH_BANK) -> Tensor:
         """Images ``start`` to ``stop`` of a bank, uint8 [stop - start, C, H, W]."""
+        self.prepare(start, stop, bank)
         return torch.cat(list(self._batches(candidate, start, stop, bank, Seconds(), Tally())))
+
+    def prepare(self, start: int, stop: int, bank: int = SEARCH_BANK) -> None:
+        """Encode the prompts of images ``start`` to ``stop`` - 1 of a bank, those that are not yet."""
+        conditions = self.model.conditions
+        if conditions is not None and conditions.prepare is not None:
+            row = Bank(self.seed, bank, self.model.shape)
+            conditions.prepare(row.conditions(start, stop, conditions.count, conditions.draw))
 
     def _batches(
         self, candidate: Candidate, start: int, stop: int, bank: int, seconds: Seconds, tally: Tally

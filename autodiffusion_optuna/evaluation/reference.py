@@ -6,7 +6,7 @@ import hashlib
 import json
 import math
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -21,6 +21,9 @@ from autodiffusion_optuna.evaluation.frechet import Moments, covariance_factor
 from autodiffusion_optuna.evaluation.images import Images
 
 KEPT_FEATURES = 1000
+KEPT_IMAGES, KEPT_BYTES = 16, 2**24
+FEW_FEATURES = 100
+"""Below so many of the reference's features, a kernel distance is mostly noise."""
 BATCH = 100
 ROUND_OFF = 1e-20  # of a variance to a squared mean, in float64
 
@@ -35,7 +38,8 @@ class Reference:
     ``mu``: float64 [D]. ``sigma``: float64 [D, D]. ``n``: images behind them, None where a file does not say.
     ``features``: float32 [M, D] of some of the images, or None; only the kernel distance needs them.
     ``channels`` and ``size`` (height, width, of the first where they differ): of the images, None where they are not
-    known. ``notes``: what was left out of it or assumed when it was read, a line each.
+    known. ``notes``: what was left out of it or assumed when it was read, a line each. ``images``: a few of the images,
+    uint8 [up to 16, C, H, W], where it was made from images; they decide no value.
     """
 
     mu: Tensor
@@ -48,6 +52,7 @@ class Reference:
     channels: int | None = None
     size: tuple[int, int] | None = None
     notes: tuple[str, ...] = ()
+    images: Tensor | None = None
 
     @cached_property
     def factor(self) -> Tensor:
@@ -105,7 +110,7 @@ def build_reference_from(
 def build_reference(images: Tensor, extractor: Extractor, dataset: str) -> Reference:
     """Reference of ``images`` uint8 [N, 1 or 3, H, W]; StatisticsError where they do not fit or N < 2."""
     shape = (int(images.shape[1]), int(images.shape[2]), int(images.shape[3]))
-    return _build(torch.split(images, BATCH), len(images), shape, extractor, dataset, None)
+    return _build(torch.split(images, BATCH), len(images), shape, extractor, dataset)
 
 
 def save_reference(path: Path, reference: Reference) -> None:
@@ -121,10 +126,13 @@ def save_reference(path: Path, reference: Reference) -> None:
         "dataset": reference.dataset,
         "channels": reference.channels,
         "size": reference.size,
+        "notes": reference.notes,
     }
     arrays = {"mu": reference.mu.cpu().numpy(), "sigma": reference.sigma.cpu().numpy()}
     if reference.features is not None:
         arrays["features"] = reference.features.cpu().numpy()
+    if reference.images is not None:
+        arrays["images"] = reference.images.cpu().numpy()
     unfinished = path.with_name(path.name + ".tmp")
     try:
         with unfinished.open("wb") as file:
@@ -143,9 +151,10 @@ def check_images(reference: Reference, shape: tuple[int, int, int]) -> None:
     """
     channels, *size = shape
     if reference.channels not in (None, channels):
+        grey = ", all of them the same: save them as grey" if _is_grey(reference) else ""
         raise StatisticsError(
             f"the model's images have {channels} channel(s), those of reference {reference.dataset!r} have "
-            f"{reference.channels}; give a reference of images like the model's"
+            f"{reference.channels}{grey}; give a reference of images like the model's"
         )
     if reference.extractor == "efficientnet-lite0" and reference.size is not None:
         seen, wanted = efficientnet_side(*size), efficientnet_side(*reference.size)
@@ -179,6 +188,47 @@ def too_few(n: int, dim: int) -> str | None:
     )
 
 
+def doubts(reference: Reference, shape: tuple[int, int, int], metric: str) -> list[str]:
+    """What is doubtful about comparing images of ``shape`` (C, H, W) with ``reference``, a line each.
+
+    ``metric``: "frechet" or "kid".
+    """
+    lines: list[str | None] = [_few_images(reference) if metric == "frechet" else _few_features(reference)]
+    name, size = f"reference {reference.dataset!r}", reference.size
+    if size is not None and size != shape[1:]:
+        distorted = " and of another aspect ratio" if size[0] * shape[2] != size[1] * shape[1] else ""
+        lines.append(
+            f"{name} has images of {size[1]}x{size[0]}, the model's are {shape[2]}x{shape[1]}{distorted}: the distance "
+            "counts what resizing does to them; give images of the model's size, made as its training images were"
+        )
+    if shape[0] == 3 and _is_grey(reference):
+        lines.append(f"{name} seems to have grey images only, saved as colour; the model's are in colour")
+    return [line for line in lines if line]
+
+
+def _few_images(reference: Reference) -> str | None:
+    """Of unknown numbers of images, the rank of the covariance tells when they are few."""
+    dim = len(reference.mu)
+    seems = "" if reference.n is not None else "seemingly "
+    n = reference.n if reference.n is not None else reference.factor.shape[1] + 1
+    if n >= dim:
+        return None
+    return (
+        f"reference {reference.dataset!r} has {seems}{n:,} images for {dim:,} features, which do not span them: the "
+        f"distance rests on their chance; give at least {dim:,}, better {10 * dim:,}"
+    )
+
+
+def _few_features(reference: Reference) -> str | None:
+    kept = 0 if reference.features is None else len(reference.features)
+    if kept >= FEW_FEATURES:
+        return None
+    return (
+        f"reference {reference.dataset!r} has {kept} images for the kernel distance, which is mostly noise below "
+        f"{FEW_FEATURES}; give more"
+    )
+
+
 # Building
 
 
@@ -188,7 +238,13 @@ def _build_from(images: Images, extractor: Extractor, dataset: str, on_images: O
         resized = "resizes no images" if extractor.seen is None else "sees them in several sizes"
         raise StatisticsError(f"{images.odd}, and extractor {extractor.name!r} {resized}; give images of one size")
     batches = (torch.from_numpy(batch) for batch in images.batches(BATCH))
-    return _build(batches, images.total, images.shape, extractor, dataset, on_images)
+    notes = list(images.notes)
+    if images.others:
+        notes.append(
+            f"reference {dataset!r}: its images have {1 + len(images.others):,} sizes ({images.odd}); the extractor "
+            "resizes each to one, whatever its aspect ratio"
+        )
+    return _build(batches, images.total, images.shape, extractor, dataset, on_images, tuple(notes))
 
 
 def _build(
@@ -197,14 +253,17 @@ def _build(
     shape: tuple[int, int, int],
     extractor: Extractor,
     dataset: str,
-    on_images: OnImages | None,
+    on_images: OnImages | None = None,
+    notes: tuple[str, ...] = (),
 ) -> Reference:
     if total < 2:
         raise StatisticsError(f"reference {dataset!r} has {total} image(s); statistics need at least 2")
     moments = Moments(extractor.dim)
     kept: list[Tensor] = []
     stride = _stride(total)
+    shown = _Shown(total, shape)
     for batch in batches:
+        shown.add(moments.n, batch)
         features = extractor(batch)
         kept.append(features[-moments.n % stride :: stride].cpu())
         moments.add(features)
@@ -223,7 +282,33 @@ def _build(
         features=torch.cat(kept),
         channels=shape[0],
         size=shape[1:],
+        notes=notes,
+        images=shown.images,
     )
+
+
+class _Shown:
+    """Keeps a few images of ``shape``, evenly spaced among ``total``."""
+
+    def __init__(self, total: int, shape: tuple[int, int, int]) -> None:
+        self.shape = shape
+        count = min(KEPT_IMAGES, max(KEPT_BYTES // math.prod(shape), 1))
+        self.stride = math.ceil(total / count)
+        self.kept: list[Tensor] = []
+
+    def add(self, start: int, batch: Tensor) -> None:
+        if tuple(batch.shape[1:]) == self.shape:
+            self.kept.append(batch[-start % self.stride :: self.stride].cpu().clone())
+
+    @property
+    def images(self) -> Tensor | None:
+        return torch.cat(self.kept) if self.kept else None
+
+
+def _is_grey(reference: Reference) -> bool:
+    """Whether a few of the images have three channels that are the same."""
+    images = reference.images
+    return images is not None and images.shape[1] == 3 and bool((images == images[:, :1]).all())
 
 
 def _stride(total: int) -> int:
@@ -248,9 +333,9 @@ def _own(path: Path, meta: Meta, statistics: Statistics, extractor: Extractor) -
         )
     features = None if statistics.features is None else torch.from_numpy(statistics.features)
     mu, sigma = _mu_sigma(path, statistics.mu, statistics.sigma)
-    reference = Reference(
-        mu, sigma, meta.n, meta.fingerprint, meta.extractor, meta.dataset, features, meta.channels, meta.size
-    )
+    images = None if meta.images is None else torch.from_numpy(meta.images)
+    facts = meta.n, meta.fingerprint, meta.extractor, meta.dataset
+    reference = Reference(mu, sigma, *facts, features, meta.channels, meta.size, meta.notes, images)
     return _validated(path, reference, extractor)
 
 
@@ -299,12 +384,12 @@ def _foreign(path: Path, statistics: Statistics, extractor: Extractor, images: I
     if features is not None:
         features = features[:: _stride(max(len(features), 1))].clone()
     dataset = path.stem.removesuffix("_kid")
-    channels = size = None
-    if images is not None:
-        channels, size = images.shape[0], images.shape[1:]
-    reference = Reference(
-        mu, sigma, statistics.n, extractor.fingerprint, extractor.name, dataset, features, channels, size
-    )
+    facts = statistics.n, extractor.fingerprint, extractor.name, dataset
+    reference = Reference(mu, sigma, *facts, features)
+    if images is not None and images.total:
+        channels, *size = images.shape
+        some = torch.from_numpy(next(images.batches(KEPT_IMAGES)))
+        reference = replace(reference, channels=channels, size=(size[0], size[1]), notes=images.notes, images=some)
     return _validated(path, reference, extractor)
 
 

@@ -268,7 +268,7 @@ def test_a_zip_is_read_as_its_folder_is(tmp_path: Path) -> None:
 def test_bad_zips_of_images(tmp_path: Path) -> None:
     path = tmp_path / "bad.zip"
     members: list[tuple[dict[str, bytes], str]] = [
-        ({"notes.txt": b"hello"}, "a zip without png or jpg images"),
+        ({"notes.txt": b"hello"}, "holds no images .bmp, "),
         (
             {"a.png": image_bytes(IMAGES[0]), "b.png": image_bytes(np.zeros((3, 4), np.uint8))},
             r"b\.png is 4x3, a\.png is 2x2",

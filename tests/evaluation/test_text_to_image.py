@@ -7,7 +7,9 @@ import json
 import math
 import shutil
 import sys
-from collections.abc import Callable
+import time
+import tracemalloc
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,7 @@ from torch import Tensor, nn
 
 from autodiffusion_optuna.errors import AdoptError, ConfigError, ModelError
 from autodiffusion_optuna.evaluation.models import Model, Options
+from autodiffusion_optuna.evaluation.models.text import TextEncoder
 from autodiffusion_optuna.evaluation.models.text_to_image import (
     flow_shift,
     load_single_file,
@@ -26,6 +29,7 @@ from autodiffusion_optuna.evaluation.models.text_to_image import (
     pack,
     unpack,
 )
+from autodiffusion_optuna.evaluation.seeds import Bank
 from autodiffusion_optuna.evaluation.solvers import SOLVERS, times
 
 SIZE = (16, 24)  # height and width differ, so that neither passes for the other
@@ -508,11 +512,68 @@ def test_prompts_beyond_the_machines_memory_are_refused(
 ) -> None:
     each = 16 * 32 * 4  # tokens, width, bytes
     monkeypatch.setattr("autodiffusion_optuna.evaluation.models.text._memory", lambda: 2 * 3 * each)
-    message = refused(load, folders("sd"), ConfigError)
-    assert "4 different prompts" in message
-    assert "at most 3 fit" in message
-    monkeypatch.setattr("autodiffusion_optuna.evaluation.models.text._memory", lambda: 2 * 4 * each)
-    load(folders("sd"))
+    conditions = load(folders("sd")).conditions  # of the negative prompt and the first one
+    assert conditions is not None
+    conditions.rows([0, 1, 4])
+    with pytest.raises(ConfigError, match=r"4 different prompts are drawn.* at most 3 fit") as caught:
+        conditions.rows([2])
+    assert "\n" not in str(caught.value)
+
+
+class Counting:
+    """Counts the prompts that text encoders are given, by encoder."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.seen: list[str] = []
+        call = TextEncoder.__call__
+
+        def counted(encoder: TextEncoder, prompts: Sequence[str], layer: int = -1) -> Any:
+            self.seen += prompts
+            return call(encoder, prompts, layer)
+
+        monkeypatch.setattr(TextEncoder, "__call__", counted)
+
+
+def test_a_file_as_large_as_cocos_costs_what_is_drawn_of_it(
+    folders: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    total, drawn = 200_000, 40
+    (tmp_path / "captions.txt").write_text("\n".join(f"photo {i} of a cat" for i in range(total)))
+    counting = Counting(monkeypatch)
+    tracemalloc.start()
+    started = time.monotonic()
+    options = Options(prompts=tmp_path / "captions.txt", size=SIZE)
+    model = load_text_to_image(folders("sd"), "cpu", "float32", None, "sd", options)
+    conditions = model.conditions
+    assert conditions is not None
+    assert conditions.count == total
+    assert conditions.prepare is not None
+    assert counting.seen == ["", "photo 0 of a cat"]
+    chosen = Bank(0, 0, model.shape).conditions(0, drawn, total)
+    conditions.prepare(chosen)
+    conditions.rows(chosen)
+    conditions.prepare(chosen[:7])
+    seconds, (_, peak) = time.monotonic() - started, tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert counting.seen[2:] == [f"photo {i} of a cat" for i in chosen]
+    assert seconds < 20  # encoding all of them takes minutes
+    assert peak < 200 * 2**20
+
+
+@pytest.mark.parametrize("name", ["sd", "sdxl", "sd3-t5", "flux"])
+def test_a_prompt_is_the_same_bit_for_bit_whatever_else_is_drawn(
+    name: str, copied: Callable[[str], Path], load: Callable[..., Model]
+) -> None:
+    folder = copied(name)
+    one, other = load(folder).conditions, load(folder).conditions
+    assert one is not None
+    assert other is not None
+    assert other.prepare is not None
+    other.prepare([3, 2, 1, 0])
+    others = other.rows([1, 3, 4])
+    for key, tensor in one.rows([3]).items():
+        assert torch.equal(tensor[0], others[key][1])
+    assert torch.equal(one.rows([4])["text"], one.rows([0])["text"])  # the same prompt twice
 
 
 def refused(load: Callable[..., Model], source: str | Path, kind: type[AdoptError] = ModelError, **options: Any) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -55,6 +55,7 @@ class Conditions:
     ``count``: labels or prompts there are. ``rows``: the condition [n, ...] of n of them, by index in [0, count).
     ``negative``: the condition [n, ...] that classifier-free guidance leads away from; None where there is none.
     ``draw``: how an image's index is chosen. ``fingerprint``: hex digest of all conditions and of ``draw``.
+    ``prepare``: makes the rows of those indices at once, where that is cheaper; it changes no bit of them.
     """
 
     kind: Literal["labels", "prompts"]
@@ -63,6 +64,7 @@ class Conditions:
     negative: Callable[[int], Condition] | None
     fingerprint: str
     draw: Draw = "balanced"
+    prepare: Callable[[Iterable[int]], None] | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -76,7 +78,8 @@ class Model:
     model was trained on, for an extractor; None where the model ships with none.
     ``conditions``: None where the model is unconditional. ``guidance``: how a scale acts; ``scale``: the one used
     where the study sets none. ``decode``: float32 [B, C, H, W] states -> images in [-1, 1], None where states are
-    images; ``image_shape``: (C, H, W) of an image, None for the state's.
+    images; ``encode``: the way back, None where it is not known. ``image_shape``: (C, H, W) of an image, None for the
+    state's.
     ``latent_scale``: what latents are multiplied by. ``weights``: some of them by name, see ``weights_sample``.
     ``kind``: class of the diffusers pipeline, or of the bare network; "adm", "plugin" and "mixture" for the others.
     ``notes``: what its loader assumed, chose or left out, a line each; shown wherever the study's values are.
@@ -96,6 +99,7 @@ class Model:
     guidance: GuidanceKind = "none"
     scale: float = 1.0
     decode: Callable[[Tensor], Tensor] | None = None
+    encode: Callable[[Tensor], Tensor] | None = None
     image_shape: tuple[int, int, int] | None = None
     kind: str = "UNet2DModel"
     notes: tuple[str, ...] = ()

@@ -88,6 +88,7 @@ def load_folder(
         guidance=guidance,
         scale=1.0 if options.guidance is None else options.guidance,
         decode=vae.decode if vae else None,
+        encode=vae.encode if vae else None,
         image_shape=decoded_shape(vae, shape, path) if vae else None,
         kind=kind,
     )

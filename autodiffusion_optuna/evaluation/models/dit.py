@@ -87,6 +87,7 @@ def load_dit(
         guidance="free",
         scale=SCALE if options.guidance is None else options.guidance,
         decode=vae.decode,
+        encode=vae.encode,
         image_shape=image_shape,
         kind="DiTPipeline",
     )

@@ -1,4 +1,4 @@
-"""Prompts as the networks of text-to-image models take them: encoded once, by the model's own text encoders."""
+"""Prompts as the networks of text-to-image models take them: encoded once each, by the model's own text encoders."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ import contextlib
 import hashlib
 import os
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +21,6 @@ from autodiffusion_optuna.evaluation.models.parts import digest, find_weights, f
 ENCODERS = ("CLIPTextModel", "CLIPTextModelWithProjection", "T5EncoderModel")
 TOKENIZERS = ("CLIPTokenizer", "CLIPTokenizerFast", "T5Tokenizer", "T5TokenizerFast")
 NAMES = ("text_encoder", "text_encoder_2", "text_encoder_3")
-
-BATCH = 16
-"""Prompts encoded at once."""
 
 CLIP_LENGTH, SD3_LENGTH, FLUX_LENGTH = 77, 256, 512
 """Tokens of the released CLIP models, and those that the pipelines of Stable Diffusion 3 and Flux take from T5."""
@@ -110,22 +107,49 @@ def _need(encoders: Encoders, name: str) -> TextEncoder:
     return encoders[name]
 
 
-def encode_all(
-    encode: Encode, prompts: Sequence[str], encoders: Encoders, config: Any, dtype: torch.dtype
-) -> dict[str, Tensor]:
-    """Tensors [n, ...] of a condition by name for n prompts, in ``dtype`` on the CPU.
+@dataclass(frozen=True, eq=False)
+class PromptCache:
+    """Prompts as the condition of a network, each encoded once, and only where it is asked for.
 
-    ``ConfigError`` where they would take more than half of the machine's memory.
+    ``load``: the encoders on a device, which are dropped again after each call that needed them. ``config``: of the
+    network. A prompt is encoded alone, so that its embedding has the same bits whatever else is drawn and in which
+    order: workers and interrupted runs agree. Embeddings are kept in ``dtype`` on the CPU.
     """
-    encoded: dict[str, Tensor] = {}
-    for start in range(0, len(prompts), BATCH):
-        batch = encode(prompts[start : start + BATCH], encoders, config)
-        if not encoded:
-            _check_room(sum(tensor[0].numel() for tensor in batch.values()) * dtype.itemsize, len(prompts))
-            encoded = {name: torch.empty(len(prompts), *t.shape[1:], dtype=dtype) for name, t in batch.items()}
-        for name, tensor in batch.items():
-            encoded[name][start : start + BATCH] = tensor
-    return encoded
+
+    load: Callable[[torch.device], Encoders]
+    encode: Encode
+    config: Any
+    dtype: torch.dtype
+    device: torch.device
+    kept: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+
+    def prepare(self, prompts: Iterable[str]) -> None:
+        """Encode those that are not yet. ``ConfigError`` where they would take over half of the machine's memory."""
+        missing = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self.kept]
+        if not missing:
+            return
+        try:
+            self._add(missing, self.device)
+        except torch.OutOfMemoryError:  # the network has taken the place that the encoders had when it was loaded
+            torch.cuda.empty_cache()
+            self._add([prompt for prompt in missing if prompt not in self.kept], torch.device("cpu"))
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def rows(self, prompts: Sequence[str]) -> dict[str, Tensor]:
+        """Tensors [n, ...] of a condition by name, on the device."""
+        self.prepare(prompts)
+        each = [self.kept[prompt] for prompt in prompts]
+        return {name: torch.stack([row[name] for row in each]).to(self.device) for name in each[0]}
+
+    def _add(self, prompts: Sequence[str], device: torch.device) -> None:
+        encoders = self.load(device)
+        for i, prompt in enumerate(prompts):
+            encoded = self.encode([prompt], encoders, self.config)
+            row = {name: tensor[0].to(self.dtype) for name, tensor in encoded.items()}
+            if i == 0:
+                _check_room(sum(tensor.nbytes for tensor in row.values()), len(self.kept) + len(prompts))
+            self.kept[prompt] = row
 
 
 def _check_room(each: int, prompts: int) -> None:
@@ -133,9 +157,8 @@ def _check_room(each: int, prompts: int) -> None:
     room = _memory() // 2
     if each * prompts > room:
         raise ConfigError(
-            f"model.prompts holds {prompts:,} different prompts, which take {each * prompts / 2**30:.1f} GiB encoded; "
-            f"at most {room // each:,} fit half of this machine's memory. Give a file of fewer: a study uses no more "
-            "than it draws images"
+            f"{prompts:,} different prompts are drawn, which take {each * prompts / 2**30:.1f} GiB encoded; at most "
+            f"{room // each:,} fit half of this machine's memory. Score fewer images, or give a file of fewer prompts"
         )
 
 

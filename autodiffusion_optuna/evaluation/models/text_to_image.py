@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -53,7 +53,7 @@ from autodiffusion_optuna.evaluation.models.text import (
     FLUX_LENGTH,
     SD3_LENGTH,
     Encode,
-    encode_all,
+    PromptCache,
     encode_flux,
     encode_sd,
     encode_sd3,
@@ -68,9 +68,6 @@ from autodiffusion_optuna.noise import NoiseSchedule, flow
 
 Size = tuple[int, int]
 """(height, width)."""
-
-ON_DEVICE = 2**28
-"""Bytes of encoded prompts up to which they are kept on the device."""
 
 
 @dataclass(frozen=True)
@@ -174,11 +171,11 @@ def load_text_to_image(
 ) -> Model:
     """The text-to-image pipeline in ``folder``, as diffusers saves it; a key of ``PIPELINES``.
 
-    ``options.prompts`` are encoded here by the pipeline's text encoders, which are then dropped; each is cut to the
-    length the pipeline cuts it to. ``options.negative_prompt``: empty means the pipeline's default, which is zero for
-    SDXL. ``options.size`` is the model's own where it is None. States are latents, so ``clip`` cannot be True.
-    Nothing is downloaded. ``ConfigError`` where an option is missing or wrong, ``ModelError`` where the pipeline or
-    the device cannot be used.
+    ``options.prompts`` are encoded by the pipeline's text encoders as images of them are drawn; in between the encoders
+    are dropped. Each prompt is cut to the length the pipeline cuts it to. ``options.negative_prompt``: empty means the
+    pipeline's default, which is zero for SDXL. ``options.size`` is the model's own where it is None. States are
+    latents, so ``clip`` cannot be True. Nothing is downloaded. ``ConfigError`` where an option is missing or wrong,
+    ``ModelError`` where the pipeline or the device cannot be used.
     """
     return _load(folder, None, device, precision, clip, name, options)
 
@@ -262,6 +259,7 @@ def _assemble(
         guidance=guidance,
         scale=scale,
         decode=vae.decode,
+        encode=vae.encode,
         image_shape=image_shape,
         kind=index["_class_name"],
     )
@@ -376,41 +374,37 @@ def _conditions(
     image_shape: tuple[int, int, int],
     options: Options,
 ) -> Conditions:
-    """``prompts`` encoded for ``network``, and what guidance leads away from."""
+    """``prompts`` for ``network``, encoded as they are drawn, and what guidance leads away from."""
     pipeline, dtype = PIPELINES[index["_class_name"]], PRECISIONS[precision]
     xl = index["_class_name"] == "StableDiffusionXLPipeline"
     encoder_dtype = dtype if options.reduced else torch.float32
-    encoders = load_encoders(folder, index, device, encoder_dtype, pipeline.t5_length)
+    load = partial(load_encoders, folder, index, dtype=encoder_dtype, t5_length=pipeline.t5_length)
     # Autocast rounds embeddings to its precision before their first product, so they may as well be kept in it.
-    encode = partial(encode_all, pipeline.encode, encoders=encoders, config=network.config, dtype=dtype)
-    distinct = list(dict.fromkeys(prompts))
-    encoded = encode(prompts=distinct)
-    away = encode(prompts=[options.negative_prompt])
+    cache = PromptCache(load, pipeline.encode, network.config, dtype, device)
+    cache.prepare([options.negative_prompt, prompts[0]])  # a part that does not fit shows now
+    away = cache.rows([options.negative_prompt])
     if xl and not options.negative_prompt and index.get("force_zeros_for_empty_prompt", True):
         away = {key: torch.zeros_like(tensor) for key, tensor in away.items()}
-    del encoders, encode
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-    if xl:  # the image's size before it was cropped, the corner of the crop, and the size wanted
-        size = image_shape[1:]
-        away["sizes"] = torch.tensor([[*size, 0, 0, *size]], dtype=torch.float32)
-        encoded["sizes"] = away["sizes"].repeat(len(distinct), 1)
-    small = sum(tensor.nbytes for tensor in encoded.values()) <= ON_DEVICE
-    kept = {key: tensor.to(device if small else "cpu") for key, tensor in encoded.items()}
-    away = {key: tensor.to(device) for key, tensor in away.items()}
-    row_of = {prompt: row for row, prompt in enumerate(distinct)}
+    sizes = torch.tensor([[*image_shape[1:], 0, 0, *image_shape[1:]]], dtype=torch.float32, device=device)
+    # Of SDXL: the image's size before it was cropped, the corner of the crop, and the size wanted.
+    beside = {"sizes": sizes} if xl else {}
+
+    def repeated(tensors: Mapping[str, Tensor], count: int) -> dict[str, Tensor]:
+        return {key: tensor.expand(count, *tensor.shape[1:]) for key, tensor in tensors.items()}
 
     def rows(chosen: Sequence[int]) -> Condition:
-        picked = [row_of[prompts[i]] for i in chosen]
-        return {key: tensor[picked].to(device) for key, tensor in kept.items()}
+        return {**cache.rows([prompts[i] for i in chosen]), **repeated(beside, len(chosen))}
 
     def negative(count: int) -> Condition:
-        return {key: tensor.expand(count, *tensor.shape[1:]) for key, tensor in away.items()}
+        return repeated({**away, **beside}, count)
+
+    def prepare(chosen: Iterable[int]) -> None:
+        cache.prepare(prompts[i] for i in chosen)
 
     free = guidance == "free"
     told = [prompts, options.negative_prompt if free else "", options.labels, encoders_digest(folder, index)]
     fingerprint = hashlib.sha256(json.dumps(told).encode()).hexdigest()
-    return Conditions("prompts", len(prompts), rows, negative if free else None, fingerprint, options.labels)
+    return Conditions("prompts", len(prompts), rows, negative if free else None, fingerprint, options.labels, prepare)
 
 
 def _find_units(

@@ -1,4 +1,4 @@
-"""The decoder of a latent model: latents to images."""
+"""The autoencoder of a latent model: latents to images, and back."""
 
 from __future__ import annotations
 
@@ -26,13 +26,14 @@ class Vae:
 
     ``channels``: of a latent. ``factor``: side of an image / side of its latent. ``digest``: sha256 in hexadecimal of
     weights and config. ``decode``: float32 [B, c, h, w] latents as the diffusion model knows them, that is scaled
-    -> float32 [B, 3, H, W] in about [-1, 1].
+    -> float32 [B, 3, H, W] in about [-1, 1]. ``encode``: the way back, to the most likely latents.
     """
 
     channels: int
     factor: int
     digest: str
     decode: Callable[[Tensor], Tensor]
+    encode: Callable[[Tensor], Tensor]
     scale: float = 1.0
     """What latents were multiplied by for the diffusion model, in the mean of their channels."""
 
@@ -49,8 +50,10 @@ def load_vae(folder: Path, device: torch.device, precision: str = "float32", sca
     stored = read_config(folder, AUTOENCODERS)
     part = load_part(folder, stored["_class_name"], stored)
     config: Any = part.network.config
-    network: Any = part.network.to(device)
-    network.encoder = nn.Identity()  # a third of the weights, and never run
+    network: Any = part.network
+    encoder = nn.Sequential(network.encoder, network.quant_conv or nn.Identity()).cpu()
+    network.encoder = network.quant_conv = nn.Identity()  # a third of the weights, and hardly ever run
+    network.to(device)
     channels = config.get("vq_embed_dim") or config.latent_channels
     gain, offset = _affine(config, scaling, channels, folder, device)
     upcast = precision == "float16" and config.force_upcast
@@ -61,6 +64,15 @@ def load_vae(folder: Path, device: torch.device, precision: str = "float32", sca
             images: Tensor = network.decode(latents * gain + offset, return_dict=False)[0]
         return images.float()
 
+    @torch.inference_mode()
+    def encode(images: Tensor) -> Tensor:
+        encoder.to(device)
+        try:
+            latents = torch.cat([encoder(image) for image in torch.split(images.to(device, torch.float32), 1)])
+        finally:
+            encoder.cpu()  # it runs once, and its memory is worth more to the network
+        return (latents[:, :channels] - offset) / gain  # of an AutoencoderKL the mean comes first
+
     factor = 2 ** (len(config.block_out_channels) - 1)
     override = {} if scaling is None else {"scaling_factor": scaling}
     return Vae(
@@ -68,6 +80,7 @@ def load_vae(folder: Path, device: torch.device, precision: str = "float32", sca
         factor,
         digest(part.files, {**stored, **override}),
         _Sliced(decode, factor),
+        encode=encode,
         scale=float(1 / gain.mean()),
     )
 
