@@ -64,15 +64,16 @@ def show(
 ) -> None:
     """The best schedule, the known ones beside it, evaluations run and saved, and the history."""
     from autodiffusion_optuna.report import read_report
-    from autodiffusion_optuna.storage import storage_url
+    from autodiffusion_optuna.storage import storage_option, storage_url
 
-    report = read_report(existing(study, storage_url(storage))[1])
+    url = storage_url(storage)
+    report = read_report(existing(study, url)[1])
     if as_json:
-        print(json.dumps(report.to_json(), indent=2))
+        print(json.dumps(report.to_json(storage_option(url)), indent=2))
         return
     print_table(report)
     print_facts(report)
-    warn(report.warnings())
+    warn(report.warnings(storage_option(url)))
 
 
 @app.command()
@@ -101,9 +102,10 @@ def _score_study(study: str, places: list[str] | None, settings: list[str], stor
     from autodiffusion_optuna import study as runner
     from autodiffusion_optuna.candidate import Candidate
     from autodiffusion_optuna.report import read_report
-    from autodiffusion_optuna.storage import storage_url
+    from autodiffusion_optuna.storage import storage_option, storage_url
 
-    found, parts = load_parts(study, storage_url(storage), trust, places, settings)
+    url = storage_url(storage)
+    found, parts = load_parts(study, url, trust, places, settings)
     best = runner.winner(found).user_attrs["candidate"]
     keys = dict.fromkeys([best, *(candidate.key for candidate in parts.known.values())])
     fresh = parts.config.score
@@ -112,7 +114,7 @@ def _score_study(study: str, places: list[str] | None, settings: list[str], stor
         runner.score_fresh(parts, found, Candidate.from_key(key), fresh.fresh_images, fresh.fresh_banks)
     report = read_report(found, (fresh.fresh_images, fresh.fresh_banks))
     print_table(report)
-    warn(report.warnings())
+    warn(report.warnings(storage_option(url)))
 
 
 def _score_schedule(path: Path, overrides: list[str], trust: bool) -> None:
@@ -226,7 +228,7 @@ def export(
     text = schedule_text(schedule, form)
     if form == "diffusers" and check:
         text = _checked(schedule, text)
-    warn(report.warnings())
+    warn(report.warnings(storage_option(url)))
     for note in notes(schedule, form):
         err.print(note)
     beside = form == "diffusers" and reads_json(text)

@@ -224,9 +224,9 @@ def publish(study: optuna.Study, url: str) -> None:
     from optuna_dashboard._custom_plot_data import get_plotly_graph_objects
 
     report = read_report(study)
-    if study.metric_names is None:
+    if study.metric_names in (None, [report.metric]):  # an older version gave no count
         with warnings.catch_warnings(category=ExperimentalWarning, action="ignore"):
-            study.set_metric_names([report.value_name])
+            study.set_metric_names([report.trial_value_name])
     old = get_note(study)
     new = note_text(report, url) + _users_part(old)
     if new != old:
@@ -258,7 +258,7 @@ def note_text(report: StudyReport, url: str) -> str:
         config.description,
         f"{len(report.finished)} of {config.search.trials} candidates finished. Their values: {report.value_name} of "
         f"the search's noise; reference {report.reference_name}.",
-        _warnings(report),
+        _warnings(report, tail),
         _schedules(report),
         "## Commands",
         _block("sh", *(f"adopt {command}{tail}" for command in _commands(config.name))),
@@ -269,8 +269,8 @@ def note_text(report: StudyReport, url: str) -> str:
     return "\n\n".join(part for part in parts if part)
 
 
-def _warnings(report: StudyReport) -> str:
-    return "\n".join(["## Warnings\n", *(f"- {line}" for line in lines)]) if (lines := report.warnings()) else ""
+def _warnings(report: StudyReport, tail: str) -> str:
+    return "\n".join(["## Warnings\n", *(f"- {line}" for line in lines)]) if (lines := report.warnings(tail)) else ""
 
 
 def _commands(name: str) -> list[str]:

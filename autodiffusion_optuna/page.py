@@ -34,8 +34,8 @@ CAPTIONS = {
     "timesteps": "Each row is the best schedule at the end of a generation that improved it. "
     "Diamonds and dotted lines: uniform steps.",
     "masks": "A line per step, a column per layer. A skipped layer passes its input on.",
-    "history": "Every candidate in its generation, by the operator that proposed it; a bar at each generation\u2019s "
-    "median; the known schedules as lines across.",
+    "history": "Every candidate in its generation, on the search\u2019s noise, by the operator that proposed it; a bar "
+    "at each generation\u2019s median; the known schedules as lines across.",
     "evaluations": "Candidates that share their first steps share the evaluations of these steps.",
 }
 FILES = {"json": "{}.json", "diffusers": "{}.py", "comfyui": "{}-sigmas.txt"}

@@ -97,6 +97,11 @@ class StudyReport:
         return f"{self.metric}, {self.config.score.images:,} images"
 
     @property
+    def trial_value_name(self) -> str:
+        """What a trial's value is, that of a pruned one too."""
+        return self.value_name + ("" if self.config.score.pruner == "none" else ", fewer where pruned")
+
+    @property
     def reference_name(self) -> str:
         """Where the reference comes from, and how many images are behind it."""
         images = self.attrs.get(records.REFERENCE_IMAGES)
@@ -123,17 +128,20 @@ class StudyReport:
         )
         return best, uniform
 
-    def warnings(self) -> list[str]:
-        """Everything to know before a value of the study is quoted, a line each: what ``adopt run`` said, and more."""
+    def warnings(self, tail: str = "") -> list[str]:
+        """Everything to know before a value of the study is quoted, a line each: what ``adopt run`` said, and more.
+
+        ``tail``: what commands in them end with, such as `` --storage URL``.
+        """
         fresh = self.best.fresh.warning if self.best and self.best.fresh else None
-        lines = [*self.attrs.get(records.WARNINGS, []), *([fresh] if fresh else []), *self.found_doubtful()]
+        lines = [*self.attrs.get(records.WARNINGS, []), *([fresh] if fresh else []), *self.found_doubtful(tail)]
         return list(dict.fromkeys(lines))
 
-    def found_doubtful(self) -> list[str]:
+    def found_doubtful(self, tail: str = "") -> list[str]:
         """Those of ``warnings`` that only the trials and the fresh values show."""
-        return [*_variety_warning(self.best), *self._fewer_images(), *records.runtime_warnings(self.attrs)]
+        return [*_variety_warning(self.best), *self._fewer_images(tail), *records.runtime_warnings(self.attrs)]
 
-    def _fewer_images(self) -> list[str]:
+    def _fewer_images(self, tail: str) -> list[str]:
         """A line where a schedule was scored on more images than the best one."""
         if self.best is None or self.fresh_size is None:
             return []
@@ -144,7 +152,7 @@ class StudyReport:
         has = f"only {banks_of(own)}" if own else "none"
         return [
             f"other schedules were scored on {banks_of(self.fresh_size)} fresh images, the best found on {has}; score "
-            f"it too: adopt score --study {self.config.name} --images {images} --banks {banks}"
+            f"it too: adopt score --study {self.config.name} --images {images} --banks {banks}{tail}"
         ]
 
     def rows(self) -> list[Row]:
@@ -180,19 +188,22 @@ class StudyReport:
         """Seconds from ask to tell, summed over finished trials."""
         return sum(t.duration.total_seconds() for t in self.finished if t.duration is not None)
 
-    def best_by_generation(self) -> list[tuple[int, int, float]]:
-        """(generation, stage, best value so far) of every generation."""
-        history: dict[int, tuple[int, float]] = {}
+    def best_by_generation(self) -> list[tuple[int, int, float | None]]:
+        """(generation, stage, best value so far) of every generation; None before the first complete candidate."""
+        history: dict[int, tuple[int, float | None]] = {}
         best = float("inf")
         for trial in self.finished:
             attrs = {**FIRST, **trial.user_attrs}
             if trial.state == TrialState.COMPLETE and trial.values:
                 best = min(best, trial.values[0])
-            history[attrs[records.GENERATION]] = (attrs[records.STAGE], best)
+            history[attrs[records.GENERATION]] = (attrs[records.STAGE], best if math.isfinite(best) else None)
         return [(generation, stage, value) for generation, (stage, value) in sorted(history.items())]
 
-    def to_json(self) -> dict[str, Any]:
-        """The object that ``adopt show --json`` prints; scripts may rely on its keys."""
+    def to_json(self, tail: str = "") -> dict[str, Any]:
+        """The object that ``adopt show --json`` prints; scripts may rely on its keys.
+
+        ``tail`` as in ``warnings``.
+        """
         return {
             "study": self.config.name,
             "finished": len(self.finished),
@@ -206,7 +217,7 @@ class StudyReport:
             "bank": SEARCH_BANK,
             "seed": self.config.score.seed,
             "reference_images": self.attrs.get(records.REFERENCE_IMAGES),
-            "warnings": self.warnings(),
+            "warnings": self.warnings(tail),
             "best": None if self.best is None else self._best_json(self.best),
             "known": [
                 {
@@ -505,8 +516,8 @@ class Status:
         return {**asdict(self), "seconds_left": self.seconds_left}
 
 
-def read_status(storage: StudyStorage, study: optuna.Study) -> Status:
-    """Workers, trials by state, generation, stage and rate of a study."""
+def read_status(storage: StudyStorage, study: optuna.Study, tail: str = "") -> Status:
+    """Workers, trials by state, generation, stage and rate of a study; ``tail`` as in ``StudyReport.warnings``."""
     report = read_report(study)
     states = {state.name.lower(): sum(t.state == state for t in report.trials) for state in TrialState}
     return Status(
@@ -518,7 +529,7 @@ def read_status(storage: StudyStorage, study: optuna.Study) -> Status:
         best=None if report.best is None else report.best.value,
         images=report.config.score.images,
         bank=SEARCH_BANK,
-        warnings=report.warnings(),
+        warnings=report.warnings(tail),
         workers=workers(study, storage, report.config.search.grace),
         rate=_rate(report.finished),
     )

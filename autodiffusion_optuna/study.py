@@ -335,6 +335,7 @@ def open_study(parts: Parts, storage: StudyStorage) -> optuna.Study:
         check_same(parts, study)
     study.set_user_attr(records.CONFIG, parts.config.model_dump(mode="json"))  # a longer budget is kept
     study.set_user_attr(records.WARNINGS, warnings(parts, parts.config.score.images))
+    study.set_user_attr(records.REFERENCE_IMAGES, parts.evaluator.reference.n)
     if records.NOISE not in study.user_attrs:  # begun by an older version
         _describe_model(parts, study)
     return study
@@ -399,7 +400,6 @@ def _describe_model(parts: Parts, study: optuna.Study) -> None:
         "scale": model.scale,
     }
     study.set_user_attr(records.MODEL_FACTS, facts)
-    study.set_user_attr(records.REFERENCE_IMAGES, parts.evaluator.reference.n)
     study.set_user_attr(records.NOISE, model.schedule.pack())
 
 

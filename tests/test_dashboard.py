@@ -59,7 +59,7 @@ def test_what_is_published_is_served(folder: Path) -> None:
     dashboard.publish(study, URL)
     with serving(dashboard.make_app(study._storage, None)) as address:
         detail = fetch(f"{address}/api/studies/{study._study_id}")
-    assert detail["objective_names"] == ["FD(pixels), 64 images"]
+    assert detail["objective_names"] == ["FD(pixels), 64 images, fewer where pruned"]
     assert {plot["id"] for plot in detail["plotly_graph_objects"]} == {"timesteps", "history", "evaluations"}
     assert all(json.loads(plot["graph_object"])["data"] for plot in detail["plotly_graph_objects"])
     columns = {attr["key"] for attr in detail["union_user_attrs"]}

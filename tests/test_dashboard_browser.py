@@ -100,7 +100,7 @@ def test_the_pages_show_what_we_wrote(folder: Path, browser: Any, shoot: Callabl
         # Our figures lie below the dashboard's own.
         for title in (
             "Timesteps of the best schedule, by generation",
-            "FD(pixels) by generation",
+            "FD(pixels), 64 images, by generation",
             "Network evaluations",
         ):
             figure = f"[...document.querySelectorAll('.gtitle')].find(e => e.textContent.includes('{title}'))"

@@ -361,7 +361,8 @@ def check_json(data: dict[str, Any]) -> None:
     ]  # fmt: skip
     assert (data["finished"], data["budget"]) == (26, 26)
     assert list(data["best"]) == [
-        "trial", "timesteps", "skips", "settings", "variance_ratio", "value", "images", "bank", "cost", "fresh",
+        "trial", "timesteps", "skips", "settings", "variance_ratio", "value", "images", "bank", "cost",
+        "fresh",
     ]  # fmt: skip
     assert {(known["images"], known["bank"]) for known in data["known"]} == {(64, 0)}
     assert list(data["best"]["fresh"]) == ["mean", "low", "high", "images", "banks"]

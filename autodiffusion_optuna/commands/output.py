@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from autodiffusion_optuna.storage import StudyStorage
     from autodiffusion_optuna.study import Parts
 
+NAME_WIDTH = 24
+"""Longest name of a schedule that a narrow terminal keeps on one line."""
 PIPE_WIDTH = 160  # of tables that go to a file or another program
 out = Console(highlight=False, markup=False, width=None if sys.stdout.isatty() else PIPE_WIDTH)
 err = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
@@ -104,8 +106,8 @@ def print_result(study: optuna.Study, url: str, *, said_before: bool = True) -> 
 
     report = read_report(study)
     print_table(report)
-    warn(report.found_doubtful() if said_before else report.warnings())
     tail = storage_option(url)
+    warn(report.found_doubtful(tail) if said_before else report.warnings(tail))
     name, more = report.config.name, report.config.search.trials * 2
     say("\nnext:")
     for command, why in (
@@ -129,9 +131,10 @@ def print_table(report: StudyReport) -> None:
         return
     size, best = report.fresh_size, report.best
     table = Table(box=None, pad_edge=False, title_justify="left")
-    table.add_column("schedule", overflow="fold")
+    names = [len(row.name) for row in report.rows()]
+    table.add_column("schedule", overflow="fold", min_width=min(max(names), NAME_WIDTH))
     for column in (
-        f"{report.metric}\n{report.config.score.images:,} images",
+        f"{report.metric}, search\n{report.config.score.images:,} images",
         f"fresh noise, 95 %\n{banks_of(size)} images" if size else "fresh noise",
         "cost",
     ):
@@ -176,6 +179,6 @@ def print_facts(report: StudyReport) -> None:
     say(f"network evaluations (an image each): {run_count:,} run, {saved:,} saved ({share:.0%})")
     phases = ", ".join(f"{phase} {seconds[phase]:.1f}" for phase in ("network", "features", "distance", "storage"))
     say(f"seconds: {phases}, total {seconds['total']:.1f}")
-    say(f"\ngeneration  stage  best so far ({report.value_name})")
+    say(f"\ngeneration  stage  best so far, search noise ({report.value_name})")
     for generation, stage, value in report.best_by_generation():
-        say(f"{generation:>10}  {stage:>5}  {value:.4g}")
+        say(f"{generation:>10}  {stage:>5}  {'-' if value is None else f'{value:.4g}'}")

@@ -190,7 +190,8 @@ def _launch(
 
     scores = engine != "local"
     job = Job.of(config, url, workers=workers, trust=trust, artifacts=artifacts, scores=scores)
-    say(f"study {config.name}: {workers} workers by engine {engine}, starting. Ctrl-C stops them safely.")
+    started = "1 worker" if workers == 1 else f"{workers} workers"
+    say(f"study {config.name}: {started} by engine {engine}, starting. Ctrl-C stops them safely.")
     boards: list[_Board] = []
 
     def look() -> None:
@@ -353,7 +354,11 @@ class _Board:
 
     def best_so_far(self) -> str:
         """The best value with its number of images."""
-        return f"{self.best:.4g} of {self.config.score.images:,} images" if math.isfinite(self.best) else "none yet"
+        return (
+            f"{self.best:.4g} of {self.config.score.images:,} images, search noise"
+            if math.isfinite(self.best)
+            else "none yet"
+        )
 
     def table(self) -> Group:
         """The live view."""
@@ -374,13 +379,13 @@ def status(
 
     url = storage_url(storage)
     database, found = existing(study, url)
-    state = read_status(database, found)
+    state = read_status(database, found, storage_option(url))
     if as_json:
         print(json.dumps(state.to_json(), indent=2))
         return
     counts = ", ".join(f"{count} {name}" for name, count in state.states.items() if count)
     say(f"study {study}: {state.finished} of {state.budget} candidates finished ({counts or 'none begun'})")
-    best = "none yet" if state.best is None else f"{state.best:.4g} of {state.images:,} images"
+    best = "none yet" if state.best is None else f"{state.best:.4g} of {state.images:,} images, search noise"
     say(f"generation {state.generation}, stage {state.stage}, best {state.metric} {best}")
     alive = [worker for worker in state.workers if worker.alive]
     for worker in state.workers:

@@ -37,7 +37,7 @@ def list_all(storage: StorageUrl = None) -> None:
     from autodiffusion_optuna.storage import storage_url
 
     table = Table(box=None, pad_edge=False)
-    for column in ("study", "preset", "finished", "best", "what it is"):
+    for column in ("study", "preset", "finished", "best, search noise", "what it is"):
         table.add_column(column, overflow="fold")
     for line in list_studies(peek_storage(storage_url(storage))):
         finished = "-" if line.finished is None else f"{line.finished} of {line.budget}"

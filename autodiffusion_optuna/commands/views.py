@@ -54,7 +54,7 @@ def report(
         pictures=_pictures(read.best.candidate, study, url, images, places, trust)
         if read.best and not no_pictures
         else (),
-        notes=read.warnings(),
+        notes=read.warnings(storage_option(url)),
         tail=storage_option(url),
         written=f"{datetime.now():%Y-%m-%d}",
     )
