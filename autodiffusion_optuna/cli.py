@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.table import Table
@@ -34,6 +34,9 @@ from autodiffusion_optuna.commands.run import run, status
 from autodiffusion_optuna.commands.studies import storage_app, studies_app
 from autodiffusion_optuna.commands.views import report
 from autodiffusion_optuna.errors import AdoptError, ConfigError, choose_from
+
+if TYPE_CHECKING:
+    from autodiffusion_optuna.schedule import Schedule
 
 app = typer.Typer(
     add_completion=False,
@@ -122,6 +125,7 @@ def _score_schedule(path: Path, overrides: list[str], trust: bool) -> None:
 
     keep_freed_memory()
     opened = transfer.open_schedule(Schedule.read(path), overrides, trust=trust)
+    warn([opened.other] if opened.other else [])
     settings = opened.parts.config.score
     err.print(f"scoring {', '.join(opened.rivals)} on {settings.fresh_banks} banks of {settings.fresh_images} images …")
     scored = transfer.score_rivals(opened)
@@ -183,6 +187,7 @@ def sample(
         assert schedule is not None
         keep_freed_memory()
         opened = transfer.open_schedule(Schedule.read(schedule), overrides or [], trust=trust)
+        warn([opened.other] if opened.other else [])
         parts, rows = opened.parts, transfer.sample_rivals(opened, images)
     else:
         assert study is not None
@@ -200,43 +205,70 @@ FORMS = {"json": "{}.json", "diffusers": "{}.py", "comfyui": "{}-sigmas.txt"}
 @app.command()
 def export(
     study: StudyName,
-    form: Annotated[
-        str, typer.Option("--format", help="json, diffusers, comfyui, or both for the first two.")
-    ] = "both",
+    form: Annotated[str, typer.Option("--format", help="diffusers, json or comfyui.")] = "diffusers",
     folder: Annotated[Path | None, typer.Option("--out", help="Folder to write to; default: print.")] = None,
+    check: Annotated[
+        bool, typer.Option(help="Compare the script's images with those of the search, where the model is here.")
+    ] = True,
     storage: StorageUrl = None,
 ) -> None:
-    """The best schedule as JSON, as Python that applies it with diffusers, or as sigmas for ComfyUI."""
-    from autodiffusion_optuna.export import export_text
+    """The best schedule as Python that applies it with diffusers, as JSON, or as sigmas for ComfyUI."""
+    from autodiffusion_optuna.export import notes, reads_json, report_schedule, schedule_text
     from autodiffusion_optuna.report import read_report
     from autodiffusion_optuna.storage import storage_option, storage_url
 
-    wanted = {"both": ["json", "diffusers"], "python": ["diffusers"]}.get(form, [form])
-    if not set(wanted) <= FORMS.keys():
-        raise ConfigError(choose_from("format", form, [*FORMS, "both"]))
+    form = "diffusers" if form == "python" else form
+    if form not in FORMS:
+        raise ConfigError(choose_from("format", form, FORMS))
     if folder is not None and not folder.absolute().parent.is_dir():
         raise ConfigError(f"folder {str(folder.parent)!r} does not exist; create it or give another --out")
     url = storage_url(storage)
-    found = existing(study, url)[1]
-    texts: dict[str, str] = {}
-    for one in wanted:
-        try:
-            texts[FORMS[one].format(study)] = export_text(found, one)
-        except ConfigError as error:
-            if form != "both" or not texts:
-                raise
-            err.print(f"no script: {error}")
-    warn(read_report(found).warnings(storage_option(url)))
+    report = read_report(existing(study, url)[1])
+    schedule = report_schedule(report)
+    text = schedule_text(schedule, form)
+    if form == "diffusers" and check:
+        text = _checked(schedule, text)
+    warn(report.warnings(storage_option(url)))
+    for note in notes(schedule, form):
+        err.print(note)
+    beside = form == "diffusers" and reads_json(text)
     if folder is None:
-        print("\n".join(texts.values()), end="")
+        if beside:
+            tail = storage_option(url)
+            err.print(f"the script reads {study}.json: adopt export --study {study} --format json --out .{tail}")
+        print(text, end="")
         return
-    for name, text in texts.items():
-        try:
-            folder.mkdir(exist_ok=True)
-            (folder / name).write_text(text, encoding="utf-8")
-        except OSError as error:
-            raise ConfigError(f"cannot write {str(folder / name)!r}: {error.strerror}; give another --out") from None
-        say(f"wrote {folder / name}")
+    for name, content in {form: text, **({"json": schedule.text()} if beside else {})}.items():
+        _write(folder, FORMS[name].format(study), content)
+
+
+def _checked(schedule: Schedule, text: str) -> str:
+    """The script for diffusers, or one with the search's own sampler where it draws other images than the search."""
+    from autodiffusion_optuna.export import diffusers_script, uses_diffusers
+    from autodiffusion_optuna.transfer import check_script
+
+    if not uses_diffusers(text):
+        return text
+    err.print("comparing the script's images with those of the search's sampler …")
+    try:
+        fault, other = check_script(schedule)
+    except AdoptError as error:
+        warn([f"the script was not checked against the search's sampler: {error}"])
+        return text
+    warn([other] if other else [])
+    if fault is None:
+        return text
+    warn([f"{fault}; the script uses the search's own sampler instead"])
+    return diffusers_script(schedule, why_not=fault)
+
+
+def _write(folder: Path, name: str, text: str) -> None:
+    try:
+        folder.mkdir(exist_ok=True)
+        (folder / name).write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"cannot write {str(folder / name)!r}: {error.strerror}; give another --out") from None
+    say(f"wrote {folder / name}")
 
 
 @app.callback(invoke_without_command=True)

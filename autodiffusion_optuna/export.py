@@ -13,16 +13,16 @@ import optuna
 from autodiffusion_optuna import __version__, records
 from autodiffusion_optuna.candidate import Candidate
 from autodiffusion_optuna.config import Range, StudyConfig
-from autodiffusion_optuna.errors import ConfigError, StudyError, choose_from
+from autodiffusion_optuna.errors import ConfigError, ModelError, StudyError, choose_from
 from autodiffusion_optuna.noise import NoiseSchedule
-from autodiffusion_optuna.pipelines import NOT_PIPELINES, SCALING, Recipe, find_recipe
+from autodiffusion_optuna.pipelines import NOT_PIPELINES, SCALING, TEXT_PIPELINES, Recipe, find_recipe
 from autodiffusion_optuna.report import Best, StudyReport, read_report
 from autodiffusion_optuna.schedule import ConfigPart, FreshPart, ModelPart, NoisePart, Schedule, ScorePart
 
 BUNDLED = ("digits",)
-TEXT_PIPELINES = ("StableDiffusionPipeline", "StableDiffusionXLPipeline", "StableDiffusion3Pipeline", "FluxPipeline")
 IMAGES = 16
 """Images that a script without prompts draws."""
+PROMPT = "a photograph of a cat"
 
 
 def export_schedule(study: optuna.Study) -> Schedule:
@@ -89,7 +89,7 @@ def _first(value: Any) -> Any:
 
 def _model(config: StudyConfig, attrs: Mapping[str, Any]) -> ModelPart:
     facts = attrs.get(records.MODEL_FACTS, {"kind": "mixture" if config.model.source == "mixture" else "UNet2DModel"})
-    shape, image_shape = facts.get("shape"), facts.get("image_shape")
+    shape, image_shape, units = facts.get("shape"), facts.get("image_shape"), facts.get("units")
     return ModelPart(
         source=config.model.source,
         sha256=attrs["model"],
@@ -101,6 +101,9 @@ def _model(config: StudyConfig, attrs: Mapping[str, Any]) -> ModelPart:
         guidance=facts.get("guidance", "none"),
         shape=shape and tuple(shape),
         image_shape=image_shape and tuple(image_shape),
+        latent_scale=facts.get("latent_scale"),
+        weights=facts.get("weights"),
+        units=None if units is None else tuple(units),
     )
 
 
@@ -136,14 +139,18 @@ def schedule_text(schedule: Schedule, form: str) -> str:
 # diffusers
 
 
-def diffusers_script(schedule: Schedule) -> str:
+def diffusers_script(schedule: Schedule, images: int | None = None, why_not: str | None = None) -> str:
     """A script that draws images by the schedule with an unmodified model.
 
     Plain diffusers where it has the solver and nothing is skipped; else with ``autodiffusion_optuna.apply``; with this
     package's own sampler where diffusers has no scheduler that takes the steps, or cannot load the model. The last two
     read the schedule's JSON, ``STUDY.json``, from the folder of the script.
+    ``images``: how many it draws; None: as many as suit a first look. ``why_not``: what was found to be wrong with the
+    script for diffusers, in place of which this package's own sampler is used.
     """
     kind = schedule.model.kind
+    if why_not is not None:
+        return _package_script(schedule, why_not)
     if kind in NOT_PIPELINES:
         return _package_script(schedule, f"diffusers has no pipeline for this model ({kind})")
     if kind in (*TEXT_PIPELINES, "DiTPipeline") and schedule.model.guidance == "free" and (schedule.guidance or 0) < 1:
@@ -154,8 +161,18 @@ def diffusers_script(schedule: Schedule) -> str:
         schedule.require_noise()
         return _package_script(schedule, str(error).partition(";")[0])
     if kind in (*TEXT_PIPELINES, "DiTPipeline"):
-        return _pipeline_script(schedule, recipe)
-    return _unet_script(schedule, recipe)
+        return _pipeline_script(schedule, recipe, images)
+    return _unet_script(schedule, recipe, images or IMAGES)
+
+
+def uses_diffusers(script: str) -> bool:
+    """Whether a script of ``diffusers_script`` draws with diffusers, and not with this package's own sampler."""
+    return "from diffusers import " in script
+
+
+def reads_json(script: str) -> bool:
+    """Whether a script of ``diffusers_script`` reads the schedule's JSON."""
+    return "Path(__file__)" in script
 
 
 def _head(schedule: Schedule, note: str = "") -> str:
@@ -221,8 +238,17 @@ def _constants(recipe: Recipe, schedule: Schedule) -> str:
     return _constant("TIMESTEPS", recipe.timesteps) + _constant("SIGMAS", recipe.sigmas)
 
 
-def _own_timesteps(recipe: Recipe, scheduler: str) -> str:
-    """Code that makes the scheduler take the list whatever it is asked for."""
+WIDE_STEP = """
+
+def step(self, model_output, timestep, sample, return_dict=False):
+    # Between levels far apart a step multiplies what float32 rounds.
+    result = type(self).step(self, model_output.double(), timestep, sample.double(), return_dict=False)
+    return (result[0].to(sample.dtype), *result[1:])
+"""
+
+
+def _own_timesteps(recipe: Recipe, scheduler: str, wide: bool = False) -> str:
+    """Code that makes the scheduler take the list whatever it is asked for; ``wide``: and its steps in float64."""
     if recipe.argument is not None:
         why = "    # No pipeline of this kind hands a list on."
         body = f"    type(self).set_timesteps(self, {recipe.argument}={recipe.argument.upper()}, device=device)\n"
@@ -231,7 +257,7 @@ def _own_timesteps(recipe: Recipe, scheduler: str) -> str:
         body = (
             f"    type(self).set_timesteps(self, {recipe.steps}, device=device)\n"
             "    self.timesteps = torch.tensor(TIMESTEPS, device=device)\n"
-            "    self.sigmas = torch.tensor(SIGMAS)\n"
+            f"    self.sigmas = torch.tensor(SIGMAS{', dtype=torch.float64' if recipe.scales else ''})\n"
         )
     text = f"\n\ndef set_timesteps(self, num_inference_steps=None, device=None, **kwargs):\n{why}\n{body}"
     methods = ["set_timesteps"]
@@ -243,11 +269,14 @@ def _own_timesteps(recipe: Recipe, scheduler: str) -> str:
             "    return type(self).step(self, model_output, timestep, sample, return_dict=return_dict)\n"
         )
         methods.append("step")
+    if wide:
+        text += WIDE_STEP
+        methods.append("step")
     lines = [f"{scheduler}.{method} = types.MethodType({method}, {scheduler})\n" for method in methods]
     return text + "\n\n" + "".join(lines)
 
 
-def _pipeline_script(schedule: Schedule, recipe: Recipe) -> str:
+def _pipeline_script(schedule: Schedule, recipe: Recipe, images: int | None) -> str:
     """For the pipelines of ``TEXT_PIPELINES``, which pass a list on, and DiT, which does not."""
     kind = schedule.model.kind
     text = kind in TEXT_PIPELINES
@@ -263,7 +292,9 @@ def _pipeline_script(schedule: Schedule, recipe: Recipe) -> str:
     imports += [PATH, APPLY] if applied else []
     imports += [TYPES] if injected else []
     model, arguments = _source(schedule)
-    what = 'PROMPTS = ["a photograph of a cat"]\n' if text else "LABELS = [0, 1, 2, 3]  # classes by index\n"
+    what = _constant("PROMPTS", [PROMPT] * (images or 1))
+    if not text:
+        what = f"LABELS = {list(range(images or 4))}  # classes by index\n"
     return (
         _head(schedule, note)
         + _imports(*imports)
@@ -274,7 +305,7 @@ def _pipeline_script(schedule: Schedule, recipe: Recipe) -> str:
         + _load_pipeline(schedule, arguments)
         + f"pipe.to({DEVICE})\n"
         + (f"apply(pipe, {_beside(schedule)})\n" if applied else _set_scheduler(recipe))
-        + (_own_timesteps(recipe, "pipe.scheduler") if injected else "")
+        + (_own_timesteps(recipe, "pipe.scheduler", wide=recipe.scales) if injected else "")
         + _call(schedule, None if applied or injected else recipe.argument)
     )
 
@@ -286,7 +317,20 @@ def _load_pipeline(schedule: Schedule, arguments: str) -> str:
         config = schedule.config.model.config if schedule.config else None
         loader = f"{kind}.from_single_file(MODEL" + (f", config={config!r}" if config else "")
     dtype = "" if precision == "float32" else f", torch_dtype=torch.{precision}"
-    return f"pipe = {loader}{arguments}{dtype})\n"
+    without = "".join(f", {part}=None" for part in _left_out(schedule))
+    return f"pipe = {loader}{arguments}{without}{dtype})\n"
+
+
+def _left_out(schedule: Schedule) -> list[str]:
+    """Parts that the model was saved without: diffusers insists on being told of those that are not optional."""
+    config = schedule.config.model.config if schedule.config else None
+    path = _file(config or schedule.model.source, "model_index.json")
+    if path is None:
+        return []
+    index = json.loads(path.read_text(encoding="utf-8"))
+    expected = ("text_encoder_3", "tokenizer_3") if schedule.model.kind == "StableDiffusion3Pipeline" else ()
+    left_out = {name for name, part in index.items() if isinstance(part, list) and part[:1] == [None]}
+    return sorted(name for name in {*left_out, *(set(expected) - index.keys())} if name.isidentifier())
 
 
 def _set_scheduler(recipe: Recipe) -> str:
@@ -313,7 +357,7 @@ def _call(schedule: Schedule, argument: str | None) -> str:
     return "images = pipe(\n" + "".join(f"    {line},\n" for line in lines) + ").images\n"
 
 
-def _unet_script(schedule: Schedule, recipe: Recipe) -> str:
+def _unet_script(schedule: Schedule, recipe: Recipe, images: int) -> str:
     """For a UNet2DModel: a loop of its own, as pipelines pass on neither class labels nor a list."""
     decoder = _decoder(schedule)
     if schedule.model.shape != schedule.model.image_shape and decoder is None:
@@ -346,27 +390,29 @@ def _unet_script(schedule: Schedule, recipe: Recipe) -> str:
         + f"scheduler = {built}\n"
         + (f"scheduler = apply(DDPMPipeline(unet, scheduler), {_beside(schedule)}).scheduler\n" if masked else "")
         + (_own_timesteps(recipe, "scheduler") if injected else "")
-        + _loop(schedule, recipe, decoder)
+        + _loop(schedule, recipe, decoder, images)
     )
 
 
-def _loop(schedule: Schedule, recipe: Recipe, decoder: tuple[str, str] | None) -> str:
+def _loop(schedule: Schedule, recipe: Recipe, decoder: tuple[str, str] | None, images: int) -> str:
     listed = "" if schedule.masked or recipe.argument is None else f"{recipe.argument}={recipe.argument.upper()}, "
     asked = listed or f"{len(schedule.timesteps)}, "
     scales = recipe.scales and not schedule.masked  # apply keeps states as this model knows them
-    setup, label, guided = _labels(schedule)
+    setup, label, guided = _labels(schedule, images)
     shape = ", ".join(map(str, schedule.model.shape)) if schedule.model.shape else "*shape"
     text = f"scheduler.set_timesteps({asked}device=device)\n{setup}"
     if not schedule.model.shape:
         text += "shape = (unet.config.in_channels, unet.config.sample_size, unet.config.sample_size)\n"
     text += (
-        f"\ngenerator = torch.Generator().manual_seed(0)\nx = torch.randn({IMAGES}, {shape}, generator=generator)\n"
-        f"x = x.to(device){' * scheduler.init_noise_sigma' if scales else ''}\n"
+        f"\ngenerator = torch.Generator().manual_seed(0)\nx = torch.randn({images}, {shape}, generator=generator)\n"
+        f"x = x.to(device){'.double() * scheduler.init_noise_sigma' if scales else ''}\n"
         "with torch.inference_mode():\n    for t in scheduler.timesteps:\n"
     )
     given = "x"
     if scales:
-        text += "        scaled = scheduler.scale_model_input(x, t)\n"
+        text += (
+            "        scaled = scheduler.scale_model_input(x, t).float()  # steps are in float64: levels lie far apart\n"
+        )
         given = "scaled"
     text += f"        output = unet({given}, t{label}).sample\n"
     if guided:
@@ -378,12 +424,13 @@ def _loop(schedule: Schedule, recipe: Recipe, decoder: tuple[str, str] | None) -
     if scales and schedule.final == "first":
         text += f"    x = x * {schedule.require_noise().alpha[-1]!r}  # this scheduler's states are x / alpha\n"
     if decoder:
+        text += "    x = x.float()\n" if scales else ""
         text += f"    vae = {decoder[0]}.from_pretrained(MODEL, subfolder={decoder[1]!r}).eval().to(device)\n"
         text += "    x = vae.decode(x / vae.config.scaling_factor).sample\n"
-    return text + f"images = ((x + 1) * 127.5).clamp(0, 255).round().to(torch.uint8).cpu()  # [{IMAGES}, C, H, W]\n"
+    return text + f"images = ((x + 1) * 127.5).clamp(0, 255).round().to(torch.uint8).cpu()  # [{images}, C, H, W]\n"
 
 
-def _labels(schedule: Schedule) -> tuple[str, str, bool]:
+def _labels(schedule: Schedule, images: int) -> tuple[str, str, bool]:
     """Code that chooses classes, the network's argument, and whether it is guided away from the null class."""
     if schedule.conditions is None:
         return "", "", False
@@ -393,7 +440,7 @@ def _labels(schedule: Schedule) -> tuple[str, str, bool]:
         classes = f"[c for c in {classes} if c != {null!r}]"
     setup = (
         f"classes = {classes}\n"
-        f"labels = torch.tensor([classes[i % len(classes)] for i in range({IMAGES})], device=device)\n"
+        f"labels = torch.tensor([classes[i % len(classes)] for i in range({images})], device=device)\n"
     )
     guided = schedule.model.guidance == "free" and schedule.guidance not in (None, 1)
     if guided:
@@ -424,6 +471,21 @@ def _file(source: str, name: str) -> Path | None:
     except HFValidationError:
         return None
     return Path(found) if isinstance(found, str) else None
+
+
+def local_folder(source: str) -> Path | None:
+    """The folder in the hub's cache of a hub id; None for a model of another kind.
+
+    ``ModelError`` where the cache does not hold the model in whole.
+    """
+    if source in BUNDLED or Path(source).exists() or ":" in source or source.count("/") != 1:
+        return None
+    from autodiffusion_optuna.evaluation.models.hub import is_complete
+
+    found = _file(source, "model_index.json") or _file(source, "config.json")
+    if found is None or not is_complete(found.parent):
+        raise ModelError(f"{source!r} is not in the hub's cache")
+    return found.parent
 
 
 def _decoder(schedule: Schedule) -> tuple[str, str] | None:
@@ -512,20 +574,25 @@ COMFYUI: dict[str, tuple[str, str]] = {
 
 
 def comfyui_sigmas(schedule: Schedule) -> str:
-    """Comment lines, then the text for ComfyUI's node ManualSigmas.
+    """The text for ComfyUI's node ManualSigmas, which reads every number in it; ``notes`` says how to use it.
 
     K + 1 noise levels in ComfyUI's convention, sigma / alpha for eps and v models and s in [0, 1] for flows, the last
     one 0 with ``final = "one"``. Without exponents, which the node does not read.
     """
     noise = schedule.require_noise()
+    levels = noise.sigma
+    if schedule.model.prediction != "flow_prediction":
+        levels = tuple(s / a for a, s in zip(noise.alpha, noise.sigma, strict=True))
+    return ", ".join(_fixed(level) for level in levels) + "\n"
+
+
+def notes(schedule: Schedule, form: str) -> list[str]:
+    """What the reader of an export needs to know and its text must not hold, a line each."""
     flow = schedule.model.prediction == "flow_prediction"
-    levels = noise.sigma if flow else [s / a for a, s in zip(noise.alpha, noise.sigma, strict=True)]
-    lines = [
-        f"Study {schedule.study}: paste the last line into the node ManualSigmas.",
-        _comfyui_sampler(schedule, flow),
-    ]
-    lines += _comfyui_notes(schedule, flow)
-    return "".join(f"# {line}\n" for line in lines) + ", ".join(_fixed(level) for level in levels) + "\n"
+    if form == "comfyui":
+        lines = [f"Study {schedule.study}: paste the numbers into the node ManualSigmas."]
+        return [*lines, _comfyui_sampler(schedule, flow), *_comfyui_notes(schedule, flow)]
+    return []
 
 
 def _comfyui_sampler(schedule: Schedule, flow: bool) -> str:

@@ -19,7 +19,7 @@ from autodiffusion_optuna.config import NAME_PATTERN, ModelConfig, ScoreConfig, 
 from autodiffusion_optuna.errors import ConfigError
 from autodiffusion_optuna.noise import Final, NoiseSchedule
 
-FORMAT = 2
+FORMAT: Literal[3] = 3
 MAX_TIMESTEPS = 1_000_000
 """Largest grid of model times that a file is believed to have."""
 
@@ -40,7 +40,8 @@ class ModelPart(Table):
     """The model that the schedule was found for; see ``evaluation.models.Model``.
 
     ``clip`` is what was done, never "the model's own". ``guidance``: what a guidance scale acts on.
-    ``prediction``, ``shape``, ``image_shape``: None where the file or the model does not say.
+    ``weights``: some of the network's by name, see ``evaluation.denoiser.weights_sample``. ``units``: names of all
+    layers that could be skipped. None where the file or the model does not say; ``latent_scale`` also of pixels.
     """
 
     source: str
@@ -52,6 +53,9 @@ class ModelPart(Table):
     guidance: Literal["none", "free", "embedded", "classifier"] = "none"
     shape: Shape | None = None
     image_shape: Shape | None = None
+    latent_scale: float | None = None
+    weights: dict[str, float] | None = None
+    units: tuple[str, ...] | None = None
 
 
 class NoisePart(Table):
@@ -110,10 +114,10 @@ class Schedule(Table):
     ``train_timesteps``: T, the size of the grid that ``timesteps`` index. ``solver``: a name of ``SOLVERS``.
     ``guidance``: the scale used, None where the model has no guidance. ``skips``: names of the units skipped at each
     step. ``cost``: relative to the study's full run. ``conditions``: fingerprint of the labels or prompts.
-    ``noise`` and ``config``: None in files of format 1, which did not hold them.
+    ``noise`` and ``config``: None in files of format 1, which did not hold them; format 2 knew less of the model.
     """
 
-    format: Literal[2] = 2
+    format: Literal[2, 3] = FORMAT
     study: Name
     model: ModelPart
     train_timesteps: Annotated[int, Field(ge=1, le=MAX_TIMESTEPS)]
@@ -147,7 +151,7 @@ class Schedule(Table):
 
     @classmethod
     def read(cls, path: str | Path) -> Schedule:
-        """The schedule in a JSON file of format 2, or of format 1 as older versions wrote it (ConfigError)."""
+        """The schedule in a JSON file of format 3, or of those that older versions wrote (ConfigError)."""
         path = Path(path)
         try:
             text = path.read_text(encoding="utf-8")
@@ -174,7 +178,7 @@ class Schedule(Table):
                 f"schedule {name} has format {version}, this version reads up to {FORMAT}; upgrade autodiffusion-optuna"
             )
         try:
-            return cls.model_validate_json(text if version == FORMAT else json.dumps(_upgraded(data)))
+            return cls.model_validate_json(text if version > 1 else json.dumps(_upgraded(data)))
         except ValidationError as error:
             raise ConfigError(f"{foreign}: {_first_problem(error)}; export it again") from None
         except (KeyError, TypeError, AttributeError) as error:
@@ -257,11 +261,12 @@ def _unpack(text: str, T: int) -> NoiseSchedule:
 
 
 def _upgraded(data: dict[str, Any]) -> dict[str, Any]:
-    """A table of format 1 as one of format 2. Its version knew one kind of network, the mixture, and pixels alone."""
+    """A table of format 1 as a later one. Its version knew one kind of network, the mixture, and pixels alone."""
     model, solver = data["model"], data["solver"]
     kind = "mixture" if model["source"] == "mixture" else "UNet2DModel"
     return {
         **{key: value for key, value in data.items() if key not in ("format", "model", "solver")},
+        "format": 2,
         "model": {**model, "kind": kind},
         "solver": solver["name"],
         "final": solver["final"],

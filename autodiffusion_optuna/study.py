@@ -393,6 +393,9 @@ def _describe_model(parts: Parts, study: optuna.Study) -> None:
         "prediction": model.denoiser.prediction if isinstance(model.denoiser, Denoiser) else None,
         "shape": list(model.shape),
         "image_shape": list(model.picture_shape),
+        "units": list(model.units),
+        "latent_scale": model.latent_scale,
+        "weights": None if model.weights is None else dict(model.weights),
         "guidance": model.guidance,
         "scale": model.scale,
     }

@@ -2,31 +2,51 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
+import json
+import logging
+import runpy
+import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from autodiffusion_optuna.candidate import Candidate
+from autodiffusion_optuna.check import LIMIT, difference, same_weights
 from autodiffusion_optuna.config import StudyConfig, parse_config
-from autodiffusion_optuna.errors import ConfigError
+from autodiffusion_optuna.errors import AdoptError, ConfigError, ModelError
+from autodiffusion_optuna.evaluation.denoiser import Denoiser
+from autodiffusion_optuna.evaluation.models import Model
+from autodiffusion_optuna.evaluation.models.parts import first_line
+from autodiffusion_optuna.evaluation.prefix import Tally, remembering
+from autodiffusion_optuna.evaluation.sampling import Sampling
+from autodiffusion_optuna.evaluation.solvers import times
+from autodiffusion_optuna.export import PROMPT, diffusers_script, local_folder
+from autodiffusion_optuna.noise import NoiseSchedule
 from autodiffusion_optuna.records import Fresh
-from autodiffusion_optuna.schedule import Schedule
+from autodiffusion_optuna.schedule import FORMAT, Schedule
 from autodiffusion_optuna.search.schedules import KNOWN
-from autodiffusion_optuna.study import Parts, build
+from autodiffusion_optuna.study import Parts, build, open_model
 
 
 @dataclass(frozen=True, eq=False)
 class Opened:
     """A schedule on a model: the parts that score it, and what is compared.
 
-    ``rivals``: uniform with as many steps, then the schedule itself, both with the schedule's solver.
+    ``rivals``: uniform with as many steps, then the schedule itself, both with the schedule's solver. ``other``: one
+    line of what sets the model apart from the one that the schedule was found on; None where it is that one.
     """
 
     parts: Parts
     rivals: dict[str, Candidate]
+    other: str | None = None
 
 
 def open_schedule(schedule: Schedule, overrides: Iterable[str] = (), *, trust: bool = False) -> Opened:
@@ -37,7 +57,59 @@ def open_schedule(schedule: Schedule, overrides: Iterable[str] = (), *, trust: b
     parts = build(schedule_config(schedule, overrides), trust=trust)
     found = schedule.candidate(parts.model.units, parts.model.schedule.T)
     uniform = Candidate(KNOWN["uniform"](parts.model.schedule, found.steps))
-    return Opened(parts, {"uniform": uniform, schedule.study: found})
+    return Opened(parts, {"uniform": uniform, schedule.study: found}, _other_model(schedule, parts.model))
+
+
+def _other_model(schedule: Schedule, model: Model) -> str | None:
+    found = differences(schedule, model)
+    start = f"model {model.name} is not the one that the schedule of study {schedule.study!r} was found on: "
+    return start + ", ".join(found) if found else None
+
+
+def differences(schedule: Schedule, model: Model) -> list[str]:
+    """What a model has otherwise than the one that a schedule was found on; empty where it is the same one."""
+    part = schedule.model
+    denoiser = model.denoiser if isinstance(model.denoiser, Denoiser) else None
+    pairs: list[tuple[str, Any, Any]] = [
+        ("kind", part.kind, model.kind),
+        ("prediction", part.prediction, denoiser and denoiser.prediction),
+        ("clip", part.clip, denoiser and denoiser.clip),
+        ("guidance", part.guidance, model.guidance),
+        ("shape", part.shape, model.shape),
+        ("image shape", part.image_shape, model.picture_shape),
+        ("latent scale", part.latent_scale, model.latent_scale),
+    ]
+    found = [f"{name} {_shown(now)} instead of {_shown(then)}" for name, then, now in pairs if _other(then, now)]
+    if schedule.noise is not None and not _same_noise(schedule.noise_schedule(), model.schedule):
+        found.append("another noise schedule")
+    if part.units is not None and part.units != model.units:
+        found.append(f"other layers ({len(model.units)} instead of {len(part.units)})")
+    if schedule.conditions != (model.conditions and model.conditions.fingerprint):
+        found.append("other labels or prompts")
+    if part.weights is not None and model.weights is not None and not same_weights(part.weights, model.weights):
+        found.insert(0, "other weights")
+    elif part.sha256 != model.fingerprint:
+        found.insert(0, "other files, of weights or configs")
+    if found and schedule.format < FORMAT:
+        found.append("and the schedule, of an older version, does not say all of its own")
+    return found
+
+
+def _other(then: object, now: object) -> bool:
+    known = then is not None and now is not None
+    if known and isinstance(then, float):
+        return not np.isclose(then, float(str(now)), rtol=1e-5)
+    return known and then != now
+
+
+def _shown(value: object) -> str:
+    if isinstance(value, tuple):
+        return "x".join(map(str, value))
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _same_noise(then: NoiseSchedule, now: NoiseSchedule) -> bool:
+    return then.T == now.T and np.allclose(then.lambdas, now.lambdas, atol=1e-6)
 
 
 def schedule_config(schedule: Schedule, overrides: Iterable[str] = ()) -> StudyConfig:
@@ -84,3 +156,113 @@ def sample_rivals(opened: Opened, images: int) -> list[tuple[str, NDArray[np.uin
         (f"{name}, {candidate.steps} steps", opened.parts.evaluator.sample(candidate, 0, images, bank=1).cpu().numpy())
         for name, candidate in opened.rivals.items()
     ]
+
+
+CHECKED = 2
+"""Images that an exported script is checked on."""
+
+
+class ScriptCheck(NamedTuple):
+    """What was found of a script for diffusers, None where there is nothing to say.
+
+    ``fault``: why it does not draw the images of the search's sampler. ``other``: see ``Opened``.
+    """
+
+    fault: str | None
+    other: str | None
+
+
+def check_script(schedule: Schedule) -> ScriptCheck:
+    """Compare the images of the script for diffusers with those of the search's sampler.
+
+    It is run as it is exported, on its model and on ``CHECKED`` images; the pixels of each may differ by
+    ``check.LIMIT`` of 255 in the mean. ``AdoptError`` where the model is not here. Nothing is downloaded.
+    """
+    schedule = _at_hand(schedule)
+    wanted, other = _ours(schedule)
+    return ScriptCheck(_fault(schedule, wanted), other)
+
+
+def _fault(schedule: Schedule, wanted: torch.Tensor) -> str | None:
+    """Why the script does not draw the images ``wanted``, uint8 [CHECKED, C, H, W]."""
+    with TemporaryDirectory() as place:
+        script = Path(place) / f"{schedule.study}.py"
+        schedule.write(script.with_suffix(".json"))
+        script.write_text(diffusers_script(schedule, images=CHECKED), encoding="utf-8")
+        try:
+            found = _run(script)
+        except AdoptError as error:
+            return str(error).partition(";")[0]
+        except (torch.OutOfMemoryError, MemoryError, ImportError) as error:
+            raise ModelError(f"it cannot be run here ({type(error).__name__}: {first_line(error)})") from error
+        except Exception as error:  # whatever diffusers makes of the model
+            return f"diffusers cannot draw with this model as it is here ({type(error).__name__}: {first_line(error)})"
+    off = difference(found / 127.5 - 1, wanted.float() / 127.5 - 1)
+    if off <= LIMIT:
+        return None
+    return f"on this model diffusers' images differ from those of the search's sampler by {off:.3g} of 255"
+
+
+def _at_hand(schedule: Schedule) -> Schedule:
+    """The schedule with the model's local folder in place of a hub id (ModelError where it is not in the cache)."""
+    assert schedule.config is not None, "exported from a study"
+    folder = local_folder(schedule.model.source)
+    if folder is None:
+        return schedule
+    model = schedule.config.model.model_copy(update={"source": str(folder)})
+    return schedule.model_copy(
+        update={
+            "model": schedule.model.model_copy(update={"source": str(folder)}),
+            "config": schedule.config.model_copy(update={"model": model}),
+        }
+    )
+
+
+def _ours(schedule: Schedule) -> tuple[torch.Tensor, str | None]:
+    """Images of the search's sampler, and what sets the model apart, which is let go of before the script loads it."""
+    model = _open_for_check(schedule)
+    conditions = model.conditions and model.conditions.fingerprint  # the prompt of a script is its own
+    other = _other_model(schedule.model_copy(update={"conditions": conditions}), model)
+    return _drawn(schedule, model), other
+
+
+def _open_for_check(schedule: Schedule) -> Model:
+    """The model as the study opens it, but with the prompt of the script."""
+    with TemporaryDirectory() as place:
+        prompts = Path(place) / "prompts.txt"
+        prompts.write_text(f"{PROMPT}\n" * CHECKED, encoding="utf-8")
+        model_config = schedule.config and schedule.config.model
+        prompted = [f"model.prompts={json.dumps(str(prompts))}"] if model_config and model_config.prompts else []
+        return open_model(schedule_config(schedule, [*prompted, "model.compile=false"]))
+
+
+def _drawn(schedule: Schedule, model: Model) -> torch.Tensor:
+    """uint8 [CHECKED, C, H, W] of the search's sampler, from the noise that the script draws."""
+    candidate = schedule.candidate(model.units, T=model.schedule.T)
+    sampling = Sampling(**schedule.sampling_settings())
+    generator = torch.Generator().manual_seed(0)
+
+    def noise(step: int) -> torch.Tensor:
+        return torch.randn(CHECKED, *model.shape, generator=generator).to(model.device)
+
+    x = noise(0)
+    chosen = [i % model.conditions.count for i in range(CHECKED)] if model.conditions else []
+    denoise = remembering(model.bind(chosen, sampling.guidance), candidate, None, (), Tally())
+    nodes = times(model.schedule, candidate.timesteps, sampling.final)
+    return model.to_images(sampling.find_solver(noise)(denoise, x, nodes)).cpu()
+
+
+def _run(script: Path) -> torch.Tensor:
+    """float32 [B, C, H, W] in [0, 255] that a script draws; what it and its libraries say is not shown."""
+    quiet = io.StringIO()
+    with contextlib.ExitStack() as silence:
+        silence.enter_context(contextlib.redirect_stdout(quiet))
+        silence.enter_context(contextlib.redirect_stderr(quiet))
+        silence.enter_context(warnings.catch_warnings(action="ignore"))
+        for library in map(logging.getLogger, ("diffusers", "transformers")):
+            silence.callback(library.setLevel, library.level)
+            library.setLevel(logging.CRITICAL)
+        images = runpy.run_path(str(script))["images"]
+    if isinstance(images, torch.Tensor):
+        return images.float()
+    return torch.stack([torch.from_numpy(np.array(image)) for image in images]).permute(0, 3, 1, 2).float()

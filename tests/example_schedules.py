@@ -61,6 +61,9 @@ def schedule_of(source: Path, options: dict[str, Any] | None = None, **fields: A
         guidance=model.guidance,
         shape=model.shape,
         image_shape=model.picture_shape,
+        latent_scale=model.latent_scale,
+        weights=model.weights and dict(model.weights),
+        units=model.units,
     )
     if "skips" in fields:
         fields["skips"] = tuple(tuple(model.units[u] for u in step) for step in fields["skips"])

@@ -109,9 +109,15 @@ def test_a_search_end_to_end(folder: Path, adopt: Adopt, kind: str) -> None:
     assert adopt("run", "--study", "any", "--set", "search.trials=7").code == 0  # the database knows the rest
     assert adopt("export", "--study", "any", "--format", "json", "--out", ".").code == 0
     assert json.loads((folder / "any.json").read_text())["model"]["kind"]
+    script = adopt("export", "--study", "any")
+    # DiTPipeline takes class 1000 for none, whatever the network's number of classes; this one has ten.
+    assert (script.code, "own sampler instead" in script.err) == (0, kind == "dit"), script.err
+    assert "not checked" not in script.err
+    assert ("from diffusers import" in script.out) == (kind not in ("adm", "dit"))
     scored = adopt("score", "--schedule", "any.json", "--images", "6", "--banks", "2")
     assert scored.code == 0, scored.err
     assert "uniform" in scored.out
+    assert "found on" not in scored.err
     assert adopt("sample", "--schedule", "any.json", "--images", "3", "--out", "grid.png").code == 0
     assert (folder / "grid.png").stat().st_size > 0
     quiet = adopt("sample", "--schedule", "any.json", "--set", "model.check=false", "--out", "grid.png")

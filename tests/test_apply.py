@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,10 @@ from autodiffusion_optuna.evaluation.solvers import SOLVERS, times
 from autodiffusion_optuna.noise import NoiseSchedule, flow, linear
 from autodiffusion_optuna.pipelines import find_recipe
 
-pytestmark = pytest.mark.filterwarnings("ignore:algorithm_type dpmsolver is deprecated:FutureWarning")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:algorithm_type dpmsolver is deprecated:FutureWarning"),
+    pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning"),  # diffusers, in pytest.warns
+]
 
 LISTS = {
     2: (900, 300),
@@ -42,12 +45,13 @@ BY_NOISE = ("heun", "lms", "dpm_solver_2", "dpm_solver_3", "dpm_solver_2s", "dei
 class Loop:
     """A pipeline of the simplest kind: as DDPMPipeline, with a formula for a network."""
 
-    def __init__(self, scheduler: Any, network: Callable[[Tensor, float], Tensor]) -> None:
+    def __init__(self, scheduler: Any, network: Callable[[Tensor, float], Tensor], steps: int) -> None:
+        self.steps = steps
         self.scheduler = scheduler
         self.unet = type("UNet2DModel", (), {"__call__": lambda _, x, t: network(x, t)})()
 
     def __call__(self, x: Tensor) -> Tensor:
-        self.scheduler.set_timesteps(77)
+        self.scheduler.set_timesteps(self.steps)
         for t in self.scheduler.timesteps:
             x = self.scheduler.step(self.unet(x, float(t)), t, x, generator=None).prev_sample
         return x
@@ -69,7 +73,7 @@ def compare(noise: NoiseSchedule, scheduler: Any, schedule: Schedule) -> float:
         return x0.clamp(-1, 1) if schedule.model.clip else x0
 
     wanted = SOLVERS[schedule.solver](denoise, x, times(noise, schedule.timesteps, schedule.final))
-    got = apply(Loop(scheduler, formula), schedule)(x.float())
+    got = apply(Loop(scheduler, formula, len(schedule.timesteps)), schedule)(x.float())
     return float((got - wanted).norm() / wanted.norm())
 
 
@@ -196,16 +200,17 @@ def make(kind: str, folder: Path, **fields: Any) -> tuple[Any, Schedule, Callabl
     given = {"solver": solver, "timesteps": (first, 600, 333, 40), "skips": ((1, 2), (), (0,), (2,)), **fields}
     schedule = schedule_of(folder / "net", options, **given)
     chosen = [0, 1] if text else LABELS
+    steps: dict[str, Any] = {"num_inference_steps": len(schedule.timesteps)}
     pipe = getattr(diffusers, name).from_pretrained(folder / "net")
     pipe.set_progress_bar_config(disable=True)
 
     def draw(pipe: Any) -> Tensor:
         if text:
             size = {"height": 32, "width": 32}
-            return as_images(pipe(PROMPTS, guidance_scale=schedule.guidance, generator=seed(), **size))
+            return as_images(pipe(PROMPTS, guidance_scale=schedule.guidance, generator=seed(), **size, **steps))
         if name == "DiTPipeline":
-            return as_images(pipe(class_labels=LABELS, guidance_scale=schedule.guidance, generator=seed()))
-        return as_images(pipe(batch_size=2, generator=seed()))
+            return as_images(pipe(class_labels=LABELS, guidance_scale=schedule.guidance, generator=seed(), **steps))
+        return as_images(pipe(batch_size=2, generator=seed(), **steps))
 
     return pipe, schedule, draw, ours(schedule, 2, chosen).int()
 
@@ -222,14 +227,147 @@ def test_the_pipeline_draws_our_images(tmp_path: Path, kind: str) -> None:
     assert torch.equal(draw(apply(pipe, str(tmp_path / "best.json"))), masked)
 
 
-def test_masks_and_steps_hold_whatever_a_call_asks_for(tmp_path: Path) -> None:
-    pipe, schedule, draw, _ = make("sd-heun", tmp_path)
+ASKED: dict[str, tuple[dict[str, Any], str]] = {
+    "more steps": ({"num_inference_steps": 9}, r"num_inference_steps=9 \(given, or .*its own 4 steps; pass .*steps=4"),
+    "no steps": ({}, "num_inference_steps=50"),
+    "timesteps": ({"timesteps": [700, 3]}, r"timesteps=\[700, 3\] has no effect.*pass timesteps=\[951, 600, 333, 40\]"),
+    "scale": ({"num_inference_steps": 4, "guidance_scale": 3.0}, r"guidance_scale=3 is not .*pass guidance_scale=7\.5"),
+}
+
+
+@pytest.mark.parametrize("name", ASKED)
+def test_masks_and_steps_hold_whatever_a_call_asks_for_and_it_says_so_once(tmp_path: Path, name: str) -> None:
+    pipe, schedule, draw, wanted = make("sd-heun", tmp_path)
     apply(pipe, schedule)
-    wanted = draw(pipe)
-    given = {"guidance_scale": schedule.guidance, "height": 32, "width": 32}
-    for asked in ({"num_inference_steps": 9}, {"timesteps": [700, 3]}):
-        found = pipe(PROMPTS, generator=seed(), **given, **asked)
-        assert torch.equal(as_images(found), wanted)
+    asked, message = ASKED[name]
+    given = {"guidance_scale": schedule.guidance, "height": 32, "width": 32, **asked}
+    with pytest.warns(UserWarning, match=message):
+        found = as_images(pipe(PROMPTS, generator=seed(), **given))
+    assert torch.equal(as_images(pipe(PROMPTS, generator=seed(), **given)), found)
+    assert (int((found - wanted).abs().max()) <= 2) == (name != "scale")
+    assert torch.equal(draw(pipe), draw(pipe)), "what the schedule takes is not warned of"
+
+
+def test_a_flows_own_sigmas_are_no_wish_of_the_users(tmp_path: Path) -> None:
+    pipe, schedule, draw, _ = make("flux", tmp_path, solver="ddim")
+    draw(apply(pipe, schedule))  # the pipeline hands on sigmas that it made of the number of steps
+    given = {"guidance_scale": schedule.guidance, "height": 32, "width": 32, "generator": seed()}
+    with pytest.warns(UserWarning, match=r"sigmas=\[1, 0\.7, 0\.2, 0\.1\] has no effect.*num_inference_steps=4"):
+        pipe(PROMPTS, sigmas=[1.0, 0.7, 0.2, 0.1], **given)
+    with pytest.warns(UserWarning, match="num_inference_steps=28"):
+        pipe(PROMPTS, **given)
+
+
+def test_noise_that_the_schedule_does_not_add_is_warned_of() -> None:
+    from diffusers import DDPMScheduler
+
+    loop = apply(Loop(DDPMScheduler(), formula, 3), example())
+    loop.scheduler.set_timesteps(3)
+    with pytest.warns(UserWarning, match="eta=0.5 has no effect.*pass eta=0,"):
+        loop.scheduler.step(torch.zeros(1, 1, 2, 2), 901, torch.zeros(1, 1, 2, 2), eta=0.5)
+
+
+def test_a_scheduler_set_afterwards_skips_nothing_and_says_so(tmp_path: Path) -> None:
+    pipe, schedule, _, _ = make("ddpm", tmp_path)
+    before = pipe.scheduler
+    plain = as_images(pipe(batch_size=2, num_inference_steps=4, generator=seed()))
+    apply(pipe, schedule)
+    pipe.scheduler = before
+    with pytest.warns(UserWarning, match="scheduler was replaced after .* so no layer is skipped; apply .* again"):
+        assert torch.equal(as_images(pipe(batch_size=2, num_inference_steps=4, generator=seed())), plain)
+    pipe(batch_size=1, num_inference_steps=4)
+
+
+COMPILED: dict[str, Callable[[Any, Any], Any]] = {
+    "around": lambda unet, backend: torch.compile(unet, backend=backend),
+    "in place": lambda unet, backend: unet.compile(backend=backend),
+    "forward": lambda unet, backend: setattr(unet, "forward", torch.compile(unet.forward, backend=backend)),
+    "a part": lambda unet, backend: setattr(unet, "mid_block", torch.compile(unet.mid_block, backend=backend)),
+    "parallel": lambda unet, backend: torch.nn.DataParallel(unet),
+}
+
+
+@pytest.fixture
+def counter() -> Iterator[Any]:
+    """A fresh compiler that counts its graphs, with its limits as they were afterwards."""
+    from torch._dynamo import config
+    from torch._dynamo.testing import CompileCounter
+
+    torch._dynamo.reset()
+    limits = {name: getattr(config, name) for name in ("recompile_limit", "accumulated_recompile_limit")}
+    with config.patch(limits):
+        yield CompileCounter()
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("how", COMPILED)
+def test_a_compiled_network_skips_the_same_and_no_mask_compiles_it_again(
+    tmp_path: Path, how: str, counter: Any
+) -> None:
+    timesteps = tuple(range(950, 40, -80))
+    masks = tuple(tuple(u for u in (0, 1, 2) if step >> u & 1) for step in range(len(timesteps)))
+    pipe, schedule, draw, wanted = make("ddpm", tmp_path, timesteps=timesteps, skips=masks)
+    wrapped = COMPILED[how](pipe.unet, counter)
+    pipe.unet = pipe.unet if wrapped is None else wrapped
+    apply(pipe, schedule)
+    if how == "parallel":
+        assert all("forward" in vars(pipe.unet.module.get_submodule(unit)) for unit in schedule.skips[-1])
+        return
+    assert int((draw(pipe) - wanted).abs().max()) <= 2
+    draw(pipe)
+    compiled = counter.frame_count
+    assert compiled > 0
+    for _ in range(2):
+        draw(pipe)
+    assert counter.frame_count == compiled
+    remove(pipe)
+    assert not any(hasattr(vars(module).get("forward"), "_torchdynamo_disable") for module in pipe.unet.modules())
+
+
+# The check
+
+
+def cosine_beginning(folder: Path, **fields: Any) -> tuple[Any, Schedule]:
+    """A pipeline whose highest level has sigma / alpha = 20291, and a schedule from there."""
+    from diffusers import DDPMPipeline, DDPMScheduler
+
+    DDPMPipeline(make_unet(), DDPMScheduler(beta_schedule="squaredcos_cap_v2")).save_pretrained(folder / "net")
+    pipe = DDPMPipeline.from_pretrained(folder / "net")
+    pipe.set_progress_bar_config(disable=True)
+    return pipe, schedule_of(folder / "net", **{"timesteps": (999, 500), **fields})
+
+
+@pytest.mark.parametrize("final", ["one", "first"])
+@pytest.mark.parametrize("solver", ["heun", "dpm_solver_2", "deis_3", "unipc_3", "dpmpp_2s"])
+def test_levels_far_apart_lose_no_digits(tmp_path: Path, solver: str, final: str) -> None:
+    pipe, schedule = cosine_beginning(tmp_path, solver=solver, final=final)
+    found = as_images(apply(pipe, schedule)(batch_size=2, num_inference_steps=2, generator=seed()))
+    assert int((found - ours(schedule, 2).int()).abs().max()) <= 2
+
+
+def test_steps_that_go_another_way_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In float32, as diffusers takes them, Heun's steps between those levels are 92 of 255 off on this network."""
+    pipe, schedule = cosine_beginning(tmp_path, solver="heun")
+    before, state = pipe.scheduler, torch.get_rng_state()
+    monkeypatch.setattr("autodiffusion_optuna.pipelines._wide", lambda device: torch.float32)
+    with pytest.raises(ConfigError, match=r"HeunDiscreteScheduler differs from the sampler .* by \d\d.* of 255 on its"):
+        apply(pipe, schedule)
+    assert pipe.scheduler is before
+    assert torch.equal(torch.get_rng_state(), state)
+    found = as_images(apply(pipe, schedule, check=False)(batch_size=2, num_inference_steps=2, generator=seed()))
+    assert float((found - ours(schedule, 2).int()).abs().float().mean()) > 50
+
+
+def test_states_in_half_precision_that_go_another_way_are_warned_of(tmp_path: Path) -> None:
+    """Schedulers divide by an alpha of 5e-5, beyond float16; bfloat16 has the range, and DDIM needs no more."""
+    pipe, schedule = cosine_beginning(tmp_path)
+    pipe.to(torch.bfloat16)
+    apply(pipe, schedule)
+    pipe.to(torch.float16)
+    with pytest.warns(
+        UserWarning, match=r"in float16, diffusers' DPMSolverMultistepScheduler differs .* load .* float32"
+    ):
+        apply(pipe, schedule)
 
 
 def test_heun_skips_by_the_step_of_each_evaluation(tmp_path: Path) -> None:
@@ -292,7 +430,7 @@ def test_two_model_calls_a_step_share_its_mask(tmp_path: Path) -> None:
     pipe, schedule, _, _ = make("ddpm", tmp_path)
     apply(pipe, schedule)
     x = torch.randn(1, 3, 16, 16, generator=seed())
-    pipe.scheduler.set_timesteps(1)
+    pipe.scheduler.set_timesteps(4)
     with torch.inference_mode():
         for t in pipe.scheduler.timesteps:
             first, second = pipe.unet(x, t).sample, pipe.unet(x, t).sample
@@ -365,7 +503,7 @@ def test_the_pipelines_of_one_network_share_schedules(tmp_path: Path) -> None:
     schedule = schedule_of(tmp_path / "net", solver="dpmpp_2m", skips=((0,), (2,), ()))
     unet = UNet2DModel.from_pretrained(tmp_path / "net", subfolder="unet").eval()
     pipe = apply(DDIMPipeline(unet=unet, scheduler=DDIMScheduler(beta_start=1e-4)), schedule)
-    pipe.scheduler.set_timesteps(50)
+    pipe.scheduler.set_timesteps(3)
     x = torch.randn(2, *schedule.model.shape or (), generator=seed())
     with torch.inference_mode():
         for t in pipe.scheduler.timesteps:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import runpy
 import subprocess
@@ -17,17 +18,18 @@ import torch
 from command import Adopt
 from example_schedules import example, ours, schedule_of
 from tiny_models import make_unet, make_vae, write_class_conditional, write_ddpm, write_dit
-from tiny_pipelines import write_flux, write_sd, write_sd3, write_sdxl
+from tiny_pipelines import write_flux, write_prompts, write_sd, write_sd3, write_sdxl
 from torch import Tensor
 
-from autodiffusion_optuna import Schedule
-from autodiffusion_optuna.errors import ConfigError, StudyError
+from autodiffusion_optuna import Schedule, transfer
+from autodiffusion_optuna.errors import ConfigError, ModelError, StudyError
 from autodiffusion_optuna.evaluation.models import load_model
 from autodiffusion_optuna.export import (
     FORMS,
     export_schedule,
     export_text,
     load_schedule,
+    notes,
     report_schedule,
     schedule_text,
 )
@@ -36,6 +38,7 @@ from autodiffusion_optuna.records import Fresh
 from autodiffusion_optuna.report import load_study, read_report
 from autodiffusion_optuna.schedule import ConfigPart, FreshPart, ScorePart
 from autodiffusion_optuna.storage import open_storage, storage_url
+from autodiffusion_optuna.transfer import check_script, differences
 
 pytestmark = pytest.mark.filterwarnings("ignore:algorithm_type dpmsolver is deprecated:FutureWarning")
 
@@ -74,6 +77,13 @@ def without_betas(folder: Path) -> None:
     )
 
 
+def cosine(folder: Path) -> None:
+    """Its highest level has sigma / alpha = 20291."""
+    from diffusers import DDPMPipeline, DDPMScheduler
+
+    DDPMPipeline(make_unet(), DDPMScheduler(beta_schedule="squaredcos_cap_v2")).save_pretrained(folder)
+
+
 def flowing(folder: Path) -> None:
     from diffusers import FlowMatchEulerDiscreteScheduler
 
@@ -89,6 +99,13 @@ def latent(folder: Path) -> None:
     DDPMScheduler().save_pretrained(folder / "scheduler")
 
 
+def forget_parts(folder: Path) -> None:
+    """Leave out of the pipeline's index the parts that it says it has not."""
+    path = folder / "model_index.json"
+    index = json.loads(path.read_text())
+    path.write_text(json.dumps({name: part for name, part in index.items() if part != [None, None]}))
+
+
 Case = tuple[Callable[[Path], Any], dict[str, Any], dict[str, Any]]
 NETWORKS: dict[str, Case] = {
     "ddim": (write_ddpm, {}, {"solver": "ddim"}),
@@ -100,6 +117,9 @@ NETWORKS: dict[str, Case] = {
     "dpm_solver_2": (write_ddpm, {}, {"solver": "dpm_solver_2"}),
     "heun": (write_ddpm, {}, {"solver": "heun"}),
     "heun-defaults": (without_betas, {}, {"solver": "heun"}),
+    "heun-far-apart": (cosine, {}, {"solver": "heun", "timesteps": (999, 500)}),
+    "heun-far-apart-first": (cosine, {}, {"solver": "heun", "timesteps": (999, 500), "final": "first"}),
+    "heun-short-end": (write_ddpm, {}, {"solver": "heun", "timesteps": (999, 5)}),
     "heun-first": (write_ddpm, {}, {"solver": "heun", "final": "first"}),
     "lms": (write_ddpm, {"clip": False}, {"solver": "lms"}),
     "unipc_3": (write_ddpm, {}, {"solver": "unipc_3"}),
@@ -126,7 +146,7 @@ def test_the_script_of_a_network_draws_our_images(folder: Path, name: str, maske
     write(folder / "net")
     if masked:
         fields = {**fields, "skips": SKIPS}
-    schedule = schedule_of(Path("net"), options, timesteps=TIMESTEPS, **fields)
+    schedule = schedule_of(Path("net"), options, **{"timesteps": TIMESTEPS, **fields})
     classes = [] if "classes" not in name else [i % (4 if "guided" in name else 5) for i in range(16)]
     drawn = run(folder, schedule)
     assert drawn.shape == (16, *(schedule.model.image_shape or ()))
@@ -141,6 +161,9 @@ PIPELINES: dict[str, Case] = {
     "sd-v-deis_2": (lambda folder: write_sd(folder, "v_prediction"), {}, {"solver": "deis_2"}),
     "sdxl-ddim": (write_sdxl, {}, {"solver": "ddim"}),
     "sd3-ddim": (lambda folder: write_sd3(folder, t5=True), {}, {"solver": "ddim"}),
+    "sd3-without-t5": (write_sd3, {}, {"solver": "ddim"}),
+    "sd3-index-without-t5": (lambda folder: write_sd3(folder) and forget_parts(folder), {}, {"solver": "ddim"}),
+    "sd-index-without-checker": (lambda folder: write_sd(folder) and forget_parts(folder), {}, {"solver": "ddim"}),
     "sd3-unipc_2": (lambda folder: write_sd3(folder, t5=True), {}, {"solver": "unipc_2", "guidance": 4.0}),
     "flux-euler": (write_flux, {}, {"solver": "euler", "guidance": 2.0}),
     "flux-dpmpp_2m": (write_flux, {}, {"solver": "dpmpp_2m", "final": "first"}),
@@ -242,11 +265,12 @@ def adm_config() -> ConfigPart:
 
 
 def sigmas(schedule: Schedule) -> tuple[list[str], list[float]]:
-    """Comment lines, and the numbers as the node finds them."""
-    *notes, line = schedule_text(schedule, "comfyui").splitlines()
-    assert all(note.startswith("# ") for note in notes)
-    assert "e" not in line
-    return notes, [float(number) for number in re.findall(r"[-+]?(?:\d*\.*\d+)", line)]
+    """What is said beside it, and the numbers as the node finds them: all of a text, in comments too."""
+    text = schedule_text(schedule, "comfyui")
+    assert "e" not in text
+    found = [float(number) for number in re.findall(r"[-+]?(?:\d*\.*\d+)", text)]
+    assert len(found) == len(schedule.timesteps) + 1
+    return notes(schedule, "comfyui"), found
 
 
 def test_comfyui_is_given_sigma_over_alpha() -> None:
@@ -257,11 +281,11 @@ def test_comfyui_is_given_sigma_over_alpha() -> None:
     timesteps = (999, 613, 208, 0)
     part = {"kind": "StableDiffusionPipeline", "guidance": "free"}
     schedule = example(scaled_linear(), timesteps=timesteps, solver="dpmpp_2m", guidance=7.5, model=part)
-    notes, found = sigmas(schedule)
+    said, found = sigmas(schedule)
     wanted = [*(((1 - abar[t]) / abar[t]) ** 0.5 for t in timesteps), 0.0]
     np.testing.assert_allclose(found, wanted, rtol=1e-9, atol=1e-12)
     assert found[0] == pytest.approx(14.614642, abs=1e-4)  # sigma_max of Stable Diffusion in k-diffusion
-    assert notes[1:] == ["# Sampler: dpmpp_2m.", "# Guidance: 7.5 (cfg)."]
+    assert said[1:] == ["Sampler: dpmpp_2m.", "Guidance: 7.5 (cfg)."]
     last = sigmas(example(scaled_linear(), timesteps=timesteps, final="first"))[1][-1]
     assert last == pytest.approx(((1 - abar[0]) / abar[0]) ** 0.5, rel=1e-9)
 
@@ -269,10 +293,10 @@ def test_comfyui_is_given_sigma_over_alpha() -> None:
 def test_comfyui_is_given_the_levels_of_a_flow() -> None:
     part = {"kind": "FluxPipeline", "prediction": "flow_prediction", "guidance": "embedded"}
     schedule = example(flow(1000, 3.0), timesteps=(999, 500, 3), guidance=3.5, model=part)
-    notes, found = sigmas(schedule)
+    said, found = sigmas(schedule)
     u = np.array([1000, 501, 4]) / 1001
     np.testing.assert_allclose(found, [*(3 * u / (1 + 2 * u)), 0.0], atol=1e-11)
-    assert notes[1:] == ["# Sampler: euler.", "# Guidance: 3.5 (guidance of FluxGuidance, with a cfg of 1)."]
+    assert said[1:] == ["Sampler: euler.", "Guidance: 3.5 (guidance of FluxGuidance, with a cfg of 1)."]
     assert "another coordinate" in sigmas(schedule.model_copy(update={"solver": "heun"}))[0][1]
     stochastic = schedule.model_copy(update={"solver": "ddim", "eta": 0.5})
     assert "euler_ancestral (approximately" in sigmas(stochastic)[0][1]
@@ -369,9 +393,12 @@ def test_a_study_is_exported_with_everything_that_repeats_it(folder: Path, adopt
     assert schedule.model.clip
     assert (schedule.model.sha256, schedule.model.kind) == (model.fingerprint, "DDPMPipeline")
     assert schedule.model.shape == schedule.model.image_shape == (3, 8, 8)
+    assert schedule.model.units == model.units
+    assert schedule.model.weights == model.weights
+    assert differences(schedule, model) == []
     np.testing.assert_array_equal(schedule.noise_schedule().alphas, model.schedule.alphas)
     assert schedule.config is not None
-    assert schedule.config.model.source == "net"
+    assert Path(schedule.config.model.source) == folder.resolve() / "net"
     assert schedule.guidance is None
     assert schedule.made_with.keys() >= {"autodiffusion_optuna", "optuna", "torch", "diffusers"}
     assert schedule.made_with["torch"].split("+")[0] == torch.__version__.split("+")[0]
@@ -412,3 +439,88 @@ def test_a_study_without_a_finished_trial_has_nothing_to_export(folder: Path, ad
     empty = replace(read_report(study), best=None)
     with pytest.raises(StudyError, match="no finished trial to export; run it first"):
         report_schedule(empty)
+
+
+# The check
+
+
+def test_a_script_that_draws_our_images_has_no_fault(folder: Path) -> None:
+    cosine(folder / "net")
+    schedule = schedule_of(Path("net"), solver="heun", timesteps=(999, 500))
+    assert check_script(schedule) == (None, None)
+    write_sd3(folder / "sd3")
+    write_prompts(folder)
+    options = {"prompts": "prompts.txt", "size": [32, 32]}
+    for skips in (((),) * 4, SKIPS):
+        assert check_script(schedule_of(Path("sd3"), options, timesteps=TIMESTEPS, skips=skips)) == (None, None)
+
+
+def test_a_script_that_draws_other_images_has_one(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cosine(folder / "net")
+    schedule = schedule_of(Path("net"), solver="heun", timesteps=(999, 500))
+    given = transfer.diffusers_script
+    monkeypatch.setattr(
+        transfer,
+        "diffusers_script",
+        lambda *a, **k: given(*a, **k).replace(".double()", "").replace("float64", "float32"),
+    )
+    fault = check_script(schedule).fault
+    assert fault is not None
+    found = re.fullmatch(r"on this model diffusers' images differ from those of .* sampler by (\d+\.\d) of 255", fault)
+    assert found
+    assert float(found[1]) > 50
+    monkeypatch.setattr(transfer, "diffusers_script", lambda *a, **k: "raise OSError('no such part\\nat all')")
+    assert check_script(schedule).fault == "diffusers cannot draw with this model as it is here (OSError: no such part)"
+    monkeypatch.setattr(transfer, "diffusers_script", lambda *a, **k: "import no_such_package")
+    with pytest.raises(
+        ModelError, match=r"it cannot be run here .ModuleNotFoundError: No module named 'no_such_package'"
+    ):
+        check_script(schedule)
+
+
+def test_a_check_that_cannot_be_made_downloads_nothing(folder: Path) -> None:
+    write_ddpm(folder / "net")
+    schedule = schedule_of(Path("net"), timesteps=TIMESTEPS)
+    assert schedule.config is not None
+    for source, message in (("gone", "gone"), ("org/name", "'org/name' is not in the hub's cache")):
+        model = schedule.model.model_copy(update={"source": source})
+        config = schedule.config.model_copy(
+            update={"model": schedule.config.model.model_copy(update={"source": source})}
+        )
+        with pytest.raises(ModelError, match=message):
+            check_script(schedule.model_copy(update={"model": model, "config": config}))
+
+
+def test_the_command_prints_one_text_and_says_the_rest_elsewhere(
+    folder: Path, adopt: Adopt, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    study = searched(adopt, folder)
+    script = adopt("export", "--study", "mine")
+    assert (script.code, script.out) == (0, export_text(study, "diffusers"))
+    first, *others = script.err.splitlines()  # the others are of the study
+    assert first == "comparing the script's images with those of the search's sampler …"
+    assert Schedule.parse(adopt("export", "--study", "mine", "--format", "json").out) == export_schedule(study)
+    numbers = adopt("export", "--study", "mine", "--format", "comfyui")
+    assert len(re.findall(r"\d+", numbers.out.replace(".", ""))) == len(export_schedule(study).timesteps) + 1
+    assert "paste the numbers into the node ManualSigmas" in numbers.err
+
+    monkeypatch.setattr(transfer, "difference", lambda *_: 94.0)
+    other = adopt("export", "--study", "mine", "--out", "there")
+    assert (
+        "warning: on this model diffusers' images differ from those of the search's sampler by 94 of 255" in other.err
+    )
+    assert (folder / "there" / "mine.json").is_file()
+    assert "import load_model" in (folder / "there" / "mine.py").read_text()
+    assert torch.equal(run(folder / "there", export_schedule(study)), ours(export_schedule(study), 16).int())
+    unchecked = adopt("export", "--study", "mine", "--no-check")
+    assert (unchecked.out, unchecked.err.splitlines()) == (script.out, others)
+
+    write_ddpm(folder / "net", sample_size=8, block_out_channels=(8, 32), norm_num_groups=4, attention_head_dim=4)
+    assert "warning: model net is not the one that the schedule of study 'mine' was found on: other weights" in (
+        adopt("export", "--study", "mine").err
+    )
+    (folder / "net").rename(folder / "elsewhere")
+    moved = adopt("export", "--study", "mine")
+    assert moved.code == 0
+    assert "from diffusers import" in moved.out
+    assert "warning: the script was not checked against the search's sampler" in moved.err

@@ -14,7 +14,7 @@ NAME = PACKAGE.name
 # A module may import those of smaller rank; parts of one half may import each other.
 RANK = {
     "errors": 0, "candidate": 1, "noise": 1, "config": 2, "search": 3, "evaluation": 3, "rows": 3,
-    "storage": 4, "records": 4, "plots": 4, "schedule": 4, "claims": 5, "artifacts": 5, "pipelines": 5,
+    "storage": 4, "records": 4, "plots": 4, "schedule": 4, "claims": 5, "artifacts": 5, "check": 5, "pipelines": 6,
     "report": 6, "study": 7, "export": 7, "figures": 7, "page": 8, "manage": 7, "dashboard": 8, "transfer": 8,
     "worker": 8, "launch": 9,
     "commands": 10, "cli": 11, "__init__": 11, "__main__": 12,

@@ -64,7 +64,7 @@ def test_what_is_written_is_read_back_exactly(tmp_path: Path) -> None:
     schedule.write(tmp_path / "best.json")
     assert Schedule.read(tmp_path / "best.json") == schedule
     assert Schedule.read(str(tmp_path / "best.json")).text() == schedule.text()
-    assert json.loads(schedule.text())["format"] == 2
+    assert json.loads(schedule.text())["format"] == 3
 
 
 @pytest.mark.parametrize("noise", [scaled_linear(), flow(1000, 3.0)], ids=["eps", "flow"])
@@ -132,7 +132,7 @@ BOMB = base64.b64encode(zlib.compress(bytes(2**26), 9)).decode()
         ("[1]", "says no format"),
         ('{"timesteps": [5]}', "says no format"),
         ('{"format": "2"}', "says no format"),
-        ('{"format": 3}', "format 3, this version reads up to 2; upgrade"),
+        ('{"format": 4}', "format 4, this version reads up to 3; upgrade"),
         ('{"format": 2}', "field 'study' is missing"),
         (damaged(colour="red"), "unknown field 'colour'"),
         (damaged(model__colour="red"), r"unknown field 'model\.colour'"),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -172,6 +172,26 @@ def store_reduced(network: nn.Module, precision: str) -> None:
     for module in network.modules():
         if dtype != torch.float32 and isinstance(module, (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)):
             module.weight.data = module.weight.data.to(dtype)
+
+
+SAMPLED = 12
+"""Weights by which networks are told apart."""
+
+
+def weights_sample(network: nn.Module) -> dict[str, float]:
+    """One element each of ``SAMPLED`` weights of a network, by name, evenly spread over those with names in order.
+
+    Tells, all but surely, whether two networks in memory have the same weights, in whatever precisions.
+    """
+    names = sorted(name for name, weight in network.named_parameters() if weight.ndim > 1)
+    return weights_of(network, names[:: max(1, len(names) // SAMPLED)][:SAMPLED])
+
+
+def weights_of(network: nn.Module, names: Iterable[str]) -> dict[str, float]:
+    """The middle elements of the weights of those names, without those that the network lacks or has not in memory."""
+    weights = {name.replace("_orig_mod.", ""): weight for name, weight in network.named_parameters()}
+    found = {name: weights[name] for name in names if name in weights and not weights[name].is_meta}
+    return {name: float(weight.detach().flatten()[weight.numel() // 2]) for name, weight in found.items()}
 
 
 def model_time(schedule: NoiseSchedule, t: float) -> float:

@@ -164,15 +164,22 @@ def compile_units(units: Units, backend: str | Callable[..., Any] = "inductor") 
     is asked outside, so skip sets never compile anything. What is compiled rounds differently from what is not.
     ``backend``: of ``torch.compile``.
     """
-    from torch._dynamo import config
-
-    # The limit is one for all units of a class, and past it they would silently run as before.
-    config.recompile_limit = max(config.recompile_limit, GRAPHS_A_UNIT * len(units))
-    config.accumulated_recompile_limit = max(config.accumulated_recompile_limit, config.recompile_limit)
+    allow_graphs(len(units))
     for switch in units._switches:
         if not switch.compiled:
             switch.forward = torch.compile(switch.forward, backend=backend, dynamic=False)
             switch.compiled = True
+
+
+def allow_graphs(units: int) -> None:
+    """Let torch.compile make a graph for each of so many units, whose classes share code and hence a limit.
+
+    Past it they would silently run as before.
+    """
+    from torch._dynamo import config
+
+    config.recompile_limit = max(config.recompile_limit, GRAPHS_A_UNIT * units)
+    config.accumulated_recompile_limit = max(config.accumulated_recompile_limit, config.recompile_limit)
 
 
 def find_units(network: nn.Module, run: Callable[[], object]) -> Units:

@@ -80,6 +80,7 @@ class Model:
     where the study sets none. ``decode``: float32 [B, C, H, W] states -> images in [-1, 1], None where states are
     images; ``encode``: the way back, None where it is not known. ``image_shape``: (C, H, W) of an image, None for the
     state's.
+    ``latent_scale``: what latents are multiplied by. ``weights``: some of them by name, see ``weights_sample``.
     ``kind``: class of the diffusers pipeline, or of the bare network; "adm", "plugin" and "mixture" for the others.
     ``notes``: what its loader assumed, chose or left out, a line each; shown wherever the study's values are.
     """
@@ -91,6 +92,8 @@ class Model:
     denoiser: SkippingDenoise
     device: torch.device
     units: tuple[str, ...] = ()
+    latent_scale: float | None = None
+    weights: Mapping[str, float] | None = None
     reference: Callable[[Extractor], Reference] | None = None
     conditions: Conditions | None = None
     guidance: GuidanceKind = "none"

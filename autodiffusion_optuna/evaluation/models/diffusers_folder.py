@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from autodiffusion_optuna.errors import ConfigError, ModelError
-from autodiffusion_optuna.evaluation.denoiser import UNCONDITIONAL, Condition, Denoiser, GuidanceKind
+from autodiffusion_optuna.evaluation.denoiser import UNCONDITIONAL, Condition, Denoiser, GuidanceKind, weights_sample
 from autodiffusion_optuna.evaluation.models.base import Conditions, Model, Options, find_device
 from autodiffusion_optuna.evaluation.models.checks import (
     check_options,
@@ -98,6 +98,8 @@ def load_folder(
         denoiser,
         place,
         units.names,
+        latent_scale=vae.scale if vae else None,
+        weights=weights_sample(part.network),
         conditions=conditions,
         guidance=guidance,
         scale=1.0 if options.guidance is None else options.guidance,

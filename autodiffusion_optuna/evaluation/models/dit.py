@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from autodiffusion_optuna.errors import ModelError
-from autodiffusion_optuna.evaluation.denoiser import Condition, Denoiser
+from autodiffusion_optuna.evaluation.denoiser import Condition, Denoiser, weights_sample
 from autodiffusion_optuna.evaluation.models.base import Model, Options, find_device
 from autodiffusion_optuna.evaluation.models.checks import (
     check_options,
@@ -88,6 +88,8 @@ def load_dit(
         denoiser,
         place,
         units.names,
+        latent_scale=vae.scale,
+        weights=weights_sample(part.network),
         conditions=conditions,
         guidance="free",
         scale=SCALE if options.guidance is None else options.guidance,

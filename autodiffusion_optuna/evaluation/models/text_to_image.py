@@ -23,6 +23,7 @@ from autodiffusion_optuna.evaluation.denoiser import (
     GuidanceKind,
     Network,
     store_reduced,
+    weights_sample,
 )
 from autodiffusion_optuna.evaluation.models.base import Conditions, Model, Options, find_device
 from autodiffusion_optuna.evaluation.models.checks import (
@@ -283,6 +284,8 @@ def _assemble(
         Denoiser(predict, schedule, scheduler.prediction, place, precision, clip, units, guidance),
         place,
         units.names,
+        latent_scale=vae.scale,
+        weights=weights_sample(network),
         conditions=conditions,
         guidance=guidance,
         scale=scale,

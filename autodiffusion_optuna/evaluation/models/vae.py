@@ -36,6 +36,8 @@ class Vae:
     decode: Callable[[Tensor], Tensor]
     encode: Callable[[Tensor], Tensor]
     notes: tuple[str, ...] = ()
+    scale: float = 1.0
+    """What latents were multiplied by for the diffusion model, in the mean of their channels."""
 
 
 def load_vae(folder: Path, device: torch.device, precision: str = "float32", scaling: float | None = None) -> Vae:
@@ -88,6 +90,7 @@ def load_vae(folder: Path, device: torch.device, precision: str = "float32", sca
         _Sliced(decode, factor),
         encode=encode,
         notes=tuple(notes),
+        scale=float(1 / gain.mean()),
     )
 
 
