@@ -160,7 +160,7 @@ def notable(trials: Sequence[FrozenTrial], number: int, value: float, attrs: Map
     """
     if records.KNOWN_NAME in attrs:
         return KNOWN
-    others = [t for t in trials if t.state == TrialState.COMPLETE and t.number != number]
+    others = [t for t in trials if t.state == TrialState.COMPLETE and t.values and t.number != number]
     if all(value < t.values[0] for t in others):
         return NEW_BEST
     generation = attrs.get(records.GENERATION)

@@ -37,6 +37,8 @@ MAX_RETRIES = 10
 
 Template = Callable[[Sequence[FrozenTrial]], FrozenTrial]
 """All trials of the study -> the next one, with everything that is known when it begins."""
+Completion = Callable[[FrozenTrial, Sequence[FrozenTrial]], FrozenTrial | None]
+"""(A waiting trial, all trials of the study) -> parameters and user attributes that it gets as it is taken, if any."""
 
 
 @dataclass(frozen=True)
@@ -66,13 +68,15 @@ def claim(
     *,
     grace: float,
     ready: Callable[[Sequence[FrozenTrial]], bool] = lambda trials: True,
+    complete: Completion = lambda trial, trials: None,
 ) -> Claim | Literal["wait", "done"]:
     """Take the next trial: one left behind or enqueued, else a new one, as long as the budget has places.
 
     Exactly ``budget`` trials are finished in the end, whatever the number of workers: a trial is begun only while
     finished and running ones together are fewer. "wait": all places are taken but not all are finished, and one may
     become free; "done": the budget is met. ``grace``: seconds of silence after which a worker counts as dead.
-    ``ready``: whether a new trial may be proposed from the trials as they are.
+    ``ready``: whether a new trial may be proposed from the trials as they are. ``complete``: what a waiting trial says
+    of itself; it is written as it is taken, so that no reader finds a part of it.
     """
     study_id = study._study_id
     with storage.claiming(study_id):
@@ -89,16 +93,19 @@ def claim(
             return "wait"
         waiting = next((t for t in others if t.state == TrialState.WAITING), None)
         if waiting is not None:
-            return _take_up(study, storage, waiting, budget)
+            return _take_up(study, storage, waiting, budget, complete(waiting, trials))
         if not ready(trials):
             return "wait"
         return _create(study, storage, study_id, trials, template, budget)
 
 
-def _take_up(study: optuna.Study, storage: StudyStorage, trial: FrozenTrial, budget: int) -> Claim | Literal["wait"]:
+def _take_up(
+    study: optuna.Study, storage: StudyStorage, trial: FrozenTrial, budget: int, whole: FrozenTrial | None = None
+) -> Claim | Literal["wait"]:
     """Take a waiting trial, unless another worker was faster or, without the lock, has taken the last place."""
     trial_id = trial._trial_id
-    if not storage.take_trial(trial_id, {OWNER: owner()}) and not is_mine(storage.get_trial(trial_id)):
+    attrs = {**(whole.user_attrs if whole else {}), OWNER: owner()}
+    if not storage.take_trial(trial_id, attrs, whole) and not is_mine(storage.get_trial(trial_id)):
         return "wait"
     if _is_surplus(study, trial.number, budget):
         put_back(storage, trial_id)
@@ -244,14 +251,20 @@ def _running_without_proc(pid: int) -> str:
 
 
 def is_dead(name: str) -> bool:
-    """Whether the worker of that name ran on this host and runs no more."""
-    where, pid, started = name.rsplit("/", 2)
-    return where == host() and _started(int(pid)) not in (started, UNSEEN)
+    """Whether the worker of that name ran on this host and runs no more; not known of a name that others gave."""
+    where, pid, started = _parts(name)
+    return where == host() and pid.isdecimal() and _started(int(pid)) not in (started, UNSEEN)
+
+
+def _parts(name: object) -> tuple[str, str, str]:
+    """Host, process id and start time of a worker's name; all empty for a name that is no worker's of ours."""
+    parts = str(name).rsplit("/", 2)
+    return (parts[0], parts[1], parts[2]) if len(parts) == 3 else ("", "", "")
 
 
 def ran_here_before(name: str) -> bool:
     """Whether the worker of that name ran on this machine before it was started anew, or on a copy of this machine."""
-    where, here = name.rsplit("/", 2)[0], host()
+    where, here = _parts(name)[0], host()
     return where != here and where.rpartition("-")[0] == here.rpartition("-")[0]
 
 
@@ -274,8 +287,8 @@ def workers(study: optuna.Study, storage: StudyStorage, grace: float) -> list[Wo
         beat = beats.get(trial._trial_id)
         silence = None if beat is None else beat.silence
         name = trial.user_attrs.get(OWNER, "unknown")
-        alive = (silence is None or silence <= grace) and not (name.count("/") == 2 and is_dead(name))
-        found.append(Worker(name, trial.number, silence, alive))
+        alive = (silence is None or silence <= grace) and not is_dead(name)
+        found.append(Worker(str(name), trial.number, silence, alive))
     return found
 
 

@@ -99,9 +99,7 @@ def _best_candidates(report: StudyReport) -> list[tuple[int, Candidate]]:
     """(generation, best candidate at its end) of each generation that changed it, and of the last one."""
     best: FrozenTrial | None = None
     by_generation: dict[int, Candidate] = {}
-    for trial in report.finished:
-        if trial.state != TrialState.COMPLETE or records.CANDIDATE not in trial.user_attrs:
-            continue
+    for trial in records.scored(report.finished):
         if best is None or trial.values[0] < best.values[0]:
             best = trial
             by_generation[_generation(trial)] = Candidate.from_key(trial.user_attrs[records.CANDIDATE])
@@ -177,7 +175,7 @@ def history(report: StudyReport) -> go.Figure | None:
     """
     import plotly.graph_objects as go
 
-    complete = [t for t in report.finished if t.state == TrialState.COMPLETE]
+    complete = [t for t in report.finished if t.state == TrialState.COMPLETE and t.values]
     if not complete:
         return None
     generations: dict[int, list[FrozenTrial]] = defaultdict(list)

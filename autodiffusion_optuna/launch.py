@@ -20,9 +20,9 @@ from dataclasses import replace
 from typing import IO, Any
 
 from autodiffusion_optuna.errors import ConfigError, StorageError, StudyError, choose_from
-from autodiffusion_optuna.records import finished
+from autodiffusion_optuna.records import ARTIFACTS, finished
 from autodiffusion_optuna.report import peek
-from autodiffusion_optuna.storage import ENVIRONMENT, storage_url
+from autodiffusion_optuna.storage import ENVIRONMENT, is_of_this_host, storage_url
 from autodiffusion_optuna.worker import USER_ERROR, WARNING, Job, run_for_engine, share_of_cores
 
 _log = logging.getLogger("autodiffusion_optuna")
@@ -40,6 +40,9 @@ SLURM_MINUTES = 24 * 60
 LOOK_SECONDS = 0.25
 STOP_SECONDS = 20.0
 """Time for a worker to put its trial back before it is killed."""
+
+SERVER = "postgresql://USER@HOST/DB"
+"""What a database that all hosts reach is given as."""
 
 OnLook = Callable[[], None]
 Options = Mapping[str, str]
@@ -170,7 +173,7 @@ def run_local(job: Job, workers: int, options: Options, on_look: OnLook) -> None
     try:
         while not processes or not all(process.finished for process in processes):
             if len(processes) < workers and (not processes or _has_begun(job) or processes[0].finished):
-                processes.append(Process(replace(job, index=len(processes))))
+                processes.append(Process(replace(job, index=len(processes), known=True)))
                 continue
             for process in processes:
                 process.look()
@@ -196,9 +199,16 @@ def run_ray(job: Job, workers: int, options: Options, on_look: OnLook) -> None:
     ray: Any = _extra("ray", "ray")
     _refuse(options, "ray", ("address", "gpus", "cpus"))
     gpus, cpus = _number(options, "gpus"), _number(options, "cpus")
-    started = not ray.is_initialized()
+    started, address = not ray.is_initialized(), options.get("address")
+    lone = is_of_this_host(storage_url(job.url))
+    if lone and (not started or (address != "local" and (address or os.environ.get("RAY_ADDRESS")))):
+        _reach(address, f"check --engine-option address, and give --storage {SERVER}")
+        raise StorageError(_needs_server(job, "ray"))
+    if not lone:
+        job = _for_other_hosts(job)
     if started:
-        _join_ray(ray, options.get("address"))
+        # Without an address Ray joins whatever cluster this host was last part of.
+        _join_ray(ray, "local" if lone else address)
     try:
         if gpus is None:
             gpus = 1.0 if ray.cluster_resources().get("GPU") else 0.0
@@ -209,6 +219,7 @@ def run_ray(job: Job, workers: int, options: Options, on_look: OnLook) -> None:
         restarts = {index: Restarts(job) for index in range(workers)}
         while running:
             if workers > 1 and _has_begun(job):
+                job = replace(job, known=True)
                 running |= {task.remote(replace(job, index=i).dumps()): i for i in range(1, workers)}
                 workers = 1
             done, _ = ray.wait(list(running), timeout=LOOK_SECONDS)
@@ -227,14 +238,26 @@ def run_ray(job: Job, workers: int, options: Options, on_look: OnLook) -> None:
 
 
 def _join_ray(ray: Any, address: str | None) -> None:
-    host, colon, port = (address or "").removeprefix("ray://").rpartition(":")
+    _reach(address, "check --engine-option address")
     try:
-        if colon:  # Ray itself would try for minutes, and then end this process
-            socket.create_connection((host, int(port)), CONNECT_SECONDS).close()
         ray.init(address=address, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
     except (ConnectionError, ValueError, RuntimeError, OSError) as error:
-        where = "on this host" if address is None else f"at {address!r}"
-        raise ConfigError(f"no Ray cluster {where}: {_first_line(error)}; check --engine-option address") from None
+        raise _no_cluster(address, error, "check --engine-option address") from None
+
+
+def _reach(address: str | None, advice: str) -> None:
+    """ConfigError where nobody listens at a cluster's address: Ray would try for minutes, and then end this process."""
+    host, colon, port = (address or "").removeprefix("ray://").rpartition(":")
+    try:
+        if colon:
+            socket.create_connection((host, int(port)), CONNECT_SECONDS).close()
+    except (ValueError, OSError) as error:
+        raise _no_cluster(address, error, advice) from None
+
+
+def _no_cluster(address: str | None, error: Exception, advice: str) -> ConfigError:
+    where = "on this host" if address in (None, "local") else f"at {address!r}"
+    return ConfigError(f"no Ray cluster {where}: {_first_line(error)}; {advice}")
 
 
 def _first_line(error: BaseException) -> str:
@@ -270,10 +293,9 @@ def run_slurm(job: Job, workers: int, options: Options, on_look: OnLook) -> None
     folder, cluster = given.pop("folder", "adopt-slurm"), given.pop("cluster", None)
     if cluster not in (None, "local", "slurm"):
         raise ConfigError(f"--engine-option cluster={cluster}: it is slurm, or local for jobs on this host")
-    if cluster != "local" and not submitit.SlurmExecutor.affinity() > 0:
-        raise ConfigError(
-            "engine 'slurm' finds no sbatch on this host; run it on a login node, or try --engine-option cluster=local"
-        )
+    if cluster != "local":
+        _check_login_node(submitit, job)
+        job = _for_other_hosts(job)
     try:
         executor = submitit.AutoExecutor(folder=folder, cluster=cluster)
         executor.update_parameters(**_slurm_parameters(given, local=cluster == "local"))
@@ -287,6 +309,7 @@ def run_slurm(job: Job, workers: int, options: Options, on_look: OnLook) -> None
     try:
         while jobs:
             if workers > 1 and _has_begun(job):
+                shared = replace(shared, known=True)
                 jobs |= {
                     i: executor.submit(run_for_engine, replace(shared, index=i).dumps()) for i in range(1, workers)
                 }
@@ -309,6 +332,41 @@ def run_slurm(job: Job, workers: int, options: Options, on_look: OnLook) -> None
             submitted.cancel()
 
 
+def _check_login_node(submitit: Any, job: Job) -> None:
+    lone = is_of_this_host(storage_url(job.url))
+    if not submitit.SlurmExecutor.affinity() > 0:
+        there = f" with --storage {SERVER}" if lone else ""
+        raise ConfigError(
+            f"engine 'slurm' finds no sbatch on this host; run it on a login node{there}, "
+            "or try --engine-option cluster=local"
+        )
+    if lone:
+        raise StorageError(_needs_server(job, "slurm") + ", or --engine-option cluster=local for jobs on this host")
+
+
+def _needs_server(job: Job, engine: str) -> str:
+    """One line for workers that would not find the study, and make one of their own that is lost."""
+    return (
+        f"engine {engine!r} may start workers on other hosts, which do not share {storage_url(job.url)!r}; "
+        f"run it with the database of a server: adopt run --study {job.name} --engine {engine} --storage {SERVER}"
+    )
+
+
+def _for_other_hosts(job: Job) -> Job:
+    """The job with the full path of its folder for pictures, if it has one; that they must share it is said."""
+    study = peek(storage_url(job.url), job.name, known=True)
+    kept = None if study is None else study.user_attrs.get(ARTIFACTS)
+    folder = job.artifacts or kept
+    if folder is None or "://" in folder:
+        return job
+    folder = os.path.abspath(folder)
+    _log.warning(
+        "pictures go to the folder %r of each worker's host; unless all share it, give --artifacts s3://BUCKET/PREFIX",
+        folder,
+    )
+    return replace(job, artifacts=folder)
+
+
 def _slurm_parameters(given: Options, *, local: bool) -> dict[str, Any]:
     """submitit's names: those that only Slurm knows carry a prefix; numbers are numbers."""
     shared = {"name", "timeout_min", "gpus_per_node", "cpus_per_task", "mem_gb", "nodes", "tasks_per_node"}
@@ -329,13 +387,13 @@ ENGINES: dict[str, Callable[[Job, int, Options, OnLook], None]] = {
 
 def _has_begun(job: Job) -> bool:
     """Whether the first worker has written down what the study is, so that the others find it."""
-    return peek(storage_url(job.url), job.name) is not None
+    return peek(storage_url(job.url), job.name, known=True) is not None
 
 
 def _finished(job: Job) -> int:
     """Candidates that the study has finished; 0 where it cannot be read at this moment."""
     try:
-        study = peek(storage_url(job.url), job.name)
+        study = peek(storage_url(job.url), job.name, known=True)
     except StorageError:
         return 0
     return 0 if study is None else finished(study)

@@ -6,12 +6,12 @@ import hashlib
 import json
 import math
 import statistics
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import optuna
-from optuna.trial import TrialState
+from optuna.trial import FrozenTrial, TrialState
 
 # Study user attrs.
 READY = "ready"
@@ -174,5 +174,13 @@ def finished(study: optuna.Study) -> int:
 
 def values_by_key(study: optuna.Study) -> dict[str, float]:
     """Values of complete trials by candidate key."""
-    trials = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
-    return {t.user_attrs[CANDIDATE]: t.values[0] for t in trials if CANDIDATE in t.user_attrs}
+    return {t.user_attrs[CANDIDATE]: t.values[0] for t in scored(study.get_trials(deepcopy=False))}
+
+
+def scored(trials: Iterable[FrozenTrial]) -> list[FrozenTrial]:
+    """Complete trials that say what they tried and at what cost; those of others may not.
+
+    Older versions could be killed before they had written a known schedule's cost: its name tells it.
+    """
+    complete = (t for t in trials if t.state == TrialState.COMPLETE and t.values and CANDIDATE in t.user_attrs)
+    return [t for t in complete if t.user_attrs.keys() & {COST, KNOWN_NAME}]

@@ -170,9 +170,9 @@ class StudyReport:
 
     @property
     def last_origin(self) -> dict[str, Any]:
-        """Generation and stage of the latest trial that has them."""
-        known = [t.user_attrs for t in self.trials if records.GENERATION in t.user_attrs]
-        return {key: known[-1][key] for key in (records.GENERATION, records.STAGE)} if known else FIRST
+        """Generation and stage of the latest trial that has both."""
+        known = [t.user_attrs for t in self.trials if FIRST.keys() <= t.user_attrs.keys()]
+        return {key: known[-1][key] for key in FIRST} if known else FIRST
 
     @property
     def solver(self) -> str | list[str]:
@@ -278,18 +278,26 @@ def load_study(storage: StudyStorage, name: str) -> optuna.Study:
         raise StudyError(choose_from("study", name, names))
     study = optuna.load_study(study_name=name, storage=storage)
     if records.CONFIG not in study.user_attrs:
-        raise StudyError(f"study {name!r} was not made by adopt; choose another")
+        if study.user_attrs or study.get_trials(deepcopy=False):
+            raise StudyError(f"study {name!r} was not made by adopt; choose another")
+        raise StudyError(
+            f"study {name!r} is empty: it was not made by adopt, or whoever began it was stopped; choose another, or "
+            f"run it again: adopt run --study {name}"
+        )
     return study
 
 
-def peek_storage(url: str) -> StudyStorage | None:
-    """The database at ``url``, or None where there is none yet: looking never creates one."""
-    return None if is_empty(url) else open_storage(url, create=False)
+def peek_storage(url: str, *, known: bool = False) -> StudyStorage | None:
+    """The database at ``url``, or None where there is none yet: looking never creates one. ``known``: it was there."""
+    return None if is_empty(url, known=known) else open_storage(url, create=False, known=known)
 
 
-def peek(url: str, name: str) -> optuna.Study | None:
-    """A study made by adopt, or None where the database or the study does not exist or was never begun in full."""
-    storage = peek_storage(url)
+def peek(url: str, name: str, *, known: bool = False) -> optuna.Study | None:
+    """A study made by adopt, or None where the database or the study does not exist or was never begun in full.
+
+    ``known``: whether the database has answered before; it is then waited for.
+    """
+    storage = peek_storage(url, known=known)
     if storage is None or name not in study_names(storage):
         return None
     study = optuna.load_study(study_name=name, storage=storage)
@@ -324,7 +332,8 @@ def require_files(study: optuna.Study, config: StudyConfig) -> None:
 
 def stored_unit_costs(study: optuna.Study | None) -> tuple[float, ...] | None:
     """Cost shares of the units as they were when the study was begun; measured latencies are not measured again."""
-    return None if study is None else tuple(study.user_attrs[records.UNIT_COSTS])
+    costs = None if study is None else study.user_attrs.get(records.UNIT_COSTS)
+    return None if costs is None else tuple(costs)
 
 
 def stored_batch(study: optuna.Study | None) -> int | None:
@@ -388,7 +397,7 @@ def read_report(study: optuna.Study, size: tuple[int, int] | None = None) -> Stu
     attrs = study.user_attrs
     trials = study.get_trials(deepcopy=False)
     values = {  # of the trials just read: a running study has others a moment later
-        t.user_attrs[records.CANDIDATE]: t.values[0] for t in _complete(trials)
+        t.user_attrs[records.CANDIDATE]: t.values[0] for t in records.scored(trials)
     }
     best = _best(trials, attrs, size)
     known = [
@@ -413,7 +422,7 @@ def read_report(study: optuna.Study, size: tuple[int, int] | None = None) -> Stu
 
 
 def _best(trials: Sequence[FrozenTrial], attrs: dict[str, Any], size: tuple[int, int] | None) -> Best | None:
-    complete = _complete(trials)
+    complete = records.scored(trials)
     if not complete:
         return None
     trial = min(complete, key=lambda t: (t.values[0], t.number))
@@ -422,7 +431,7 @@ def _best(trials: Sequence[FrozenTrial], attrs: dict[str, Any], size: tuple[int,
         trial=trial.number,
         candidate=Candidate.from_key(key),
         value=trial.values[0],
-        cost=trial.user_attrs[records.COST],
+        cost=trial.user_attrs[records.COST] if records.COST in trial.user_attrs else _known_cost(trial, attrs),
         trace_ratio=trial.user_attrs.get(records.SCORE, {}).get("trace_ratio"),
         fresh=_fresh(attrs, key, size),
     )
@@ -434,8 +443,8 @@ def _fresh(attrs: Mapping[str, Any], key: str, size: tuple[int, int] | None) -> 
     return records.fresh(attrs, key, *size) if size else None
 
 
-def _complete(trials: Sequence[FrozenTrial]) -> list[FrozenTrial]:
-    return [t for t in trials if t.state == TrialState.COMPLETE and records.CANDIDATE in t.user_attrs]
+def _known_cost(trial: FrozenTrial, attrs: Mapping[str, Any]) -> float:
+    return float(attrs[records.KNOWN_COSTS][trial.user_attrs[records.KNOWN_NAME]])
 
 
 @dataclass(frozen=True)

@@ -95,6 +95,7 @@ _STATE = select(TRIALS.c.state).where(_THIS)
 _ATTR = select(USER_ATTRS.c.value_json).where(
     USER_ATTRS.c.trial_id == bindparam("this"), USER_ATTRS.c.key == bindparam("name")
 )
+_FORGET_PARAMS = sqlalchemy.delete(PARAMS).where(PARAMS.c.trial_id == bindparam("this"))
 _FORGET = sqlalchemy.delete(USER_ATTRS).where(
     USER_ATTRS.c.trial_id == bindparam("this"), USER_ATTRS.c.key.in_(bindparam("names", expanding=True))
 )
@@ -289,14 +290,20 @@ def delete_study(connection: Connection, study_id: int) -> bool:
     return True
 
 
-def take_trial(connection: Connection, trial_id: int, attrs: Mapping[str, Any]) -> bool:
-    """Begin a waiting trial, with these user attributes and a first heartbeat; False where it waits no more."""
+def take_trial(connection: Connection, trial_id: int, attrs: Mapping[str, Any], begun: FrozenTrial | None) -> bool:
+    """Begin a waiting trial, with these user attributes and a first heartbeat; False where it waits no more.
+
+    ``begun``: whose parameters it gets instead of those it has, if any.
+    """
     this = {"this": trial_id}
     now = datetime.now(UTC).replace(tzinfo=None)
     if not connection.execute(_TAKING, {"begun_at": now, **this}).rowcount:
         return False
     connection.execute(_FORGET, {"names": list(attrs), **this})
     _insert(connection, USER_ATTRS, trial_id, _attrs(attrs))
+    if begun is not None and begun.params:
+        connection.execute(_FORGET_PARAMS, this)
+        _insert(connection, PARAMS, trial_id, _params(begun))
     # An earlier worker's row is changed, not replaced: its heart may be waiting for that very row.
     if not connection.execute(_BEAT, this).rowcount:
         _insert(connection, HEARTBEATS, trial_id, [{}])

@@ -47,6 +47,8 @@ BUSY_TIMEOUT = 60
 """Seconds to wait for another process's SQLite lock."""
 PATIENCE = 600.0
 """Seconds to wait for a database that went away while a study runs."""
+OPENING = 120.0
+"""Seconds to wait for one that has not answered yet, where it says that it will; see ``_is_coming``."""
 LOCK_SECONDS = 10
 """Seconds to wait for another worker that takes a trial, and after which the database ends one that stopped there."""
 LIBPQ = {
@@ -57,6 +59,10 @@ LIBPQ = {
     "tcp_user_timeout": 30_000,
 }
 """A server that falls silent is known to be away within the minute; by default that takes many."""
+PYTHON_ONLY = {"autocommit", "row_factory", "cursor_factory", "context"}
+"""Options of psycopg that take objects: any text would count as true, and a study would not be written whole."""
+NUMBERS = re.compile("threshold|timeout|keepalives")
+"""Options of a connection that are numbers; in a URL's query they are text."""
 MAKE_TRIES = 8
 """Times that tables are made, or looked for, while another process makes them."""
 LOCK_CLASS = 0x61646F70
@@ -200,12 +206,15 @@ class StudyStorage(RDBStorage):
 
         self._until_back(delete)
 
-    def take_trial(self, trial_id: int, attrs: Mapping[str, Any]) -> bool:
-        """Begin a waiting trial with these user attributes: all of it or nothing. False where it waits no more."""
+    def take_trial(self, trial_id: int, attrs: Mapping[str, Any], begun: FrozenTrial | None = None) -> bool:
+        """Begin a waiting trial with these user attributes: all of it or nothing. False where it waits no more.
+
+        ``begun``: whose parameters it gets instead of those it has, if any.
+        """
 
         def take() -> bool:
             with _create_scoped_session(self.scoped_session) as session:
-                return rows.take_trial(session.connection(), trial_id, attrs)
+                return rows.take_trial(session.connection(), trial_id, attrs, begun)
 
         return self._until_back(take)
 
@@ -350,6 +359,47 @@ def _is_away(error: BaseException | None) -> bool:
     return "locked" in text or not (isinstance(error.orig, sqlite3.Error) and any(word in text for word in NOT_AWAY))
 
 
+COMING = (
+    "starting up", "shutting down", "not yet accepting", "recovery mode", "terminating connection", "too many clients",
+    "connection slots", "closed the connection", "reset by peer", "eof detected", "connection is lost",
+)  # fmt: skip
+"""Words of a server that is there, or was a moment ago; drivers give no code for what happens while they connect."""
+
+
+def _is_coming(error: BaseException | None) -> bool:
+    """Whether a database that is being opened for the first time is about to come back, or a wrong one was named.
+
+    One that refuses the connection, or the password, is the latter.
+    """
+    if not isinstance(error, DBAPIError):
+        return False
+    text = str(error.orig).lower()
+    away = isinstance(getattr(error.orig, "sqlstate", None), str) and _is_away(error)
+    return error.connection_invalidated or away or any(words in text for words in COMING)
+
+
+def _opened(make: Callable[[], T], url: URL, known: bool) -> T:
+    """Result of ``make``, which opens the database at ``url``; made again while that is coming back.
+
+    ``known``: whether it has answered before; it is then waited for whatever it says. SQLite waits by itself.
+    """
+    waits = _is_away if known else _is_coming
+    patience, began = PATIENCE if known else OPENING, time.monotonic()
+    told = False
+    while True:
+        try:
+            return make()
+        except (SQLAlchemyError, StorageInternalError) as error:
+            cause = error.__cause__ if isinstance(error, StorageInternalError) else error
+            late = time.monotonic() - began > patience
+            if late or url.get_backend_name() == "sqlite" or not waits(cause):
+                raise
+        if not told:
+            _log.warning("the database is away; waiting up to %.0f s for it", patience)
+            told = True
+        time.sleep(0.5)
+
+
 def failure(error: BaseException) -> str | None:
     """One line for a database that failed while a study ran: full, read-only, locked or gone; None for other errors."""
     if isinstance(error, KeyError) and error.args == (models.NOT_FOUND_MSG,):
@@ -404,6 +454,11 @@ def sqlite_path(url: str) -> Path | None:
     return Path(parsed.database) if parsed.get_backend_name() == "sqlite" and parsed.database else None
 
 
+def is_of_this_host(url: str) -> bool:
+    """Whether the database is a file or this process's memory: other hosts would make one of their own."""
+    return _parse(url).get_backend_name() == "sqlite"
+
+
 def hide_password(url: str) -> str:
     """The URL with its password starred, and whatever else may be a secret in its query, for messages."""
     try:
@@ -422,11 +477,12 @@ def storage_option(url: str) -> str:
     return "" if url == storage_url(None) else f" --storage {shlex.quote(hide_password(url))}"
 
 
-def open_storage(url: str, *, create: bool = True) -> StudyStorage:
+def open_storage(url: str, *, create: bool = True, known: bool = False) -> StudyStorage:
     """Optuna storage at ``url``: SQLite in WAL mode with a busy timeout, or any database SQLAlchemy knows.
 
-    A database that does not answer now is an error; one that goes away later is waited for. With ``create`` False a
-    database without studies is an error, so that reading never writes.
+    A database that does not answer now is an error, but for a server that is starting or ends connections; one that
+    goes away later is waited for, and with ``known`` True, for one that has answered before, also now. With ``create``
+    False a database without studies is an error, so that reading never writes.
     Raises StorageError where the URL does not parse, or the database does not open or is another program's.
     """
     parsed = _parse(url)
@@ -435,10 +491,7 @@ def open_storage(url: str, *, create: bool = True) -> StudyStorage:
     try:
         if sqlite:
             _check_sqlite(parsed, create)
-        _check_tables(parsed, create)
-        storage = _once_made(
-            lambda: StudyStorage(_literal(url), engine_kwargs=_engine_options(parsed), skip_table_creation=not create)
-        )
+        storage = _opened(lambda: _open(url, create), parsed, known)
         if sqlite and create:
             storage.use_wal()
     # RuntimeError: Optuna's word for tables of another version.
@@ -446,6 +499,13 @@ def open_storage(url: str, *, create: bool = True) -> StudyStorage:
         raise StorageError(_reason(url, error)) from None
     storage.patience = PATIENCE
     return storage
+
+
+def _open(url: str, create: bool) -> StudyStorage:
+    parsed = _parse(url)
+    _check_tables(parsed, create)
+    options = _engine_options(parsed)
+    return _once_made(lambda: StudyStorage(_literal(url), engine_kwargs=options, skip_table_creation=not create))
 
 
 def _literal(url: str) -> str:
@@ -472,10 +532,10 @@ def check_place(url: str) -> None:
         _check_sqlite(parsed, create=True)
 
 
-def is_empty(url: str) -> bool:
+def is_empty(url: str, *, known: bool = False) -> bool:
     """Whether there is no database at ``url`` yet, or one without tables; looking never creates one.
 
-    Raises StorageError where the URL does not parse or the database does not open.
+    ``known`` as in ``open_storage``. Raises StorageError where the URL does not parse or the database does not open.
     """
     parsed = _parse(url)
     path = sqlite_path(url)
@@ -484,7 +544,7 @@ def is_empty(url: str) -> bool:
     try:
         if path is not None:
             _check_sqlite(parsed, create=False)
-        tables = _tables(parsed)
+        tables = _opened(lambda: _tables(parsed), parsed, known)
     except (SQLAlchemyError, ImportError, OSError) as error:
         raise StorageError(_reason(url, error)) from None
     return not tables or _being_made(tables)
@@ -506,9 +566,10 @@ def _tables(parsed: URL) -> set[str]:
 def _check_tables(parsed: URL, create: bool) -> None:
     """StorageError where Optuna's tables would be put among another program's, or are looked for and not there."""
     tables = _tables(parsed)
-    if "studies" in tables or (create and (not tables or _being_made(tables))):
+    half = _being_made(tables)  # also where whoever made them was killed at it: the next one makes the rest
+    if ("studies" in tables and (create or not half)) or (create and half):
         return
-    what = f"holds tables of another program ({min(tables)}, …)" if tables else "holds no studies"
+    what = "holds no studies" if half else f"holds tables of another program ({min(tables)}, …)"
     shown = hide_password(parsed.render_as_string(hide_password=False))
     raise StorageError(f"database {shown!r} {what}; give another with --storage")
 
@@ -516,7 +577,7 @@ def _check_tables(parsed: URL, create: bool) -> None:
 def _parse(url: str) -> URL:
     try:
         parsed = make_url(url)
-        parsed.get_dialect()
+        parsed.get_dialect()().create_connect_args(parsed)  # reads the options of the query
     except (ArgumentError, SQLAlchemyError, ImportError, ValueError) as error:
         raise StorageError(
             f"storage {hide_password(url)!r} is no database URL ({str(error).splitlines()[0]}); "
@@ -524,6 +585,7 @@ def _parse(url: str) -> URL:
         ) from None
     if "@" in (parsed.host or ""):
         raise StorageError("the user or the password of the storage URL holds an @; write it there as %40")
+    _engine_options(parsed)
     return parsed
 
 
@@ -556,11 +618,30 @@ def _writable(folder: Path) -> bool:
 
 
 def _engine_options(url: URL) -> dict[str, Any]:
+    """How the database at ``url`` is connected to (StorageError for options that cannot be meant)."""
+    numbers = {name: _number(name, value) for name, value in url.query.items() if NUMBERS.search(name)}
     if url.get_backend_name() == "sqlite":
-        return {"connect_args": {"timeout": BUSY_TIMEOUT}}
-    libpq = LIBPQ if url.get_driver_name() in ("psycopg", "psycopg2") else {}
-    given = {name: value for name, value in libpq.items() if name not in url.query}
+        return {"connect_args": {} if "timeout" in numbers else {"timeout": BUSY_TIMEOUT}}
+    for name in PYTHON_ONLY & url.query.keys():
+        raise StorageError(f"{name}={url.query[name]} in the storage URL is not for text; leave it out")
+    driver = url.get_driver_name()
+    libpq = LIBPQ if driver in ("psycopg", "psycopg2") else {}
+    given: dict[str, Any] = {name: value for name, value in libpq.items() if name not in url.query}
+    if driver == "psycopg":
+        # Statements are prepared in one of the server's sessions, but a pooler may give each transaction another one.
+        # This option is Python's, and needs a number; all others are the C library's, which reads text.
+        given["prepare_threshold"] = numbers.get("prepare_threshold")
     return {"pool_pre_ping": True, "connect_args": given}
+
+
+def _number(name: str, value: str | tuple[str, ...]) -> int | None:
+    """Value of an option of a connection; "none" for a threshold that is never met."""
+    if value == "none" and name == "prepare_threshold":
+        return None
+    try:
+        return int(value)  # type: ignore[arg-type]
+    except (TypeError, ValueError):
+        raise StorageError(f"{name}={value} in the storage URL is no whole number; give one, or leave it out") from None
 
 
 def _reason(url: str, error: Exception) -> str:

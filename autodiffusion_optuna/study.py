@@ -311,10 +311,11 @@ def _warm_starts(config: StudyConfig, known: dict[str, Candidate]) -> list[str]:
     return names
 
 
-def open_study(parts: Parts, storage: StudyStorage) -> optuna.Study:
+def open_study(parts: Parts, storage: StudyStorage, pictures: str | None = None) -> optuna.Study:
     """Create the study, or resume it after checking that it measures the same.
 
-    Raises StudyError with the differences where it does not.
+    ``pictures``: where a new study keeps them, as it is stored. Raises StudyError with the differences where it
+    does not.
     """
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     study = optuna.create_study(
@@ -330,7 +331,7 @@ def open_study(parts: Parts, storage: StudyStorage) -> optuna.Study:
         if not begun and study.get_trials(deepcopy=False, states=(TrialState.RUNNING, TrialState.COMPLETE)):
             raise StudyError(f"study {study.study_name!r} exists but was not made by adopt; choose another name")
         if not begun:
-            _begin(parts, study)
+            _begin(parts, study, pictures)
     if begun:
         check_same(parts, study)
     study.set_user_attr(records.CONFIG, parts.config.model_dump(mode="json"))  # a longer budget is kept
@@ -352,15 +353,21 @@ class Run:
 
 
 def open_run(
-    config: StudyConfig, url: str, *, trust: bool = False, artifacts: str | None = None, device: str | None = None
+    config: StudyConfig,
+    url: str,
+    *,
+    trust: bool = False,
+    artifacts: str | None = None,
+    device: str | None = None,
+    known: bool = False,
 ) -> Run:
     """Build a study's parts, and create or resume it at ``url``.
 
     ``artifacts``: where its pictures go, as ``artifacts.open_store`` takes it; None leaves that as it is, or for a new
-    study in SQLite beside the database. ``device``: this worker's, instead of the config's. Raises AdoptError children
-    before anything is written.
+    study in SQLite beside the database. ``device``: this worker's, instead of the config's. ``known``: whether the
+    database has answered before; it is then waited for. Raises AdoptError children before anything is written.
     """
-    begun = peek(url, config.name)
+    begun = peek(url, config.name, known=known)
     if begun is not None:
         require_same(begun, config)
         require_files(begun, config)
@@ -369,8 +376,8 @@ def open_run(
     parts.evaluator.prepare(0, config.score.images)  # prompts too many for this machine are refused here
     location = _location(begun, url, artifacts)
     store = None if location is None else open_store(location_of(location, url))
-    storage = open_storage(url)
-    study = open_study(parts, storage)
+    storage = open_storage(url, known=True)  # it answered a moment ago
+    study = open_study(parts, storage, location)
     if location is not None and location != study.user_attrs.get(records.ARTIFACTS):
         study.set_user_attr(records.ARTIFACTS, location)
     return Run(parts, study, storage, store)
@@ -424,9 +431,11 @@ def _identity(parts: Parts) -> dict[str, Any]:
     }
 
 
-def _begin(parts: Parts, study: optuna.Study) -> None:
+def _begin(parts: Parts, study: optuna.Study, pictures: str | None) -> None:
     """Write what the study is and enqueue the known schedules; may be killed anywhere and repeated."""
     study.set_user_attr(records.CONFIG, parts.config.model_dump(mode="json"))
+    if pictures is not None:
+        study.set_user_attr(records.ARTIFACTS, pictures)
     for key, value in _identity(parts).items():
         study.set_user_attr(key, value)
     _describe_model(parts, study)
@@ -512,6 +521,7 @@ def work(
     search = parts.config.search
     failures, idle, tell_seconds = 0, FIRST_WAIT, 0.0
     take = partial(claim, study, storage, search.trials, partial(_template, parts, study), grace=search.grace)
+    take = partial(take, complete=partial(_completed, parts, study))
     parts.sampler.read(study)  # a long study is read before others have to wait for it
     with Heart(storage, search.grace / BEATS) as heart, _leaving(study, storage):
         while True:
@@ -589,18 +599,38 @@ def _template(parts: Parts, study: optuna.Study, trials: Sequence[FrozenTrial]) 
     """The trial after ``trials`` as it begins: what it tries, where that came from, and who runs it."""
     number = len(trials)
     proposal = parts.sampler.proposal(study, number, trials)
-    params = parts.space.encode(proposal.candidate)
-    distributions = parts.space.distributions()
+    return _begun(parts, proposal.candidate, parts.sampler.describe(study, number))
+
+
+def _completed(
+    parts: Parts, study: optuna.Study, waiting: FrozenTrial, trials: Sequence[FrozenTrial]
+) -> FrozenTrial | None:
+    """What a waiting trial gets as it is taken: all that a new one says of itself. None where it has said it before."""
+    attrs = waiting.user_attrs
+    if "fixed_params" not in waiting.system_attrs and {records.CANDIDATE, records.COST, records.STAGE} <= attrs.keys():
+        return None
+    try:
+        candidate = parts.sampler.enqueued(study, waiting)
+    except ConfigError as error:
+        return optuna.trial.create_trial(state=TrialState.RUNNING, user_attrs={FAILURE: _one_line(str(error))})
+    parts.sampler.proposal(study, waiting.number, trials)
+    return _begun(parts, candidate, parts.sampler.describe(study, waiting.number))
+
+
+def _begun(parts: Parts, candidate: Candidate, origin: dict[str, Any]) -> FrozenTrial:
+    """A trial of this worker as it begins, all of it."""
+    params, distributions = parts.space.encode(candidate), parts.space.distributions()
     return optuna.trial.create_trial(
         state=TrialState.RUNNING,
         params=params,
         distributions={name: distributions[name] for name in params},
-        user_attrs={OWNER: owner(), **_described(parts, proposal.candidate), **parts.sampler.describe(study, number)},
+        user_attrs={
+            OWNER: owner(),
+            records.CANDIDATE: candidate.key,
+            records.COST: relative_cost(parts, candidate),
+            **origin,
+        },
     )
-
-
-def _described(parts: Parts, candidate: Candidate) -> dict[str, Any]:
-    return {records.CANDIDATE: candidate.key, records.COST: relative_cost(parts, candidate)}
 
 
 def _ready(parts: Parts, trials: Sequence[FrozenTrial]) -> bool:
@@ -623,8 +653,8 @@ class Outcome:
 
 def _evaluate(parts: Parts, claimed: Claim, store: ArtifactStore | None) -> Outcome:
     """Score one trial; a candidate that cannot be scored is a failed trial, not the end of the run."""
-    candidate = _candidate(parts, claimed)
     try:
+        candidate = _candidate(claimed)
         on_rung = None if parts.config.score.pruner == "none" else _reporter(claimed)  # nobody asks for its one rung
         score = parts.evaluator.score(candidate, rungs(parts.config), on_rung=on_rung, preview=PICTURES if store else 0)
         if not math.isfinite(score.value):
@@ -636,16 +666,12 @@ def _evaluate(parts: Parts, claimed: Claim, store: ArtifactStore | None) -> Outc
     return Outcome(TrialState.COMPLETE if score.complete else TrialState.PRUNED, score)
 
 
-def _candidate(parts: Parts, claimed: Claim) -> Candidate:
-    """What a trial tries. One that was enqueued is told here what it is; a new one has been told when it began."""
-    known = claimed.begun.user_attrs.get(records.CANDIDATE)
-    if known is not None:
-        return Candidate.from_key(known)
-    candidate = parts.space.suggest(claimed.trial)
-    facts = {**parts.sampler.describe(claimed.study, claimed.number), **_described(parts, candidate)}
-    for key, value in facts.items():
-        claimed.trial.set_user_attr(key, value)
-    return candidate
+def _candidate(claimed: Claim) -> Candidate:
+    """What a trial tries (ConfigError where what it was enqueued with is no candidate)."""
+    attrs = claimed.begun.user_attrs
+    if FAILURE in attrs:
+        raise ConfigError(attrs[FAILURE])
+    return Candidate.from_key(attrs[records.CANDIDATE])
 
 
 def _keep_picture(claimed: Claim, score: Score, store: ArtifactStore) -> None:
@@ -700,7 +726,7 @@ def _reporter(claimed: Claim) -> Callable[[int, float], bool]:
 
 def winner(study: optuna.Study) -> FrozenTrial:
     """The best complete trial, the earlier one of equals (StudyError where there is none)."""
-    complete = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+    complete = records.scored(study.get_trials(deepcopy=False))
     if not complete:
         raise StudyError(
             f"study {study.study_name!r} has no finished trial yet; run it first: adopt run --study {study.study_name}"

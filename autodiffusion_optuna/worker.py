@@ -48,6 +48,8 @@ class Job:
     """That share this host's cores."""
     scores: bool = False
     """Whether the first worker also scores the winner; else whoever launched it does."""
+    known: bool = False
+    """Whether the database has answered other workers on hosts like this one: it is then waited for."""
 
     @classmethod
     def of(
@@ -101,6 +103,7 @@ def run_job(job: Job) -> None:
         trust=job.trust,
         artifacts=job.artifacts,
         device=_device(job, torch.cuda.device_count()),
+        known=job.known,
     )
     runner.work(opened.parts, opened.study, opened.storage, store=opened.store)
     if job.scores and job.index == 0:

@@ -152,7 +152,7 @@ def test_what_slurm_is_asked_for(given: dict[str, str], expected: dict[str, obje
     [
         ("ray", "gpus=x", ["gpus=x", "0 or more"]),
         ("ray", "cpus=-1", ["cpus=-1", "0 or more"]),
-        ("ray", "address=127.0.0.1:1", ["no Ray cluster at '127.0.0.1:1'", "address"]),
+        ("ray", "address=127.0.0.1:1", ["no Ray cluster at '127.0.0.1:1'", "address", "postgresql://USER@HOST/DB"]),
         ("slurm", "cluster=foo", ["cluster=foo", "local"]),
     ],
 )
@@ -235,3 +235,51 @@ def test_a_worker_marks_its_warnings(capfd: pytest.CaptureFixture[str]) -> None:
     code = "from autodiffusion_optuna import worker, storage; worker._mark_warnings(); storage._log.warning('away')"
     subprocess.run([sys.executable, "-c", code], check=True)
     assert capfd.readouterr().err == "warning: away\n"
+
+
+@pytest.fixture
+def sbatch(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Slurm's commands as they look from a login node; what they were asked for is kept in a file, if they were."""
+    bin, asked = folder.parent / f"{folder.name}-bin", folder.parent / f"{folder.name}-asked"
+    bin.mkdir()
+    for name in ("sbatch", "srun"):
+        (bin / name).write_text(f"#!/bin/sh\necho {name} >> {asked}\nexit 1\n")
+        (bin / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{bin}:{os.environ['PATH']}")
+    return asked
+
+
+@pytest.mark.parametrize("engine", [("slurm",), ("ray", "--engine-option", "address=auto"), ("ray", "RAY_ADDRESS")])
+@pytest.mark.parametrize("url", [None, "sqlite:///mine.db", "mine.db", "sqlite://"])
+def test_workers_on_other_hosts_get_no_file_of_this_one(
+    folder: Path, adopt: Adopt, sbatch: Path, monkeypatch: pytest.MonkeyPatch, engine: tuple[str, ...], url: str | None
+) -> None:
+    if "RAY_ADDRESS" in engine:
+        monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")
+        engine = ("ray",)
+    given = [] if url is None else ["--storage", url]
+    result = adopt("run", "--study", "quick.toml", "--workers", "2", "--engine", *engine, *given)
+    assert result.code == 1, result
+    assert result.err.count("\n") == 1, result.err
+    assert "postgresql://USER@HOST/DB" in result.err
+    assert "other hosts" in result.err
+    assert sorted(path.name for path in folder.iterdir()) == ["quick.toml"]
+    assert not sbatch.exists()
+
+
+def test_without_sbatch_both_ways_out_are_named(folder: Path, adopt: Adopt) -> None:
+    result = adopt("run", "--study", "quick.toml", "--engine", "slurm")
+    assert result.code == 1
+    for text in ("sbatch", "cluster=local", "postgresql://USER@HOST/DB"):
+        assert text in result.err
+
+
+def test_a_folder_for_pictures_of_other_hosts_is_whole_and_told(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(launch, "peek", lambda *given, **options: None)
+    assert launch._for_other_hosts(job(folder)).artifacts is None
+    assert launch._for_other_hosts(job(folder, artifacts="s3://bucket/a")).artifacts == "s3://bucket/a"
+    assert caplog.records == []
+    assert launch._for_other_hosts(job(folder, artifacts="pictures")).artifacts == str(folder / "pictures")
+    assert "unless all share it" in caplog.text

@@ -137,6 +137,8 @@ def test_the_command_that_resumes_shows_no_secret(monkeypatch: pytest.MonkeyPatc
     [
         ("postgresql+psycopg://me:secret@host:port/db", "is no database URL"),
         ("postgresql+psycopg://me:pa@secret@host/db", "write it there as %40"),
+        ("sqlite:///a.db?timeout=soon", "timeout"),
+        ("sqlite:///a.db?cached_statements=few", "few"),
     ],
 )
 def test_urls_that_cannot_be_read(url: str, expected: str) -> None:
@@ -155,7 +157,9 @@ def test_a_server_that_falls_silent_is_noticed() -> None:
         made: dict[str, object] = s._engine_options(make_url(url))["connect_args"]
         return made
 
-    assert options("postgresql+psycopg://host/db") == s.LIBPQ
+    assert options("postgresql+psycopg://host/db") == {**s.LIBPQ, "prepare_threshold": None}
+    assert options("postgresql+psycopg2://host/db") == s.LIBPQ
+    assert options("postgresql+psycopg://host/db?prepare_threshold=5")["prepare_threshold"] == 5
     assert "connect_timeout" not in options("postgresql+psycopg://host/db?connect_timeout=3")
     assert options("mysql+pymysql://host/db") == {}
 

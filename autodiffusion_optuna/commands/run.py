@@ -32,7 +32,7 @@ from autodiffusion_optuna.commands.output import (
     say,
     warn,
 )
-from autodiffusion_optuna.errors import ConfigError, StudyError, choose_from
+from autodiffusion_optuna.errors import ConfigError, StorageError, StudyError, choose_from
 
 if TYPE_CHECKING:
     import optuna
@@ -97,12 +97,22 @@ def run(
             _refuse_options(options)
             found = _search(config, url, trust, artifacts)
     except KeyboardInterrupt:
-        begun = peek(url, config.name)
-        kept = done if begun is None else records.finished(begun)
-        err.print(f"stopped; {kept} candidates are kept. Go on with: {_resume_command()}")
+        err.print(f"stopped; {_kept(url, config.name, done)} candidates are kept. Go on with: {_resume_command()}")
         raise typer.Exit(EXIT_INTERRUPTED) from None
     with still_there(found):
         print_result(found, url)
+
+
+def _kept(url: str, name: str, known: int) -> int:
+    """Finished candidates of a study that was stopped; ``known`` of them where the database does not answer."""
+    from autodiffusion_optuna import records
+    from autodiffusion_optuna.report import peek
+
+    try:
+        begun = peek(url, name)
+    except StorageError:
+        return known
+    return known if begun is None else records.finished(begun)
 
 
 def _options(given: list[str]) -> dict[str, str]:
@@ -195,7 +205,7 @@ def _launch(
     boards: list[_Board] = []
 
     def look() -> None:
-        if not boards and (begun := peek(url, config.name)) is not None:
+        if not boards and (begun := peek(url, config.name, known=True)) is not None:
             boards.append(watch.enter_context(_watched(_Board(config, begun, workers))))
         for board in boards:
             with still_there(board.study):
@@ -207,7 +217,7 @@ def _launch(
         for board in boards:
             with still_there(board.study):
                 board.end()
-    found = boards[0].study if boards else peek(url, config.name)
+    found = boards[0].study if boards else peek(url, config.name, known=True)
     if found is None:
         raise StudyError(f"study {config.name!r} was deleted or renamed meanwhile; see adopt studies list")
     return found
@@ -218,7 +228,7 @@ def _score(config: StudyConfig, url: str, trust: bool, artifacts: str | None) ->
     from autodiffusion_optuna import study as runner
     from autodiffusion_optuna.report import still_there
 
-    opened = runner.open_run(config, url, trust=trust, artifacts=artifacts)
+    opened = runner.open_run(config, url, trust=trust, artifacts=artifacts, known=True)
     warn(runner.warnings(opened.parts, config.score.images))
     with still_there(opened.study):
         _score_finalists(opened.parts, opened.study)

@@ -88,7 +88,7 @@ class Reading:
             self._failed.update([record.key] if record else [])
         elif record is not None:
             self._taken.add(record.key)
-            if trial.state == TrialState.COMPLETE:
+            if record.losses:
                 self._complete.append(record)
                 self._indices.append(trial.number - len(self._failures))
                 insort(self._ranked, record)
@@ -138,9 +138,8 @@ def parameters(trial: FrozenTrial) -> Mapping[str, Any]:
     return {**enqueued, **trial.params}
 
 
-def losses(values: Sequence[float] | None, directions: Sequence[StudyDirection]) -> Losses:
+def losses(values: Sequence[float], directions: Sequence[StudyDirection]) -> Losses:
     """Values made to be minimised; one that is not finite is worse than all others."""
-    assert values is not None, "a complete trial has values"
     signed = (-v if d == StudyDirection.MAXIMIZE else v for v, d in zip(values, directions, strict=True))
     return tuple(v if math.isfinite(v) else math.inf for v in signed)
 

@@ -181,6 +181,24 @@ class AutoDiffusionSampler(BaseSampler):
         self._remember(study, number, made)
         return made
 
+    def enqueued(self, study: optuna.Study, trial: FrozenTrial) -> Candidate:
+        """What a waiting trial tries: parameters that it was enqueued with, and proposals for all that it leaves open.
+
+        Raises ConfigError for values that are no candidate's.
+        """
+        assert self.space is not None
+        given, space = parameters(trial), self.space.distributions()
+        known = self._decode(given)
+        if known is not None:
+            return known
+        values = {**self.sample_relative(study, trial, space), **given}
+        for name in space.keys() - values.keys():
+            values[name] = self.sample_independent(study, trial, name, space[name])
+        try:
+            return self.space.decode(values)
+        except (TypeError, ValueError, OverflowError) as error:
+            raise ConfigError(f"the enqueued parameters are no candidate: {error}") from None
+
     def read(self, study: optuna.Study) -> None:
         """Read the study's trials now, which takes seconds where it is long, rather than with the next proposal."""
         trials = study.get_trials(deepcopy=False)
@@ -312,7 +330,7 @@ class AutoDiffusionSampler(BaseSampler):
     ) -> dict[str, Any]:
         settings, directions = self.settings, study.directions
         index = number - sum(t.state == TrialState.FAIL and t.number < number for t in trials)
-        complete = [t for t in trials if t.state == TrialState.COMPLETE]
+        complete = [t for t in trials if t.state == TrialState.COMPLETE and t.values]
         # Several objectives are ranked by their first here: only our own space has Pareto ranks.
         complete.sort(key=lambda t: (losses(t.values, directions), t.number))
         breed = index >= settings.population_size and self._operator(index) != "random"
@@ -347,7 +365,7 @@ class AutoDiffusionSampler(BaseSampler):
         candidate = self._decode(parameters(trial))
         if candidate is None:
             return None
-        complete = trial.state == TrialState.COMPLETE
+        complete = trial.state == TrialState.COMPLETE and trial.values
         values = losses(trial.values, directions) if complete else ()
         return Record(values, trial.number, candidate.key, candidate)
 
@@ -356,7 +374,7 @@ class AutoDiffusionSampler(BaseSampler):
         assert self.space is not None
         try:
             return self.space.decode(params)
-        except (ConfigError, TypeError, ValueError):
+        except (ConfigError, TypeError, ValueError, OverflowError):
             return None
 
     def _remember(self, study: optuna.Study, number: int, proposal: Proposal) -> None:
