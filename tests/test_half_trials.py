@@ -99,7 +99,7 @@ def look(study: optuna.Study, adopt: Adopt) -> None:
         ("status", "--study", "quick", "--json"),
         ("studies", "list"),
         ("report", "--study", "quick", "--out", "quick.html"),
-        ("export", "--study", "quick"),
+        ("export", "--study", "quick", "--format", "json"),
     ):
         result = adopt(*command)
         assert result.code == 0, (command, result)
