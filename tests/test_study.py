@@ -101,7 +101,7 @@ def test_ctrl_c_puts_the_running_trial_back(
 def test_killed_at_random_moments_and_resumed_equals_undisturbed(folder: Path) -> None:
     """kill -9 at five random moments, in processes of their own."""
     rng = random.Random(1)
-    settings = ["--study", "quick.toml", "--storage", "killed.db", "--set", "search.trials=60"]
+    settings = ["--study", "quick.toml", "--storage", "killed.db", "--set", "search.trials=160"]
     command = [sys.executable, "-m", "autodiffusion_optuna", "run", *settings]
     killed = 0
     for kill in range(5):
@@ -117,10 +117,10 @@ def test_killed_at_random_moments_and_resumed_equals_undisturbed(folder: Path) -
             killed += process.wait() == -signal.SIGKILL
         process.communicate()
     assert killed == 5
-    assert 0 < len([r for r in rows("sqlite:///killed.db", "quick") if r[1] == "COMPLETE"]) < 60
+    assert 0 < len([r for r in rows("sqlite:///killed.db", "quick") if r[1] == "COMPLETE"]) < 160
     subprocess.run(command, cwd=folder, check=True, capture_output=True)
     assert any(RETRIES in t.user_attrs for t in load_study(open_storage("sqlite:///killed.db"), "quick").trials)
-    run(folder / "quick.toml", "sqlite:///whole.db", "search.trials=60")
+    run(folder / "quick.toml", "sqlite:///whole.db", "search.trials=160")
     assert rows("sqlite:///killed.db", "quick") == rows("sqlite:///whole.db", "quick")
 
 
