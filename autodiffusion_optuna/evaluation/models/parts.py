@@ -202,7 +202,7 @@ def _trained(stored: Mapping[str, Any], path: Path, notes: list[str] | None) -> 
     for entry, what in STATES.items():
         if entry in stored:
             raise ModelError(f"{path}: is {what}; give model*.pt or ema*.pt, or the folder that save_pretrained wrote")
-    parts = [key for key, value in stored.items() if value and _is_state_dict(value)]
+    parts = [key for key, value in stored.items() if _is_state_dict(value) and value]
     averages = [key for key, value in stored.items() if "ema" in str(key).lower() and isinstance(value, dict) and value]
     chosen = averages or parts
     if not parts or len(chosen) != 1 or chosen[0] not in parts:
