@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import optuna
@@ -106,7 +107,8 @@ class StudyReport:
         """Where the reference comes from, and how many images are behind it."""
         images = self.attrs.get(records.REFERENCE_IMAGES)
         count = "of an unknown number of images" if images is None else f"of {images:,} images"
-        return f"{self.config.score.reference or 'bundled with the model'}, {count}"
+        path = self.config.score.reference
+        return f"{'bundled with the model' if path is None else Path(path).name}, {count}"
 
     @property
     def fresh_size(self) -> tuple[int, int] | None:
