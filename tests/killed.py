@@ -177,7 +177,7 @@ if __name__ == "__main__":
     os.dup2(2, 1)
 
     def make(name: str) -> str:
-        return database(server, name)
+        return database(server, f"{how_many}_{name}")  # one server may see both
 
     # What is imported late is imported here, once.
     run("sqlite:///warm.db")
