@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -286,6 +287,8 @@ _UsageError: type[Exception] = typer.BadParameter.__mro__[1]
 
 def main() -> None:
     """Run the command line: errors of the user's are one line on stderr and exit code 1, never a traceback."""
+    if logging.lastResort is not None:  # what prints our own warnings, in the form of all others
+        logging.lastResort.setFormatter(logging.Formatter("warning: %(message)s"))
     try:
         code = app(standalone_mode=False)
     except AdoptError as error:

@@ -352,13 +352,17 @@ def _located(key: str, value: str, folder: Path) -> str:
 
 
 def _absolute(path: str, folder: Path) -> str:
-    return os.path.abspath(folder / Path(path).expanduser())  # not resolved: links stay as the user sees them
+    try:
+        whole = folder / Path(path).expanduser()
+    except RuntimeError:
+        raise ConfigError(f"{path!r} names the folder of a user who is not here; write the whole path") from None
+    return os.path.abspath(whole)  # not resolved: links stay as the user sees them
 
 
 def missing_files(config: StudyConfig) -> list[str]:
-    """Those of ``FILES`` whose absolute path does not exist on this host."""
+    """Those of ``FILES``, and the folder of plug-ins, whose absolute path does not exist on this host."""
     flat = flatten(config.model_dump(mode="json"))
-    paths = {key: str(flat[key] or "").removeprefix("adm:") for key in FILES}
+    paths = {key: str(flat[key] or "").removeprefix("adm:") for key in (*FILES, "folder")}
     return [key for key, path in paths.items() if os.path.isabs(path) and not os.path.exists(path)]
 
 

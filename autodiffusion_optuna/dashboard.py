@@ -210,7 +210,7 @@ def progress(study: optuna.Study) -> tuple[int, ...]:
     """What changes when a generation has finished, the budget is met or a schedule got its fresh score."""
     finished = study.get_trials(deepcopy=False, states=records.FINISHED)
     attrs = study.user_attrs
-    generation = max((t.user_attrs.get(records.GENERATION, 0) for t in finished), default=-1)
+    generation = max(map(records.generation, finished), default=-1)
     done = len(finished) >= stored_config(study).search.trials
     return generation, int(done), sum(key.startswith("fresh:") for key in attrs)
 

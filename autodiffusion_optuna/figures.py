@@ -102,12 +102,8 @@ def _best_candidates(report: StudyReport) -> list[tuple[int, Candidate]]:
     for trial in records.scored(report.finished):
         if best is None or trial.values[0] < best.values[0]:
             best = trial
-            by_generation[_generation(trial)] = Candidate.from_key(trial.user_attrs[records.CANDIDATE])
+            by_generation[records.generation(trial)] = Candidate.from_key(trial.user_attrs[records.CANDIDATE])
     return sorted(by_generation.items())
-
-
-def _generation(trial: FrozenTrial) -> int:
-    return int(trial.user_attrs.get(records.GENERATION, 0))
 
 
 def _position(report: StudyReport) -> tuple[Callable[[int], float], str]:
@@ -180,7 +176,7 @@ def history(report: StudyReport) -> go.Figure | None:
         return None
     generations: dict[int, list[FrozenTrial]] = defaultdict(list)
     for trial in complete:
-        generations[_generation(trial)].append(trial)
+        generations[records.generation(trial)].append(trial)
     span = (min(generations) - 0.5, max(generations) + 0.5)
     figure = go.Figure()
     _known_lines(figure, report, span)
@@ -214,7 +210,7 @@ def _trial_points(
         if points:
             figure.add_scatter(
                 x=[x for x, _ in points], y=[_short(t.values[0]) for _, t in points], mode="markers", name=name,
-                customdata=[[t.number, _generation(t)] for _, t in points],
+                customdata=[[t.number, records.generation(t)] for _, t in points],
                 marker={"color": colour, "symbol": symbol, "size": 6, "opacity": 0.7},
                 hovertemplate=f"trial %{{customdata[0]}}, {name}<br>generation %{{customdata[1]}}"
                 "<br>%{y}<extra></extra>",
@@ -337,8 +333,8 @@ def evaluations(report: StudyReport) -> go.Figure | None:
 
     totals: dict[int, list[int]] = defaultdict(lambda: [0, 0])
     for trial in report.finished:
-        score = trial.user_attrs.get(records.SCORE, {})
-        total = totals[_generation(trial)]
+        score = records.score(trial)
+        total = totals[records.generation(trial)]
         total[0] += int(score.get("run", 0))
         total[1] += int(score.get("saved", 0))
     if not totals:

@@ -348,7 +348,7 @@ def _needs_server(job: Job, engine: str) -> str:
     """One line for workers that would not find the study, and make one of their own that is lost."""
     return (
         f"engine {engine!r} may start workers on other hosts, which do not share {storage_url(job.url)!r}; "
-        f"run it with the database of a server: adopt run --study {job.name} --engine {engine} --storage {SERVER}"
+        f"run it with the database of a server: {job.command} --storage {SERVER}"
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import math
@@ -12,6 +13,8 @@ from typing import Any
 
 import optuna
 from optuna.trial import FrozenTrial, TrialState
+
+from autodiffusion_optuna.candidate import Candidate
 
 # Study user attrs.
 READY = "ready"
@@ -32,6 +35,9 @@ KNOWN_COSTS = "known_costs"
 
 WARNINGS = "warnings"
 """[line]: what ``study.warnings`` said when the study was last run; every view shows them again."""
+
+SANITY = "sanity"
+"""[line]: what the last check of the model found doubtful, see ``evaluation.sanity``."""
 
 RUNTIME = "runtime"
 """What computed the first values, ``evaluation.runtime.describe_runtime``; any other is kept under ``RUNTIME:…``."""
@@ -156,9 +162,9 @@ def runtime_key(runtime: Mapping[str, Any]) -> str:
 
 def runtime_warnings(attrs: Mapping[str, Any]) -> list[str]:
     """A line for each other runtime that some of the study's values were computed with."""
-    first = attrs.get(RUNTIME, {})
+    first = attrs.get(RUNTIME)
     others = [attrs[key] for key in sorted(attrs) if key.startswith(f"{RUNTIME}:") and attrs[key] != first]
-    return [_runtime_warning(first, other) for other in others]
+    return [_runtime_warning(first, other) for other in others] if first else []
 
 
 def _runtime_warning(first: Mapping[str, Any], other: Mapping[str, Any]) -> str:
@@ -182,5 +188,31 @@ def scored(trials: Iterable[FrozenTrial]) -> list[FrozenTrial]:
 
     Older versions could be killed before they had written a known schedule's cost: its name tells it.
     """
-    complete = (t for t in trials if t.state == TrialState.COMPLETE and t.values and CANDIDATE in t.user_attrs)
-    return [t for t in complete if t.user_attrs.keys() & {COST, KNOWN_NAME}]
+    complete = (t for t in trials if t.state == TrialState.COMPLETE and t.values)
+    return [t for t in complete if _is_candidate(str(t.user_attrs.get(CANDIDATE))) and _has_cost(t)]
+
+
+@functools.lru_cache(maxsize=2**16)
+def _is_candidate(key: str) -> bool:
+    try:
+        Candidate.from_key(key)
+    except ValueError:
+        return False
+    return True
+
+
+def _has_cost(trial: FrozenTrial) -> bool:
+    cost = trial.user_attrs.get(COST)
+    return isinstance(cost, (int, float)) if COST in trial.user_attrs else KNOWN_NAME in trial.user_attrs
+
+
+def generation(trial: FrozenTrial) -> int:
+    """Generation of a trial; 0 for one that does not say."""
+    said = trial.user_attrs.get(GENERATION)
+    return said if isinstance(said, int) else 0
+
+
+def score(trial: FrozenTrial) -> Mapping[str, Any]:
+    """What the evaluator says of a trial's value; empty for one that was not scored here."""
+    said = trial.user_attrs.get(SCORE)
+    return said if isinstance(said, dict) else {}

@@ -135,13 +135,13 @@ class StudyReport:
 
         ``tail``: what commands in them end with, such as `` --storage URL``.
         """
-        fresh = self.best.fresh.warning if self.best and self.best.fresh else None
-        lines = [*self.attrs.get(records.WARNINGS, []), *([fresh] if fresh else []), *self.found_doubtful(tail)]
-        return list(dict.fromkeys(lines))
+        stored = [*(self.attrs.get(records.SANITY) or []), *(self.attrs.get(records.WARNINGS) or [])]
+        return list(dict.fromkeys([*stored, *records.runtime_warnings(self.attrs), *self.found_doubtful(tail)]))
 
     def found_doubtful(self, tail: str = "") -> list[str]:
         """Those of ``warnings`` that only the trials and the fresh values show."""
-        return [*_variety_warning(self.best), *self._fewer_images(tail), *records.runtime_warnings(self.attrs)]
+        fresh = self.best.fresh.warning if self.best and self.best.fresh else None
+        return [*([fresh] if fresh else []), *_variety_warning(self.best), *self._fewer_images(tail)]
 
     def _fewer_images(self, tail: str) -> list[str]:
         """A line where a schedule was scored on more images than the best one."""
@@ -183,7 +183,7 @@ class StudyReport:
 
     def total(self, field: str) -> float:
         """Sum of one field of the finished trials' scores."""
-        return float(sum(t.user_attrs.get(records.SCORE, {}).get(field, 0) for t in self.finished))
+        return float(sum(records.score(t).get(field, 0) for t in self.finished))
 
     @property
     def wall_seconds(self) -> float:
@@ -198,7 +198,7 @@ class StudyReport:
             attrs = {**FIRST, **trial.user_attrs}
             if trial.state == TrialState.COMPLETE and trial.values:
                 best = min(best, trial.values[0])
-            history[attrs[records.GENERATION]] = (attrs[records.STAGE], best if math.isfinite(best) else None)
+            history[records.generation(trial)] = (attrs[records.STAGE], best if math.isfinite(best) else None)
         return [(generation, stage, value) for generation, (stage, value) in sorted(history.items())]
 
     def to_json(self, tail: str = "") -> dict[str, Any]:
@@ -284,7 +284,7 @@ def load_study(storage: StudyStorage, name: str) -> optuna.Study:
             raise StudyError(f"study {name!r} was not made by adopt; choose another")
         raise StudyError(
             f"study {name!r} is empty: it was not made by adopt, or whoever began it was stopped; choose another, or "
-            f"run it again: adopt run --study {name}"
+            "run it again as it was begun, with its study file or preset"
         )
     return study
 
@@ -294,16 +294,18 @@ def peek_storage(url: str, *, known: bool = False) -> StudyStorage | None:
     return None if is_empty(url, known=known) else open_storage(url, create=False, known=known)
 
 
-def peek(url: str, name: str, *, known: bool = False) -> optuna.Study | None:
+def peek(url: str, name: str, *, known: bool = False, ready: bool = True) -> optuna.Study | None:
     """A study made by adopt, or None where the database or the study does not exist or was never begun in full.
 
-    ``known``: whether the database has answered before; it is then waited for.
+    ``known``: whether the database has answered before; it is then waited for. ``ready`` False: one whose beginning
+    was cut off will do, if it says what it is.
     """
     storage = peek_storage(url, known=known)
     if storage is None or name not in study_names(storage):
         return None
     study = optuna.load_study(study_name=name, storage=storage)
-    return study if records.READY in study.user_attrs else None
+    needed = {records.CONFIG, records.READY} if ready else {records.CONFIG}
+    return study if needed <= study.user_attrs.keys() else None
 
 
 def existing_names(url: str) -> list[str]:
@@ -324,12 +326,12 @@ def require_same(study: optuna.Study, config: StudyConfig) -> None:
 
 def require_files(study: optuna.Study, config: StudyConfig) -> None:
     """StudyError where a file of a study that was begun elsewhere does not exist here, with what gives its place."""
-    for key in missing_files(config):
-        where = flatten(config.model_dump(mode="json"))[key]
-        raise StudyError(
-            f"study {config.name!r} was begun with {key} = {where!r}, which does not exist here; say where it is now: "
-            f"--set {key}=PATH"
-        )
+    missing = missing_files(config)
+    if missing:
+        settings = flatten(config.model_dump(mode="json"))
+        where = " and ".join(f"{key} = {settings[key]!r}" for key in missing)
+        places = " ".join(f"--set {key}=PATH" for key in missing)
+        raise StudyError(f"study {config.name!r} has {where}, not to be found here; say where it is now: {places}")
 
 
 def stored_unit_costs(study: optuna.Study | None) -> tuple[float, ...] | None:
@@ -340,7 +342,7 @@ def stored_unit_costs(study: optuna.Study | None) -> tuple[float, ...] | None:
 
 def stored_batch(study: optuna.Study | None) -> int | None:
     """Images in one network evaluation when the study was begun; another batch computes other bits."""
-    return None if study is None else study.user_attrs.get(records.RUNTIME, {}).get("batch")
+    return None if study is None else (study.user_attrs.get(records.RUNTIME) or {}).get("batch")
 
 
 def study_names(storage: StudyStorage) -> list[str]:
@@ -399,18 +401,20 @@ def read_report(study: optuna.Study, size: tuple[int, int] | None = None) -> Stu
     attrs = study.user_attrs
     trials = study.get_trials(deepcopy=False)
     values = {  # of the trials just read: a running study has others a moment later
-        t.user_attrs[records.CANDIDATE]: t.values[0] for t in records.scored(trials)
+        t.user_attrs[records.CANDIDATE]: t.values[0] for t in _scored(trials, attrs)
     }
     best = _best(trials, attrs, size)
+    costs = attrs.get(records.KNOWN_COSTS, {})
     known = [
         Known(
             name,
             Candidate.from_key(key),
-            attrs[records.KNOWN_COSTS][name],
+            costs[name],
             values.get(key),
             _fresh(attrs, key, size),
         )
         for name, key in attrs.get(records.KNOWN, {}).items()
+        if name in costs
     ]
     return StudyReport(
         config=stored_config(study),
@@ -424,7 +428,7 @@ def read_report(study: optuna.Study, size: tuple[int, int] | None = None) -> Stu
 
 
 def _best(trials: Sequence[FrozenTrial], attrs: dict[str, Any], size: tuple[int, int] | None) -> Best | None:
-    complete = records.scored(trials)
+    complete = _scored(trials, attrs)
     if not complete:
         return None
     trial = min(complete, key=lambda t: (t.values[0], t.number))
@@ -433,8 +437,8 @@ def _best(trials: Sequence[FrozenTrial], attrs: dict[str, Any], size: tuple[int,
         trial=trial.number,
         candidate=Candidate.from_key(key),
         value=trial.values[0],
-        cost=trial.user_attrs[records.COST] if records.COST in trial.user_attrs else _known_cost(trial, attrs),
-        trace_ratio=trial.user_attrs.get(records.SCORE, {}).get("trace_ratio"),
+        cost=_cost(trial, attrs),
+        trace_ratio=records.score(trial).get("trace_ratio"),
         fresh=_fresh(attrs, key, size),
     )
 
@@ -445,8 +449,14 @@ def _fresh(attrs: Mapping[str, Any], key: str, size: tuple[int, int] | None) -> 
     return records.fresh(attrs, key, *size) if size else None
 
 
-def _known_cost(trial: FrozenTrial, attrs: Mapping[str, Any]) -> float:
-    return float(attrs[records.KNOWN_COSTS][trial.user_attrs[records.KNOWN_NAME]])
+def _scored(trials: Sequence[FrozenTrial], attrs: Mapping[str, Any]) -> list[FrozenTrial]:
+    """``records.scored`` whose costs are known."""
+    return [t for t in records.scored(trials) if _cost(t, attrs) is not None]
+
+
+def _cost(trial: FrozenTrial, attrs: Mapping[str, Any]) -> Any:
+    known = attrs.get(records.KNOWN_COSTS, {}).get(trial.user_attrs.get(records.KNOWN_NAME))
+    return trial.user_attrs.get(records.COST, known)
 
 
 @dataclass(frozen=True)

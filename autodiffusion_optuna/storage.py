@@ -455,8 +455,12 @@ def sqlite_path(url: str) -> Path | None:
 
 
 def is_of_this_host(url: str) -> bool:
-    """Whether the database is a file or this process's memory: other hosts would make one of their own."""
-    return _parse(url).get_backend_name() == "sqlite"
+    """Whether other hosts cannot reach the database: a file, this process's memory, or a server at this host's own
+    address."""
+    parsed = _parse(url)
+    host = parsed.host or str(parsed.query.get("host", ""))  # of Postgres a folder, or none, is a socket
+    server = parsed.get_backend_name() != "sqlite"
+    return not server or host in ("", "localhost", "::1") or host.startswith(("/", "127."))
 
 
 def hide_password(url: str) -> str:
@@ -619,8 +623,9 @@ def _writable(folder: Path) -> bool:
 
 def _engine_options(url: URL) -> dict[str, Any]:
     """How the database at ``url`` is connected to (StorageError for options that cannot be meant)."""
-    numbers = {name: _number(name, value) for name, value in url.query.items() if NUMBERS.search(name)}
-    if url.get_backend_name() == "sqlite":
+    sqlite = url.get_backend_name() == "sqlite"
+    numbers = {name: _number(name, value, sqlite) for name, value in url.query.items() if NUMBERS.search(name)}
+    if sqlite:
         return {"connect_args": {} if "timeout" in numbers else {"timeout": BUSY_TIMEOUT}}
     for name in PYTHON_ONLY & url.query.keys():
         raise StorageError(f"{name}={url.query[name]} in the storage URL is not for text; leave it out")
@@ -634,12 +639,12 @@ def _engine_options(url: URL) -> dict[str, Any]:
     return {"pool_pre_ping": True, "connect_args": given}
 
 
-def _number(name: str, value: str | tuple[str, ...]) -> int | None:
-    """Value of an option of a connection; "none" for a threshold that is never met."""
+def _number(name: str, value: str | tuple[str, ...], sqlite: bool) -> float | None:
+    """Value of an option of a connection, whole but for SQLite; "none" for a threshold that is never met."""
     if value == "none" and name == "prepare_threshold":
         return None
     try:
-        return int(value)  # type: ignore[arg-type]
+        return float(value) if sqlite else int(value)  # type: ignore[arg-type]
     except (TypeError, ValueError):
         raise StorageError(f"{name}={value} in the storage URL is no whole number; give one, or leave it out") from None
 

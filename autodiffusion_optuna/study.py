@@ -330,13 +330,12 @@ def open_study(parts: Parts, storage: StudyStorage, pictures: str | None = None)
         begun = records.READY in study.user_attrs
         if not begun and study.get_trials(deepcopy=False, states=(TrialState.RUNNING, TrialState.COMPLETE)):
             raise StudyError(f"study {study.study_name!r} exists but was not made by adopt; choose another name")
+        if records.CONFIG in study.user_attrs:  # also where whoever began it was stopped: its queue is of that config
+            check_same(parts, study)
         if not begun:
             _begin(parts, study, pictures)
     if begun:
-        check_same(parts, study)
-    study.set_user_attr(records.CONFIG, parts.config.model_dump(mode="json"))  # a longer budget is kept
-    study.set_user_attr(records.WARNINGS, warnings(parts, parts.config.score.images))
-    study.set_user_attr(records.REFERENCE_IMAGES, parts.evaluator.reference.n)
+        _describe_run(parts, study)
     if records.NOISE not in study.user_attrs:  # begun by an older version
         _describe_model(parts, study)
     return study
@@ -378,6 +377,9 @@ def open_run(
     store = None if location is None else open_store(location_of(location, url))
     storage = open_storage(url, known=True)  # it answered a moment ago
     study = open_study(parts, storage, location)
+    batch = stored_batch(study)
+    if batch is not None and begun is None:  # another worker that started together with this one has begun the study
+        parts = replace(parts, evaluator=replace(parts.evaluator, batch=batch))
     if location is not None and location != study.user_attrs.get(records.ARTIFACTS):
         study.set_user_attr(records.ARTIFACTS, location)
     return Run(parts, study, storage, store)
@@ -431,9 +433,18 @@ def _identity(parts: Parts) -> dict[str, Any]:
     }
 
 
+def _describe_run(parts: Parts, study: optuna.Study) -> None:
+    """Write what is so in this run: a longer budget, where files are now, and what there is to be warned of."""
+    study.set_user_attr(records.CONFIG, parts.config.model_dump(mode="json"))
+    study.set_user_attr(records.WARNINGS, warnings(parts, parts.config.score.images))
+    if parts.config.model.check:  # else what an earlier check found stays true
+        study.set_user_attr(records.SANITY, list(parts.sanity))
+    study.set_user_attr(records.REFERENCE_IMAGES, parts.evaluator.reference.n)
+
+
 def _begin(parts: Parts, study: optuna.Study, pictures: str | None) -> None:
     """Write what the study is and enqueue the known schedules; may be killed anywhere and repeated."""
-    study.set_user_attr(records.CONFIG, parts.config.model_dump(mode="json"))
+    _describe_run(parts, study)
     if pictures is not None:
         study.set_user_attr(records.ARTIFACTS, pictures)
     for key, value in _identity(parts).items():
@@ -460,13 +471,13 @@ def check_same(parts: Parts, study: optuna.Study) -> None:
     """StudyError naming what differs where new values could not be compared with the study's."""
     require_same(study, parts.config)
     attrs = study.user_attrs
-    if attrs.get(records.VERSION) != __version__:
+    if attrs.get(records.VERSION, __version__) != __version__:
         raise StudyError(
             f"study {parts.config.name!r} was begun with adopt {attrs.get(records.VERSION)}, this is {__version__}; "
             f"install that version to go on, or start another with --set name=NEW"
         )
     for key, value in _identity(parts).items():
-        if attrs.get(key) != value:
+        if attrs.get(key, value) != value:
             raise StudyError(
                 f"study {parts.config.name!r} was begun with another {key} ({attrs.get(key)} -> {value}); "
                 "its values cannot be compared with new ones; start another with --set name=NEW"
@@ -558,14 +569,16 @@ def work(
 def _note_runtime(parts: Parts, study: optuna.Study) -> None:
     """Keep what a trial was computed with, where it is not what the study's first one was: bits may differ."""
     now, attrs = describe_runtime(parts.evaluator), study.user_attrs
-    if now == attrs.get(records.RUNTIME):
+    first, key = attrs.get(records.RUNTIME), records.runtime_key(now)
+    if now == first or key in attrs:
         return
-    if not records.finished(study):  # memory ran out in the first trial: the smaller batch is the study's
+    memory_ran_out = first and {**first, "batch": now["batch"]} == now and not records.finished(study)
+    if not first or memory_ran_out:  # of a study begun before this was kept, or in the very first trial
         study.set_user_attr(records.RUNTIME, now)
-    elif (key := records.runtime_key(now)) not in attrs:
-        study.set_user_attr(key, now)
-        for line in records.runtime_warnings({records.RUNTIME: attrs.get(records.RUNTIME, {}), key: now}):
-            _log.warning(line)
+        return
+    study.set_user_attr(key, now)
+    for line in records.runtime_warnings({records.RUNTIME: first, key: now}):
+        _log.warning(line)
 
 
 @contextmanager
@@ -743,6 +756,7 @@ def score_fresh(parts: Parts, study: optuna.Study, candidate: Candidate, images:
     if stored is not None:
         return stored
     values = tuple(parts.evaluator.score(candidate, [images], bank=bank).value for bank in range(1, banks + 1))
+    _note_runtime(parts, study)
     scored = records.Fresh(images, values, _too_few(parts, images))
     study.set_user_attr(records.fresh_key(candidate.key, images, banks), scored.to_json())
     return scored

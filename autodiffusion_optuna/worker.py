@@ -50,6 +50,8 @@ class Job:
     """Whether the first worker also scores the winner; else whoever launched it does."""
     known: bool = False
     """Whether the database has answered other workers on hosts like this one: it is then waited for."""
+    command: str = ""
+    """What the user typed, but for the database."""
 
     @classmethod
     def of(
@@ -61,9 +63,11 @@ class Job:
         trust: bool = False,
         artifacts: str | None = None,
         scores: bool = False,
+        command: str = "",
     ) -> Job:
         """The job of the first of ``workers`` workers, started from the current folder."""
-        return cls(url, config.model_dump(mode="json"), str(Path.cwd()), trust, artifacts, 0, workers, scores)
+        settings, here = config.model_dump(mode="json"), str(Path.cwd())
+        return cls(url, settings, here, trust, artifacts, 0, workers, scores, command=command)
 
     def dumps(self) -> str:
         """One line of JSON."""

@@ -54,6 +54,24 @@ def test_warnings_are_those_of_the_last_run(doubtful: None, adopt: Adopt, monkey
     assert "a doubt" not in adopt("show", "--study", "quick").err
 
 
+def test_what_a_check_found_stays_where_it_is_turned_off(
+    folder: Path, adopt: Adopt, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(study, "check_model", lambda *given: ["it denoises nothing"])
+    assert "it denoises nothing" in adopt("run", "--study", "quick.toml", "--set", "search.trials=8").err
+    assert adopt("run", "--study", "quick", "--set", "search.trials=9", "--set", "model.check=false").code == 0
+    assert adopt("show", "--study", "quick").err.count("it denoises nothing") == 1
+
+
+def test_several_workers_are_warned_of_at_the_start(folder: Path, adopt: Adopt) -> None:
+    few = ["--set", "search.trials=8", "--set", "score.images=4", "--set", "score.fresh_images=6"]
+    result = adopt("run", "--study", "quick.toml", "--workers", "2", *few)
+    assert result.code == 0, result
+    assert result.err.count("warning: 4 images for") == 1
+    assert result.err.count("warning: 6 images for") == 1
+    assert "computed otherwise" not in result.err
+
+
 def test_too_few_images_on_fresh_noise_are_said(folder: Path, adopt: Adopt) -> None:
     assert adopt("run", "--study", "quick.toml", "--set", "search.trials=8").code == 0
     assert "2 images for" not in adopt("show", "--study", "quick").err

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sqlite3
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -68,6 +69,13 @@ HALVES = {  # those that ask come first: they would be given what is enqueued
     "complete, without a cost": told(TrialState.COMPLETE, -5.0, candidate="900,500,100"),
     "complete, known": told(TrialState.COMPLETE, -5.0, candidate="900,500,100", known="uniform"),
     "complete, a half": told(TrialState.COMPLETE, -5.0, candidate="900,500,100", generation=1),
+    "complete, of nonsense": told(TrialState.COMPLETE, -5.0, candidate="nonsense", cost=1.0),
+    "complete, of a number": told(TrialState.COMPLETE, -5.0, candidate=5, cost=1.0),
+    "complete, at no cost": told(TrialState.COMPLETE, -5.0, candidate="900,500,100", cost=None),
+    "complete, of an unknown name": told(TrialState.COMPLETE, -5.0, candidate="900,500,100", known="x"),
+    "complete, of no generation": told(
+        TrialState.COMPLETE, -5.0, candidate="900,500,100", cost=1.0, generation=None, score=5
+    ),
     "complete, endless": told(TrialState.COMPLETE, float("inf")),
     "pruned": told(TrialState.PRUNED, None),
     "failed": told(TrialState.FAIL, None, generation=2),
@@ -79,11 +87,11 @@ def test_every_view_bears_it_and_the_search_goes_on(quick: optuna.Study, folder:
     for half in HALVES.values() if kind == "all at once" else [HALVES[kind]]:
         half(quick)
     look(quick, adopt)
-    result = adopt("run", "--study", "quick", "--set", "search.trials=33", "--set", "search.grace=1")
+    result = adopt("run", "--study", "quick", "--set", "search.trials=40", "--set", "search.grace=1")
     assert result.code == 0, result
     look(quick, adopt)
     trials = quick.get_trials(deepcopy=False)
-    assert sum(t.state in records.FINISHED for t in trials) == 33
+    assert sum(t.state in records.FINISHED for t in trials) == 40
     ours = [t for t in trials if t.state == TrialState.COMPLETE and claims.OWNER in t.user_attrs]
     named = {records.CANDIDATE, records.COST, records.GENERATION, records.STAGE, records.OPERATOR, records.SCORE}
     assert all(named <= t.user_attrs.keys() for t in ours)
@@ -104,6 +112,46 @@ def look(study: optuna.Study, adopt: Adopt) -> None:
         result = adopt(*command)
         assert result.code == 0, (command, result)
     publish(study, "sqlite:///adopt.db")
+
+
+LOST = (records.RUNTIME, records.WARNINGS, records.SANITY, records.REFERENCE_IMAGES)
+
+
+@pytest.mark.parametrize(
+    ("lost", "left"), [(records.KNOWN_COSTS, "none"), *((key, left) for key in LOST for left in ("none", "null"))]
+)
+def test_what_a_study_does_not_say_locks_nothing(
+    quick: optuna.Study, folder: Path, adopt: Adopt, lost: str, left: str
+) -> None:
+    change = "UPDATE {} SET value_json = 'null'" if left == "null" else "DELETE FROM {}"
+    with sqlite3.connect(folder / "adopt.db") as connection:
+        connection.execute(change.format("study_user_attributes") + " WHERE key = ?", (lost,))
+    connection.close()
+    look(quick, adopt)
+    result = adopt("run", "--study", "quick", "--set", "search.trials=25")
+    assert result.code == 0, result
+    assert "computed otherwise" not in result.err
+
+
+def test_a_beginning_that_was_cut_off_goes_on_under_its_name_and_as_it_was(
+    folder: Path, adopt: Adopt, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write = optuna.Study.set_user_attr
+
+    def cut_off(study: optuna.Study, key: str, value: Any) -> None:
+        if key == records.READY:
+            raise KeyboardInterrupt
+        write(study, key, value)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(optuna.Study, "set_user_attr", cut_off)
+        assert adopt("run", "--study", "quick.toml", "--set", "search.trials=9").code == 130
+    other = adopt("run", "--study", "quick.toml", "--set", "sampling.steps=4")
+    assert other.code == 1
+    assert "sampling.steps: 3 -> 4" in other.err  # what waits in its queue has three
+    assert adopt("run", "--study", "quick").code == 0
+    found = optuna.load_study(study_name="quick", storage="sqlite:///adopt.db")
+    assert sum(t.state == TrialState.COMPLETE for t in found.trials) == 9
 
 
 def test_what_an_enqueued_trial_leaves_open_is_proposed(folder: Path) -> None:

@@ -18,7 +18,7 @@ from test_workers import begin
 
 from autodiffusion_optuna import launch, records, study, worker
 from autodiffusion_optuna.errors import ConfigError, ModelError, StudyError
-from autodiffusion_optuna.storage import open_storage
+from autodiffusion_optuna.storage import is_of_this_host, open_storage
 from autodiffusion_optuna.worker import Job
 
 URL = "sqlite:///adopt.db"
@@ -263,8 +263,29 @@ def test_workers_on_other_hosts_get_no_file_of_this_one(
     assert result.err.count("\n") == 1, result.err
     assert "postgresql://USER@HOST/DB" in result.err
     assert "other hosts" in result.err
+    assert "adopt run --study quick.toml --workers 2 --engine" in result.err  # what was typed, with another database
     assert sorted(path.name for path in folder.iterdir()) == ["quick.toml"]
     assert not sbatch.exists()
+
+
+@pytest.mark.parametrize(
+    ("place", "here"),
+    [
+        ("localhost", True),
+        ("127.0.0.1:5433", True),
+        ("", True),
+        ("[::1]", True),
+        ("db.lab", False),
+        ("10.0.0.7", False),
+    ],
+)
+def test_which_servers_other_hosts_do_not_reach(place: str, here: bool) -> None:
+    assert is_of_this_host(f"postgresql+psycopg://me@{place}/x") is here
+
+
+def test_a_socket_is_of_this_host() -> None:
+    assert is_of_this_host("postgresql+psycopg:///x?host=/var/run/postgresql")
+    assert not is_of_this_host("postgresql+psycopg:///x?host=db.lab")
 
 
 def test_without_sbatch_both_ways_out_are_named(folder: Path, adopt: Adopt) -> None:

@@ -148,6 +148,15 @@ def test_plug_ins_are_found_from_another_folder(folder: Path, adopt: Adopt, monk
     assert done.code == 0, done.err
     sampled = adopt("sample", "--study", "mine", "--out", "x.png", "--trust")
     assert sampled.code == 0, sampled.err
+    (folder / "plugins").rename(folder / "moved")
+    lost = adopt("sample", "--study", "mine", "--out", "x.png", "--trust")
+    assert "--set score.reference=PATH --set folder=PATH" in lost.err
+
+
+def test_a_home_that_is_not_here(folder: Path, adopt: Adopt) -> None:
+    refused = adopt("run", "--study", "quick.toml", "--set", "score.reference=~nosuch/x")
+    assert refused.code == 1
+    assert "'~nosuch/x' names the folder of a user who is not here" in refused.err
 
 
 @pytest.mark.parametrize("setting", c.FILES)

@@ -76,7 +76,33 @@ def test_a_study_of_before_is_given_what_computes_it_now(folder: Path) -> None:
     first = run(2)
     first.study.set_user_attr(records.RUNTIME, {})
     assert stored_batch(first.study) is None
-    assert run(3).parts.evaluator.batch == 64
+    again = run(3)
+    assert again.parts.evaluator.batch == stored_batch(again.study) == 64
+    assert records.runtime_warnings(again.study.user_attrs) == []
+
+
+def test_fresh_values_computed_otherwise_are_said_too(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened = run(2)
+    describe = study.describe_runtime
+    monkeypatch.setattr(study, "describe_runtime", lambda evaluator: {**describe(evaluator), "torch": "9.9"})
+    study.score_fresh(opened.parts, opened.study, opened.parts.known["uniform"], 8, 2)
+    (line,) = records.runtime_warnings(opened.study.user_attrs)
+    assert "-> 9.9" in line
+
+
+def test_workers_that_start_together_take_the_batch_of_the_first(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(study, "largest_batch", lambda model: 16)
+    build = study.build
+
+    def second(*given: Any, **options: Any) -> study.Parts:
+        """Another worker begins the study while this one loads its model."""
+        monkeypatch.setattr(study, "build", build)
+        study.open_run(quick(2), URL)
+        monkeypatch.setattr(study, "largest_batch", lambda model: 64)
+        return build(*given, **options)
+
+    monkeypatch.setattr(study, "build", second)
+    assert study.open_run(quick(2), URL).parts.evaluator.batch == 16
 
 
 def out_of_memory_above(monkeypatch: pytest.MonkeyPatch, fits: int) -> None:

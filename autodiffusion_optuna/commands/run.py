@@ -92,7 +92,7 @@ def run(
         if workers > 1 or engine != "local":
             found = _launch(config, url, engine, workers, options, trust=trust, artifacts=artifacts)
             if engine == "local":  # this host may have no GPU where the workers are elsewhere: they have done it
-                found = _score(_as_named_now(config, found), url, trust, artifacts)
+                found = _score(_as_named_now(config, found), url, workers, trust, artifacts)
         else:
             _refuse_options(options)
             found = _search(config, url, trust, artifacts)
@@ -138,7 +138,7 @@ def _resolve(name: str, overrides: list[str], url: str) -> StudyConfig:
 
     if name.endswith(".toml") or "/" in name or Path(name).is_file():
         return load_config(Path(name), overrides)
-    begun = peek(url, name)
+    begun = peek(url, name, ready=False)
     if begun is not None:
         return parse_config(stored_config(begun).model_dump(mode="json"), overrides)
     if name in presets():
@@ -175,7 +175,7 @@ def _search(config: StudyConfig, url: str, trust: bool, artifacts: str | None) -
     keep_freed_memory()
     opened = runner.open_run(config, url, trust=trust, artifacts=artifacts)
     _say_begin(config, opened.study)
-    warn(runner.warnings(opened.parts, config.score.images))
+    warn(_known_doubts(opened.study))
     with still_there(opened.study):
         with _watched(_Board(config, opened.study)) as board:
             runner.work(opened.parts, opened.study, opened.storage, board.on_trial, opened.store)
@@ -199,13 +199,15 @@ def _launch(
     from autodiffusion_optuna.worker import Job
 
     scores = engine != "local"
-    job = Job.of(config, url, workers=workers, trust=trust, artifacts=artifacts, scores=scores)
+    command = _resume_command(storage=False)
+    job = Job.of(config, url, workers=workers, trust=trust, artifacts=artifacts, scores=scores, command=command)
     started = "1 worker" if workers == 1 else f"{workers} workers"
     say(f"study {config.name}: {started} by engine {engine}, starting. Ctrl-C stops them safely.")
     boards: list[_Board] = []
 
     def look() -> None:
         if not boards and (begun := peek(url, config.name, known=True)) is not None:
+            warn(_known_doubts(begun))
             boards.append(watch.enter_context(_watched(_Board(config, begun, workers))))
         for board in boards:
             with still_there(board.study):
@@ -223,16 +225,27 @@ def _launch(
     return found
 
 
-def _score(config: StudyConfig, url: str, trust: bool, artifacts: str | None) -> optuna.Study:
-    """Score the winner of a study whose budget is met by other processes."""
+def _score(config: StudyConfig, url: str, workers: int, trust: bool, artifacts: str | None) -> optuna.Study:
+    """Score the winner of a study whose budget is met by other processes, on as many threads as each of them had."""
+    import torch
+
     from autodiffusion_optuna import study as runner
     from autodiffusion_optuna.report import still_there
+    from autodiffusion_optuna.worker import share_of_cores
 
+    torch.set_num_threads(min(torch.get_num_threads(), share_of_cores(workers)))
     opened = runner.open_run(config, url, trust=trust, artifacts=artifacts, known=True)
-    warn(runner.warnings(opened.parts, config.score.images))
     with still_there(opened.study):
         _score_finalists(opened.parts, opened.study)
     return opened.study
+
+
+def _known_doubts(study: optuna.Study) -> list[str]:
+    """What is known to be doubtful as a run begins; what it finds itself is said at its end."""
+    from autodiffusion_optuna.report import read_report
+
+    report = read_report(study)
+    return [line for line in report.warnings() if line not in report.found_doubtful()]
 
 
 def _say_begin(config: StudyConfig, study: optuna.Study) -> None:
@@ -243,15 +256,20 @@ def _say_begin(config: StudyConfig, study: optuna.Study) -> None:
     say(f"study {config.name}: {done} of {config.search.trials} candidates finished, {verb}. Ctrl-C stops it safely.")
 
 
-def _resume_command() -> str:
-    """What the user typed, without a password: the same command resumes."""
+def _resume_command(*, storage: bool = True) -> str:
+    """What the user typed, without a password: the same command resumes. ``storage``: whether with the database."""
     from autodiffusion_optuna.storage import hide_password
 
     def shown(word: str) -> str:
         option, equals, value = word.partition("=") if word.startswith("--") else ("", "", word)
         return option + equals + (hide_password(value) if "://" in value else value)
 
-    return shlex.join(["adopt", *map(shown, sys.argv[1:])])
+    words = sys.argv[1:]
+    if not storage:
+        place = [i for i, word in enumerate(words) if word == "--storage"]
+        dropped = {*place, *(i + 1 for i in place)}
+        words = [w for i, w in enumerate(words) if i not in dropped and not w.startswith("--storage=")]
+    return shlex.join(["adopt", *map(shown, words)])
 
 
 def _score_finalists(parts: Parts, study: optuna.Study) -> None:
