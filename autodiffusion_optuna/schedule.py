@@ -17,6 +17,7 @@ from pydantic import ConfigDict, Field, ValidationError, model_validator
 from autodiffusion_optuna.candidate import Candidate, skip_set
 from autodiffusion_optuna.config import NAME_PATTERN, ModelConfig, ScoreConfig, Section
 from autodiffusion_optuna.errors import ConfigError
+from autodiffusion_optuna.evaluation.files import START, not_content
 from autodiffusion_optuna.noise import Final, NoiseSchedule
 
 FORMAT: Literal[3] = 3
@@ -160,6 +161,8 @@ class Schedule(Table):
             raise ConfigError(
                 f"cannot read schedule {str(path)!r}: {reason}; give a file of adopt export --format json"
             ) from None
+        if told := not_content(text[:START].encode()):
+            raise ConfigError(f"{path}: {told}")
         return cls.parse(text, path.name)
 
     @classmethod

@@ -90,6 +90,13 @@ def share_of_cores(workers: int) -> int:
     return max(1, cores // workers)
 
 
+def limit_threads(workers: int) -> None:
+    """Have PyTorch use no more cores than each of ``workers`` processes has."""
+    import torch
+
+    torch.set_num_threads(min(torch.get_num_threads(), share_of_cores(workers)))
+
+
 def run_job(job: Job) -> None:
     """Evaluate candidates beside the other workers until the budget is met (AdoptError children)."""
     import torch
@@ -100,7 +107,7 @@ def run_job(job: Job) -> None:
     if Path(job.folder).is_dir():
         os.chdir(job.folder)
     keep_freed_memory()
-    torch.set_num_threads(min(torch.get_num_threads(), share_of_cores(job.workers)))
+    limit_threads(job.workers)
     opened = runner.open_run(
         parse_config(job.config),
         storage_url(job.url),

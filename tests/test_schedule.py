@@ -192,3 +192,10 @@ def test_the_package_and_a_schedule_need_neither_torch_nor_optuna() -> None:
         "sys.exit(1)\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+
+
+def test_a_pointer_in_place_of_a_schedule_is_called_so(tmp_path: Path) -> None:
+    path = tmp_path / "best.json"
+    path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
+    with pytest.raises(ConfigError, match=r"best\.json: is a Git LFS pointer: run git lfs pull"):
+        Schedule.read(path)

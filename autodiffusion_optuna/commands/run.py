@@ -227,13 +227,11 @@ def _launch(
 
 def _score(config: StudyConfig, url: str, workers: int, trust: bool, artifacts: str | None) -> optuna.Study:
     """Score the winner of a study whose budget is met by other processes, on as many threads as each of them had."""
-    import torch
-
     from autodiffusion_optuna import study as runner
     from autodiffusion_optuna.report import still_there
-    from autodiffusion_optuna.worker import share_of_cores
+    from autodiffusion_optuna.worker import limit_threads
 
-    torch.set_num_threads(min(torch.get_num_threads(), share_of_cores(workers)))
+    limit_threads(workers)
     opened = runner.open_run(config, url, trust=trust, artifacts=artifacts, known=True)
     with still_there(opened.study):
         _score_finalists(opened.parts, opened.study)

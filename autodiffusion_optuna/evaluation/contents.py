@@ -141,9 +141,11 @@ def _read_file(path: Path) -> Contents:
             names = archive.namelist()
             for info in archive.infolist():
                 check_member(path, info)
-        if any(name.endswith(".npy") for name in names):
-            return _npz(path, {name.removesuffix(".npy"): name for name in names if name.endswith(".npy")})
-        if any(name.endswith("data.pkl") for name in names):
+        # Whatever else lies in an archive of images, its folders and arrays too, is told among what was left out.
+        files = [name for name in names if not name.endswith("/")]
+        if files and all(name.endswith(".npy") and "/" not in name for name in files):
+            return _npz(path, {name.removesuffix(".npy"): name for name in files})
+        if any(name.endswith("/data.pkl") and name.replace("data.pkl", "version") in files for name in files):
             return _torch_file(path)
         return Contents("a zip of images", images=zip_images(path))
     if path.suffix.lower() in (".pt", ".pth"):
@@ -345,6 +347,7 @@ def _npz_statistics(npz: _Npz) -> Statistics | None:
 
 
 def _members(path: Path) -> dict[str, str]:
+    check_content(path, StatisticsError)
     with zipfile.ZipFile(path) as archive:
         for info in archive.infolist():
             check_member(path, info)

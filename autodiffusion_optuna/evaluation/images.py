@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import re
 import warnings
 import zipfile
 import zlib
@@ -244,6 +245,10 @@ def _is_npy(name: str) -> bool:
 
 def _npy_header(file: IO[bytes], path: Path) -> _Header | None:
     """Of an image stored as one array uint8 [H, W] or [H, W, 1 or 3]; None where the array is something else."""
+    start = file.read(START)
+    if told := not_content(start):
+        raise StatisticsError(f"{path}: {told}")
+    file.seek(0)
     try:
         version = np.lib.format.read_magic(file)
         reader = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
@@ -255,11 +260,26 @@ def _npy_header(file: IO[bytes], path: Path) -> _Header | None:
     return _Header((shape[0], shape[1]), shape[2:] != (3,))
 
 
+PNM = re.compile(rb"P[1-7]\s(?:\s*(?:#[^\n]*\n)?)*(\d+)\s+(?:#[^\n]*\n\s*)*(\d+)\s+(?:#[^\n]*\n\s*)*(\d+)\s")
+"""Header of a portable bitmap: width, height and the largest value."""
+
+
+def _is_deep_pnm(image: Image.Image, file: IO[bytes]) -> bool:
+    """Whether a portable bitmap has more than 8 bits a channel, of which Pillow says nothing where it is in colour."""
+    if image.format != "PPM":
+        return False
+    place = file.tell()
+    file.seek(0)
+    header = PNM.match(file.read(1024))
+    file.seek(place)
+    return header is not None and int(header[3]) > 255
+
+
 def _header(file: IO[bytes], path: Path) -> _Header:
     with _image(file, path) as image:
         grey = image.mode in GREY_MODES or _is_deep_grey(image) or _raw_mode(image).startswith("LA")
         remarks = []
-        if ";16" in _raw_mode(image) or _is_deep_grey(image):
+        if ";16" in _raw_mode(image) or _is_deep_grey(image) or _is_deep_pnm(image, file):
             remarks.append("of 16 bits a channel read in their upper 8")
         if "A" in image.getbands() or "transparency" in image.info:
             remarks.append("read without transparency, as clean-fid does")

@@ -50,6 +50,8 @@ def _read_csv(text: str, path: Path) -> Iterable[str]:
     prompts = []
     try:
         columns = table.fieldnames or []
+        if len(columns) == 1 and (mark := next((mark for mark in ";\t|" if mark in columns[0]), None)):
+            raise ConfigError(f"{path}: its columns are separated by {mark!r}; save it as csv with commas")
         column = _find_key(columns) or (columns[0] if len(columns) == 1 else None)
         if columns and column is None:
             raise ConfigError(

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from autodiffusion_optuna.errors import StatisticsError
 from autodiffusion_optuna.evaluation.contents import FORMAT, MODES, Array, Contents, Meta, Statistics, read_contents
@@ -288,17 +289,25 @@ def _build(
 
 
 class _Shown:
-    """Keeps a few images of ``shape``, evenly spaced among ``total``."""
+    """Keeps a few images, evenly spaced among ``total``: of ``shape``, to which those of another size are brought.
+
+    Large ones are kept smaller, by a whole number of pixels.
+    """
 
     def __init__(self, total: int, shape: tuple[int, int, int]) -> None:
-        self.shape = shape
-        count = min(KEPT_IMAGES, max(KEPT_BYTES // math.prod(shape), 1))
-        self.stride = math.ceil(total / count)
+        less = math.ceil(math.sqrt(KEPT_IMAGES * math.prod(shape) / KEPT_BYTES))
+        self.size = (max(shape[1] // less, 1), max(shape[2] // less, 1))
+        self.stride = math.ceil(total / KEPT_IMAGES)
         self.kept: list[Tensor] = []
 
     def add(self, start: int, batch: Tensor) -> None:
-        if tuple(batch.shape[1:]) == self.shape:
-            self.kept.append(batch[-start % self.stride :: self.stride].cpu().clone())
+        some = batch[-start % self.stride :: self.stride].cpu().clone()
+        if not len(some):
+            return
+        if tuple(some.shape[2:]) != self.size:
+            resized = functional.interpolate(some.float(), self.size, mode="bicubic", antialias=True)
+            some = resized.round().clamp(0, 255).to(torch.uint8)
+        self.kept.append(some)
 
     @property
     def images(self) -> Tensor | None:

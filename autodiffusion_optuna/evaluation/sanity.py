@@ -11,7 +11,8 @@ of any weight. They show in what the network makes of noised images, at three no
 ``benchmarks/sanity.py`` shows what both tell apart and what they do not: noise levels that are off by little, weights
 rounded to 8 bits, attention with the wrong number of heads and any fault that hardly matters pass. On its own samples
 even a wrong model is at home: wrong weights and most prediction types are told, betas, attention and scales of latents
-mostly not. A model distilled to few steps gives samples instead of expectations, and may be told though it is right.
+mostly not. Labels are dealt out to the images, whatever they show, where none means no class. A model distilled to few
+steps gives samples instead of expectations, and may be told though it is right.
 """
 
 from __future__ import annotations
@@ -19,12 +20,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional
 
+from autodiffusion_optuna.evaluation.denoiser import Denoiser, SkippingDenoise
 from autodiffusion_optuna.evaluation.models.base import Model
 from autodiffusion_optuna.evaluation.seeds import Bank
 from autodiffusion_optuna.evaluation.solvers import SOLVERS, times
@@ -32,6 +35,9 @@ from autodiffusion_optuna.noise import NoiseSchedule
 
 LEVELS = (4.0, 1.0, 0.25)
 """Powers of the images' signal over the noise's. Right models differ most from filters here, whatever they show."""
+NO_BETTER = 1.1
+"""Error over the filter's from which a model is no better. The filter has seen the very images that it is measured on:
+the best possible model of images that a filter describes in full comes to 1.02 in 16 images and 1.06 in 4."""
 NO_GAIN = 0.85
 """Share of its error that rescaling must leave a model. Trained ones keep 0.97 or more, in 16 images or in 4."""
 IMAGES, FEWEST, NUMBERS = 16, 4, 2**16
@@ -68,7 +74,7 @@ class Level:
 
     @property
     def ratio(self) -> float:
-        """The model's error over the filter's; 1 and above is no better than trivial."""
+        """The model's error over the filter's; see ``NO_BETTER``."""
         return self.error / self.filtered if math.isfinite(self.error) else math.inf
 
     @property
@@ -91,14 +97,17 @@ def check_model(model: Model, images: Tensor | None, batch: int) -> list[str]:
             states = own_samples(model, batch)
         levels = measure(model, states, batch)
     except torch.OutOfMemoryError:
-        return [f"model {model.name!r}: not checked at load, the device has too little memory; lower model.batch"]
+        return [f"model {model.name!r}: not checked at load, the device has too little memory for it beside all else"]
+    where = "its own samples, as there are no images of the reference to take" if own else "images of the reference"
+    if not levels:
+        return [f"model {model.name!r}: not checked at load, as {where.partition(',')[0]} do not vary"]
     found = doubt(levels)
     if found is None:
         return []
     shown = ", ".join(f"{level.ratio:.2g}" for level in levels)
-    where = "its own samples, as there are no images to take" if own else "images of the reference"
+    at = "one noise level" if len(levels) == 1 else f"{len(levels)} noise levels"
     return [
-        f"model {model.name!r} {found}: errors at three noise levels {shown} of a linear filter's, on {where}. "
+        f"model {model.name!r} {found}: errors at {at} {shown} of a linear filter's, on {where}. "
         f"If it was trained, check {suspects(model)}; model.check = false is without this check"
     ]
 
@@ -110,9 +119,7 @@ def suspects(model: Model) -> str:
 
 def doubt(levels: Sequence[Level]) -> str | None:
     """What is wrong with a model of these errors, in words; None where nothing is."""
-    if not levels:
-        return "has too little variety in its own samples to be checked"
-    if any(level.ratio >= 1 for level in levels):
+    if any(level.ratio >= NO_BETTER for level in levels):
         return "denoises no better than a linear filter"
     least = min(level.kept for level in levels)
     if least < NO_GAIN:
@@ -175,10 +182,17 @@ def _count(model: Model) -> int:
 
 def _denoise(model: Model, x: Tensor) -> Callable[[Tensor, float], Tensor]:
     """The model for ``x``, without guidance, which would lead away from the expected clean image."""
-    scales = {"none": None, "free": 0.0, "classifier": 0.0, "embedded": 1.0}
+    conditions, scales = model.conditions, {"none": None, "free": 1.0, "classifier": 0.0, "embedded": 1.0}
+    if model.guidance == "free" and conditions is not None and conditions.negative is not None:
+        assert isinstance(model.denoiser, Denoiser)
+        return partial(_plain, partial(model.denoiser, condition=conditions.negative(len(x)), scale=1.0))
     labels = model.conditions.count if model.conditions and model.conditions.kind == "labels" else 1
     denoise = model.bind([i * labels // len(x) for i in range(len(x))], scales[model.guidance])
-    return lambda x, t: denoise(x, t, 0)
+    return partial(_plain, denoise)
+
+
+def _plain(denoise: SkippingDenoise, x: Tensor, t: float) -> Tensor:
+    return denoise(x, t, 0)
 
 
 def _time_of(schedule: NoiseSchedule, ratio: float) -> int | None:

@@ -6,6 +6,7 @@ import io
 import struct
 import zipfile
 import zlib
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -237,3 +238,63 @@ def test_a_broken_exif_turns_nothing(tmp_path: Path) -> None:
     Image.fromarray(COLOUR[0]).save(stream, "JPEG", exif=b"Exif\0\0MM\0*\0\0\0\x08\xff\xff")
     (tmp_path / "a.jpg").write_bytes(stream.getvalue())
     assert folder_images(tmp_path).notes == ()
+
+
+@pytest.mark.parametrize("largest", [4095, 65535])
+def test_deep_colour_of_portable_bitmaps_is_said(tmp_path: Path, largest: int) -> None:
+    values = RNG.integers(0, largest + 1, (2, 4, 4, 3)).astype(">u2")
+    for number, image in enumerate(values):
+        (tmp_path / f"{number}.ppm").write_bytes(b"P6\n# made here\n4 4\n%d\n" % largest + image.tobytes())
+    assert any("of 16 bits a channel read in their upper 8" in note for note in folder_images(tmp_path).notes)
+
+
+def test_a_zip_of_images_may_hold_other_things(tmp_path: Path) -> None:
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    for number in range(3):
+        Image.fromarray(COLOUR[number]).save(folder / f"{number}.png")
+    np.save(folder / "labels.npy", np.arange(3))
+    (folder / "data.pkl").write_bytes(b"x")
+    with zipfile.ZipFile(tmp_path / "all.zip", "w") as archive:
+        for path in folder.iterdir():
+            archive.write(path, path.name)
+    images = read_contents(tmp_path / "all.zip").images
+    assert images is not None
+    assert images.total == 3
+    assert any("labels.npy" in note for note in images.notes)
+    with zipfile.ZipFile(tmp_path / "arrays.zip", "w") as archive:
+        for number in range(3):
+            with archive.open(f"x/{number}.npy", "w") as file:
+                np.save(file, COLOUR[number])
+    arrays = read_contents(tmp_path / "arrays.zip").images
+    assert arrays is not None
+    assert arrays.total == 3
+
+
+def test_pointers_in_place_of_arrays_are_called_so(tmp_path: Path) -> None:
+    pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n"
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images" / "0.npy").write_text(pointer)
+    with pytest.raises(StatisticsError, match=r"0\.npy: is a Git LFS pointer: run git lfs pull"):
+        read_contents(tmp_path / "images")
+    np.savez(tmp_path / "x_clean_train_32.npz", mu=np.zeros(2048), sigma=np.eye(2048))
+    (tmp_path / "x_clean_train_32_kid.npz").write_text(pointer)
+    with pytest.raises(StatisticsError, match=r"_kid\.npz: is a Git LFS pointer"):
+        read_contents(tmp_path / "x_clean_train_32.npz")
+
+
+@pytest.mark.parametrize("sizes", ["mixed", "large"])
+def test_a_few_images_of_any_size_are_kept(tmp_path: Path, sizes: str) -> None:
+    for number in range(40):
+        side = 8 + number if sizes == "mixed" else 2600
+        shade = np.full((side, side, 3), 6 * number, dtype=np.uint8)
+        Image.fromarray(shade).save(tmp_path / f"{number:02}.png", compress_level=1)
+    if sizes == "large":
+        for number in range(20, 40):
+            (tmp_path / f"{number}.png").unlink()
+    small = replace(PIXELS, network=lambda images: images.float().flatten(1)[:, :3], seen=lambda height, width: (8, 8))
+    images = load_reference(tmp_path, small).images
+    assert images is not None
+    assert 10 <= len(images) <= 16
+    assert images.nbytes <= 2**24
+    assert len(images.flatten(1).float().mean(1).unique()) == len(images)

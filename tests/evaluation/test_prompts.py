@@ -76,3 +76,11 @@ def test_missing_files_are_refused(tmp_path: Path) -> None:
             path.mkdir()
         with pytest.raises(ConfigError, match="cannot be read"):
             read_prompts(path)
+
+
+@pytest.mark.parametrize("mark", [";", "\t"])
+def test_other_separators_of_a_table_are_refused(tmp_path: Path, mark: str) -> None:
+    path = tmp_path / "prompts.csv"
+    path.write_text(f"prompt{mark}n\na cat{mark}1\n")
+    with pytest.raises(ConfigError, match="columns are separated by"):
+        read_prompts(path)

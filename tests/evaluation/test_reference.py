@@ -200,7 +200,7 @@ def test_files_of_another_kind_are_refused(tmp_path: Path, own: Path) -> None:
     (tmp_path / "cut.npz").write_bytes(own.read_bytes()[:2000])
     np.save(tmp_path / "array.npy", np.ones(3))
     for name in ("text.npz", "empty.npz", "cut.npz", "array.npy"):
-        with pytest.raises(StatisticsError, match="not an npz") as caught:
+        with pytest.raises(StatisticsError, match=r"not an npz|is empty") as caught:
             load_reference(tmp_path / name, PIXELS)
         assert "\n" not in str(caught.value)
 

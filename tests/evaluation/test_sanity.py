@@ -15,9 +15,9 @@ from torch import Tensor, nn
 
 from autodiffusion_optuna.config import load_preset, parse_config
 from autodiffusion_optuna.evaluation.denoiser import Denoiser
-from autodiffusion_optuna.evaluation.models import Model, load_model
+from autodiffusion_optuna.evaluation.models import Model, Options, load_model
 from autodiffusion_optuna.evaluation.models.vae import load_vae
-from autodiffusion_optuna.evaluation.sanity import LEVELS, check_model, measure, suspects
+from autodiffusion_optuna.evaluation.sanity import LEVELS, check_model, doubt, measure, suspects
 from autodiffusion_optuna.noise import NoiseSchedule, cosine, from_scheduler_config
 from autodiffusion_optuna.study import build, warnings
 
@@ -178,3 +178,42 @@ def test_the_check_is_a_setting_that_measures_nothing() -> None:
     assert parts.sanity == build(off).sanity == ()
     doubtful = replace(parts, sanity=("model 'digits' denoises no better",))
     assert "model 'digits' denoises no better" in warnings(doubtful, 64)
+
+
+def test_the_best_possible_model_of_what_a_filter_describes_passes() -> None:
+    """Independent normal pixels: no model is better than the filter, which has seen the very images."""
+    schedule = cosine(1000)
+
+    def shrink(x: Tensor, t: float, skip: int) -> Tensor:
+        alpha, sigma = schedule.alpha(int(t)), schedule.sigma(int(t))
+        return alpha / (alpha**2 + sigma**2) * x
+
+    best = replace(load_model("mixture"), denoiser=shrink, schedule=schedule)
+    for count in (4, 16):
+        states = torch.randn(count, 1, 32, 32, generator=torch.Generator().manual_seed(count))
+        levels = measure(best, states, 16)
+        assert max(level.ratio for level in levels) > 1
+        assert doubt(levels) is None
+
+
+def test_images_that_do_not_vary_are_said_not_to_be_checked(model: Model) -> None:
+    black = torch.zeros(16, 1, 32, 32, dtype=torch.uint8)
+    (line,) = check_model(model, black, 16)
+    assert line == "model 'digits': not checked at load, as images of the reference do not vary"
+
+
+def test_a_model_with_an_empty_condition_is_evaluated_once_for_each_image(tmp_path: Path) -> None:
+    write_class_conditional(tmp_path, classes=4)
+    conditional = load_model(str(tmp_path), options=Options(fields={"null_class": 1}))
+    assert conditional.guidance == "free"
+    assert isinstance(conditional.denoiser, Denoiser)
+    seen = []
+    network = conditional.denoiser.network
+
+    def counted(x: Tensor, *given: Any) -> Tensor:
+        seen.append(len(x))
+        return network(x, *given)
+
+    counting = replace(conditional, denoiser=replace(conditional.denoiser, network=counted))
+    measure(counting, torch.rand(8, 3, 16, 16) * 2 - 1, 8)
+    assert set(seen) == {8}
