@@ -249,7 +249,7 @@ def _checked(schedule: Schedule, text: str) -> str:
 
     if not uses_diffusers(text):
         return text
-    err.print("comparing the script's images with those of the search's sampler …")
+    err.print("comparing the script's images with those of the search's sampler (--no-check leaves it out) …")
     try:
         fault, other = check_script(schedule)
     except AdoptError as error:

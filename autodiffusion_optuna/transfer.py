@@ -194,7 +194,7 @@ def _fault(schedule: Schedule, wanted: torch.Tensor) -> str | None:
         except AdoptError as error:
             return str(error).partition(";")[0]
         except (torch.OutOfMemoryError, MemoryError, ImportError) as error:
-            raise ModelError(f"it cannot be run here ({type(error).__name__}: {first_line(error)})") from error
+            raise _not_run(error) from error
         except Exception as error:  # whatever diffusers makes of the model
             return f"diffusers cannot draw with this model as it is here ({type(error).__name__}: {first_line(error)})"
     off = difference(found / 127.5 - 1, wanted.float() / 127.5 - 1)
@@ -219,11 +219,21 @@ def _at_hand(schedule: Schedule) -> Schedule:
 
 
 def _ours(schedule: Schedule) -> tuple[torch.Tensor, str | None]:
-    """Images of the search's sampler, and what sets the model apart, which is let go of before the script loads it."""
-    model = _open_for_check(schedule)
-    conditions = model.conditions and model.conditions.fingerprint  # the prompt of a script is its own
-    other = _other_model(schedule.model_copy(update={"conditions": conditions}), model)
-    return _drawn(schedule, model), other
+    """Images of the search's sampler, and what sets the model apart, which is let go of before the script loads it.
+
+    ``ModelError`` where the memory is too small.
+    """
+    try:
+        model = _open_for_check(schedule)
+        conditions = model.conditions and model.conditions.fingerprint  # the prompt of a script is its own
+        other = _other_model(schedule.model_copy(update={"conditions": conditions}), model)
+        return _drawn(schedule, model), other
+    except (torch.OutOfMemoryError, MemoryError) as error:
+        raise _not_run(error) from error
+
+
+def _not_run(error: BaseException) -> ModelError:
+    return ModelError(f"it cannot be run here ({type(error).__name__}: {first_line(error)})")
 
 
 def _open_for_check(schedule: Schedule) -> Model:

@@ -478,6 +478,21 @@ def test_a_script_that_draws_other_images_has_one(folder: Path, monkeypatch: pyt
         check_script(schedule)
 
 
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError, MemoryError])
+@pytest.mark.parametrize("place", ["_open_for_check", "_drawn", "_run"])
+def test_a_model_too_large_for_the_check_is_not_checked(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, place: str, error: type[Exception]
+) -> None:
+    cosine(folder / "net")
+
+    def fail(*_: object) -> None:
+        raise error("no room")
+
+    monkeypatch.setattr(transfer, place, fail)
+    with pytest.raises(ModelError, match=rf"^it cannot be run here \({error.__name__}: no room\)$"):
+        check_script(schedule_of(Path("net"), timesteps=(999, 500)))
+
+
 def test_a_check_that_cannot_be_made_downloads_nothing(folder: Path) -> None:
     write_ddpm(folder / "net")
     schedule = schedule_of(Path("net"), timesteps=TIMESTEPS)
@@ -498,7 +513,7 @@ def test_the_command_prints_one_text_and_says_the_rest_elsewhere(
     script = adopt("export", "--study", "mine")
     assert (script.code, script.out) == (0, export_text(study, "diffusers"))
     first, *others = script.err.splitlines()  # the others are of the study
-    assert first == "comparing the script's images with those of the search's sampler …"
+    assert first == "comparing the script's images with those of the search's sampler (--no-check leaves it out) …"
     assert Schedule.parse(adopt("export", "--study", "mine", "--format", "json").out) == export_schedule(study)
     numbers = adopt("export", "--study", "mine", "--format", "comfyui")
     assert len(re.findall(r"\d+", numbers.out.replace(".", ""))) == len(export_schedule(study).timesteps) + 1
