@@ -355,26 +355,29 @@ def load_scheduler(folder: Path, told: Mapping[str, Any] | None = None) -> Sched
         )
     config = read_json(path)
     for key, value in (told or {}).items():
-        if config.get(key, value) != value:
+        if config.get(key) not in (None, value):
             raise ModelError(
                 f"{path}: {key} is {json.dumps(config[key])}, but the checkpoint's own is {json.dumps(value)}; "
                 "correct the config, or give another model.config"
             )
     config = {**config, **(told or {})}
-    absent = _absent(config)
-    filled = {**absent, **config}
+    absent = _absent(config, path)
+    filled = {**config, **absent}
     notes = [] if path in near else [f"{folder} has no noise schedule of its own; that of {path} is used"]
     notes += [assumed(path, absent)] if absent else []
     return Scheduler(_noise_schedule(filled, path), _prediction(filled, path), config, filled, tuple(notes))
 
 
-def _absent(config: Mapping[str, Any]) -> dict[str, Any]:
-    """What a scheduler's config should say and does not, with the defaults of its class."""
+def _absent(config: Mapping[str, Any], path: Path) -> dict[str, Any]:
+    """What the scheduler's config in ``path`` should say and does not, or says is null, with its class's defaults."""
     import diffusers
 
-    kind = getattr(diffusers, str(config.get("_class_name")), None)
+    name = config.get("_class_name") or "DDPMScheduler"
+    if not isinstance(name, str):
+        raise ModelError(f"{path}: _class_name is {json.dumps(name)}; give the name of the scheduler's class")
+    kind = getattr(diffusers, name, None)
     known = inspect.signature((kind if inspect.isclass(kind) else diffusers.DDPMScheduler).__init__).parameters
-    if "FlowMatch" in str(config.get("_class_name")):
+    if "FlowMatch" in name:
         dynamic = ("base_image_seq_len", "max_image_seq_len", "base_shift", "max_shift")
         facts = ["num_train_timesteps", *(dynamic if config.get("use_dynamic_shifting") else ("shift",))]
     else:
@@ -384,7 +387,10 @@ def _absent(config: Mapping[str, Any]) -> dict[str, Any]:
         if config.get("trained_betas") is None and {"beta_schedule", "trained_betas"} & config.keys():
             ends = () if config.get("beta_schedule") == "squaredcos_cap_v2" else ("beta_start", "beta_end")
             facts += ["num_train_timesteps", "beta_schedule", *ends]
-    return {key: known[key].default for key in facts if key in known and key not in config}
+    defaults = {key: known[key].default for key in facts if key in known}
+    if not config.get("_class_name"):
+        defaults["_class_name"] = name
+    return {key: default for key, default in defaults.items() if config.get(key) is None and default is not None}
 
 
 def _noise_schedule(config: Mapping[str, Any], path: Path) -> NoiseSchedule:

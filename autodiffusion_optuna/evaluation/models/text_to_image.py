@@ -308,7 +308,7 @@ def _notes(
     """What the files do not say and was assumed, and where a single file's ``facts`` are others than those used."""
     decoder = folder / "vae" / "config.json"
     stored = read_json(decoder)
-    if PIPELINES[index["_class_name"]].largest_mu is not None and "shift_factor" not in stored:
+    if PIPELINES[index["_class_name"]].largest_mu is not None and stored.get("shift_factor") is None:
         yield f"{decoder} gives no shift_factor of latents; assumed is 0"
     trained, given = facts.get("scaling_factor"), stored.get("scaling_factor")
     if trained and given and not math.isclose(trained, given, rel_tol=1e-4):
