@@ -55,14 +55,17 @@ def check_fit(network: nn.Module, stored: Weights, file: Path, config: str) -> N
     fill(network, shapes, file, config)
 
 
-def stored_shapes(files: Sequence[Path]) -> Weights:
-    """Every tensor in the files on the meta device: its data is not read. ``ModelError`` where a file is damaged."""
-    return {name: tensor for file in files for name, tensor in _shapes(file).items()}
+def stored_shapes(files: Sequence[Path], notes: list[str] | None = None) -> Weights:
+    """Every tensor in the files on the meta device: its data is not read. ``ModelError`` where a file is damaged.
+
+    ``notes``: as of ``read_weights``.
+    """
+    return {name: tensor for file in files for name, tensor in _shapes(file, notes).items()}
 
 
-def _shapes(file: Path) -> Weights:
+def _shapes(file: Path, notes: list[str] | None = None) -> Weights:
     if file.suffix != ".safetensors":
-        return read_weights([file])
+        return read_weights([file], notes)
     with open_safetensors(file) as stored:
         kinds = {name: stored.get_slice(name) for name in stored.keys()}  # noqa: SIM118
         return {name: _on_meta(kind.get_shape(), kind.get_dtype(), f"{file}: {name}") for name, kind in kinds.items()}

@@ -178,7 +178,10 @@ def read_checkpoint(path: Path, notes: list[str] | None = None) -> dict[str, Ten
         raise ModelError(f"{path}: {reason} ({type(error).__name__}); copy it anew") from error
     if not isinstance(stored, dict):
         raise ModelError(f"{path}: holds a {type(stored).__name__}, not tensors by name; save the state dict alone")
-    return _unprefixed(stored if _is_state_dict(stored) else _trained(stored, path, notes))
+    weights = _unprefixed(stored if _is_state_dict(stored) else _trained(stored, path, notes))
+    if empty := next((name for name, tensor in weights.items() if tensor.is_meta), None):
+        raise ModelError(f"{path}: holds the shape of {empty} and no numbers (a meta tensor); save the model anew")
+    return weights
 
 
 STATES = {

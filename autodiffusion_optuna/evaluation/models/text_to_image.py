@@ -253,8 +253,9 @@ def _assemble(
     shape = _latent_shape(network, pipeline, vae, options.size, path)
     image_shape = decoded_shape(vae, shape, path)
     files = [file] if file else find_weights(path.parent)
+    training: list[str] = []
     if file is None:
-        check_fit(network, stored_shapes(files), files[0], path.name)
+        check_fit(network, stored_shapes(files, training), files[0], path.name)
     scheduler = load_scheduler(folder, {key: value for key, value in facts.items() if key in MARKED})
     schedule = scheduler.schedule
     if pipeline.largest_mu is not None:
@@ -267,7 +268,7 @@ def _assemble(
         _reduce(network, precision)
     notes = [*scheduler.notes, *vae.notes, *_notes(folder, config, index, options, facts, scheduler)]
     if file is None:
-        notes += [*networks_beside(path.parent), *network_notes(path.parent, config, network, files)]
+        notes += [*training, *networks_beside(path.parent), *network_notes(path.parent, config, network, files)]
         materialise(network, each_file(network, files), place)
     else:
         dtype = PRECISIONS[precision] if options.reduced else torch.float32
