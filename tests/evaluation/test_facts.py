@@ -167,6 +167,33 @@ def test_null_is_a_missing_fact(tmp_path: Path, kind: str, file: str, fact: str,
     np.testing.assert_array_equal(null.schedule.lambdas, load(folder).schedule.lambdas)
 
 
+OLD = (
+    (SCHEDULER, "prediction_type", "0.6.0"),
+    ("vae/config.json", "scaling_factor", "0.6.0"),
+    ("unet/config.json", "time_embedding_type", "0.10.0.dev0"),
+)
+"""(file, fact that Stable Diffusion's on the hub leaves out, a version of diffusers that did not know it)."""
+
+
+def test_facts_that_had_one_value_when_a_file_was_written_are_not_said(tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    KINDS["sd"](folder)
+    expected = load(folder)
+    for file, fact, version in OLD:
+        edit(folder / file, fact, _diffusers_version=version)
+    model = load(folder)
+    assert model.notes == ()
+    assert (model.latent_scale, model.denoiser.prediction) == (expected.latent_scale, "epsilon")  # type: ignore[attr-defined]
+    edit(folder / SCHEDULER, predict_epsilon=False)
+    assert 'prediction_type = "epsilon"' in load(folder).notes[0]
+    for file, _, _ in OLD:
+        edit(folder / file, _diffusers_version="0.30.0")
+    assert len(load(folder).notes) == 3
+    write_ldm(tmp_path / "ldm")  # whose pipeline then did not scale
+    edit(tmp_path / "ldm" / "vqvae" / "config.json", "scaling_factor", _diffusers_version="0.6.0")
+    assert len(load(tmp_path / "ldm").notes) == 1
+
+
 def test_a_scheduler_without_a_class_is_said_or_refused(tmp_path: Path) -> None:
     write_ddpm(tmp_path / "model")
     path = tmp_path / "model" / SCHEDULER

@@ -220,7 +220,7 @@ def test_latents_of_a_part_are_decoded_by_its_pipeline(tmp_path: Path) -> None:
     assert part.picture_shape == (3, 16, 16)
 
 
-@pytest.mark.parametrize("other", ["fp16.safetensors", "non_ema.safetensors", "ema.bin", "fp16-00001-of-00002.bin"])
+@pytest.mark.parametrize("other", ["non_ema.safetensors", "ema.bin", "non_ema-00001-of-00002.bin"])
 def test_variants_of_weights_side_by_side(tmp_path: Path, other: str) -> None:
     write_ddpm(tmp_path / "ddpm")
     write_sd(tmp_path / "sd")
@@ -233,9 +233,11 @@ def test_variants_of_weights_side_by_side(tmp_path: Path, other: str) -> None:
         assert f"{part}: {STEM}.safetensors is used, not {STEM}.{other} beside it" in notes
 
 
-def test_two_formats_of_the_same_weights_are_no_variants(tmp_path: Path) -> None:
+def test_other_formats_of_the_same_weights_are_no_variants(tmp_path: Path) -> None:
     write_ddpm(tmp_path)
-    torch.save(load_file(tmp_path / "unet" / f"{STEM}.safetensors"), tmp_path / "unet" / f"{STEM}.bin")
+    file = tmp_path / "unet" / f"{STEM}.safetensors"
+    torch.save(load_file(file), tmp_path / "unet" / f"{STEM}.bin")
+    save_file({key: value.half() for key, value in load_file(file).items()}, file.with_name(f"{STEM}.fp16.safetensors"))
     assert load_model(str(tmp_path)).notes == ()
 
 

@@ -303,10 +303,10 @@ def network_notes(
 ) -> tuple[str, ...]:
     """What the ``config`` of a network does not say and no weight shows, and other weights beside its ``files``."""
     full: Any = network.config
-    absent = [key for key in INVISIBLE if key in full and key not in config]
+    absent = [key for key in INVISIBLE if key in full and key not in config and not is_settled(key, config)]
     notes = [assumed(folder / "config.json", {key: full[key] for key in absent})] if absent else []
     used = _variant(files[0].name)
-    others = sorted(path.name for path in folder.iterdir() if (_variant(path.name) or used) != used)
+    others = sorted(path.name for path in folder.iterdir() if (_variant(path.name) or used) not in (used, *ROUNDED))
     if others:
         notes.append(f"{folder}: {files[0].name} is used, not {', '.join(others)} beside it")
     return tuple(notes)
@@ -317,6 +317,20 @@ INVISIBLE = (
     "norm_eps", "norm_num_groups", "time_embedding_type",
 )  # fmt: skip
 """Facts of a network that change what it computes and neither names nor shapes of its weights."""
+
+
+ROUNDED = (".fp16", ".bf16")
+"""Variants that hold the same weights, rounded."""
+
+UNKNOWN_BEFORE = {"prediction_type": (0, 8), "scaling_factor": (0, 11), "time_embedding_type": (0, 11)}
+"""Facts of which diffusers before these versions knew one value, the present default, and named none in its files."""
+
+
+def is_settled(key: str, config: Mapping[str, Any]) -> bool:
+    """Whether a ``config`` without a fact is of a diffusers that knew its default alone, as Stable Diffusion 1.5's."""
+    version = re.match(r"(\d+)\.(\d+)", str(config.get("_diffusers_version")))
+    old = version is not None and (int(version[1]), int(version[2])) < UNKNOWN_BEFORE.get(key, (0, 0))
+    return old and config.get("predict_epsilon", True) is True  # what came before prediction_type
 
 
 def assumed(path: Path, values: Mapping[str, Any]) -> str:
@@ -367,7 +381,8 @@ def load_scheduler(folder: Path, told: Mapping[str, Any] | None = None) -> Sched
     absent = _absent(config, path)
     filled = {**config, **absent}
     notes = [] if path in near else [f"{folder} has no noise schedule of its own; that of {path} is used"]
-    notes += [assumed(path, absent)] if absent else []
+    unsaid = {key: value for key, value in absent.items() if not is_settled(key, config)}
+    notes += [assumed(path, unsaid)] if unsaid else []
     return Scheduler(_noise_schedule(filled, path), _prediction(filled, path), config, filled, tuple(notes))
 
 

@@ -249,7 +249,7 @@ def _assemble(
     check_options(options, name, ("prompts", "size", *negative, *beside))
     facts = training_facts(file) if file else {}
     given = "scaling_factor" in read_config(folder / "vae", AUTOENCODERS)
-    vae = load_vae(folder / "vae", place, precision, None if given else facts.get("scaling_factor"))
+    vae = load_vae(folder / "vae", place, precision, None if given else facts.get("scaling_factor"), usual=True)
     shape = _latent_shape(network, pipeline, vae, options.size, path)
     image_shape = decoded_shape(vae, shape, path)
     files = [file] if file else find_weights(path.parent)
