@@ -447,12 +447,12 @@ def test_a_study_without_a_finished_trial_has_nothing_to_export(folder: Path, ad
 def test_a_script_that_draws_our_images_has_no_fault(folder: Path) -> None:
     cosine(folder / "net")
     schedule = schedule_of(Path("net"), solver="heun", timesteps=(999, 500))
-    assert check_script(schedule) == (None, None)
+    assert check_script(schedule) == (None, None, None)
     write_sd3(folder / "sd3")
     write_prompts(folder)
     options = {"prompts": "prompts.txt", "size": [32, 32]}
     for skips in (((),) * 4, SKIPS):
-        assert check_script(schedule_of(Path("sd3"), options, timesteps=TIMESTEPS, skips=skips)) == (None, None)
+        assert check_script(schedule_of(Path("sd3"), options, timesteps=TIMESTEPS, skips=skips)) == (None, None, None)
 
 
 def test_a_script_that_draws_other_images_has_one(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -476,6 +476,45 @@ def test_a_script_that_draws_other_images_has_one(folder: Path, monkeypatch: pyt
         ModelError, match=r"it cannot be run here .ModuleNotFoundError: No module named 'no_such_package'"
     ):
         check_script(schedule)
+
+
+@pytest.mark.parametrize(
+    ("found", "fault", "rounding"),
+    [
+        ((1.0,), None, None),
+        ((9.0, 0.2), None, "by 9 of 255 in bfloat16, and by 0.2 in float32"),
+        ((9.0, 8.0), "by 9 of 255", None),
+        ((9.0, torch.OutOfMemoryError("full")), None, "in bfloat16; they were not compared in float32: it cannot be"),
+    ],
+)
+def test_float32_decides_where_reduced_precision_differs(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, found: tuple[Any, ...], fault: str | None, rounding: str | None
+) -> None:
+    write_sd(folder / "net")
+    write_prompts(folder)
+    plain = schedule_of(Path("net"), {"prompts": "prompts.txt", "size": [32, 32]}, timesteps=TIMESTEPS)
+    assert plain.config is not None
+    reduced = {"precision": "bfloat16"}
+    config = plain.config.model_copy(update={"model": plain.config.model.model_copy(update=reduced)})
+    schedule = plain.model_copy(update={"config": config, "model": plain.model.model_copy(update=reduced)})
+    scripts: list[str] = []
+    left: list[Any] = [*found]
+    given = transfer.diffusers_script
+
+    def noted(*args: Any, **kwargs: Any) -> str:
+        scripts.append(given(*args, **kwargs))
+        if isinstance(left[0], Exception):
+            monkeypatch.setattr(transfer, "_run", lambda _: (_ for _ in ()).throw(left[0]))
+        return scripts[-1]
+
+    monkeypatch.setattr(transfer, "diffusers_script", noted)
+    monkeypatch.setattr(transfer, "difference", lambda *_: left.pop(0))
+    checked = check_script(schedule)
+    assert (checked.fault is None) == (fault is None)
+    assert (fault or "") in (checked.fault or "")
+    assert (checked.rounding is None) == (rounding is None)
+    assert (rounding or "") in (checked.rounding or "")
+    assert ["torch_dtype=torch.bfloat16" in script for script in scripts] == [True, False][: len(found)]
 
 
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError, MemoryError])
