@@ -26,6 +26,8 @@ from autodiffusion_optuna.errors import ConfigError, ModelError, StudyError
 from autodiffusion_optuna.evaluation.models import load_model
 from autodiffusion_optuna.export import (
     FORMS,
+    PROMPT,
+    diffusers_script,
     export_schedule,
     export_text,
     load_schedule,
@@ -211,12 +213,32 @@ PACKAGE: dict[str, tuple[Case, str]] = {
 def test_where_diffusers_falls_short_our_sampler_is_used_and_the_script_says_why(folder: Path, name: str) -> None:
     (write, options, fields), why = PACKAGE[name]
     write(folder / "net")
-    (folder / "prompts.txt").write_text("a cat\na dog\n")
+    (folder / "prompts.txt").write_text(f"a dog\n{PROMPT}\n")
     schedule = schedule_of(Path("net"), options, timesteps=TIMESTEPS, **fields)
     assert why in schedule_text(schedule, "diffusers")
     drawn = run(folder, schedule)
-    chosen = [i % 2 if name == "sd" else i % 10 for i in range(16)]
-    assert torch.equal(drawn, ours(schedule, 16, chosen).int())
+    count, chosen = {"sd": (2, [1, 1]), "below 1": (2, [0, 1])}.get(name, (16, [0] * 16))
+    assert torch.equal(drawn, ours(schedule, count, chosen).int())
+
+
+@pytest.mark.parametrize("images", [None, 3])
+def test_a_script_of_our_own_sampler_needs_neither_the_studys_prompts_nor_the_cpu(
+    folder: Path, images: int | None
+) -> None:
+    write_sd(folder / "net")
+    options = {"prompts": str(write_prompts(folder).resolve()), "size": [32, 32]}
+    schedule = schedule_of(Path("net"), options, timesteps=TIMESTEPS, solver="plms_ab")
+    Path(options["prompts"]).unlink()
+    schedule.write("mine.json")
+    script = diffusers_script(schedule, images=images)
+    assert options["prompts"] not in script
+    assert 'device="auto"' in script
+    Path("mine.py").write_text(script)
+    names = runpy.run_path("mine.py")
+    assert names["images"].shape == (images or 2, 3, 32, 32)
+    assert names["PROMPTS"] == [PROMPT] * (images or 2)
+    reduced = schedule.model_copy(update={"model": schedule.model.model_copy(update={"precision": "bfloat16"})})
+    assert "reduced=True" in diffusers_script(reduced)
 
 
 def test_plain_scripts_run_where_this_package_is_not(folder: Path) -> None:
