@@ -250,13 +250,13 @@ def _checked(schedule: Schedule, text: str) -> str:
 
     if not uses_diffusers(text):
         return text
-    err.print("comparing the script's images with those of the search's sampler …")
+    err.print("comparing the script's images with those of the search's sampler (--no-check leaves it out) …")
     try:
-        fault, other = check_script(schedule)
+        fault, *notes = check_script(schedule)
     except AdoptError as error:
         warn([f"the script was not checked against the search's sampler: {error}"])
         return text
-    warn([other] if other else [])
+    warn([note for note in notes if note])
     if fault is None:
         return text
     warn([f"{fault}; the script uses the search's own sampler instead"])

@@ -22,6 +22,8 @@ from autodiffusion_optuna.schedule import ConfigPart, FreshPart, ModelPart, Nois
 BUNDLED = ("digits",)
 IMAGES = 16
 """Images that a script without prompts draws."""
+LATENTS = 2
+"""Images that a script with this package's own sampler draws of a model of latents, in one batch."""
 PROMPT = "a photograph of a cat"
 
 
@@ -150,16 +152,16 @@ def diffusers_script(schedule: Schedule, images: int | None = None, why_not: str
     """
     kind = schedule.model.kind
     if why_not is not None:
-        return _package_script(schedule, why_not)
+        return _package_script(schedule, why_not, images)
     if kind in NOT_PIPELINES:
-        return _package_script(schedule, f"diffusers has no pipeline for this model ({kind})")
+        return _package_script(schedule, f"diffusers has no pipeline for this model ({kind})", images)
     if kind in (*TEXT_PIPELINES, "DiTPipeline") and schedule.model.guidance == "free" and (schedule.guidance or 0) < 1:
-        return _package_script(schedule, "diffusers' pipelines apply no guidance below a scale of 1")
+        return _package_script(schedule, "diffusers' pipelines apply no guidance below a scale of 1", images)
     try:
         recipe = find_recipe(schedule)
     except ConfigError as error:
         schedule.require_noise()
-        return _package_script(schedule, str(error).partition(";")[0])
+        return _package_script(schedule, str(error).partition(";")[0], images)
     if kind in (*TEXT_PIPELINES, "DiTPipeline"):
         return _pipeline_script(schedule, recipe, images)
     return _unet_script(schedule, recipe, images or IMAGES)
@@ -197,7 +199,8 @@ def _imports(*lines: str) -> str:
 
 TYPES, PATH = "import types", "from pathlib import Path"
 FILES = "from importlib.resources import files"
-STANDARD = (TYPES, PATH, FILES)
+FOLDER = "from tempfile import TemporaryDirectory"
+STANDARD = (TYPES, PATH, FILES, FOLDER)
 TORCH = "import torch"
 APPLY = "from autodiffusion_optuna import apply"
 DEVICE = '"cuda" if torch.cuda.is_available() else "cpu"'
@@ -361,7 +364,8 @@ def _unet_script(schedule: Schedule, recipe: Recipe, images: int) -> str:
     """For a UNet2DModel: a loop of its own, as pipelines pass on neither class labels nor a list."""
     decoder = _decoder(schedule)
     if schedule.model.shape != schedule.model.image_shape and decoder is None:
-        return _package_script(schedule, "the decoder of this model's latents was not found, or is not a plain one")
+        why = "the decoder of this model's latents was not found, or is not a plain one"
+        return _package_script(schedule, why, images)
     masked = schedule.masked
     note = (
         f"The schedule skips layers: autodiffusion_optuna.apply does that. Keep {schedule.study}.json beside this file"
@@ -500,41 +504,63 @@ def _decoder(schedule: Schedule) -> tuple[str, str] | None:
     return None
 
 
-def _package_script(schedule: Schedule, why: str) -> str:
+def _package_script(schedule: Schedule, why: str, images: int | None) -> str:
     """With this package's own sampler."""
     note = (
         f"{why[0].upper()}{why[1:]}:\n"
         f"this script uses the sampler that the search used. Keep {schedule.study}.json beside it"
     )
-    options = _model_options(schedule)
-    names = "Options, load_model" if options else "load_model"
-    arguments = [f"clip={schedule.model.clip!r}"]
-    if schedule.model.precision != "float32":
-        arguments.append(f"precision={schedule.model.precision!r}")
-    if options:
-        arguments.append("options=Options(" + ", ".join(f"{key}={value}" for key, value in options.items()) + ")")
+    latent = schedule.model.shape != schedule.model.image_shape
+    count = images or (LATENTS if latent else IMAGES)
+    prompted = schedule.config is not None and schedule.config.model.prompts is not None
     return (
         _head(schedule, note)
         + _imports(
             PATH,
+            *([FOLDER] if prompted else []),
             TORCH,
             "from autodiffusion_optuna import Schedule",
-            f"from autodiffusion_optuna.evaluation.models import {names}",
+            f"from autodiffusion_optuna.evaluation.models import {', '.join(_loaders(schedule))}",
             "from autodiffusion_optuna.evaluation.prefix import Tally, remembering",
             "from autodiffusion_optuna.evaluation.sampling import Sampling",
             "from autodiffusion_optuna.evaluation.solvers import times",
         )
+        + (_constant("PROMPTS", [PROMPT] * count) + "\n" if prompted else "")
         + f"schedule = Schedule.read({_beside(schedule)})\n"
-        + f"model = load_model({schedule.model.source!r}, {', '.join(arguments)})\n"
+        + _load_model(schedule, prompted)
         + "candidate = schedule.candidate(model.units, T=model.schedule.T)\n"
         + "sampling = Sampling(**schedule.sampling_settings())\n\n"
-        + "generator = torch.Generator().manual_seed(0)\n"
-        + f"x = torch.randn({IMAGES}, *model.shape, generator=generator)\n"
-        + f"chosen = [i % model.conditions.count for i in range({IMAGES})] if model.conditions else []\n"
+        + "generator = torch.Generator().manual_seed(0)\n\n\n"
+        + "def noise(step):\n"
+        + f"    return torch.randn({count}, *model.shape, generator=generator).to(model.device)\n\n\n"
+        + "x = noise(0)\n"
+        + f"chosen = [i % model.conditions.count for i in range({count})] if model.conditions else []\n"
         + "denoise = remembering(model.bind(chosen, sampling.guidance), candidate, None, (), Tally())\n"
-        + "solve = sampling.find_solver(lambda step: torch.randn(x.shape, generator=generator))\n"
         + "nodes = times(model.schedule, candidate.timesteps, sampling.final)\n"
-        + f"images = model.to_images(solve(denoise, x, nodes))  # uint8 [{IMAGES}, C, H, W]\n"
+        + "x = sampling.find_solver(noise)(denoise, x, nodes)\n"
+        + f"images = model.to_images(x).cpu()  # uint8 [{count}, C, H, W]\n"
+    )
+
+
+def _loaders(schedule: Schedule) -> list[str]:
+    return ["Options", "load_model"] if _model_options(schedule) else ["load_model"]
+
+
+def _load_model(schedule: Schedule, prompted: bool) -> str:
+    """Code that loads the model as the study does, with the script's own prompts."""
+    arguments = [repr(schedule.model.source), 'device="auto"', f"clip={schedule.model.clip!r}"]
+    if schedule.model.precision != "float32":
+        arguments.append(f"precision={schedule.model.precision!r}")
+    if options := _model_options(schedule):
+        arguments.append("options=Options(" + ", ".join(f"{key}={value}" for key, value in options.items()) + ")")
+    call = f"model = load_model({', '.join(arguments)})\n"
+    if not prompted:
+        return call
+    return (
+        "with TemporaryDirectory() as folder:\n"
+        '    prompts = Path(folder) / "prompts.txt"\n'
+        '    prompts.write_text("\\n".join(PROMPTS), encoding="utf-8")\n'
+        f"    {call}"
     )
 
 
@@ -544,9 +570,13 @@ def _model_options(schedule: Schedule) -> dict[str, str]:
         return {}
     model = schedule.config.model
     options = {key: repr(getattr(model, key)) for key in ("preset", "fields", "negative_prompt") if getattr(model, key)}
-    for key in ("classifier", "prompts", "config"):
+    for key in ("classifier", "config"):
         if getattr(model, key) is not None:
             options[key] = f"Path({getattr(model, key)!r})"
+    if model.prompts is not None:
+        options["prompts"] = "prompts"  # the script's own
+    if schedule.model.precision != "float32":
+        options["reduced"] = "True"
     if model.size is not None:
         options["size"] = repr(tuple(model.size))
     if schedule.model.kind == "plugin":

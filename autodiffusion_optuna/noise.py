@@ -149,7 +149,7 @@ def flow(T: int = 1000, shift: float = 1.0, span: float = 1000.0) -> NoiseSchedu
 
 def from_scheduler_config(config: Mapping[str, Any]) -> NoiseSchedule:
     """Noise schedule of a diffusers scheduler's config (DDPM, DDIM, PNDM, DPM-Solver, Euler and their like)."""
-    T = int(config.get("num_train_timesteps", 1000))
+    T = int(_number(config, "num_train_timesteps", 1000))
     if config.get("rescale_betas_zero_snr"):
         prediction = config.get("prediction_type", "epsilon")
         if prediction not in ("v_prediction", "sample"):
@@ -161,9 +161,9 @@ def from_scheduler_config(config: Mapping[str, Any]) -> NoiseSchedule:
     if config.get("trained_betas") is not None:
         return from_betas(np.asarray(config["trained_betas"]))
     if config.get("prediction_type") == "flow_prediction" or "FlowMatch" in str(config.get("_class_name", "")):
-        return flow(T, float(config.get("shift", config.get("flow_shift", 1.0))), T)
+        return flow(T, _number(config, "shift" if "shift" in config else "flow_shift", 1.0), T)
     kind = str(config.get("beta_schedule", "linear"))
-    start, end = float(config.get("beta_start", 1e-4)), float(config.get("beta_end", 0.02))
+    start, end = _number(config, "beta_start", 1e-4), _number(config, "beta_end", 0.02)
     if kind == "linear":
         return linear(T, start, end)
     if kind == "scaled_linear":
@@ -173,3 +173,11 @@ def from_scheduler_config(config: Mapping[str, Any]) -> NoiseSchedule:
     raise ConfigError(
         "scheduler: " + choose_from("beta_schedule", kind, ["linear", "scaled_linear", "squaredcos_cap_v2"])
     )
+
+
+def _number(config: Mapping[str, Any], key: str, default: float) -> float:
+    value = config.get(key, default)
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        raise ConfigError(f"scheduler: {key} is {value!r}; give a number") from None

@@ -612,8 +612,8 @@ def _check_steps(before: Any, recipe: Recipe, schedule: Schedule, native: bool, 
     if dtype in (torch.float16, torch.bfloat16) and not (reduced := error(dtype)) <= LIMIT:
         warnings.warn(
             f"in {str(dtype).removeprefix('torch.')}, diffusers' {recipe.scheduler} differs from the sampler that the "
-            f"schedule of study {schedule.study!r} was found with by {reduced:.3g} of 255 on its timesteps; load the "
-            "pipeline in float32",
+            f"schedule of study {schedule.study!r} was found with by {reduced:.3g} of 255 on its timesteps, in "
+            f"float32 by {plain:.2g}",
             UserWarning,
             stacklevel=3,
         )

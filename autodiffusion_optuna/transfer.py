@@ -165,42 +165,73 @@ CHECKED = 2
 class ScriptCheck(NamedTuple):
     """What was found of a script for diffusers, None where there is nothing to say.
 
-    ``fault``: why it does not draw the images of the search's sampler. ``other``: see ``Opened``.
+    ``fault``: why it does not draw the images of the search's sampler. ``other``: see ``Opened``. ``rounding``: how far
+    off it is in the study's precision alone.
     """
 
     fault: str | None
     other: str | None
+    rounding: str | None = None
 
 
 def check_script(schedule: Schedule) -> ScriptCheck:
     """Compare the images of the script for diffusers with those of the search's sampler.
 
     It is run as it is exported, on its model and on ``CHECKED`` images; the pixels of each may differ by
-    ``check.LIMIT`` of 255 in the mean. ``AdoptError`` where the model is not here. Nothing is downloaded.
+    ``check.LIMIT`` of 255 in the mean. Where they do in reduced precision, float32 decides: a pipeline rounds its
+    states too. ``AdoptError`` where the model is not here or too large. Nothing is downloaded.
     """
     schedule = _at_hand(schedule)
+    off, other = _compared(schedule)
+    if isinstance(off, str):
+        return ScriptCheck(off, other)
+    if off <= LIMIT:
+        return ScriptCheck(None, other)
+    told = f"on this model diffusers' images differ from those of the search's sampler by {off:.3g} of 255"
+    precision = schedule.model.precision
+    if precision == "float32":
+        return ScriptCheck(told, other)
+    try:
+        plain, _ = _compared(_in_float32(schedule))
+    except ModelError as error:
+        return ScriptCheck(None, other, f"{told} in {precision}; they were not compared in float32: {error}")
+    if isinstance(plain, str) or plain > LIMIT:
+        return ScriptCheck(told, other)
+    return ScriptCheck(None, other, f"{told} in {precision}, and by {plain:.2g} in float32")
+
+
+def _in_float32(schedule: Schedule) -> Schedule:
+    assert schedule.config is not None, "exported from a study"
+    model = schedule.config.model.model_copy(update={"precision": "float32"})
+    return schedule.model_copy(
+        update={
+            "model": schedule.model.model_copy(update={"precision": "float32"}),
+            "config": schedule.config.model_copy(update={"model": model}),
+        }
+    )
+
+
+def _compared(schedule: Schedule) -> tuple[float | str, str | None]:
+    """Difference of the script's images from ours, of 255, or why it draws none; and what sets the model apart."""
     wanted, other = _ours(schedule)
-    return ScriptCheck(_fault(schedule, wanted), other)
+    found = _theirs(schedule)
+    return found if isinstance(found, str) else difference(found / 127.5 - 1, wanted.float() / 127.5 - 1), other
 
 
-def _fault(schedule: Schedule, wanted: torch.Tensor) -> str | None:
-    """Why the script does not draw the images ``wanted``, uint8 [CHECKED, C, H, W]."""
+def _theirs(schedule: Schedule) -> torch.Tensor | str:
+    """What the script draws, float32 [CHECKED, C, H, W] in [0, 255], or why it draws nothing."""
     with TemporaryDirectory() as place:
         script = Path(place) / f"{schedule.study}.py"
         schedule.write(script.with_suffix(".json"))
         script.write_text(diffusers_script(schedule, images=CHECKED), encoding="utf-8")
         try:
-            found = _run(script)
+            return _run(script)
         except AdoptError as error:
             return str(error).partition(";")[0]
         except (torch.OutOfMemoryError, MemoryError, ImportError) as error:
-            raise ModelError(f"it cannot be run here ({type(error).__name__}: {first_line(error)})") from error
+            raise _not_run(error) from error
         except Exception as error:  # whatever diffusers makes of the model
             return f"diffusers cannot draw with this model as it is here ({type(error).__name__}: {first_line(error)})"
-    off = difference(found / 127.5 - 1, wanted.float() / 127.5 - 1)
-    if off <= LIMIT:
-        return None
-    return f"on this model diffusers' images differ from those of the search's sampler by {off:.3g} of 255"
 
 
 def _at_hand(schedule: Schedule) -> Schedule:
@@ -219,11 +250,21 @@ def _at_hand(schedule: Schedule) -> Schedule:
 
 
 def _ours(schedule: Schedule) -> tuple[torch.Tensor, str | None]:
-    """Images of the search's sampler, and what sets the model apart, which is let go of before the script loads it."""
-    model = _open_for_check(schedule)
-    conditions = model.conditions and model.conditions.fingerprint  # the prompt of a script is its own
-    other = _other_model(schedule.model_copy(update={"conditions": conditions}), model)
-    return _drawn(schedule, model), other
+    """Images of the search's sampler, and what sets the model apart, which is let go of before the script loads it.
+
+    ``ModelError`` where the memory is too small.
+    """
+    try:
+        model = _open_for_check(schedule)
+        conditions = model.conditions and model.conditions.fingerprint  # the prompt of a script is its own
+        other = _other_model(schedule.model_copy(update={"conditions": conditions}), model)
+        return _drawn(schedule, model), other
+    except (torch.OutOfMemoryError, MemoryError) as error:
+        raise _not_run(error) from error
+
+
+def _not_run(error: BaseException) -> ModelError:
+    return ModelError(f"it cannot be run here ({type(error).__name__}: {first_line(error)})")
 
 
 def _open_for_check(schedule: Schedule) -> Model:

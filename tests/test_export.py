@@ -26,6 +26,8 @@ from autodiffusion_optuna.errors import ConfigError, ModelError, StudyError
 from autodiffusion_optuna.evaluation.models import load_model
 from autodiffusion_optuna.export import (
     FORMS,
+    PROMPT,
+    diffusers_script,
     export_schedule,
     export_text,
     load_schedule,
@@ -211,12 +213,32 @@ PACKAGE: dict[str, tuple[Case, str]] = {
 def test_where_diffusers_falls_short_our_sampler_is_used_and_the_script_says_why(folder: Path, name: str) -> None:
     (write, options, fields), why = PACKAGE[name]
     write(folder / "net")
-    (folder / "prompts.txt").write_text("a cat\na dog\n")
+    (folder / "prompts.txt").write_text(f"a dog\n{PROMPT}\n")
     schedule = schedule_of(Path("net"), options, timesteps=TIMESTEPS, **fields)
     assert why in schedule_text(schedule, "diffusers")
     drawn = run(folder, schedule)
-    chosen = [i % 2 if name == "sd" else i % 10 for i in range(16)]
-    assert torch.equal(drawn, ours(schedule, 16, chosen).int())
+    count, chosen = {"sd": (2, [1, 1]), "below 1": (2, [0, 1])}.get(name, (16, [0] * 16))
+    assert torch.equal(drawn, ours(schedule, count, chosen).int())
+
+
+@pytest.mark.parametrize("images", [None, 3])
+def test_a_script_of_our_own_sampler_needs_neither_the_studys_prompts_nor_the_cpu(
+    folder: Path, images: int | None
+) -> None:
+    write_sd(folder / "net")
+    options = {"prompts": str(write_prompts(folder).resolve()), "size": [32, 32]}
+    schedule = schedule_of(Path("net"), options, timesteps=TIMESTEPS, solver="plms_ab")
+    Path(options["prompts"]).unlink()
+    schedule.write("mine.json")
+    script = diffusers_script(schedule, images=images)
+    assert options["prompts"] not in script
+    assert 'device="auto"' in script
+    Path("mine.py").write_text(script)
+    names = runpy.run_path("mine.py")
+    assert names["images"].shape == (images or 2, 3, 32, 32)
+    assert names["PROMPTS"] == [PROMPT] * (images or 2)
+    reduced = schedule.model_copy(update={"model": schedule.model.model_copy(update={"precision": "bfloat16"})})
+    assert "reduced=True" in diffusers_script(reduced)
 
 
 def test_plain_scripts_run_where_this_package_is_not(folder: Path) -> None:
@@ -447,12 +469,12 @@ def test_a_study_without_a_finished_trial_has_nothing_to_export(folder: Path, ad
 def test_a_script_that_draws_our_images_has_no_fault(folder: Path) -> None:
     cosine(folder / "net")
     schedule = schedule_of(Path("net"), solver="heun", timesteps=(999, 500))
-    assert check_script(schedule) == (None, None)
+    assert check_script(schedule) == (None, None, None)
     write_sd3(folder / "sd3")
     write_prompts(folder)
     options = {"prompts": "prompts.txt", "size": [32, 32]}
     for skips in (((),) * 4, SKIPS):
-        assert check_script(schedule_of(Path("sd3"), options, timesteps=TIMESTEPS, skips=skips)) == (None, None)
+        assert check_script(schedule_of(Path("sd3"), options, timesteps=TIMESTEPS, skips=skips)) == (None, None, None)
 
 
 def test_a_script_that_draws_other_images_has_one(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -478,6 +500,60 @@ def test_a_script_that_draws_other_images_has_one(folder: Path, monkeypatch: pyt
         check_script(schedule)
 
 
+@pytest.mark.parametrize(
+    ("found", "fault", "rounding"),
+    [
+        ((1.0,), None, None),
+        ((9.0, 0.2), None, "by 9 of 255 in bfloat16, and by 0.2 in float32"),
+        ((9.0, 8.0), "by 9 of 255", None),
+        ((9.0, torch.OutOfMemoryError("full")), None, "in bfloat16; they were not compared in float32: it cannot be"),
+    ],
+)
+def test_float32_decides_where_reduced_precision_differs(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, found: tuple[Any, ...], fault: str | None, rounding: str | None
+) -> None:
+    write_sd(folder / "net")
+    write_prompts(folder)
+    plain = schedule_of(Path("net"), {"prompts": "prompts.txt", "size": [32, 32]}, timesteps=TIMESTEPS)
+    assert plain.config is not None
+    reduced = {"precision": "bfloat16"}
+    config = plain.config.model_copy(update={"model": plain.config.model.model_copy(update=reduced)})
+    schedule = plain.model_copy(update={"config": config, "model": plain.model.model_copy(update=reduced)})
+    scripts: list[str] = []
+    left: list[Any] = [*found]
+    given = transfer.diffusers_script
+
+    def noted(*args: Any, **kwargs: Any) -> str:
+        scripts.append(given(*args, **kwargs))
+        if isinstance(left[0], Exception):
+            monkeypatch.setattr(transfer, "_run", lambda _: (_ for _ in ()).throw(left[0]))
+        return scripts[-1]
+
+    monkeypatch.setattr(transfer, "diffusers_script", noted)
+    monkeypatch.setattr(transfer, "difference", lambda *_: left.pop(0))
+    checked = check_script(schedule)
+    assert (checked.fault is None) == (fault is None)
+    assert (fault or "") in (checked.fault or "")
+    assert (checked.rounding is None) == (rounding is None)
+    assert (rounding or "") in (checked.rounding or "")
+    assert ["torch_dtype=torch.bfloat16" in script for script in scripts] == [True, False][: len(found)]
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError, MemoryError])
+@pytest.mark.parametrize("place", ["_open_for_check", "_drawn", "_run"])
+def test_a_model_too_large_for_the_check_is_not_checked(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, place: str, error: type[Exception]
+) -> None:
+    cosine(folder / "net")
+
+    def fail(*_: object) -> None:
+        raise error("no room")
+
+    monkeypatch.setattr(transfer, place, fail)
+    with pytest.raises(ModelError, match=rf"^it cannot be run here \({error.__name__}: no room\)$"):
+        check_script(schedule_of(Path("net"), timesteps=(999, 500)))
+
+
 def test_a_check_that_cannot_be_made_downloads_nothing(folder: Path) -> None:
     write_ddpm(folder / "net")
     schedule = schedule_of(Path("net"), timesteps=TIMESTEPS)
@@ -498,7 +574,7 @@ def test_the_command_prints_one_text_and_says_the_rest_elsewhere(
     script = adopt("export", "--study", "mine")
     assert (script.code, script.out) == (0, export_text(study, "diffusers"))
     first, *others = script.err.splitlines()  # the others are of the study
-    assert first == "comparing the script's images with those of the search's sampler …"
+    assert first == "comparing the script's images with those of the search's sampler (--no-check leaves it out) …"
     assert Schedule.parse(adopt("export", "--study", "mine", "--format", "json").out) == export_schedule(study)
     numbers = adopt("export", "--study", "mine", "--format", "comfyui")
     assert len(re.findall(r"\d+", numbers.out.replace(".", ""))) == len(export_schedule(study).timesteps) + 1

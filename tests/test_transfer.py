@@ -15,6 +15,7 @@ from tiny_models import make_unet, write_ddpm
 from tiny_pipelines import write_prompts, write_sd
 
 from autodiffusion_optuna import Schedule, apply
+from autodiffusion_optuna.check import same_weights
 from autodiffusion_optuna.evaluation.denoiser import weights_of, weights_sample
 from autodiffusion_optuna.transfer import differences
 
@@ -144,7 +145,7 @@ def test_the_same_weights_in_half_precision_or_offloaded_are_no_others(tmp_path:
 
     unet = make_unet()
     sample = weights_sample(unet)
-    assert len(sample) == 12
+    assert len(sample) == 24
     assert weights_of(torch.compile(unet, backend="eager"), sample) == sample
     schedule = example(model={"weights": sample, "shape": (3, 16, 16)})
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
@@ -152,6 +153,28 @@ def test_the_same_weights_in_half_precision_or_offloaded_are_no_others(tmp_path:
     apply(DDPMPipeline(make_unet().to("meta"), DDPMScheduler()), schedule)
     with pytest.warns(UserWarning, match="not known, as the schedule is of an older version"):
         apply(DDPMPipeline(make_unet(), DDPMScheduler()), Schedule.parse(older(example())))
+
+
+@pytest.mark.parametrize("matrices", [True, False])
+def test_weights_changed_by_more_than_rounding_are_others(matrices: bool) -> None:
+    from diffusers import DDPMPipeline, DDPMScheduler
+
+    unet = make_unet()
+    schedule = example(model={"weights": weights_sample(unet), "shape": (3, 16, 16)})
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for weight in unet.parameters():
+            if (weight.ndim > 1) == matrices:
+                weight.add_(weight * 0.009 if matrices else torch.randn(weight.shape, generator=generator))
+    with pytest.warns(UserWarning, match="found on: other weights"):
+        apply(DDPMPipeline(unet, DDPMScheduler()), schedule)
+
+
+def test_the_shorter_samples_of_older_schedules_are_compared() -> None:
+    sample = weights_sample(make_unet())
+    part = dict([*sample.items()][:12])
+    assert same_weights(part, sample)
+    assert not same_weights(sample, part)
 
 
 def older(schedule: Schedule) -> str:

@@ -175,16 +175,20 @@ def store_reduced(network: nn.Module, precision: str) -> None:
 
 
 SAMPLED = 12
-"""Weights by which networks are told apart."""
+"""Matrices, and as many vectors, by which networks are told apart."""
 
 
 def weights_sample(network: nn.Module) -> dict[str, float]:
-    """One element each of ``SAMPLED`` weights of a network, by name, evenly spread over those with names in order.
+    """One element each of ``SAMPLED`` matrices and kernels and ``SAMPLED`` norms and biases of a network, by name.
 
-    Tells, all but surely, whether two networks in memory have the same weights, in whatever precisions.
+    They are spread evenly over those with names in order. Tells, all but surely, whether two networks in memory have
+    the same weights, in whatever precisions.
     """
-    names = sorted(name for name, weight in network.named_parameters() if weight.ndim > 1)
-    return weights_of(network, names[:: max(1, len(names) // SAMPLED)][:SAMPLED])
+    names: dict[bool, list[str]] = {True: [], False: []}
+    for name, weight in sorted(network.named_parameters(), key=lambda item: item[0]):
+        names[weight.ndim > 1].append(name)
+    chosen = [name for kind in names.values() for name in kind[:: max(1, len(kind) // SAMPLED)][:SAMPLED]]
+    return weights_of(network, chosen)
 
 
 def weights_of(network: nn.Module, names: Iterable[str]) -> dict[str, float]:

@@ -156,6 +156,60 @@ def test_a_missing_fact_is_refused_or_said(tmp_path: Path, kind: str, file: str,
     assert any(words in line and "\n" not in line for line in said), said
 
 
+@pytest.mark.parametrize(("kind", "file", "fact", "words"), [row for row in FACTS if row[1] == SCHEDULER])
+def test_null_is_a_missing_fact(tmp_path: Path, kind: str, file: str, fact: str, words: str) -> None:
+    folder = tmp_path / "model"
+    KINDS[kind](folder)
+    edit(folder / file, **{fact: None})
+    null = load(folder)
+    assert any(words in line for line in null.notes), null.notes
+    edit(folder / file, fact)
+    np.testing.assert_array_equal(null.schedule.lambdas, load(folder).schedule.lambdas)
+
+
+OLD = (
+    (SCHEDULER, "prediction_type", "0.6.0"),
+    ("vae/config.json", "scaling_factor", "0.6.0"),
+    ("unet/config.json", "time_embedding_type", "0.10.0.dev0"),
+)
+"""(file, fact that Stable Diffusion's on the hub leaves out, a version of diffusers that did not know it)."""
+
+
+def test_facts_that_had_one_value_when_a_file_was_written_are_not_said(tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    KINDS["sd"](folder)
+    expected = load(folder)
+    for file, fact, version in OLD:
+        edit(folder / file, fact, _diffusers_version=version)
+    model = load(folder)
+    assert model.notes == ()
+    assert (model.latent_scale, model.denoiser.prediction) == (expected.latent_scale, "epsilon")  # type: ignore[attr-defined]
+    edit(folder / SCHEDULER, predict_epsilon=False)
+    assert 'prediction_type = "epsilon"' in load(folder).notes[0]
+    for file, _, _ in OLD:
+        edit(folder / file, _diffusers_version="0.30.0")
+    assert len(load(folder).notes) == 3
+    write_ldm(tmp_path / "ldm")  # whose pipeline then did not scale
+    edit(tmp_path / "ldm" / "vqvae" / "config.json", "scaling_factor", _diffusers_version="0.6.0")
+    assert len(load(tmp_path / "ldm").notes) == 1
+
+
+def test_a_scheduler_without_a_class_is_said_or_refused(tmp_path: Path) -> None:
+    write_ddpm(tmp_path / "model")
+    path = tmp_path / "model" / SCHEDULER
+    edit(path, _class_name=None)
+    assert any('_class_name = "DDPMScheduler"' in line for line in outcome(tmp_path / "model"))
+    edit(path, _class_name=["DDPMScheduler"])
+    assert '_class_name is ["DDPMScheduler"]; give the name' in outcome(tmp_path / "model")[0]
+
+
+@pytest.mark.parametrize("fact", ["beta_start", "beta_end", "num_train_timesteps"])
+def test_a_fact_that_is_no_number_is_named(tmp_path: Path, fact: str) -> None:
+    write_ddpm(tmp_path / "model")
+    edit(tmp_path / "model" / SCHEDULER, **{fact: [1]})
+    assert f"scheduler: {fact} is [1]; give a number" in outcome(tmp_path / "model")[0]
+
+
 def test_latents_of_vq_models_are_not_scaled(tmp_path: Path) -> None:
     """Their class's default, 0.18215, is Stable Diffusion's; CompVis trained them unscaled."""
     decoder = write_ldm(tmp_path / "model", "vq")

@@ -224,7 +224,7 @@ def test_networks_that_do_not_fit_are_refused_in_one_line(flat: Path, changes: d
         ({"rescale_betas_zero_snr": True}, "rescale_betas_zero_snr"),
         ({"prediction_type": "x0"}, "unknown prediction_type 'x0'"),
         ({"beta_end": 3.0}, "alphas_cumprod must"),
-        ({"beta_end": "large"}, "could not convert"),
+        ({"beta_end": "large"}, "beta_end is 'large'; give a number"),
     ],
 )
 def test_schedules_that_do_not_work_are_refused(flat: Path, changes: dict[str, Any], reason: str) -> None:

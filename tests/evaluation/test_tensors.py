@@ -307,8 +307,25 @@ def test_markers_of_the_prediction_decide_or_contradict(sd: Path, prompts: Path,
     assert "rescale_betas_zero_snr is false, but the checkpoint's own is true" in refused(
         lambda: load_text(marked, prompts, folder)
     )
-    told = single_file(sd, tmp_path, {"modelspec.prediction_type": "v"})
-    assert "prediction_type is" in refused(lambda: load_text(told, prompts, sd))
+    prediction_types = ("epsilon", "v_prediction", "sample")
+    for metadata, own in (
+        ({"modelspec.prediction_type": "v"}, "v_prediction"),
+        ({"modelspec.prediction_type": "epsilon", "ss_v_parameterization": "False"}, "epsilon"),
+        ({"modelspec.prediction_type": "sample"}, "sample"),
+        ({"ss_v_parameterization": "True"}, "v_prediction"),
+    ):
+        told = single_file(sd, tmp_path, metadata)
+        for kind in prediction_types:
+            config.write_text(json.dumps({**written, "prediction_type": kind}))
+            if kind == own:
+                assert load_text(told, prompts, folder).notes == ()
+            else:
+                message = refused(lambda told=told: load_text(told, prompts, folder))
+                assert f'prediction_type is "{kind}", but the checkpoint\'s own is "{own}"' in message
+    both = single_file(sd, tmp_path, {"modelspec.prediction_type": "epsilon"}, v_pred=torch.empty(0))
+    assert "contradicts itself: the tensor v_pred says v_prediction, modelspec.prediction_type says epsilon" in refused(
+        lambda: load_text(both, prompts, folder)
+    )
     edm = single_file(sd, tmp_path, edm_vpred__sigma_max=torch.tensor(120.0))
     assert "'edm_vpred.sigma_max', so it was trained on EDM's noise levels" in refused(
         lambda: load_text(edm, prompts, sd)

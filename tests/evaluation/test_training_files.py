@@ -103,6 +103,47 @@ def test_the_right_part_of_a_training_checkpoint_is_used(tmp_path: Path) -> None
         assert words in refused(lambda stored=stored: load(stored))
 
 
+def pickled(folder: Path, change: Callable[[Mapping[str, Tensor]], Mapping[str, Any]]) -> None:
+    """Replace a network's weights by a ``.bin`` of what ``change`` makes of them."""
+    file = folder / f"{STEM}.safetensors"
+    torch.save(change(load_file(file)), folder / f"{STEM}.bin")
+    file.unlink()
+
+
+def test_weights_without_numbers_are_refused(tmp_path: Path) -> None:
+    def emptied(weights: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        return {key: value.to("meta") for key, value in weights.items()}
+
+    path, _, fields = write_adm(tmp_path)
+    torch.save(emptied(state(golden("adm_unet_a")[1])), path)
+    write_ddpm(tmp_path / "ddpm")
+    write_sd(tmp_path / "sd")
+    for name in ("ddpm", "sd"):
+        pickled(tmp_path / name / "unet", emptied)
+    prompts = write_prompts(tmp_path)
+    for source, options in (
+        (f"adm:{path}", Options(fields=fields)),
+        (str(tmp_path / "ddpm"), Options()),
+        (str(tmp_path / "sd"), Options(prompts=prompts, size=SIZE)),
+    ):
+        message = refused(lambda source=source, options=options: load_model(source, options=options))
+        assert "and no numbers (a meta tensor); save the model anew" in message
+
+
+def test_every_loader_says_which_weights_of_a_training_run_it_used(tmp_path: Path) -> None:
+    write_sd(tmp_path / "sd")
+    options = Options(prompts=write_prompts(tmp_path), size=SIZE)
+    plain = load_model(str(tmp_path / "sd"), clip=None, options=options)
+    pickled(
+        tmp_path / "sd" / "unet",
+        lambda weights: {"ema": weights, "model": {key: value + 1 for key, value in weights.items()}},
+    )
+    model = load_model(str(tmp_path / "sd"), clip=None, options=options)
+    assert torch.equal(first(model), first(plain))
+    (note,) = model.notes
+    assert note.endswith("a checkpoint of training, the weights 'ema' are used, not model")
+
+
 def copy_network(folder: Path, name: str, change: float) -> None:
     """A copy of ``unet`` or ``transformer`` in a pipeline's folder beside it, with other weights."""
     base = name.replace("ema_", "").replace("_ema", "")
@@ -179,7 +220,7 @@ def test_latents_of_a_part_are_decoded_by_its_pipeline(tmp_path: Path) -> None:
     assert part.picture_shape == (3, 16, 16)
 
 
-@pytest.mark.parametrize("other", ["fp16.safetensors", "non_ema.safetensors", "ema.bin", "fp16-00001-of-00002.bin"])
+@pytest.mark.parametrize("other", ["non_ema.safetensors", "ema.bin", "non_ema-00001-of-00002.bin"])
 def test_variants_of_weights_side_by_side(tmp_path: Path, other: str) -> None:
     write_ddpm(tmp_path / "ddpm")
     write_sd(tmp_path / "sd")
@@ -192,9 +233,11 @@ def test_variants_of_weights_side_by_side(tmp_path: Path, other: str) -> None:
         assert f"{part}: {STEM}.safetensors is used, not {STEM}.{other} beside it" in notes
 
 
-def test_two_formats_of_the_same_weights_are_no_variants(tmp_path: Path) -> None:
+def test_other_formats_of_the_same_weights_are_no_variants(tmp_path: Path) -> None:
     write_ddpm(tmp_path)
-    torch.save(load_file(tmp_path / "unet" / f"{STEM}.safetensors"), tmp_path / "unet" / f"{STEM}.bin")
+    file = tmp_path / "unet" / f"{STEM}.safetensors"
+    torch.save(load_file(file), tmp_path / "unet" / f"{STEM}.bin")
+    save_file({key: value.half() for key, value in load_file(file).items()}, file.with_name(f"{STEM}.fp16.safetensors"))
     assert load_model(str(tmp_path)).notes == ()
 
 

@@ -67,7 +67,7 @@ def load_dit(
     shape, classes = _check_network(config, path)
     part = load_part(transformer, NETWORK, config, precision if options.reduced else None)
     scheduler = load_scheduler(folder)
-    vae = load_vae(folder / "vae", place, precision)
+    vae = load_vae(folder / "vae", place, precision, usual=True)
     image_shape = decoded_shape(vae, shape, path)
     net = part.network.to(place)
     conditions = label_conditions(range(classes), place, classes, options.labels)

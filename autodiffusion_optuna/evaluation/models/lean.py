@@ -55,14 +55,17 @@ def check_fit(network: nn.Module, stored: Weights, file: Path, config: str) -> N
     fill(network, shapes, file, config)
 
 
-def stored_shapes(files: Sequence[Path]) -> Weights:
-    """Every tensor in the files on the meta device: its data is not read. ``ModelError`` where a file is damaged."""
-    return {name: tensor for file in files for name, tensor in _shapes(file).items()}
+def stored_shapes(files: Sequence[Path], notes: list[str] | None = None) -> Weights:
+    """Every tensor in the files on the meta device: its data is not read. ``ModelError`` where a file is damaged.
+
+    ``notes``: as of ``read_weights``.
+    """
+    return {name: tensor for file in files for name, tensor in _shapes(file, notes).items()}
 
 
-def _shapes(file: Path) -> Weights:
+def _shapes(file: Path, notes: list[str] | None = None) -> Weights:
     if file.suffix != ".safetensors":
-        return read_weights([file])
+        return read_weights([file], notes)
     with open_safetensors(file) as stored:
         kinds = {name: stored.get_slice(name) for name in stored.keys()}  # noqa: SIM118
         return {name: _on_meta(kind.get_shape(), kind.get_dtype(), f"{file}: {name}") for name, kind in kinds.items()}
@@ -154,24 +157,39 @@ MARKERS = ("v_pred", "ztsnr", "scale_factor", *EDM)
 """Names of tensors that say how the network was trained."""
 
 
+PREDICTION_TYPES = {
+    "epsilon": "epsilon",
+    "eps": "epsilon",
+    "v": "v_prediction",
+    "v_prediction": "v_prediction",
+    "sample": "sample",
+    "x0": "sample",
+}
+"""What ``modelspec.prediction_type`` says -> diffusers' name; what else is said of flows is of no consequence."""
+
+
 def training_facts(path: Path) -> dict[str, Any]:
     """What a single file itself says of the training of its network, by the names of diffusers' configs.
 
     ``prediction_type`` and ``rescale_betas_zero_snr`` where they are marked, ``scaling_factor`` of the latents,
-    ``alphas_cumprod`` float [T]. ``ModelError`` where it was trained on other noise than the pipelines read here.
+    ``alphas_cumprod`` float [T]. ``ModelError`` where it was trained on other noise than the pipelines read here, or
+    contradicts itself.
     """
     with open_safetensors(path) as stored:
         names = set(stored.keys())
         told = {name: stored.get_tensor(name).float() for name in ("scale_factor", "alphas_cumprod") if name in names}
-        written = (stored.metadata() or {}).get("modelspec.prediction_type")
+        metadata = stored.metadata() or {}
     if found := sorted(names.intersection(EDM)):
         raise ModelError(
             f"{path}: holds {found[0]!r}, so it was trained on EDM's noise levels or latents, which a pipeline of "
             "betas does not have; write a plug-in for it (python:module:function)"
         )
     facts: dict[str, Any] = {}
-    if "v_pred" in names or written in ("v", "v_prediction"):
-        facts["prediction_type"] = "v_prediction"
+    if predictions := _predictions(names, metadata):
+        facts["prediction_type"] = next(iter(predictions.values()))
+    if len(set(predictions.values())) > 1:
+        said = ", ".join(f"{place} says {value}" for place, value in predictions.items())
+        raise ModelError(f"{path}: contradicts itself: {said}; save it anew without the wrong one")
     if "ztsnr" in names:
         facts["rescale_betas_zero_snr"] = True
     if "scale_factor" in told and told["scale_factor"].numel() == 1:
@@ -179,6 +197,17 @@ def training_facts(path: Path) -> dict[str, Any]:
     if "alphas_cumprod" in told and told["alphas_cumprod"].ndim == 1:
         facts["alphas_cumprod"] = told["alphas_cumprod"].numpy()
     return facts
+
+
+def _predictions(names: Collection[str], metadata: Mapping[str, str]) -> dict[str, str]:
+    """Each place in a file that says what its network predicts, and what it says."""
+    found = {"the tensor v_pred": "v_prediction"} if "v_pred" in names else {}
+    if metadata.get("ss_v_parameterization", "").lower() == "true":
+        found["ss_v_parameterization"] = "v_prediction"
+    written = metadata.get("modelspec.prediction_type", "").lower()
+    if written in PREDICTION_TYPES:
+        found["modelspec.prediction_type"] = PREDICTION_TYPES[written]
+    return found
 
 
 def _notes(path: Path, stored: Weights, averaged: bool, config: Path) -> Iterator[str]:

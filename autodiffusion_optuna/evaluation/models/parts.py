@@ -178,7 +178,10 @@ def read_checkpoint(path: Path, notes: list[str] | None = None) -> dict[str, Ten
         raise ModelError(f"{path}: {reason} ({type(error).__name__}); copy it anew") from error
     if not isinstance(stored, dict):
         raise ModelError(f"{path}: holds a {type(stored).__name__}, not tensors by name; save the state dict alone")
-    return _unprefixed(stored if _is_state_dict(stored) else _trained(stored, path, notes))
+    weights = _unprefixed(stored if _is_state_dict(stored) else _trained(stored, path, notes))
+    if empty := next((name for name, tensor in weights.items() if tensor.is_meta), None):
+        raise ModelError(f"{path}: holds the shape of {empty} and no numbers (a meta tensor); save the model anew")
+    return weights
 
 
 STATES = {
@@ -300,10 +303,10 @@ def network_notes(
 ) -> tuple[str, ...]:
     """What the ``config`` of a network does not say and no weight shows, and other weights beside its ``files``."""
     full: Any = network.config
-    absent = [key for key in INVISIBLE if key in full and key not in config]
+    absent = [key for key in INVISIBLE if key in full and key not in config and not is_settled(key, config)]
     notes = [assumed(folder / "config.json", {key: full[key] for key in absent})] if absent else []
     used = _variant(files[0].name)
-    others = sorted(path.name for path in folder.iterdir() if (_variant(path.name) or used) != used)
+    others = sorted(path.name for path in folder.iterdir() if (_variant(path.name) or used) not in (used, *ROUNDED))
     if others:
         notes.append(f"{folder}: {files[0].name} is used, not {', '.join(others)} beside it")
     return tuple(notes)
@@ -314,6 +317,20 @@ INVISIBLE = (
     "norm_eps", "norm_num_groups", "time_embedding_type",
 )  # fmt: skip
 """Facts of a network that change what it computes and neither names nor shapes of its weights."""
+
+
+ROUNDED = (".fp16", ".bf16")
+"""Variants that hold the same weights, rounded."""
+
+UNKNOWN_BEFORE = {"prediction_type": (0, 8), "scaling_factor": (0, 11), "time_embedding_type": (0, 11)}
+"""Facts of which diffusers before these versions knew one value, the present default, and named none in its files."""
+
+
+def is_settled(key: str, config: Mapping[str, Any]) -> bool:
+    """Whether a ``config`` without a fact is of a diffusers that knew its default alone, as Stable Diffusion 1.5's."""
+    version = re.match(r"(\d+)\.(\d+)", str(config.get("_diffusers_version")))
+    old = version is not None and (int(version[1]), int(version[2])) < UNKNOWN_BEFORE.get(key, (0, 0))
+    return old and config.get("predict_epsilon", True) is True  # what came before prediction_type
 
 
 def assumed(path: Path, values: Mapping[str, Any]) -> str:
@@ -355,26 +372,30 @@ def load_scheduler(folder: Path, told: Mapping[str, Any] | None = None) -> Sched
         )
     config = read_json(path)
     for key, value in (told or {}).items():
-        if config.get(key, value) != value:
+        if config.get(key) not in (None, value):
             raise ModelError(
                 f"{path}: {key} is {json.dumps(config[key])}, but the checkpoint's own is {json.dumps(value)}; "
                 "correct the config, or give another model.config"
             )
     config = {**config, **(told or {})}
-    absent = _absent(config)
-    filled = {**absent, **config}
+    absent = _absent(config, path)
+    filled = {**config, **absent}
     notes = [] if path in near else [f"{folder} has no noise schedule of its own; that of {path} is used"]
-    notes += [assumed(path, absent)] if absent else []
+    unsaid = {key: value for key, value in absent.items() if not is_settled(key, config)}
+    notes += [assumed(path, unsaid)] if unsaid else []
     return Scheduler(_noise_schedule(filled, path), _prediction(filled, path), config, filled, tuple(notes))
 
 
-def _absent(config: Mapping[str, Any]) -> dict[str, Any]:
-    """What a scheduler's config should say and does not, with the defaults of its class."""
+def _absent(config: Mapping[str, Any], path: Path) -> dict[str, Any]:
+    """What the scheduler's config in ``path`` should say and does not, or says is null, with its class's defaults."""
     import diffusers
 
-    kind = getattr(diffusers, str(config.get("_class_name")), None)
+    name = config.get("_class_name") or "DDPMScheduler"
+    if not isinstance(name, str):
+        raise ModelError(f"{path}: _class_name is {json.dumps(name)}; give the name of the scheduler's class")
+    kind = getattr(diffusers, name, None)
     known = inspect.signature((kind if inspect.isclass(kind) else diffusers.DDPMScheduler).__init__).parameters
-    if "FlowMatch" in str(config.get("_class_name")):
+    if "FlowMatch" in name:
         dynamic = ("base_image_seq_len", "max_image_seq_len", "base_shift", "max_shift")
         facts = ["num_train_timesteps", *(dynamic if config.get("use_dynamic_shifting") else ("shift",))]
     else:
@@ -384,7 +405,10 @@ def _absent(config: Mapping[str, Any]) -> dict[str, Any]:
         if config.get("trained_betas") is None and {"beta_schedule", "trained_betas"} & config.keys():
             ends = () if config.get("beta_schedule") == "squaredcos_cap_v2" else ("beta_start", "beta_end")
             facts += ["num_train_timesteps", "beta_schedule", *ends]
-    return {key: known[key].default for key in facts if key in known and key not in config}
+    defaults = {key: known[key].default for key in facts if key in known}
+    if not config.get("_class_name"):
+        defaults["_class_name"] = name
+    return {key: default for key, default in defaults.items() if config.get(key) is None and default is not None}
 
 
 def _noise_schedule(config: Mapping[str, Any], path: Path) -> NoiseSchedule:

@@ -249,12 +249,13 @@ def _assemble(
     check_options(options, name, ("prompts", "size", *negative, *beside))
     facts = training_facts(file) if file else {}
     given = "scaling_factor" in read_config(folder / "vae", AUTOENCODERS)
-    vae = load_vae(folder / "vae", place, precision, None if given else facts.get("scaling_factor"))
+    vae = load_vae(folder / "vae", place, precision, None if given else facts.get("scaling_factor"), usual=True)
     shape = _latent_shape(network, pipeline, vae, options.size, path)
     image_shape = decoded_shape(vae, shape, path)
     files = [file] if file else find_weights(path.parent)
+    training: list[str] = []
     if file is None:
-        check_fit(network, stored_shapes(files), files[0], path.name)
+        check_fit(network, stored_shapes(files, training), files[0], path.name)
     scheduler = load_scheduler(folder, {key: value for key, value in facts.items() if key in MARKED})
     schedule = scheduler.schedule
     if pipeline.largest_mu is not None:
@@ -267,7 +268,7 @@ def _assemble(
         _reduce(network, precision)
     notes = [*scheduler.notes, *vae.notes, *_notes(folder, config, index, options, facts, scheduler)]
     if file is None:
-        notes += [*networks_beside(path.parent), *network_notes(path.parent, config, network, files)]
+        notes += [*training, *networks_beside(path.parent), *network_notes(path.parent, config, network, files)]
         materialise(network, each_file(network, files), place)
     else:
         dtype = PRECISIONS[precision] if options.reduced else torch.float32
@@ -308,7 +309,7 @@ def _notes(
     """What the files do not say and was assumed, and where a single file's ``facts`` are others than those used."""
     decoder = folder / "vae" / "config.json"
     stored = read_json(decoder)
-    if PIPELINES[index["_class_name"]].largest_mu is not None and "shift_factor" not in stored:
+    if PIPELINES[index["_class_name"]].largest_mu is not None and stored.get("shift_factor") is None:
         yield f"{decoder} gives no shift_factor of latents; assumed is 0"
     trained, given = facts.get("scaling_factor"), stored.get("scaling_factor")
     if trained and given and not math.isclose(trained, given, rel_tol=1e-4):

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from autodiffusion_optuna.errors import ModelError
 from autodiffusion_optuna.evaluation.denoiser import PRECISIONS
-from autodiffusion_optuna.evaluation.models.parts import digest, load_part, read_config
+from autodiffusion_optuna.evaluation.models.parts import digest, is_settled, load_part, read_config
 
 AUTOENCODERS = ("AutoencoderKL", "VQModel")
 
@@ -40,7 +40,13 @@ class Vae:
     """What latents were multiplied by for the diffusion model, in the mean of their channels."""
 
 
-def load_vae(folder: Path, device: torch.device, precision: str = "float32", scaling: float | None = None) -> Vae:
+def load_vae(
+    folder: Path,
+    device: torch.device,
+    precision: str = "float32",
+    scaling: float | None = None,
+    usual: bool = False,
+) -> Vae:
     """The decoder of the AutoencoderKL or VQModel in ``folder``, which holds its ``config.json`` and weights.
 
     Latents are divided by ``scaling_factor`` and moved by ``shift_factor``, or scaled and moved by channel where the
@@ -48,6 +54,7 @@ def load_vae(folder: Path, device: torch.device, precision: str = "float32", sca
     config's factor. ``precision``: of the decoder, under autocast; float16 is raised to float32 where the config has
     ``force_upcast``, because such decoders overflow. Nothing is downloaded.
     Where the config has no factor it is 1 for a VQModel, as CompVis trained with those, and else the class's default.
+    ``usual``: whether the pipeline always scaled by that one while configs did not name it, which then needs no note.
     ``ModelError`` where a file is missing or broken, or the class is another.
     """
     stored = read_config(folder, AUTOENCODERS)
@@ -57,7 +64,8 @@ def load_vae(folder: Path, device: torch.device, precision: str = "float32", sca
     if scaling is None and "scaling_factor" not in stored:
         scaling = 1.0 if stored["_class_name"] == "VQModel" else None
         chosen = "1, as VQ models were trained" if scaling else f"{config.scaling_factor:g}, the default of its class"
-        notes.append(f"{folder / 'config.json'} gives no scaling_factor of latents; assumed is {chosen}")
+        if not (usual and is_settled("scaling_factor", stored)):
+            notes.append(f"{folder / 'config.json'} gives no scaling_factor of latents; assumed is {chosen}")
     network: Any = part.network
     encoder = nn.Sequential(network.encoder, network.quant_conv or nn.Identity()).cpu()
     network.encoder = network.quant_conv = nn.Identity()  # a third of the weights, and hardly ever run
