@@ -194,7 +194,7 @@ def test_on_postgres_a_heart_beats_on_while_its_trial_is_taken(server: str) -> N
     trial = rival.begin_trial(study._study_id, full_trial(TrialState.RUNNING))._trial_id
     assert rival.finish_trial(trial, TrialState.WAITING, None, {}, HOLDER)
     with rival.engine.connect() as connection, ThreadPoolExecutor(1) as threads:
-        assert statements.take_trial(connection, trial, {OWNER: "another"})
+        assert statements.take_trial(connection, trial, {OWNER: "another"}, None)
         beat = threads.submit(database.record_heartbeat, trial)
         time.sleep(0.3)
         assert not beat.done()
