@@ -20,6 +20,7 @@ from collections.abc import Callable, Sequence
 from datetime import datetime
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, cast
 
 import numpy as np
@@ -56,7 +57,8 @@ class Sleeper:
     """Stands in for the evaluator: a value after a second."""
 
     def __init__(self, seconds: float) -> None:
-        self.seconds = seconds
+        self.seconds, self.fitting_batch = seconds, 1
+        self.model = SimpleNamespace(device=torch.device("cpu"))
 
     def score(self, candidate: Candidate, rungs: Sequence[int], **options: Any) -> Score:
         """The mean timestep, so that the search has something to improve."""
@@ -109,7 +111,8 @@ def fill(storage: StudyStorage, study: optuna.Study, parts: runner.Parts, trials
                 text = distributions[name]
                 params.append({**at, "param_name": name, "param_value": float(value), "distribution_json": text})
             facts = {
-                **runner._described(parts, candidate),
+                records.CANDIDATE: candidate.key,
+                records.COST: runner.relative_cost(parts, candidate),
                 records.GENERATION: number // 20,
                 records.STAGE: 2,
                 records.OPERATOR: "random",
@@ -166,6 +169,7 @@ def prepare(url: str, size: int) -> tuple[Cycle, float]:
         assert isinstance(claimed, Claim)
         taken = time.perf_counter()
         outcome = runner._evaluate(parts, claimed, None)
+        runner._note_runtime(parts, study)
         counts = runner._finish(storage, claimed, outcome, 0.0)
         ended = time.perf_counter()
         assert counts

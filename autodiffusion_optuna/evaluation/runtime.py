@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from importlib.metadata import version
 from typing import Any
 
@@ -16,12 +17,11 @@ def describe_runtime(evaluator: Evaluator) -> dict[str, Any]:
     ``batch`` is the one that fits now: an evaluator that ran out of memory goes on with a smaller one.
     """
     device = evaluator.model.device
-    libraries = {name: version(name) for name in ("torch", "diffusers")}
     if device.type == "cuda":
         return {
             "batch": evaluator.fitting_batch,
             "device": torch.cuda.get_device_name(device),
-            **libraries,
+            **_libraries(),
             "CUDA": torch.version.cuda,
             "cuDNN": torch.backends.cudnn.version(),  # type: ignore[no-untyped-call]
         }
@@ -29,5 +29,11 @@ def describe_runtime(evaluator: Evaluator) -> dict[str, Any]:
         "batch": evaluator.fitting_batch,
         "device": f"CPU with {torch.backends.cpu.get_cpu_capability()}",
         "threads": torch.get_num_threads(),
-        **libraries,
+        **_libraries(),
     }
+
+
+@functools.cache
+def _libraries() -> dict[str, str]:
+    """Versions of what computes the network; read once, for they are looked for on the disk."""
+    return {name: version(name) for name in ("torch", "diffusers")}
