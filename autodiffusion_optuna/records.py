@@ -189,7 +189,12 @@ def scored(trials: Iterable[FrozenTrial]) -> list[FrozenTrial]:
     Older versions could be killed before they had written a known schedule's cost: its name tells it.
     """
     complete = (t for t in trials if t.state == TrialState.COMPLETE and t.values)
-    return [t for t in complete if _is_candidate(str(t.user_attrs.get(CANDIDATE))) and _has_cost(t)]
+    return [t for t in complete if _says_candidate(t) and _has_cost(t)]
+
+
+def _says_candidate(trial: FrozenTrial) -> bool:
+    key = trial.user_attrs.get(CANDIDATE)
+    return isinstance(key, str) and _is_candidate(key)
 
 
 @functools.lru_cache(maxsize=2**16)
