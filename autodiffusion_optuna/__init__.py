@@ -5,22 +5,21 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING
 
+from autodiffusion_optuna._version import __version__
 from autodiffusion_optuna.candidate import Candidate
 from autodiffusion_optuna.errors import AdoptError
 
 if TYPE_CHECKING:
-    from autodiffusion_optuna.pipelines import apply, remove
-    from autodiffusion_optuna.schedule import Schedule
+    from autodiffusion_optuna.export.pipelines import apply, remove
+    from autodiffusion_optuna.export.schedule import Result
     from autodiffusion_optuna.search.sampler import AutoDiffusionSampler
     from autodiffusion_optuna.search.space import SearchSpace
-
-__version__ = "0.1.0"
 
 __all__ = [
     "AdoptError",
     "AutoDiffusionSampler",
     "Candidate",
-    "Schedule",
+    "Result",
     "SearchSpace",
     "__version__",
     "apply",
@@ -29,10 +28,10 @@ __all__ = [
 
 LAZY = {
     "AutoDiffusionSampler": "search.sampler",
-    "Schedule": "schedule",
+    "Result": "export.schedule",
     "SearchSpace": "search.space",
-    "apply": "pipelines",
-    "remove": "pipelines",
+    "apply": "export.pipelines",
+    "remove": "export.pipelines",
 }
 """Public name -> its module, imported when the name is first asked for: the command line must start fast."""
 

@@ -18,10 +18,10 @@ from pydantic_core import ErrorDetails
 from autodiffusion_optuna.errors import ConfigError, choose_from
 
 BANK_SIZE = 100_000
-"""Images in one bank of noise; the largest ``score.images`` and ``score.fresh_images``."""
+"""Images in one bank of noise; the largest ``score.images`` and ``score.held_out_images``."""
 
 SEARCH_BANK = 0
-"""Every candidate is scored on the noise of this bank; fresh banks are numbered from 1."""
+"""Every candidate is scored on the noise of this bank; held-out banks are numbered from 1."""
 
 LONGEST_GRACE = 30 * 24 * 3600
 """Seconds; a worker sleeps a share of ``search.grace`` between heartbeats, which no clock does for ever."""
@@ -34,7 +34,7 @@ BUNDLED = ("digits", "mixture")
 FILES = ("model.source", "model.classifier", "model.prompts", "model.config", "score.weights", "score.reference")
 """Settings that name a file or a folder, or may do so."""
 
-OF_THIS_HOST = (*FILES, "folder", "model.device", "model.memory_mb")
+OF_THIS_HOST = (*FILES, "folder", "model.device", "model.prefix_cache_mb")
 """Settings that each command may change for itself: where files are, and what runs the model."""
 
 Count = Annotated[int, Field(ge=1)]
@@ -61,8 +61,8 @@ class ModelConfig(Section):
     """Images in one network evaluation, fewer where the device runs out of memory; ``auto`` fits the device."""
     clip: bool | None = None
     """Clip the predicted image to [-1, 1] at every step; unset: models of pixels do, latent ones cannot."""
-    memory_mb: Annotated[int, Field(ge=0)] = 2048
-    """Budget of the prefix memory in MiB; 0 turns it off."""
+    prefix_cache_mb: Annotated[int, Field(ge=0)] = 2048
+    """Budget of the prefix cache in MiB; 0 turns it off."""
     compile: bool = False
     """Compile each layer with torch.compile; worth its minutes on a GPU and for long searches."""
     preset: str | None = None
@@ -112,7 +112,7 @@ class Range(Section):
         return self
 
 
-Final = Literal["one", "first"]
+Final = Literal["zero", "sigma_min"]
 Scale = Annotated[float, Field(ge=0)]
 Eta = Annotated[float, Field(ge=0, le=1)]
 Choices = Field(min_length=1)
@@ -128,7 +128,7 @@ class SamplingConfig(Section):
     order: Count | Annotated[list[Count], Choices] | None = None
     """Of a solver that comes in several (deis, dpm_solver, dpmpp, unipc); unset: its lowest."""
     steps: Count | StepRange
-    final: Final | Annotated[list[Final], Choices] = "one"
+    final: Final | Annotated[list[Final], Choices] = "zero"
     """Where the last update ends: at no noise at all, or at time index 0."""
     min_gap: Count = 1
     """Smallest distance of neighbouring timesteps, in time indices."""
@@ -168,7 +168,7 @@ class SearchConfig(Section):
     mutation_probability: Annotated[float, Field(gt=0, le=1)] | None = None
     stage_one_generations: Annotated[int, Field(ge=0)] | None = None
     warm_starts: list[str] | None = None
-    """Names of known schedules to evaluate first; unset: all (``paper``: uniform alone)."""
+    """Names of baselines to evaluate first; unset: all (``paper``: uniform alone)."""
     max_skip: Annotated[float, Field(ge=0, le=1)] = 0.0
     """Largest share of layers that one step may skip; 0 searches timesteps alone."""
     max_cost: Annotated[float, Field(gt=0)] | None = None
@@ -203,8 +203,8 @@ class ScoreConfig(Section):
     keep: Annotated[float, Field(gt=0, lt=1)] = 0.5
     """``percentile``: a rung stops a candidate that is not among this share of the complete ones there."""
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
-    fresh_images: Images = 1000
-    fresh_banks: Annotated[int, Field(ge=2, le=100)] = 3
+    held_out_images: Images = 1000
+    held_out_banks: Annotated[int, Field(ge=2, le=100)] = 3
     """Disjoint banks of noise on which the winner is scored again; the interval needs two."""
 
     @model_validator(mode="after")
@@ -256,15 +256,15 @@ MAY_CHANGE = {
     "model.source",
     "score.reference",
     "score.weights",
-    "model.memory_mb",
+    "model.prefix_cache_mb",
     "model.classifier",
     "model.prompts",
     "model.config",
     "model.check",
     "search.trials",
     "search.grace",
-    "score.fresh_images",
-    "score.fresh_banks",
+    "score.held_out_images",
+    "score.held_out_banks",
 }
 """Settings a study may be resumed with: they change how long it runs and where, not what it finds.
 

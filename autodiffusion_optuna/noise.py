@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from autodiffusion_optuna.errors import ConfigError, choose_from
 
-Final = Literal["one", "first"]
+Final = Literal["zero", "sigma_min"]
 Array = NDArray[np.float64]
 
 

@@ -31,11 +31,25 @@ from optuna.storages import RDBStorage
 from optuna.storages._rdb import models
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
-from autodiffusion_optuna import dashboard, records
-from autodiffusion_optuna.claims import OWNER
 from autodiffusion_optuna.config import load_preset
+from autodiffusion_optuna.report import dashboard
 from autodiffusion_optuna.search.space import SearchSpace
-from autodiffusion_optuna.storage import open_storage
+from autodiffusion_optuna.storage.attrs import (
+    CANDIDATE,
+    CONFIG,
+    COST,
+    GENERATION,
+    IMAGES,
+    METRIC,
+    OPERATOR,
+    PARENTS,
+    READY,
+    SCORE,
+    SHARE,
+    STAGE,
+)
+from autodiffusion_optuna.storage.database import open_storage
+from autodiffusion_optuna.storage.lease import OWNER
 
 TRIALS, STEPS, LAYERS, POPULATION, POLLS = 5000, 10, 58, 50, 10
 LONGER_THAN_KEPT = 10.5
@@ -59,15 +73,15 @@ def synthetic(space: SearchSpace, number: int) -> FrozenTrial:
     candidate = space.decode(drawn)
     generation = number // POPULATION
     attrs = {
-        records.CANDIDATE: candidate.key,
-        records.GENERATION: generation,
-        records.STAGE: 1 + (generation > 4),
-        records.OPERATOR: rng.choice(["mutation", "crossover", "random"]),
-        records.PARENTS: [max(number - 60, 0), max(number - 55, 0)],
-        records.SHARE: 0.3,
-        records.COST: space.cost(candidate) / STEPS,
-        records.IMAGES: 256,
-        records.SCORE: {"rungs": {"256": 1.0}, "run": 2560, "saved": 900, "seconds_network": 1.0, "trace_ratio": -0.1},
+        CANDIDATE: candidate.key,
+        GENERATION: generation,
+        STAGE: 1 + (generation > 4),
+        OPERATOR: rng.choice(["mutation", "crossover", "random"]),
+        PARENTS: [max(number - 60, 0), max(number - 55, 0)],
+        SHARE: 0.3,
+        COST: space.cost(candidate) / STEPS,
+        IMAGES: 256,
+        SCORE: {"rungs": {"256": 1.0}, "run": 2560, "saved": 900, "seconds_network": 1.0, "trace_ratio": -0.1},
         OWNER: f"host/{number}/123456",
     }
     started = datetime(2026, 1, 1) + timedelta(seconds=number)
@@ -126,11 +140,11 @@ def make_study(storage: RDBStorage, space: SearchSpace) -> int:
     study = optuna.create_study(study_name="large", storage=storage, direction="minimize")
     study_id = storage.get_study_id_from_name("large")
     config = load_preset("digits-10-layers", ["name=large", f"search.trials={TRIALS}"])
-    study.set_user_attr(records.CONFIG, config.model_dump(mode="json"))
-    study.set_user_attr(records.METRIC, "FD(digits)")
+    study.set_user_attr(CONFIG, config.model_dump(mode="json"))
+    study.set_user_attr(METRIC, "FD(digits)")
     study.set_user_attr("codec", space.codec())
     insert_trials(storage, study_id, [synthetic(space, number) for number in range(TRIALS)])
-    study.set_user_attr(records.READY, True)
+    study.set_user_attr(READY, True)
     return study_id
 
 

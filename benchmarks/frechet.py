@@ -20,7 +20,7 @@ from common import record
 from torch import Tensor
 
 from autodiffusion_optuna.evaluation.frechet import Moments, frechet_distance
-from autodiffusion_optuna.evaluation.reference import Reference
+from autodiffusion_optuna.evaluation.references.reference import Reference
 
 DIMENSIONS, GENERATED, REFERENCE = 2048, 1000, 5000
 REPEATS = 5

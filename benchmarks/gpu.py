@@ -2,7 +2,7 @@
 
     python benchmarks/gpu.py
 
-Two models: the bundled digits, and a random UNet of 128 channels at 32x32. Thirty candidates each (known schedules
+Two models: the bundled digits, and a random UNet of 128 channels at 32x32. Thirty candidates each (baselines
 and seeded random ones, four steps). Needs a CUDA device; prints and writes ``benchmarks/results/gpu.json``.
 """
 
@@ -25,11 +25,11 @@ from autodiffusion_optuna import Candidate, SearchSpace
 from autodiffusion_optuna.evaluation.evaluator import Evaluator
 from autodiffusion_optuna.evaluation.features import load_extractor
 from autodiffusion_optuna.evaluation.models import DIGITS, Model, load_model
-from autodiffusion_optuna.evaluation.reference import build_reference, load_reference
+from autodiffusion_optuna.evaluation.references.reference import build_reference, load_reference
 from autodiffusion_optuna.evaluation.sampling import Sampling
 from autodiffusion_optuna.evaluation.seeds import Bank
 from autodiffusion_optuna.search.operators import random_candidate
-from autodiffusion_optuna.search.schedules import known_schedules
+from autodiffusion_optuna.search.timesteps import baseline_timesteps
 
 CANDIDATES, STEPS, WARM_UP = 30, 4, 2
 
@@ -51,7 +51,7 @@ def random_unet(folder: Path) -> None:
 
 def candidates(model: Model) -> list[Candidate]:
     space = SearchSpace(T=model.schedule.T, min_steps=STEPS, max_steps=STEPS)
-    known = dict.fromkeys(Candidate(t) for t in known_schedules(model.schedule, STEPS).values())
+    known = dict.fromkeys(Candidate(t) for t in baseline_timesteps(model.schedule, STEPS).values())
     rng = np.random.default_rng(0)
     return [*known, *(random_candidate(rng, space, 0.0) for _ in range(CANDIDATES - len(known)))]
 

@@ -30,7 +30,7 @@ from autodiffusion_optuna.evaluation.evaluator import Evaluator
 from autodiffusion_optuna.evaluation.features import Extractor, load_extractor
 from autodiffusion_optuna.evaluation.models import Model, Options, load_model
 from autodiffusion_optuna.evaluation.models.adm import PRESETS, build_unet
-from autodiffusion_optuna.evaluation.reference import build_reference
+from autodiffusion_optuna.evaluation.references.reference import build_reference
 from autodiffusion_optuna.evaluation.sampling import Sampling
 
 CANDIDATE = Candidate((900, 650, 400, 150))

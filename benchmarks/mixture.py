@@ -22,7 +22,7 @@ from autodiffusion_optuna.evaluation.evaluator import Evaluator
 from autodiffusion_optuna.evaluation.features import load_extractor
 from autodiffusion_optuna.evaluation.models.mixture import mixture_model
 from autodiffusion_optuna.evaluation.sampling import Sampling
-from autodiffusion_optuna.search.schedules import known_schedules
+from autodiffusion_optuna.search.timesteps import baseline_timesteps
 
 GRID, STEPS, IMAGES, SEEDS, BUDGETS = 40, 3, 256, 10, (100, 300)
 
@@ -40,7 +40,7 @@ def search(values: dict[tuple[int, ...], float], preset: str, seed: int, warm: b
     """Best value after each trial."""
     space = SearchSpace(T=GRID, min_steps=STEPS, max_steps=STEPS)
     study = optuna.create_study(sampler=AutoDiffusionSampler(space, preset=preset, seed=seed))
-    known = known_schedules(mixture_model(GRID).schedule, STEPS)
+    known = baseline_timesteps(mixture_model(GRID).schedule, STEPS)
     for timesteps in dict.fromkeys(known.values()) if warm else [known["uniform"]]:
         study.enqueue_trial(space.encode(Candidate(timesteps)))
     study.optimize(lambda trial: values[space.suggest(trial).timesteps], n_trials=max(BUDGETS))

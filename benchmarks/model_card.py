@@ -19,7 +19,7 @@ from autodiffusion_optuna.evaluation.evaluator import Evaluator
 from autodiffusion_optuna.evaluation.features import load_extractor
 from autodiffusion_optuna.evaluation.models import DIGITS, load_model
 from autodiffusion_optuna.evaluation.sampling import Sampling
-from autodiffusion_optuna.search.schedules import KNOWN
+from autodiffusion_optuna.search.timesteps import BASELINES
 
 STEPS, IMAGES, BATCH = (4, 6, 10, 20, 100), 500, 128
 CARD = """\
@@ -88,7 +88,7 @@ def main() -> None:
     keep_freed_memory()
     distances = {}
     for steps in STEPS:
-        candidate = Candidate(KNOWN["uniform"](model.schedule, steps))
+        candidate = Candidate(BASELINES["uniform"](model.schedule, steps))
         distances[steps] = evaluator.score(candidate, [IMAGES], bank=1).value
         print(steps, distances[steps], flush=True)
     training = json.loads((DIGITS / "training.json").read_text())

@@ -14,12 +14,12 @@ import time
 
 from common import record
 
-from autodiffusion_optuna import study as runner
 from autodiffusion_optuna.config import load_preset
 from autodiffusion_optuna.evaluation.allocator import keep_freed_memory
 from autodiffusion_optuna.evaluation.seeds import Bank
-from autodiffusion_optuna.report import read_report
-from autodiffusion_optuna.storage import open_storage
+from autodiffusion_optuna.results.summary import read_summary
+from autodiffusion_optuna.storage.database import open_storage
+from autodiffusion_optuna.study import components, lifecycle, loop
 
 TRIALS, ROUNDS = 40, 2
 
@@ -27,21 +27,21 @@ TRIALS, ROUNDS = 40, 2
 def search_seconds(seed: int) -> tuple[float, int, dict[str, float]]:
     """Wall seconds from the first ask to the last tell, network evaluations by image, and seconds by phase."""
     config = load_preset("digits-4", [f"search.trials={TRIALS}", f"search.seed={seed}"])
-    parts = runner.build(config)
+    parts = components.build(config)
     with tempfile.TemporaryDirectory() as folder:
         storage = open_storage(f"sqlite:///{folder}/a.db")
-        study = runner.open_study(parts, storage)
+        study = lifecycle.open_study(parts, storage)
         started = time.perf_counter()
-        runner.work(parts, study, storage)
+        loop.work(parts, study, storage)
         wall = time.perf_counter() - started
-        data = read_report(study).to_json()
+        data = read_summary(study).to_json()
     return wall, data["evaluations"]["run"], data["seconds"]
 
 
 def bare_seconds(evaluations: int) -> float:
     """Seconds of the denoiser alone for as many image evaluations, in batches of the study's size."""
     config = load_preset("digits-4")
-    model = runner.build(config).model
+    model = components.build(config).model
     x = Bank(0, 0, model.shape).noise(0, config.model.batch)
     model.denoiser(x, 500, 0)
     started = time.perf_counter()

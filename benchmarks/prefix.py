@@ -1,4 +1,4 @@
-"""Prefix memory on a real search: scores equal to the bit with and without it, and evaluations saved.
+"""prefix cache on a real search: scores equal to the bit with and without it, and evaluations saved.
 
     python benchmarks/studies.py digits-4 digits-4-paper    # first: makes the searches
     python benchmarks/prefix.py
@@ -14,12 +14,12 @@ from dataclasses import replace
 
 from common import RESULTS, record
 
-from autodiffusion_optuna import records
-from autodiffusion_optuna import study as runner
 from autodiffusion_optuna.candidate import Candidate
 from autodiffusion_optuna.config import load_preset
-from autodiffusion_optuna.report import load_study
-from autodiffusion_optuna.storage import open_storage
+from autodiffusion_optuna.storage.database import open_storage
+from autodiffusion_optuna.storage.studies import load_study
+from autodiffusion_optuna.storage.trials import values_by_key
+from autodiffusion_optuna.study import components
 from studies import ADOPT, database
 
 CANDIDATES = 200
@@ -39,9 +39,9 @@ def saved_share(name: str) -> float:
 def main() -> None:
     go_on()
     study = load_study(open_storage(f"sqlite:///{database('digits-4')}", create=False), "digits-4")
-    searched = records.values_by_key(study)
+    searched = values_by_key(study)
     config = load_preset("digits-4")
-    plain = replace(runner.build(config).evaluator, memory=None)
+    plain = replace(components.build(config).evaluator, memory=None)
     differ = 0
     for key, value in searched.items():
         differ += plain.score(Candidate.from_key(key), [config.score.images]).value != value

@@ -1,4 +1,4 @@
-"""Prefix memory with every solver: bits that differ, and evaluations saved, over random one-gene changes.
+"""prefix cache with every solver: bits that differ, and evaluations saved, over random one-gene changes.
 
     OMP_NUM_THREADS=1 python benchmarks/prefix_solvers.py
 
@@ -21,7 +21,7 @@ from diffusers import DDIMScheduler, UNet2DModel
 
 from autodiffusion_optuna.candidate import Candidate
 from autodiffusion_optuna.evaluation.models import Model, load_model
-from autodiffusion_optuna.evaluation.prefix import PrefixMemory, Tally, remembering
+from autodiffusion_optuna.evaluation.prefix_cache import NfeCounter, PrefixCache, cached_denoise
 from autodiffusion_optuna.evaluation.solvers import SOLVERS, times
 
 CANDIDATES, BATCH = 60, 2
@@ -55,14 +55,14 @@ def mutated(candidate: Candidate, rng: random.Random, units: int) -> Candidate:
 
 def walk(model: Model, solver: str) -> dict[str, Any]:
     rng = random.Random(0)
-    memory, tally = PrefixMemory(2**28), Tally()
+    memory, tally = PrefixCache(2**28), NfeCounter()
     x = torch.randn(BATCH, *model.shape, generator=torch.Generator().manual_seed(1))
     candidate, differ = Candidate(START), 0
     for _ in range(CANDIDATES):
-        nodes = times(model.schedule, candidate.timesteps, "one")
+        nodes = times(model.schedule, candidate.timesteps, "zero")
         remembered, plain = (
-            SOLVERS[solver](remembering(model.denoiser, candidate, kept, (), count), x, nodes)
-            for kept, count in ((memory, tally), (None, Tally()))
+            SOLVERS[solver](cached_denoise(model.denoiser, candidate, kept, (), count), x, nodes)
+            for kept, count in ((memory, tally), (None, NfeCounter()))
         )
         differ += not torch.equal(remembered, plain)
         candidate = mutated(candidate, rng, len(model.units))

@@ -33,10 +33,7 @@ from optuna.distributions import distribution_to_json
 from optuna.storages._rdb import models
 from optuna.trial import TrialState
 
-from autodiffusion_optuna import records
-from autodiffusion_optuna import study as runner
 from autodiffusion_optuna.candidate import Candidate
-from autodiffusion_optuna.claims import Claim, claim
 from autodiffusion_optuna.config import parse_config
 from autodiffusion_optuna.evaluation.allocator import keep_freed_memory
 from autodiffusion_optuna.evaluation.evaluator import Evaluator, Score, Seconds
@@ -44,7 +41,21 @@ from autodiffusion_optuna.evaluation.models import Model
 from autodiffusion_optuna.search.operators import random_candidate
 from autodiffusion_optuna.search.sampler import AutoDiffusionSampler
 from autodiffusion_optuna.search.space import SearchSpace
-from autodiffusion_optuna.storage import StudyStorage, open_storage, storage_url
+from autodiffusion_optuna.storage.attrs import (
+    CANDIDATE,
+    COST,
+    GENERATION,
+    IMAGES,
+    OPERATOR,
+    PARENTS,
+    SCORE,
+    SHARE,
+    STAGE,
+)
+from autodiffusion_optuna.storage.database import StudyStorage, open_storage
+from autodiffusion_optuna.storage.lease import Claim, claim
+from autodiffusion_optuna.storage.url import storage_url
+from autodiffusion_optuna.study import components, loop
 
 STEPS, LAYERS, MAX_SKIP = 10, 58, 0.4
 SIZES = (100, 1000, 5000)
@@ -67,7 +78,7 @@ class Sleeper:
         return Score(value, rungs[-1], ((rungs[-1], value),), True, rungs[-1] * candidate.steps, 0, Seconds())
 
 
-def make_parts(trials: int, seconds: float, name: str = "bench") -> runner.Parts:
+def make_parts(trials: int, seconds: float, name: str = "bench") -> components.StudyComponents:
     """A study's parts without a model."""
     space = SearchSpace(
         T=1000,
@@ -86,10 +97,10 @@ def make_parts(trials: int, seconds: float, name: str = "bench") -> runner.Parts
     }
     sampler = AutoDiffusionSampler(space, preset="adopt")
     evaluator = cast(Evaluator, Sleeper(seconds))
-    return runner.Parts(parse_config(settings), cast(Model, None), space, sampler, evaluator, {})
+    return components.StudyComponents(parse_config(settings), cast(Model, None), space, sampler, evaluator, {})
 
 
-def fill(storage: StudyStorage, study: optuna.Study, parts: runner.Parts, trials: int) -> None:
+def fill(storage: StudyStorage, study: optuna.Study, parts: components.StudyComponents, trials: int) -> None:
     """Finished trials up to that many, written at once."""
     study_id, begun = storage.get_study_id_from_name(study.study_name), len(study.get_trials(deepcopy=False))
     rng = np.random.default_rng(begun)
@@ -111,15 +122,15 @@ def fill(storage: StudyStorage, study: optuna.Study, parts: runner.Parts, trials
                 text = distributions[name]
                 params.append({**at, "param_name": name, "param_value": float(value), "distribution_json": text})
             facts = {
-                records.CANDIDATE: candidate.key,
-                records.COST: runner.relative_cost(parts, candidate),
-                records.GENERATION: number // 20,
-                records.STAGE: 2,
-                records.OPERATOR: "random",
-                records.SHARE: MAX_SKIP,
-                records.PARENTS: [],
-                records.IMAGES: 1000,
-                records.SCORE: score.to_json(),
+                CANDIDATE: candidate.key,
+                COST: components.relative_cost(parts, candidate),
+                GENERATION: number // 20,
+                STAGE: 2,
+                OPERATOR: "random",
+                SHARE: MAX_SKIP,
+                PARENTS: [],
+                IMAGES: 1000,
+                SCORE: score.to_json(),
             }
             attrs += [{**at, "key": key, "value_json": json.dumps(value)} for key, value in facts.items()]
             results.append({**at, "objective": 0, "value": score.value, "value_type": finite})
@@ -128,7 +139,7 @@ def fill(storage: StudyStorage, study: optuna.Study, parts: runner.Parts, trials
         connection.execute(sqlalchemy.insert(models.TrialValueModel.__table__), results)
 
 
-def open_bench(url: str, parts: runner.Parts) -> tuple[StudyStorage, optuna.Study]:
+def open_bench(url: str, parts: components.StudyComponents) -> tuple[StudyStorage, optuna.Study]:
     storage = open_storage(url)
     study = optuna.create_study(
         study_name=parts.config.name, storage=storage, sampler=parts.sampler, load_if_exists=True
@@ -165,12 +176,12 @@ def prepare(url: str, size: int) -> tuple[Cycle, float]:
     def cycle() -> dict[str, float]:
         in_sampler.append(0.0)
         started, used = time.perf_counter(), time.process_time()
-        claimed = claim(study, storage, 10**6, partial(runner._template, parts, study), grace=60.0)
+        claimed = claim(study, storage, 10**6, partial(loop._template, parts, study), grace=60.0)
         assert isinstance(claimed, Claim)
         taken = time.perf_counter()
-        outcome = runner._evaluate(parts, claimed, None)
-        runner._note_runtime(parts, study)
-        counts = runner._finish(storage, claimed, outcome, 0.0)
+        outcome = loop._evaluate(parts, claimed, None)
+        loop.note_runtime(parts, study)
+        counts = loop._finish(storage, claimed, outcome, 0.0)
         ended = time.perf_counter()
         assert counts
         assert outcome.state == TrialState.COMPLETE
@@ -211,10 +222,10 @@ def work_beside_others(url: str, barrier: Any, results: Any) -> None:
     keep_freed_memory()
     parts = make_parts(WORKERS * SLEEPS, 1.0)
     storage, study = open_bench(url, parts)
-    done: list[runner.Progress] = []
+    done: list[loop.Progress] = []
     barrier.wait()
     used = resource.getrusage(resource.RUSAGE_SELF)
-    runner.work(parts, study, storage, done.append)
+    loop.work(parts, study, storage, done.append)
     after = resource.getrusage(resource.RUSAGE_SELF)
     cpu = after.ru_utime + after.ru_stime - used.ru_utime - used.ru_stime
     results.put((len(done), cpu))

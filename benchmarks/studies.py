@@ -3,7 +3,7 @@
     python benchmarks/studies.py digits-4 digits-6 digits-10 digits-4-paper digits-10-layers
 
 Each study gets a new database in ``benchmarks/work`` and writes ``benchmarks/results/STUDY.json``: wall seconds of
-the whole command, evaluations run and saved, and the fresh scores of the winner, uniform and the best known schedule.
+the whole command, evaluations run and saved, and the held-out scores of the winner, uniform and the best baseline.
 Of a study that skips layers, also those of uniform with every layer on at cost 1, and of the best candidate that
 skips nothing.
 """
@@ -19,13 +19,13 @@ from typing import Any
 
 from common import record
 
-from autodiffusion_optuna import records
-from autodiffusion_optuna import study as runner
 from autodiffusion_optuna.candidate import Candidate
 from autodiffusion_optuna.config import load_preset
-from autodiffusion_optuna.report import load_study
-from autodiffusion_optuna.search.schedules import KNOWN
-from autodiffusion_optuna.storage import open_storage
+from autodiffusion_optuna.search.timesteps import BASELINES
+from autodiffusion_optuna.storage.database import open_storage
+from autodiffusion_optuna.storage.studies import load_study
+from autodiffusion_optuna.storage.trials import values_by_key
+from autodiffusion_optuna.study import components, validation
 
 WORK = Path(__file__).parent / "work"
 ADOPT = [sys.executable, "-m", "autodiffusion_optuna"]
@@ -53,23 +53,23 @@ def shown(name: str) -> dict[str, Any]:
 
 
 def layer_comparison(name: str) -> dict[str, Any]:
-    """Fresh scores of the winner's rivals that skip no layer."""
+    """Held-out scores of the winner's rivals that skip no layer."""
     storage = open_storage(f"sqlite:///{database(name)}", create=False)
     study = load_study(storage, name)
     config = load_preset(name)
-    parts = runner.build(config)
-    images, banks = config.score.fresh_images, config.score.fresh_banks
-    full = Candidate(KNOWN["uniform"](parts.model.schedule, config.search.cost_steps or parts.space.max_steps))
-    values = records.values_by_key(study)
+    parts = components.build(config)
+    images, banks = config.score.held_out_images, config.score.held_out_banks
+    full = Candidate(BASELINES["uniform"](parts.model.schedule, config.search.cost_steps or parts.space.max_steps))
+    values = values_by_key(study)
     steps_only = min((key for key in values if ":" not in key), key=lambda key: values[key])
-    rivals = {"uniform, every layer on": full, "best without skips": Candidate.from_key(steps_only)}
+    compared = {"uniform, every layer on": full, "best without skips": Candidate.from_key(steps_only)}
     return {
         what: {
             "timesteps": list(candidate.timesteps),
-            "cost": runner.relative_cost(parts, candidate),
-            "fresh": runner.score_fresh(parts, study, candidate, images, banks).summary(),
+            "cost": components.relative_cost(parts, candidate),
+            "held_out": validation.score_held_out(parts, study, candidate, images, banks).summary(),
         }
-        for what, candidate in rivals.items()
+        for what, candidate in compared.items()
     }
 
 
@@ -78,12 +78,12 @@ def main() -> None:
         seconds = run_from_nothing(name)
         data = shown(name)
         config = load_preset(name)
-        known = {k["name"]: k for k in data["known"]}
-        best_known = min((k for k in data["known"] if k["value"] is not None), key=lambda k: k["value"])
-        best = data["best"]["fresh"]
+        known = {k["name"]: k for k in data["baselines"]}
+        best_known = min((k for k in data["baselines"] if k["value"] is not None), key=lambda k: k["value"])
+        best = data["best"]["held_out"]
         ratios = {
-            "best / uniform": best["mean"] / known["uniform"]["fresh"]["mean"],
-            "best / best known": best["mean"] / best_known["fresh"]["mean"],
+            "best / uniform": best["mean"] / known["uniform"]["held_out"]["mean"],
+            "best / best known": best["mean"] / best_known["held_out"]["mean"],
         }
         result = {
             "wall_seconds": seconds,

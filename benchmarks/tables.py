@@ -16,26 +16,26 @@ def load(name: str) -> dict[str, Any]:
     return result
 
 
-def interval(fresh: dict[str, Any]) -> str:
-    return f"{fresh['mean']:.2f} ± {(fresh['high'] - fresh['low']) / 2:.2f}"
+def interval(held_out: dict[str, Any]) -> str:
+    return f"{held_out['mean']:.2f} ± {(held_out['high'] - held_out['low']) / 2:.2f}"
 
 
 def studies() -> str:
-    """Fresh FD of uniform, the best known schedule and the winner, and what the search cost."""
+    """Held-out FD of uniform, the best baseline and the winner, and what the search cost."""
     lines = [
-        "| study | uniform | best known schedule | found | found / uniform | candidates | saved | seconds |",
+        "| study | uniform | best baseline | found | found / uniform | candidates | saved | seconds |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for name in STUDIES:
         result = load(name)
         show = result["show"]
-        known = {k["name"]: k for k in show["known"]}
+        known = {k["name"]: k for k in show["baselines"]}
         best_known = result["best_known"]
         evaluations = show["evaluations"]
         saved = evaluations["saved"] / (evaluations["saved"] + evaluations["run"])
-        uniform, found = known["uniform"]["fresh"], show["best"]["fresh"]
+        uniform, found = known["uniform"]["held_out"], show["best"]["held_out"]
         lines.append(
-            f"| `{name}` | {interval(uniform)} | {interval(known[best_known]['fresh'])} ({best_known}) "
+            f"| `{name}` | {interval(uniform)} | {interval(known[best_known]['held_out'])} ({best_known}) "
             f"| **{interval(found)}** | {found['mean'] / uniform['mean']:.2f} | {show['finished']} "
             f"| {saved:.0%} | {result['wall_seconds']:.0f} |"
         )
@@ -43,15 +43,15 @@ def studies() -> str:
 
 
 def layers() -> str:
-    """Fresh FD of the layer search beside its rivals that skip nothing."""
+    """Held-out FD of the layer search beside its rivals that skip nothing."""
     result = load("digits-10-layers")
     best = result["show"]["best"]
     skipped = sum(len(names) for names in best["skips"])
-    rows = [(f"found: {len(best['timesteps'])} steps, {skipped} layers skipped", best["cost"], best["fresh"])]
+    rows = [(f"found: {len(best['timesteps'])} steps, {skipped} layers skipped", best["cost"], best["held_out"])]
     for name, rival in result["without_skips"].items():
-        rows.append((f"{name}: {len(rival['timesteps'])} steps", rival["cost"], rival["fresh"]))
+        rows.append((f"{name}: {len(rival['timesteps'])} steps", rival["cost"], rival["held_out"]))
     lines = ["| `digits-10-layers` | cost | FD(digits) |", "|---|---|---|"]
-    lines += [f"| {what} | {cost:.2f} | {interval(fresh)} |" for what, cost, fresh in rows]
+    lines += [f"| {what} | {cost:.2f} | {interval(held_out)} |" for what, cost, held_out in rows]
     return "\n".join(lines)
 
 
@@ -78,7 +78,7 @@ def facts() -> str:
         f"{sleeping['workers']} workers on one Postgres, each trial a second's sleep, are "
         f"{sleeping['speed_up']:.1f} times as fast as one, on {storage['cores']} cores "
         "([storage.json](benchmarks/results/storage.json)).",
-        f"Prefix memory: {prefix['candidates']} candidates of a search scored again without it, "
+        f"Prefix cache: {prefix['candidates']} candidates of a search scored again without it, "
         f"{prefix['candidates whose values differ in any bit']} differ in any bit; it saved "
         f"{prefix['evaluations saved, digits-4']:.0%} of the network evaluations of `digits-4` and "
         f"{prefix['evaluations saved, digits-4-paper']:.0%} of `digits-4-paper` "

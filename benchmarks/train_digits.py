@@ -25,10 +25,10 @@ from diffusers import DDIMScheduler, UNet2DModel
 from safetensors.torch import save_file
 from torch import Tensor
 
-from autodiffusion_optuna.evaluation.digits_net import DigitsNet, accuracy
 from autodiffusion_optuna.evaluation.features import load_extractor
+from autodiffusion_optuna.evaluation.features.digits_net import DigitsNet, accuracy
 from autodiffusion_optuna.evaluation.frechet import frechet_distance
-from autodiffusion_optuna.evaluation.reference import build_reference, save_reference
+from autodiffusion_optuna.evaluation.references.reference import build_reference, save_reference
 
 ASSETS = Path(__file__).parent.parent / "autodiffusion_optuna" / "assets" / "digits"
 TEST_DIGITS = Path(__file__).parent.parent / "tests" / "data" / "digits_heldout.npz"

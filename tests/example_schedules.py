@@ -13,16 +13,16 @@ import torch
 from autodiffusion_optuna.config import ModelConfig, ScoreConfig
 from autodiffusion_optuna.evaluation.denoiser import Denoiser
 from autodiffusion_optuna.evaluation.models import Model, Options, load_model
-from autodiffusion_optuna.evaluation.prefix import Tally, remembering
+from autodiffusion_optuna.evaluation.prefix_cache import NfeCounter, cached_denoise
 from autodiffusion_optuna.evaluation.sampling import Sampling
 from autodiffusion_optuna.evaluation.solvers import times
+from autodiffusion_optuna.export.schedule import ConfigPart, ModelPart, NoisePart, Result, ScorePart
 from autodiffusion_optuna.noise import NoiseSchedule, linear
-from autodiffusion_optuna.schedule import ConfigPart, ModelPart, NoisePart, Schedule, ScorePart
 
 OPTIONS = ("clip", "fields", "negative_prompt", "prompts", "size")
 
 
-def example(noise: NoiseSchedule | None = None, **fields: Any) -> Schedule:
+def example(noise: NoiseSchedule | None = None, **fields: Any) -> Result:
     """A schedule of 3 steps of a UNet2DModel; keywords replace its fields. ``model``: a dict replaces fields of it."""
     noise = noise or linear()
     model: Any = fields.pop("model", {})
@@ -34,7 +34,7 @@ def example(noise: NoiseSchedule | None = None, **fields: Any) -> Schedule:
         "model": model,
         "train_timesteps": noise.T,
         "solver": "ddim",
-        "final": "one",
+        "final": "zero",
         "timesteps": (901, 500, 40),
         "cost": 1.0,
         "score": ScorePart(metric="FD(pixels)", value=1.25, images=64),
@@ -42,10 +42,10 @@ def example(noise: NoiseSchedule | None = None, **fields: Any) -> Schedule:
     }
     given.setdefault("skips", ((),) * len(given["timesteps"]))
     given.setdefault("noise", NoisePart.of(noise, given["timesteps"], given["final"]))
-    return Schedule(**given)
+    return Result(**given)
 
 
-def schedule_of(source: Path, options: dict[str, Any] | None = None, **fields: Any) -> Schedule:
+def schedule_of(source: Path, options: dict[str, Any] | None = None, **fields: Any) -> Result:
     """A schedule of the model in a folder. ``options``: as in the study's ``[model]``; ``fields``: of ``Schedule``.
 
     ``skips``: indices of units by step.
@@ -93,7 +93,7 @@ def _open(source: str, options: str) -> Model:
     return load_model(source, clip=clip, options=Options(**given))
 
 
-def ours(schedule: Schedule, images: int, chosen: Sequence[int] = ()) -> torch.Tensor:
+def ours(schedule: Result, images: int, chosen: Sequence[int] = ()) -> torch.Tensor:
     """uint8 [images, C, H, W] of our own sampler, from the noise that diffusers' pipelines draw for seed 0."""
     assert schedule.config is not None
     settings = schedule.config.model.model_dump(mode="json", exclude_defaults=True)
@@ -104,5 +104,5 @@ def ours(schedule: Schedule, images: int, chosen: Sequence[int] = ()) -> torch.T
     x = torch.randn(images, *model.shape, generator=generator)
     solve = sampling.find_solver(lambda step: torch.randn(x.shape, generator=generator))
     nodes = times(model.schedule, candidate.timesteps, sampling.final)
-    denoise = remembering(model.bind(chosen, sampling.guidance), candidate, None, (), Tally())
+    denoise = cached_denoise(model.bind(chosen, sampling.guidance), candidate, None, (), NfeCounter())
     return model.to_images(solve(denoise, x, nodes))

@@ -7,30 +7,31 @@ from typing import Any
 import numpy as np
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
-from autodiffusion_optuna import noise, records
+from autodiffusion_optuna import noise
 from autodiffusion_optuna.candidate import Candidate, skip_set
 from autodiffusion_optuna.config import StudyConfig, load_preset
-from autodiffusion_optuna.report import Best, Known, StudyReport
+from autodiffusion_optuna.results.summary import Baseline, Best, StudySummary
+from autodiffusion_optuna.storage.attrs import CANDIDATE, COST, GENERATION, NOISE, OPERATOR, SCORE, STAGE
 
 T, STEPS, POPULATION = 1000, 10, 20
 OPERATORS = ("random", "mutation", "crossover")
 
 
-def long_report(trials: int, units: int = 58, seed: int = 0) -> StudyReport:
+def long_report(trials: int, units: int = 58, seed: int = 0) -> StudySummary:
     """Values fall with the trials' numbers, so that nearly every generation has a new best; one in ten is pruned."""
     rng = np.random.default_rng(seed)
     uniform = Candidate(tuple(range(900, -1, -100)))
     made = [_trial(rng, number, trials, units) for number in range(trials)]
     complete = [t for t in made if t.state == TrialState.COMPLETE]
     best = min(complete, key=lambda t: t.values[0], default=None)
-    return StudyReport(
+    return StudySummary(
         config=_config(),
         metric="FD(digits)",
         units=tuple(f"{'down' if u < units // 2 else 'up'}_blocks.{u}.resnets.0" for u in range(units)),
         trials=made,
         best=None if best is None else _best(best),
-        known=[Known(name, uniform, 1.0, value, None) for name, value in (("uniform", 60.0), ("cosine", 55.0))],
-        attrs={records.NOISE: noise.linear(T).pack()},
+        baselines=[Baseline(name, uniform, 1.0, value, None) for name, value in (("uniform", 60.0), ("cosine", 55.0))],
+        attrs={NOISE: noise.linear(T).pack()},
     )
 
 
@@ -42,12 +43,12 @@ def _trial(rng: np.random.Generator, number: int, trials: int, units: int) -> Fr
     timesteps = np.sort(rng.choice(T, STEPS, replace=False))[::-1].tolist()
     skips = [skip_set(np.flatnonzero(rng.random(units) < 0.2).tolist()) for _ in range(STEPS)]
     attrs: dict[str, Any] = {
-        records.CANDIDATE: Candidate(tuple(timesteps), tuple(skips)).key,
-        records.GENERATION: number // POPULATION,
-        records.STAGE: 1 if number < trials // 3 else 2,
-        records.OPERATOR: OPERATORS[number % 3],
-        records.COST: 0.8,
-        records.SCORE: {"run": 1000 + number % 7, "saved": 500},
+        CANDIDATE: Candidate(tuple(timesteps), tuple(skips)).key,
+        GENERATION: number // POPULATION,
+        STAGE: 1 if number < trials // 3 else 2,
+        OPERATOR: OPERATORS[number % 3],
+        COST: 0.8,
+        SCORE: {"run": 1000 + number % 7, "saved": 500},
     }
     pruned = number % 10 == 9
     value = None if pruned else 70 - 40 * number / trials + float(rng.exponential(2.0))
@@ -57,5 +58,5 @@ def _trial(rng: np.random.Generator, number: int, trials: int, units: int) -> Fr
 
 
 def _best(trial: FrozenTrial) -> Best:
-    candidate = Candidate.from_key(trial.user_attrs[records.CANDIDATE])
+    candidate = Candidate.from_key(trial.user_attrs[CANDIDATE])
     return Best(trial.number, candidate, trial.values[0], 0.8, None, None)

@@ -115,7 +115,7 @@ def test_an_older_study_without_the_new_settings_measures_the_same() -> None:
     config = c.parse_config(TABLE)
     old = config.model_dump(mode="json")
     old["model"] = {"source": "digits", "device": "auto", "precision": "float32", "batch": 64, "clip": True}
-    old["sampling"] = {"solver": "ddim", "steps": 4, "final": "one", "min_gap": 1}
+    old["sampling"] = {"solver": "ddim", "steps": 4, "final": "zero", "min_gap": 1}
     del old["score"]["mode"]
     assert c.differences(c.parse_config(old), config) == []
 
@@ -126,7 +126,7 @@ def test_settings_of_the_solver_may_be_lists_and_ranges() -> None:
         [
             "sampling.solver=['ddim', 'deis']",
             "sampling.order=[2, 3]",
-            "sampling.final=['one', 'first']",
+            "sampling.final=['zero', 'sigma_min']",
             "sampling.guidance={min=1, max=4}",
         ],
     )
@@ -141,7 +141,7 @@ def test_settings_of_the_solver_may_be_lists_and_ranges() -> None:
         ("sampling.guidance={min=4, max=1}", "min 4.0 must not be negative and must be smaller than max 1.0"),
         ("sampling.guidance={lo=4, max=1}", "unknown setting"),
         ("sampling.solver=[]", "at least 1 item"),
-        ("sampling.final=last", "'one' or 'first'"),
+        ("sampling.final=last", "'zero' or 'sigma_min'"),
         ("sampling.eta=2", "less than or equal to 1"),
         ("sampling.solver=['ddim', 3]", "valid string"),
         ("model.batch=several", "batch"),

@@ -9,7 +9,7 @@ import pytest
 import typer
 
 from autodiffusion_optuna import __version__
-from autodiffusion_optuna.cli import app
+from autodiffusion_optuna.cli.main import app
 from autodiffusion_optuna.config import known_keys, parse_config, presets, tomllib
 from autodiffusion_optuna.evaluation.features import EXTRACTORS
 from autodiffusion_optuna.evaluation.solvers import SOLVERS

@@ -17,8 +17,8 @@ from autodiffusion_optuna.errors import ModelError, StatisticsError
 from autodiffusion_optuna.evaluation.features import Extractor
 from autodiffusion_optuna.evaluation.frechet import Moments, frechet_distance, mmd2_unbiased
 from autodiffusion_optuna.evaluation.models import Model
-from autodiffusion_optuna.evaluation.prefix import PrefixMemory, Tally, remembering
-from autodiffusion_optuna.evaluation.reference import Reference, log_trace_ratio
+from autodiffusion_optuna.evaluation.prefix_cache import NfeCounter, PrefixCache, cached_denoise
+from autodiffusion_optuna.evaluation.references.reference import Reference, log_trace_ratio
 from autodiffusion_optuna.evaluation.sampling import Sampling
 from autodiffusion_optuna.evaluation.seeds import Bank
 from autodiffusion_optuna.evaluation.solvers import times
@@ -45,7 +45,7 @@ class Score:
 
     ``value``: distance at the last rung reached (lower is better), scored on ``images`` images.
     ``rungs``: (images, value) of every rung reached. ``complete``: False where a rung stopped it.
-    ``run`` and ``saved``: network evaluations made, and spared by the prefix memory, counted per image.
+    ``run`` and ``saved``: network evaluations made, and spared by the prefix cache, counted per image.
     ``trace_ratio``: log of the total variance of the features over the reference's; well below 0, the images have
     less variety than they should, which a distance over few images may not show. None where nothing varies.
     """
@@ -89,7 +89,7 @@ class Evaluator:
     metric: Literal["frechet", "kid"] = "frechet"
     seed: int = 0
     batch: int = 64
-    memory: PrefixMemory | None = None
+    memory: PrefixCache | None = None
     _noise: dict[tuple[int, ...], Tensor] = field(default_factory=dict, repr=False)
     _fits: list[int] = field(default_factory=list, repr=False)
 
@@ -113,7 +113,7 @@ class Evaluator:
         Raises StatisticsError where images or features are not finite.
         """
         self.prepare(0, rungs[-1], bank)
-        seconds, tally = Seconds(), Tally()
+        seconds, tally = Seconds(), NfeCounter()
         moments, kept, reached = Moments(self.extractor.dim), [], []
         shown: list[Tensor] = []
         start = 0
@@ -143,7 +143,7 @@ class Evaluator:
     def sample(self, candidate: Candidate, start: int, stop: int, bank: int = SEARCH_BANK) -> Tensor:
         """Images ``start`` to ``stop`` of a bank, uint8 [stop - start, C, H, W]."""
         self.prepare(start, stop, bank)
-        return torch.cat(list(self._batches(candidate, start, stop, bank, Seconds(), Tally())))
+        return torch.cat(list(self._batches(candidate, start, stop, bank, Seconds(), NfeCounter())))
 
     def prepare(self, start: int, stop: int, bank: int = SEARCH_BANK) -> None:
         """Encode the prompts of images ``start`` to ``stop`` - 1 of a bank, those that are not yet."""
@@ -153,7 +153,7 @@ class Evaluator:
             conditions.prepare(row.conditions(start, stop, conditions.count, conditions.draw))
 
     def _batches(
-        self, candidate: Candidate, start: int, stop: int, bank: int, seconds: Seconds, tally: Tally
+        self, candidate: Candidate, start: int, stop: int, bank: int, seconds: Seconds, tally: NfeCounter
     ) -> Iterator[Tensor]:
         first = start
         while first < stop:
@@ -167,7 +167,7 @@ class Evaluator:
             yield images
             first = last
 
-    def _draw(self, candidate: Candidate, first: int, last: int, bank: int, tally: Tally) -> Tensor:
+    def _draw(self, candidate: Candidate, first: int, last: int, bank: int, tally: NfeCounter) -> Tensor:
         """Images ``first`` to ``last`` - 1 of a bank in one batch."""
         sampling = self.sampling.of(candidate)
         nodes = times(self.model.schedule, candidate.timesteps, sampling.final)
@@ -179,7 +179,7 @@ class Evaluator:
         memory = self.memory if bank == SEARCH_BANK else None
         conditions = self.model.conditions
         chosen = row.conditions(first, last, conditions.count, conditions.draw) if conditions else []
-        denoise = remembering(self.model.bind(chosen, sampling.guidance), candidate, memory, root, tally)
+        denoise = cached_denoise(self.model.bind(chosen, sampling.guidance), candidate, memory, root, tally)
         return self.model.to_images(solve(denoise, self._bank_noise(bank, first, last), nodes))
 
     def _shrink(self, failed: int) -> None:
@@ -212,7 +212,7 @@ class Evaluator:
             return self._noise[key]
         noise = Bank(self.seed, bank, self.model.shape).noise(first, last).to(self.model.device)
         kept = sum(tensor.nbytes for tensor in self._noise.values())
-        # Fresh banks are used a few times at the end, and not worth keeping.
+        # Held-out banks are used a few times at the end, and not worth keeping.
         if bank == SEARCH_BANK and kept + noise.nbytes <= KEPT_NOISE:
             self._noise[key] = noise
         return noise
@@ -238,7 +238,7 @@ class Evaluator:
 
 
 CPU_BATCH, LARGEST_BATCH = 64, 1024
-SHARE_OF_MEMORY = 0.6  # the rest is for the extractor, the decoder and the prefix memory
+SHARE_OF_MEMORY = 0.6  # the rest is for the extractor, the decoder and the prefix cache
 
 
 def largest_batch(model: Model) -> int:
@@ -266,7 +266,8 @@ def batch_for(free: int, first: int, each: int) -> int:
 
 def _too_small() -> ModelError:
     return ModelError(
-        "the device ran out of memory with a single image; lower model.memory_mb, or use model.precision = 'bfloat16'"
+        "the device ran out of memory with a single image; lower model.prefix_cache_mb, or use "
+        "model.precision = 'bfloat16'"
     )
 
 

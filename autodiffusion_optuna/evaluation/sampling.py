@@ -23,7 +23,7 @@ class Sampling:
     """
 
     solver: str = "ddim"
-    final: Final = "one"
+    final: Final = "zero"
     guidance: float | None = None
     eta: float = 0.0
     cap: float | None = None

@@ -168,7 +168,7 @@ def own_samples(model: Model, batch: int) -> Tensor:
     ratios = np.asarray(model.schedule.alphas) / np.maximum(model.schedule.sigmas, 1e-12)
     last = int(np.flatnonzero(ratios >= min(LEAST_SIGNAL, ratios.max())).max())
     steps = np.unique(np.linspace(0, last, STEPS).round().astype(int))[::-1]
-    nodes = times(model.schedule, [int(t) for t in steps], "one")
+    nodes = times(model.schedule, [int(t) for t in steps], "zero")
     parts = []
     for noise in torch.split(Bank(SEED, 0, model.shape).noise(0, _count(model)), batch):
         parts.append(SOLVERS["ddim"](_denoise(model, noise), noise.to(model.device), nodes))

@@ -56,7 +56,7 @@ class Times:
     ``timesteps``: K time indices, strictly descending (a fraction lies between two indices).
     ``alpha``, ``sigma``, ``lam``: K + 1 floats, levels and log(alpha / sigma) at the timesteps and the final
     point; ``lam`` ends in infinity where sigma ends in 0.
-    ``final``: ``"one"`` ends at alpha = 1, sigma = 0; ``"first"`` ends at index 0 of the schedule.
+    ``final``: ``"zero"`` ends at alpha = 1, sigma = 0; ``"sigma_min"`` ends at index 0 of the schedule.
     ``schedule``: what the levels were taken from.
     """
 
@@ -111,9 +111,9 @@ def times(schedule: NoiseSchedule, timesteps: Sequence[float], final: Final) -> 
         raise ConfigError(f"timesteps must be strictly descending and not empty, got {list(listed)}")
     if listed[0] > schedule.T - 1 or listed[-1] < 0:
         raise ConfigError(f"timesteps must lie in [0, {schedule.T - 1}], got {listed[0]} to {listed[-1]}")
-    if final not in ("one", "first"):
-        raise ConfigError(choose_from("final", final, ["one", "first"]))
-    end = (1.0, 0.0) if final == "one" else (schedule.alpha(0), schedule.sigma(0))
+    if final not in ("zero", "sigma_min"):
+        raise ConfigError(choose_from("final", final, ["zero", "sigma_min"]))
+    end = (1.0, 0.0) if final == "zero" else (schedule.alpha(0), schedule.sigma(0))
     alpha = (*(schedule.alpha(t) for t in listed), end[0])
     sigma = (*(schedule.sigma(t) for t in listed), end[1])
     lam = tuple(math.log(a / s) if s > 0 else math.inf for a, s in zip(alpha, sigma, strict=True))
@@ -128,20 +128,20 @@ def ddim(
 ) -> Tensor:
     """DDIM (arXiv 2010.02502, eq. 12 and 16). K evaluations, first order.
 
-    ``eta`` in (0, 1] adds fresh noise: step i adds ``noise(i)``, standard normal of x's shape and dtype, times
+    ``eta`` in (0, 1] adds held-out noise: step i adds ``noise(i)``, standard normal of x's shape and dtype, times
     ``eta sigma_t sqrt(1 - exp(-2 h))`` with h the step in lambda, eq. 16 for any schedule. 1 is DDPM's sampler.
     A step that ends at sigma = 0 adds none.
     """
     for i, t in enumerate(times.timesteps):
         here, there = times.node(i), times.node(i + 1)
         x0 = denoise(x, t)
-        fresh = eta * there.sigma * math.sqrt(-math.expm1(-2 * (times.lam[i + 1] - times.lam[i])))
-        if fresh == 0:
+        held_out = eta * there.sigma * math.sqrt(-math.expm1(-2 * (times.lam[i + 1] - times.lam[i])))
+        if held_out == 0:
             x = _move_by_data(x, x0, here, there)
         else:
             assert noise is not None
-            ratio = math.sqrt(there.sigma**2 - fresh**2) / here.sigma
-            x = _combine((ratio, x), (there.alpha - ratio * here.alpha, x0), (fresh, noise(i)))
+            ratio = math.sqrt(there.sigma**2 - held_out**2) / here.sigma
+            x = _combine((ratio, x), (there.alpha - ratio * here.alpha, x0), (held_out, noise(i)))
     return x
 
 
@@ -317,7 +317,7 @@ def _unipc(denoise: Denoise, x: Tensor, times: Times, order: int) -> Tensor:
 def heun(denoise: Denoise, x: Tensor, times: Times) -> Tensor:
     """Heun's method in sigma / alpha (arXiv 2206.00364, algorithm 1). Second order.
 
-    2K - 1 evaluations with ``final="one"``, whose last step is Euler's; 2K with ``"first"``, the last at
+    2K - 1 evaluations with ``final="zero"``, whose last step is Euler's; 2K with ``"sigma_min"``, the last at
     index 0.
     """
     for i, t in enumerate(times.timesteps):
@@ -349,7 +349,7 @@ def dpmpp_2s(denoise: Denoise, x: Tensor, times: Times) -> Tensor:
 def dpmpp_2s_mid(denoise: Denoise, x: Tensor, times: Times) -> Tensor:
     """DPM-Solver++(2S) (arXiv 2211.01095, algorithm 1), inner points halfway in lambda. Second order.
 
-    2K - 1 evaluations with ``final="one"``, whose last step is first order; 2K with ``"first"``. Every second one
+    2K - 1 evaluations with ``final="zero"``, whose last step is first order; 2K with ``"sigma_min"``. Every second one
     is at a time between two of the list.
     """
     for i, t in enumerate(times.timesteps):
@@ -444,7 +444,7 @@ def find_solver(
 ) -> Solver:
     """The solver of that name, ``SOLVERS[name]`` itself where nothing else is given.
 
-    ``eta`` in [0, 1]: share of fresh noise, ``ddim`` only; ``noise(i)`` is then the standard normal of x's shape
+    ``eta`` in [0, 1]: share of held-out noise, ``ddim`` only; ``noise(i)`` is then the standard normal of x's shape
     and dtype for step i, and must depend on nothing that a remembered run would not share. ``cap``, at least 1:
     largest sum of a step's weights' magnitudes, for the solvers in ``CAPPED``.
 
@@ -574,7 +574,7 @@ def _orders(times: Times, order: int, lower_order_final: bool | None) -> list[in
     """Order of each step: rising from 1, and 1 for a last step that ends at sigma = 0, where lambda is infinite.
 
     ``lower_order_final``: whether the order also falls to 1 over the steps that end above sigma = 0. None is the
-    authors' rule for ``final="first"``, below 10 steps, and no for ``"one"``.
+    authors' rule for ``final="sigma_min"``, below 10 steps, and no for ``"zero"``.
     """
     finite = times.steps - (times.sigma[-1] == 0)
     lower = times.sigma[-1] > 0 and times.steps < 10 if lower_order_final is None else lower_order_final

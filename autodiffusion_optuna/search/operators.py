@@ -75,7 +75,7 @@ def mutate_local(rng: Generator, space: SearchSpace, parent: Candidate, share: f
     """One or two timesteps move, mostly between their neighbours, or one or two skip sets or one setting change.
 
     The distance is log-uniform, so fine moves are as likely as coarse ones. Late steps are chosen more
-    often: the first steps stay those of the parent, and the prefix memory pays only for the rest.
+    often: the first steps stay those of the parent, and the prefix cache pays only for the rest.
     """
 
     def change(rng: Generator, space: SearchSpace, pairs: Pairs, settings: Named, share: float) -> tuple[Pairs, Named]:

@@ -33,8 +33,8 @@ from autodiffusion_optuna.search.history import (
     stage_two_start,
 )
 from autodiffusion_optuna.search.presets import settings_of
-from autodiffusion_optuna.search.schedules import uniform_timesteps
 from autodiffusion_optuna.search.space import SearchSpace
+from autodiffusion_optuna.search.timesteps import uniform_timesteps
 
 OPERATOR_TRIES = 20  # of an operator whose child is taken
 RANDOM_TRIES = 100  # of random candidates after that; then a repeat is allowed
@@ -52,7 +52,7 @@ UNIFORM_MUTATION = 0.1  # chance per gene of the mutants of uniform in generatio
 class Proposal:
     """A candidate and where it came from.
 
-    ``operator``: "uniform", "random", "mutation", "crossover", or "known" for one that was enqueued.
+    ``operator``: "uniform", "random", "mutation", "crossover", or "baseline" for one that was enqueued.
     ``share``: largest share of units that a step could skip. ``parents``: numbers of the trials it was made
     from.
     """
@@ -177,7 +177,7 @@ class AutoDiffusionSampler(BaseSampler):
         for trial in trials[len(earlier) : len(earlier) + 1]:
             if trial.number == number and "fixed_params" in trial.system_attrs:
                 enqueued = self._decode(parameters(trial))
-                made = replace(made, operator="known", parents=(), candidate=enqueued or made.candidate)
+                made = replace(made, operator="baseline", parents=(), candidate=enqueued or made.candidate)
         self._remember(study, number, made)
         return made
 

@@ -17,7 +17,7 @@ from optuna.distributions import BaseDistribution, CategoricalDistribution, Floa
 
 from autodiffusion_optuna.candidate import Candidate, Settings, Value, skip_set, unit_indices
 from autodiffusion_optuna.errors import ConfigError
-from autodiffusion_optuna.search.schedules import spread
+from autodiffusion_optuna.search.timesteps import spread
 
 CODEC = 1
 TOLERANCE = 1e-9  # of a cost or a share: sums of decimal fractions are not exact

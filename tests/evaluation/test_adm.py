@@ -259,7 +259,7 @@ def test_chains_are_the_official_ones(tiny: Tiny, case: dict[str, Any]) -> None:
         cleans.append(denoise(x, t, 0))
         return cleans[-1]
 
-    final = ddim(record, tensors["in.x_T"], times(model.schedule, case["timesteps"], "one"))
+    final = ddim(record, tensors["in.x_T"], times(model.schedule, case["timesteps"], "zero"))
     samples = torch.stack([*states[1:], final])
     errors = [relative(*pair) for pair in zip(samples, tensors[f"{name}.samples"], strict=True)]
     if case["clip_denoised"]:

@@ -20,12 +20,12 @@ import torch
 from PIL import Image
 
 from autodiffusion_optuna.errors import StatisticsError
-from autodiffusion_optuna.evaluation import contents as module
-from autodiffusion_optuna.evaluation.contents import MODES, Mode, read_contents
 from autodiffusion_optuna.evaluation.features import Extractor, load_extractor
 from autodiffusion_optuna.evaluation.frechet import Moments
-from autodiffusion_optuna.evaluation.pickles import FIDStatistics, read_pickle
-from autodiffusion_optuna.evaluation.reference import (
+from autodiffusion_optuna.evaluation.references import formats as module
+from autodiffusion_optuna.evaluation.references.formats import MODES, Mode, read_contents
+from autodiffusion_optuna.evaluation.references.pickles import FIDStatistics, read_pickle
+from autodiffusion_optuna.evaluation.references.reference import (
     Reference,
     build_reference,
     build_reference_from,

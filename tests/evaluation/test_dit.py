@@ -33,7 +33,7 @@ def edit(path: Path, **changes: Any) -> None:
 
 def sample(model: Model, scale: float | None = None, labels: list[int] = LABELS) -> Tensor:
     denoise = model.bind(labels, scale)
-    return SOLVERS["ddim"](lambda x, t: denoise(x, t, 0), NOISE, times(model.schedule, STEPS, "one"))
+    return SOLVERS["ddim"](lambda x, t: denoise(x, t, 0), NOISE, times(model.schedule, STEPS, "zero"))
 
 
 @torch.inference_mode()
@@ -78,7 +78,7 @@ def test_images_equal_those_of_the_pipeline_itself(tmp_path: Path) -> None:
     noise = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
     denoise = model.bind(LABELS)
     steps = pipeline.scheduler.timesteps.tolist()
-    latents = SOLVERS["ddim"](lambda x, t: denoise(x, t, 0), noise, times(model.schedule, steps, "one"))
+    latents = SOLVERS["ddim"](lambda x, t: denoise(x, t, 0), noise, times(model.schedule, steps, "zero"))
     assert ((images > 0) & (images < 1)).float().mean() > 0.5
     expected = (images * 255).round().to(torch.uint8)
     assert (model.to_images(latents).int() - expected.int()).abs().max() <= 1

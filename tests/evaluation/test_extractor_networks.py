@@ -16,10 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from autodiffusion_optuna.errors import ConfigError, ModelError, StatisticsError
-from autodiffusion_optuna.evaluation import features, weights
-from autodiffusion_optuna.evaluation.features import efficientnet_side, load_extractor, resize_clean
+from autodiffusion_optuna.evaluation import features
+from autodiffusion_optuna.evaluation.features import efficientnet_side, load_extractor, resize_clean, weights
 from autodiffusion_optuna.evaluation.frechet import Moments, frechet_distance
-from autodiffusion_optuna.evaluation.reference import Reference
+from autodiffusion_optuna.evaluation.references.reference import Reference
 
 HELD_OUT = Path(__file__).parent.parent / "data" / "digits_heldout.npz"
 GREY = torch.randint(256, (3, 1, 20, 20), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))

@@ -9,7 +9,6 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from autodiffusion_optuna.errors import ConfigError, ModelError, StatisticsError
-from autodiffusion_optuna.evaluation.digits_net import accuracy, load_digits_net
 from autodiffusion_optuna.evaluation.features import (
     DIGITS_WEIGHTS,
     EXTRACTORS,
@@ -17,6 +16,7 @@ from autodiffusion_optuna.evaluation.features import (
     load_extractor,
     resize_clean,
 )
+from autodiffusion_optuna.evaluation.features.digits_net import accuracy, load_digits_net
 
 TESTS = Path(__file__).parent.parent
 RESIZE = load_file(TESTS / "golden" / "resize.safetensors")

@@ -14,10 +14,10 @@ from tiny_models import write_ddpm
 from tiny_pipelines import write_prompts, write_sd
 
 from autodiffusion_optuna.errors import AdoptError
-from autodiffusion_optuna.evaluation.contents import read_contents
 from autodiffusion_optuna.evaluation.features import load_extractor
 from autodiffusion_optuna.evaluation.models import Options, load_model
-from autodiffusion_optuna.evaluation.prompts import read_prompts
+from autodiffusion_optuna.evaluation.models.prompts import read_prompts
+from autodiffusion_optuna.evaluation.references.formats import read_contents
 
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"4d" * 32 + b"\nsize 334643276\n"
 STANDINS = {

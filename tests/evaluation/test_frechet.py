@@ -19,7 +19,7 @@ from autodiffusion_optuna.evaluation.frechet import (
     kernel_distance,
     mmd2_unbiased,
 )
-from autodiffusion_optuna.evaluation.reference import Reference
+from autodiffusion_optuna.evaluation.references.reference import Reference
 
 GOLDEN = Path(__file__).parent.parent / "golden"
 FEATURES = load_file(GOLDEN / "frechet.safetensors")

@@ -16,10 +16,10 @@ import torch
 from PIL import Image
 
 from autodiffusion_optuna.errors import StatisticsError
-from autodiffusion_optuna.evaluation.contents import read_contents
 from autodiffusion_optuna.evaluation.features import load_extractor
-from autodiffusion_optuna.evaluation.images import FORMATS, Images, folder_images, zip_images
-from autodiffusion_optuna.evaluation.reference import (
+from autodiffusion_optuna.evaluation.references.formats import read_contents
+from autodiffusion_optuna.evaluation.references.images import FORMATS, Images, folder_images, zip_images
+from autodiffusion_optuna.evaluation.references.reference import (
     build_reference,
     check_images,
     doubts,

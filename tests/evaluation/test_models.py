@@ -273,7 +273,7 @@ def test_the_pipeline_is_sampled_as_diffusers_does(tmp_path: Path) -> None:
 
 
 def sample(model: Any, noise: Tensor, steps: list[int]) -> Tensor:
-    return SOLVERS["ddim"](lambda x, t: model.denoiser(x, t, 0), noise, times(model.schedule, steps, "one"))
+    return SOLVERS["ddim"](lambda x, t: model.denoiser(x, t, 0), noise, times(model.schedule, steps, "zero"))
 
 
 def test_pixels_are_clipped_unless_the_study_says_no(tmp_path: Path) -> None:
@@ -473,7 +473,7 @@ def test_the_mixture_is_sampled_exactly_enough() -> None:
     """Heun over every index of a 100-point grid reproduces the mixture's mean and spread."""
     model, mixture = mixture_model(T=100), default_mixture()
     noise = torch.randn(3000, *model.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    nodes = times(model.schedule, range(99, -1, -1), "one")
+    nodes = times(model.schedule, range(99, -1, -1), "zero")
     x = SOLVERS["heun"](lambda x, t: model.denoiser(x, t, 0), noise, nodes).flatten(1)
     assert (x.abs() < 1.2).all()
     mean, covariance = torch.from_numpy(mixture.mean()), torch.from_numpy(mixture.covariance())

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from autodiffusion_optuna.candidate import Candidate
 from autodiffusion_optuna.evaluation.denoiser import UNCONDITIONAL, Condition, Denoiser
-from autodiffusion_optuna.evaluation.prefix import PrefixMemory, Tally, remembering
+from autodiffusion_optuna.evaluation.prefix_cache import NfeCounter, PrefixCache, cached_denoise
 from autodiffusion_optuna.evaluation.skip import find_units
 from autodiffusion_optuna.evaluation.solvers import CAPPED, SOLVERS, Solver, find_solver, query_steps, times
 from autodiffusion_optuna.noise import Final, linear
@@ -39,11 +39,11 @@ def run(
     solver: str,
     final: Final,
     candidate: Candidate,
-    memory: PrefixMemory | None,
-    tally: Tally,
+    memory: PrefixCache | None,
+    tally: NfeCounter,
 ) -> Tensor:
     root = (solver, final, candidate.steps)
-    denoise = remembering(denoiser, candidate, memory, root, tally)
+    denoise = cached_denoise(denoiser, candidate, memory, root, tally)
     return SOLVERS[solver](denoise, X, times(SCHEDULE, candidate.timesteps, final))
 
 
@@ -78,7 +78,7 @@ def shared_queries(a: Candidate, b: Candidate, solver: str, final: Final) -> int
     return sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], both))
 
 
-@pytest.mark.parametrize("final", ["one", "first"])
+@pytest.mark.parametrize("final", ["zero", "sigma_min"])
 @pytest.mark.parametrize("solver", sorted(SOLVERS))
 def test_remembering_changes_no_bit_and_counts_right(denoiser: Denoiser, solver: str, final: Final) -> None:
     assert denoiser.units
@@ -87,14 +87,14 @@ def test_remembering_changes_no_bit_and_counts_right(denoiser: Denoiser, solver:
     asked = len(query_steps(solver, parent.steps, final))
     children = [mutated(parent, rng, len(denoiser.units)) for _ in range(5)]
     for child in children:
-        memory, tally = PrefixMemory(1 << 20), Tally()
+        memory, tally = PrefixCache(1 << 20), NfeCounter()
         run(denoiser, solver, final, parent, memory, tally)
-        assert tally == Tally(run=asked * BATCH, saved=0)
+        assert tally == NfeCounter(run=asked * BATCH, saved=0)
         remembered = run(denoiser, solver, final, child, memory, tally)
         shared = shared_queries(parent, child, solver, final)
-        assert tally == Tally(run=(2 * asked - shared) * BATCH, saved=shared * BATCH)
+        assert tally == NfeCounter(run=(2 * asked - shared) * BATCH, saved=shared * BATCH)
         assert memory.hits == shared
-        assert torch.equal(remembered, run(denoiser, solver, final, child, None, Tally()))
+        assert torch.equal(remembered, run(denoiser, solver, final, child, None, NfeCounter()))
 
 
 def noise(step: int) -> Tensor:
@@ -110,13 +110,13 @@ SET: dict[str, Solver] = {
 @pytest.mark.parametrize("name", SET)
 def test_remembering_changes_no_bit_of_solvers_with_settings(denoiser: Denoiser, name: str) -> None:
     rng = random.Random(name)
-    memory, tally = PrefixMemory(1 << 22), Tally()
+    memory, tally = PrefixCache(1 << 22), NfeCounter()
     candidate = Candidate((940, 720, 430, 211, 30))
     for _ in range(10):
         candidate = mutated(candidate, rng, 12)
-        nodes = times(SCHEDULE, candidate.timesteps, "first")
+        nodes = times(SCHEDULE, candidate.timesteps, "sigma_min")
         remembered, plain = (
-            SET[name](remembering(denoiser, candidate, kept, name, tally), X, nodes) for kept in (memory, None)
+            SET[name](cached_denoise(denoiser, candidate, kept, name, tally), X, nodes) for kept in (memory, None)
         )
         assert torch.equal(remembered, plain)
     assert tally.saved > 0
@@ -125,24 +125,24 @@ def test_remembering_changes_no_bit_of_solvers_with_settings(denoiser: Denoiser,
 @pytest.mark.parametrize("solver", sorted(SOLVERS))
 def test_one_memory_under_pressure_serves_all(denoiser: Denoiser, solver: str) -> None:
     rng = random.Random(1)
-    memory, tally = PrefixMemory(9 * X.nbytes + 5), Tally()
+    memory, tally = PrefixCache(9 * X.nbytes + 5), NfeCounter()
     candidate = Candidate((940, 720, 430, 211))
     for _ in range(8):
         candidate = mutated(candidate, rng, 12)
-        expected = run(denoiser, solver, "one", candidate, None, Tally())
-        assert torch.equal(run(denoiser, solver, "one", candidate, memory, tally), expected)
+        expected = run(denoiser, solver, "zero", candidate, None, NfeCounter())
+        assert torch.equal(run(denoiser, solver, "zero", candidate, memory, tally), expected)
         assert memory.nbytes <= memory.budget_bytes
     assert tally.saved == memory.hits * BATCH > 0
-    assert tally.run + tally.saved == 8 * len(query_steps(solver, 4, "one")) * BATCH
+    assert tally.run + tally.saved == 8 * len(query_steps(solver, 4, "zero")) * BATCH
 
 
 def test_the_same_run_again_asks_nothing_of_the_network(denoiser: Denoiser) -> None:
-    memory, tally = PrefixMemory(1 << 20), Tally()
+    memory, tally = PrefixCache(1 << 20), NfeCounter()
     candidate = Candidate((900, 500, 100), (0, 3, 5))
-    first = run(denoiser, "heun", "first", candidate, memory, tally)
-    again = run(denoiser, "heun", "first", candidate, memory, tally)
+    first = run(denoiser, "heun", "sigma_min", candidate, memory, tally)
+    again = run(denoiser, "heun", "sigma_min", candidate, memory, tally)
     assert torch.equal(first, again)
-    assert tally == Tally(run=6 * BATCH, saved=6 * BATCH)
+    assert tally == NfeCounter(run=6 * BATCH, saved=6 * BATCH)
 
 
 def test_other_skip_sets_and_other_roots_do_not_hit() -> None:
@@ -152,12 +152,12 @@ def test_other_skip_sets_and_other_roots_do_not_hit() -> None:
         calls.append((t, skip))
         return x + skip
 
-    memory = PrefixMemory(1 << 20)
+    memory = PrefixCache(1 << 20)
     for root, skips in (("a", (0, 0)), ("a", (1, 0)), ("a", (1, 2)), ("b", (0, 0))):
         SOLVERS["ddim"](
-            remembering(denoise, Candidate((50, 20), skips), memory, root, Tally()),
+            cached_denoise(denoise, Candidate((50, 20), skips), memory, root, NfeCounter()),
             X,
-            times(SCHEDULE, (50, 20), "one"),
+            times(SCHEDULE, (50, 20), "zero"),
         )
     # The second skip set alone differs in the third run, so its first query is remembered.
     assert calls == [(50, 0), (20, 0), (50, 1), (20, 0), (20, 2), (50, 0), (20, 0)]
@@ -170,8 +170,8 @@ def test_a_query_off_the_list_takes_the_last_skip_set() -> None:
         asked.append((t, skip))
         return x
 
-    nodes = times(SCHEDULE, (50, 20), "first")
-    SOLVERS["heun"](remembering(denoise, Candidate((50, 20), (1, 2)), None, (), Tally()), X, nodes)
+    nodes = times(SCHEDULE, (50, 20), "sigma_min")
+    SOLVERS["heun"](cached_denoise(denoise, Candidate((50, 20), (1, 2)), None, (), NfeCounter()), X, nodes)
     assert asked == [(50, 1), (20, 2), (20, 2), (0, 2)]
 
 
@@ -181,7 +181,7 @@ def test_a_query_off_the_list_takes_the_last_skip_set() -> None:
     puts=st.lists(st.tuples(st.integers(0, 5), st.integers(0, 30)), max_size=40),
 )
 def test_the_budget_is_never_exceeded(budget: int, puts: list[tuple[int, int]]) -> None:
-    memory = PrefixMemory(budget)
+    memory = PrefixCache(budget)
     for key, size in puts:
         memory.put((key,), torch.zeros(size))
         assert memory.nbytes <= budget
@@ -190,7 +190,7 @@ def test_the_budget_is_never_exceeded(budget: int, puts: list[tuple[int, int]]) 
 
 
 def test_the_least_recently_used_goes_first() -> None:
-    memory = PrefixMemory(3 * 4)
+    memory = PrefixCache(3 * 4)
     for key in "abc":
         memory.put((key,), torch.zeros(1))
     memory.get(("a",))
@@ -204,7 +204,7 @@ def test_the_least_recently_used_goes_first() -> None:
 
 
 def test_a_view_does_not_keep_its_base_alive() -> None:
-    memory = PrefixMemory(1000)
+    memory = PrefixCache(1000)
     view = torch.arange(100.0)[:10]
     memory.put((), view)
     kept = memory.get(())

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from autodiffusion_optuna.errors import ConfigError
-from autodiffusion_optuna.evaluation.prompts import read_prompts
+from autodiffusion_optuna.evaluation.models.prompts import read_prompts
 
 COCO = {
     "images": [{"id": 9}, {"id": 4}],

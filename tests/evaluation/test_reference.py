@@ -10,10 +10,10 @@ from PIL import Image
 from torch import Tensor
 
 from autodiffusion_optuna.errors import StatisticsError
-from autodiffusion_optuna.evaluation import reference as module
 from autodiffusion_optuna.evaluation.features import DIGITS_WEIGHTS, Extractor, load_extractor
 from autodiffusion_optuna.evaluation.frechet import frechet_distance
-from autodiffusion_optuna.evaluation.reference import (
+from autodiffusion_optuna.evaluation.references import reference as module
+from autodiffusion_optuna.evaluation.references.reference import (
     Reference,
     build_reference,
     check_images,

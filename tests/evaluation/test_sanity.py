@@ -19,7 +19,7 @@ from autodiffusion_optuna.evaluation.models import Model, Options, load_model
 from autodiffusion_optuna.evaluation.models.vae import load_vae
 from autodiffusion_optuna.evaluation.sanity import LEVELS, check_model, doubt, measure, suspects
 from autodiffusion_optuna.noise import NoiseSchedule, cosine, from_scheduler_config
-from autodiffusion_optuna.study import build, warnings
+from autodiffusion_optuna.study.components import build, warnings
 
 DATA = Path(__file__).parent.parent / "data" / "digits_heldout.npz"
 STABLE = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}

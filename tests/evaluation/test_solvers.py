@@ -106,7 +106,7 @@ def old(solver: str, denoise: Denoise, x: Tensor, n: Times) -> Tensor:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("final", ["one", "first"])
+@pytest.mark.parametrize("final", ["zero", "sigma_min"])
 @pytest.mark.parametrize("solver", ["ddim", "dpmpp_2m", "heun", "plms"])
 def test_the_first_solvers_keep_every_bit(solver: str, final: Final, dtype: torch.dtype) -> None:
     rng = random.Random(solver)
@@ -120,7 +120,7 @@ def test_the_first_solvers_keep_every_bit(solver: str, final: Final, dtype: torc
 
 
 @pytest.mark.parametrize("solver", sorted(SOLVERS))
-@pytest.mark.parametrize("final", ["one", "first"])
+@pytest.mark.parametrize("final", ["zero", "sigma_min"])
 @pytest.mark.parametrize("steps", [1, 2, 5, 11])
 def test_query_steps_are_those_of_a_real_run(solver: str, final: Final, steps: int) -> None:
     timesteps = [950 - 80 * i for i in range(steps)]
@@ -131,16 +131,16 @@ def test_query_steps_are_those_of_a_real_run(solver: str, final: Final, steps: i
 
 
 def test_visits() -> None:
-    assert query_steps("ddim", 3, "one") == (0, 1, 2)
-    assert query_steps("dpmpp_2m", 3, "first") == (0, 1, 2)
-    assert query_steps("heun", 3, "one") == (0, 1, 1, 2, 2)
-    assert query_steps("heun", 3, "first") == (0, 1, 1, 2, 2, 2)
-    assert query_steps("plms", 3, "one") == (0, 1, 1, 2)
-    assert query_steps("plms", 1, "one") == (0,)
-    assert query_steps("dpmpp_2s_mid", 3, "one") == (0, 0, 1, 1, 2)
-    assert query_steps("dpmpp_2s_mid", 3, "first") == (0, 0, 1, 1, 2, 2)
+    assert query_steps("ddim", 3, "zero") == (0, 1, 2)
+    assert query_steps("dpmpp_2m", 3, "sigma_min") == (0, 1, 2)
+    assert query_steps("heun", 3, "zero") == (0, 1, 1, 2, 2)
+    assert query_steps("heun", 3, "sigma_min") == (0, 1, 1, 2, 2, 2)
+    assert query_steps("plms", 3, "zero") == (0, 1, 1, 2)
+    assert query_steps("plms", 1, "zero") == (0,)
+    assert query_steps("dpmpp_2s_mid", 3, "zero") == (0, 0, 1, 1, 2)
+    assert query_steps("dpmpp_2s_mid", 3, "sigma_min") == (0, 0, 1, 1, 2, 2)
     others = set(SOLVERS) - {"heun", "plms", "dpmpp_2s_mid"}
-    assert {evaluations(solver, 7, final) for solver in others for final in ("one", "first")} == {7}
+    assert {evaluations(solver, 7, final) for solver in others for final in ("zero", "sigma_min")} == {7}
 
 
 def test_a_time_belongs_to_the_step_that_crosses_it() -> None:
@@ -152,7 +152,7 @@ def test_a_time_belongs_to_the_step_that_crosses_it() -> None:
 
 def test_the_middle_is_halfway_in_lambda() -> None:
     for schedule in SCHEDULES:
-        nodes = times(schedule, [999, 640.25, 640, 1, 0], "first")
+        nodes = times(schedule, [999, 640.25, 640, 1, 0], "sigma_min")
         for i in range(3):
             t, alpha, sigma = nodes.middle(i)
             assert nodes.timesteps[i + 1] < t < nodes.timesteps[i]
@@ -176,13 +176,13 @@ def test_a_step_from_index_0_to_index_0_changes_nothing(solver: str) -> None:
         # UniPC corrects the state at index 0 before the last step, by nothing where all answers are the same.
         return torch.full_like(x, 0.3) if solver.startswith("unipc") else exact()(x, t)
 
-    result = SOLVERS[solver](record, TENSORS["x_T"], times(SCHEDULE, timesteps, "first"))
+    result = SOLVERS[solver](record, TENSORS["x_T"], times(SCHEDULE, timesteps, "sigma_min"))
     reached = [*states, result] if "2s" in solver else nodes_only(solver, [*states, result])
     assert difference(reached[-1], reached[-2]) < 1e-14
 
 
 @pytest.mark.parametrize("solver", sorted(SOLVERS))
-@pytest.mark.parametrize("final", ["one", "first"])
+@pytest.mark.parametrize("final", ["zero", "sigma_min"])
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_results_are_finite_and_arguments_untouched(solver: str, final: Final, schedule: NoiseSchedule) -> None:
     x = TENSORS["x_T"].float()
@@ -213,7 +213,7 @@ close = st.lists(
 
 @pytest.mark.parametrize("solver", sorted(SOLVERS))
 @settings(deadline=None, max_examples=60, derandomize=True)
-@given(listed=st.one_of(indices, close), final=st.sampled_from(["one", "first"]))
+@given(listed=st.one_of(indices, close), final=st.sampled_from(["zero", "sigma_min"]))
 def test_no_list_gives_nan(solver: str, listed: list[float], final: Final) -> None:
     nodes = times(SCHEDULE, sorted(listed, reverse=True), final)
     x = TENSORS["x_T"][:4].float()
@@ -222,9 +222,9 @@ def test_no_list_gives_nan(solver: str, listed: list[float], final: Final) -> No
 
 
 @settings(deadline=None, max_examples=60, derandomize=True)
-@given(listed=indices, changed=st.integers(0, 999), final=st.sampled_from(["one", "first"]))
+@given(listed=indices, changed=st.integers(0, 999), final=st.sampled_from(["zero", "sigma_min"]))
 def test_what_is_asked_alike_is_answered_alike(listed: list[int], changed: int, final: Final) -> None:
-    """States depend on the times asked so far and the number of steps alone, which prefix memory rests on."""
+    """States depend on the times asked so far and the number of steps alone, which prefix cache rests on."""
     first = sorted(listed, reverse=True)
     if changed in first:
         return
@@ -242,7 +242,7 @@ def test_what_is_asked_alike_is_answered_alike(listed: list[int], changed: int, 
 # Weights
 
 
-@pytest.mark.parametrize("final", ["one", "first"])
+@pytest.mark.parametrize("final", ["zero", "sigma_min"])
 @pytest.mark.parametrize("solver", sorted(LINEAR_IN_NOISE))
 def test_weights_sum_to_1_and_reach_back_as_far_as_the_order(solver: str, final: Final) -> None:
     rows = weights(SOLVERS[solver], LISTS["K10"], final)
@@ -253,21 +253,21 @@ def test_weights_sum_to_1_and_reach_back_as_far_as_the_order(solver: str, final:
 
 def test_even_timesteps_give_the_published_weights() -> None:
     for solve in (functools.partial(plms_ab, cap=math.inf), plms_ab):
-        rows = weights(solve, list(range(900, 0, -100)), "first")
+        rows = weights(solve, list(range(900, 0, -100)), "sigma_min")
         for i, row in enumerate(rows):
             known = ADAMS_BASHFORTH[min(i, 3)]
             np.testing.assert_allclose(row[: len(known)], known, atol=1e-9)
 
 
 def test_uneven_timesteps_give_large_weights() -> None:
-    row = weights(functools.partial(plms_ab, cap=math.inf), LISTS["K10"], "first")[4]
+    row = weights(functools.partial(plms_ab, cap=math.inf), LISTS["K10"], "sigma_min")[4]
     np.testing.assert_allclose(row[:4], [13.4724, -14.2460, 4.7658, -2.9921], atol=1e-4)
 
 
 def test_lms_integrates_cubics_in_rho_exactly() -> None:
-    nodes = times(SCHEDULE, LISTS["K6"], "one")
+    nodes = times(SCHEDULE, LISTS["K6"], "zero")
     rho = np.array(nodes.rho)
-    for i, row in enumerate(weights(lms, LISTS["K6"], "one")):
+    for i, row in enumerate(weights(lms, LISTS["K6"], "zero")):
         for power in range(min(i, 3) + 1):
             mean = (rho[i + 1] ** (power + 1) - rho[i] ** (power + 1)) / (power + 1) / (rho[i + 1] - rho[i])
             scale = rho[i - min(i, 3)] ** power
@@ -277,7 +277,7 @@ def test_lms_integrates_cubics_in_rho_exactly() -> None:
 @pytest.mark.parametrize("solver", sorted(CAPPED))
 @pytest.mark.parametrize("cap", [1.0, 2.5, 8.0])
 @settings(deadline=None, max_examples=40, derandomize=True)
-@given(listed=indices, final=st.sampled_from(["one", "first"]))
+@given(listed=indices, final=st.sampled_from(["zero", "sigma_min"]))
 def test_a_cap_is_kept(solver: str, cap: float, listed: list[int], final: Final) -> None:
     timesteps = sorted(set(listed) - {0}, reverse=True) or [1]
     for row in weights(find_solver(solver, cap=cap), timesteps, final):
@@ -285,7 +285,7 @@ def test_a_cap_is_kept(solver: str, cap: float, listed: list[int], final: Final)
 
 
 def test_a_cap_lowers_the_order_and_no_more_than_it_must() -> None:
-    capped, free = (weights(functools.partial(plms_ab, cap=cap), LISTS["K10"], "first") for cap in (8.0, math.inf))
+    capped, free = (weights(functools.partial(plms_ab, cap=cap), LISTS["K10"], "sigma_min") for cap in (8.0, math.inf))
     changed = 0
     for row, other in zip(capped, free, strict=True):
         if abs(other).sum() <= 8:
@@ -299,13 +299,13 @@ def test_a_cap_lowers_the_order_and_no_more_than_it_must() -> None:
 @pytest.mark.parametrize(("end", "expected"), [(581, [4.4875, -3.4875]), (579, [1.0, 0.0])])
 def test_plms_ab_is_capped_at_8(end: int, expected: list[float]) -> None:
     # Over steps of 40 and 40 r, the weights' magnitudes sum to 1 + r: just below 8, and just above.
-    row = weights(SOLVERS["plms_ab"], [900, 860, end], "first")[1]
+    row = weights(SOLVERS["plms_ab"], [900, 860, end], "sigma_min")[1]
     np.testing.assert_allclose(row, expected, atol=1e-9)
 
 
 def test_no_row_exceeds_the_limit() -> None:
     timesteps = [999, 998.999999, 998.999998, 1]
-    rows = weights(find_solver("lms", cap=math.inf), timesteps, "one")
+    rows = weights(find_solver("lms", cap=math.inf), timesteps, "zero")
     assert max(abs(row).sum() for row in rows) <= LIMIT
     assert rows[-1].sum() == pytest.approx(1, abs=1e-3)
 
@@ -317,7 +317,7 @@ def test_ddim_with_eta_equals_its_equation() -> None:
     """Equations 12 and 16 of arXiv 2010.02502, whose alpha is our alpha squared."""
     eta, x = 0.6, TENSORS["x_T"]
     noise = torch.from_numpy(np.random.default_rng(0).standard_normal((10, *x.shape)))
-    for final in ("one", "first"):
+    for final in ("zero", "sigma_min"):
         nodes = times(SCHEDULE, LISTS["K10"], final)
         expected = x
         for i, t in enumerate(nodes.timesteps):
@@ -338,8 +338,8 @@ def test_noise_is_asked_for_where_it_is_added() -> None:
         return torch.zeros(64, 2, dtype=torch.float64)
 
     solver = find_solver("ddim", eta=1.0, noise=noise)
-    solver(exact(), TENSORS["x_T"], times(SCHEDULE, [900, 400, 0], "one"))
-    solver(exact(), TENSORS["x_T"], times(SCHEDULE, [900, 400, 0], "first"))
+    solver(exact(), TENSORS["x_T"], times(SCHEDULE, [900, 400, 0], "zero"))
+    solver(exact(), TENSORS["x_T"], times(SCHEDULE, [900, 400, 0], "sigma_min"))
     assert steps == [0, 1, 0, 1]
 
 
@@ -371,13 +371,13 @@ def test_families_and_orders() -> None:
         (lambda: find_solver("ddim", cap=8), "solver 'ddim' has no cap, got 8; leave it out or use one of deis_2, "),
         (lambda: find_solver("lms", cap=0.5), "cap must be at least 1, .* got 0.5"),
         (lambda: find_solver("lms", cap=math.nan), "cap must be at least 1, .* got nan"),
-        (lambda: query_steps("nothing", 4, "one"), "unknown solver"),
-        (lambda: evaluations("nothing", 4, "one"), "unknown solver"),
-        (lambda: times(SCHEDULE, [1000, 5], "one"), r"must lie in \[0, 999\], got 1000 to 5"),
-        (lambda: times(SCHEDULE, [], "one"), "strictly descending"),
-        (lambda: times(SCHEDULE, [5, 5], "one"), "strictly descending"),
-        (lambda: times(SCHEDULE, [5, 9], "one"), "strictly descending"),
-        (lambda: times(SCHEDULE, [5], "zero"), "unknown final 'zero'"),  # type: ignore[arg-type]
+        (lambda: query_steps("nothing", 4, "zero"), "unknown solver"),
+        (lambda: evaluations("nothing", 4, "zero"), "unknown solver"),
+        (lambda: times(SCHEDULE, [1000, 5], "zero"), r"must lie in \[0, 999\], got 1000 to 5"),
+        (lambda: times(SCHEDULE, [], "zero"), "strictly descending"),
+        (lambda: times(SCHEDULE, [5, 5], "zero"), "strictly descending"),
+        (lambda: times(SCHEDULE, [5, 9], "zero"), "strictly descending"),
+        (lambda: times(SCHEDULE, [5], "one"), "unknown final 'one'"),  # type: ignore[arg-type]
     ],
 )
 def test_bad_arguments_are_named(call: Callable[[], Any], message: str) -> None:

@@ -46,7 +46,7 @@ def by_lambda(share: np.ndarray) -> list[float]:
 
 
 def error(solver: str | Solver, timesteps: list[float]) -> float:
-    _, states = run(solver, timesteps, "first", TENSORS["x_T"])
+    _, states = run(solver, timesteps, "sigma_min", TENSORS["x_T"])
     return difference(states[-1], TENSORS["K10.truth_alpha0"])
 
 

@@ -46,7 +46,7 @@ def injected(scheduler: Any, timesteps: list[int], final: Final) -> Any:
     """For schedulers that take no list: theirs in place of the one they made."""
     scheduler.set_timesteps(len(timesteps))
     sigmas = [SCHEDULE.sigma(t) / SCHEDULE.alpha(t) for t in timesteps]
-    end = 0.0 if final == "one" else SCHEDULE.sigma(0) / SCHEDULE.alpha(0)
+    end = 0.0 if final == "zero" else SCHEDULE.sigma(0) / SCHEDULE.alpha(0)
     scheduler.sigmas = torch.tensor([*sigmas, end], dtype=torch.float64)
     scheduler.timesteps = torch.tensor(timesteps)
     return scheduler
@@ -56,7 +56,7 @@ def dpm_solver(kind: str, order: int, final: Final) -> Any:
     from diffusers import DPMSolverMultistepScheduler
 
     return DPMSolverMultistepScheduler(
-        algorithm_type=kind, solver_order=order, final_sigmas_type="zero" if final == "one" else "sigma_min"
+        algorithm_type=kind, solver_order=order, final_sigmas_type="zero" if final == "zero" else "sigma_min"
     )
 
 
@@ -65,14 +65,14 @@ def dpm_solver(kind: str, order: int, final: Final) -> Any:
 @pytest.mark.parametrize(
     ("solver", "kind", "order", "final"),
     [
-        ("ddim", "dpmsolver++", 1, "one"),
-        ("ddim", "dpmsolver++", 1, "first"),
-        ("ddim", "dpmsolver", 1, "first"),
-        ("dpmpp_2m", "dpmsolver++", 2, "one"),
-        ("dpmpp_2m", "dpmsolver++", 2, "first"),
-        ("dpmpp_3m", "dpmsolver++", 3, "first"),
-        ("dpm_solver_2", "dpmsolver", 2, "first"),
-        ("dpm_solver_3", "dpmsolver", 3, "first"),
+        ("ddim", "dpmsolver++", 1, "zero"),
+        ("ddim", "dpmsolver++", 1, "sigma_min"),
+        ("ddim", "dpmsolver", 1, "sigma_min"),
+        ("dpmpp_2m", "dpmsolver++", 2, "zero"),
+        ("dpmpp_2m", "dpmsolver++", 2, "sigma_min"),
+        ("dpmpp_3m", "dpmsolver++", 3, "sigma_min"),
+        ("dpm_solver_2", "dpmsolver", 2, "sigma_min"),
+        ("dpm_solver_3", "dpmsolver", 3, "sigma_min"),
     ],
 )
 def test_dpm_solver_multistep(solver: str, kind: str, order: int, final: Final, timesteps: list[int]) -> None:
@@ -100,14 +100,14 @@ def steep(x: Tensor, t: float) -> Tensor:
 @pytest.mark.parametrize(
     ("solver", "kind", "order", "final"),
     [
-        ("ddim", "dpmsolver++", 1, "one"),
-        ("ddim", "dpmsolver++", 1, "first"),
-        ("dpmpp_2m", "dpmsolver++", 2, "one"),
-        ("dpmpp_2m", "dpmsolver++", 2, "first"),
-        ("dpmpp_3m", "dpmsolver++", 3, "one"),
-        ("dpmpp_3m", "dpmsolver++", 3, "first"),
-        ("dpm_solver_2", "dpmsolver", 2, "first"),
-        ("dpm_solver_3", "dpmsolver", 3, "first"),
+        ("ddim", "dpmsolver++", 1, "zero"),
+        ("ddim", "dpmsolver++", 1, "sigma_min"),
+        ("dpmpp_2m", "dpmsolver++", 2, "zero"),
+        ("dpmpp_2m", "dpmsolver++", 2, "sigma_min"),
+        ("dpmpp_3m", "dpmsolver++", 3, "zero"),
+        ("dpmpp_3m", "dpmsolver++", 3, "sigma_min"),
+        ("dpm_solver_2", "dpmsolver", 2, "sigma_min"),
+        ("dpm_solver_3", "dpmsolver", 3, "sigma_min"),
     ],
 )
 def test_only_rounding_lies_between_us_and_diffusers(
@@ -117,8 +117,8 @@ def test_only_rounding_lies_between_us_and_diffusers(
     from diffusers.schedulers import scheduling_dpmsolver_multistep as module
 
     monkeypatch.setattr(f"{__name__}.eps", steep)
-    lower = final == "first" and len(timesteps) < 10
-    end = "zero" if final == "one" else "sigma_min"
+    lower = final == "sigma_min" and len(timesteps) < 10
+    end = "zero" if final == "zero" else "sigma_min"
     scheduler = module.DPMSolverMultistepScheduler(
         algorithm_type=kind, solver_order=order, final_sigmas_type=end, lower_order_final=lower
     )
@@ -140,17 +140,17 @@ def test_dpm_solver_multistep_that_lowers_nothing_but_the_last_step(timesteps: l
     scheduler = DPMSolverMultistepScheduler(solver_order=3, lower_order_final=False)
     scheduler.set_timesteps(timesteps=timesteps)
     expected = theirs(scheduler, TENSORS["x_T"])
-    assert difference(ours("dpmpp_3m", timesteps, "one"), expected) < TOLERANCE
-    assert difference(ours(partial(dpmpp_3m, lower_order_final=True), timesteps, "one"), expected) > 1e-4
+    assert difference(ours("dpmpp_3m", timesteps, "zero"), expected) < TOLERANCE
+    assert difference(ours(partial(dpmpp_3m, lower_order_final=True), timesteps, "zero"), expected) > 1e-4
 
 
 @pytest.mark.parametrize("timesteps", TIMESTEPS)
 @pytest.mark.parametrize(
     ("solver", "kind", "final"),
     [
-        ("dpmpp_2s", "dpmsolver++", "one"),
-        ("dpmpp_2s", "dpmsolver++", "first"),
-        ("dpm_solver_2s", "dpmsolver", "first"),
+        ("dpmpp_2s", "dpmsolver++", "zero"),
+        ("dpmpp_2s", "dpmsolver++", "sigma_min"),
+        ("dpm_solver_2s", "dpmsolver", "sigma_min"),
     ],
 )
 def test_dpm_solver_singlestep(solver: str, kind: str, final: Final, timesteps: list[int]) -> None:
@@ -159,8 +159,8 @@ def test_dpm_solver_singlestep(solver: str, kind: str, final: Final, timesteps: 
     scheduler = DPMSolverSinglestepScheduler(
         algorithm_type=kind,
         solver_order=2,
-        lower_order_final=final == "one" or len(timesteps) % 2 == 1,
-        final_sigmas_type="zero" if final == "one" else "sigma_min",
+        lower_order_final=final == "zero" or len(timesteps) % 2 == 1,
+        final_sigmas_type="zero" if final == "zero" else "sigma_min",
     )
     scheduler.set_timesteps(timesteps=timesteps)
     expected = theirs(scheduler, TENSORS["x_T"])
@@ -168,7 +168,7 @@ def test_dpm_solver_singlestep(solver: str, kind: str, final: Final, timesteps: 
 
 
 @pytest.mark.parametrize("timesteps", TIMESTEPS)
-@pytest.mark.parametrize("final", ["one", "first"])
+@pytest.mark.parametrize("final", ["zero", "sigma_min"])
 @pytest.mark.parametrize("order", [2, 3])
 def test_unipc(order: int, final: Final, timesteps: list[int]) -> None:
     from diffusers import UniPCMultistepScheduler
@@ -182,8 +182,8 @@ def test_unipc(order: int, final: Final, timesteps: list[int]) -> None:
 def test_deis(order: int, timesteps: list[int]) -> None:
     from diffusers import DEISMultistepScheduler
 
-    scheduler = injected(DEISMultistepScheduler(solver_order=order), timesteps, "first")
-    assert difference(ours(f"deis_{order}", timesteps, "first"), theirs(scheduler, TENSORS["x_T"])) < TOLERANCE
+    scheduler = injected(DEISMultistepScheduler(solver_order=order), timesteps, "sigma_min")
+    assert difference(ours(f"deis_{order}", timesteps, "sigma_min"), theirs(scheduler, TENSORS["x_T"])) < TOLERANCE
 
 
 @pytest.mark.parametrize("timesteps", TIMESTEPS)
@@ -196,15 +196,15 @@ def test_solvers_in_sigma(solver: str, name: str, timesteps: list[int]) -> None:
 
     scheduler = getattr(diffusers, f"{name}Scheduler")(beta_start=1e-4, beta_end=0.02)
     if name == "LMSDiscrete":
-        injected(scheduler, timesteps, "one")
+        injected(scheduler, timesteps, "zero")
     else:
         scheduler.set_timesteps(timesteps=timesteps)
     expected = theirs(scheduler, TENSORS["x_T"] / SCHEDULE.alpha(timesteps[0]))
-    assert difference(ours(solver, timesteps, "one"), expected) < TOLERANCE
+    assert difference(ours(solver, timesteps, "zero"), expected) < TOLERANCE
 
 
 @pytest.mark.parametrize("timesteps", TIMESTEPS)
-@pytest.mark.parametrize("final", ["one", "first"])
+@pytest.mark.parametrize("final", ["zero", "sigma_min"])
 def test_ddim_with_eta_1_is_the_first_order_sde_solver(final: Final, timesteps: list[int]) -> None:
     noise = torch.from_numpy(np.random.default_rng(0).standard_normal((20, *TENSORS["x_T"].shape)))
     scheduler = dpm_solver("sde-dpmsolver++", 1, final)
@@ -229,7 +229,7 @@ def test_ddim_with_eta_1_is_ddpm(timesteps: list[int]) -> None:
         return torch.randn(shape, generator=generator(i), dtype=torch.float64)
 
     expected = theirs(scheduler, TENSORS["x_T"], generator=generator)
-    assert difference(ours(find_solver("ddim", eta=1.0, noise=noise), timesteps, "one"), expected) < TOLERANCE
+    assert difference(ours(find_solver("ddim", eta=1.0, noise=noise), timesteps, "zero"), expected) < TOLERANCE
 
 
 @pytest.mark.parametrize("eta", [0.3, 1.0])
@@ -241,4 +241,4 @@ def test_ddim_with_eta_is_diffusers_ddim_on_its_own_list(eta: float) -> None:
     noise = torch.from_numpy(np.random.default_rng(1).standard_normal((8, *TENSORS["x_T"].shape)))
     expected = theirs(scheduler, TENSORS["x_T"], eta=lambda i: eta, variance_noise=lambda i: noise[i])
     solver = find_solver("ddim", eta=eta, noise=lambda i: noise[i])
-    assert difference(ours(solver, scheduler.timesteps.tolist(), "one"), expected) < TOLERANCE
+    assert difference(ours(solver, scheduler.timesteps.tolist(), "zero"), expected) < TOLERANCE

@@ -48,21 +48,21 @@ def test_the_mixture_is_the_golden_one() -> None:
 
 
 @pytest.mark.parametrize("name", sorted(LISTS))
-@pytest.mark.parametrize("final", ["one", "first"])
+@pytest.mark.parametrize("final", ["zero", "sigma_min"])
 def test_nodes_equal_the_golden_ones(name: str, final: Final) -> None:
     nodes = times(SCHEDULE, LISTS[name], final)
-    prefix = f"{name}.nodes_{'one' if final == 'one' else 'alpha0'}"
+    prefix = f"{name}.nodes_{'one' if final == 'zero' else 'alpha0'}"
     np.testing.assert_allclose(nodes.alpha, TENSORS[f"{prefix}.alpha"], rtol=1e-13)
     np.testing.assert_allclose(nodes.sigma, TENSORS[f"{prefix}.sigma"], rtol=1e-12)
     assert nodes.lam[0] == pytest.approx(SCHEDULE.lambda_(LISTS[name][0]), rel=1e-12)
-    assert np.isinf(nodes.lam[-1]) == (final == "one")
+    assert np.isinf(nodes.lam[-1]) == (final == "zero")
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-10), (torch.float32, 1e-5)])
 @pytest.mark.parametrize("case", sorted(CASES))
 def test_every_state_equals_the_official_code(case: str, dtype: torch.dtype, tolerance: float) -> None:
     solver, solve = SETTINGS[CASES[case]["solver"]]
-    final: Final = "one" if CASES[case]["final"] == "one" else "first"
+    final: Final = "zero" if CASES[case]["final"] == "one" else "sigma_min"
     asked, states = run(solve, LISTS[CASES[case]["list"]], final, TENSORS["x_T"].to(dtype))
     np.testing.assert_allclose(asked, CASES[case]["evaluation_times"], rtol=1e-12)
     assert states[-1].dtype == dtype

@@ -96,7 +96,7 @@ def noise(model: Model, count: int = len(CHOSEN)) -> Tensor:
 
 def ours(model: Model, scale: float | None) -> Tensor:
     denoise = model.bind(CHOSEN, scale)
-    return SOLVERS["ddim"](lambda x, t: denoise(x, t, 0), noise(model), times(model.schedule, STEPS, "one"))
+    return SOLVERS["ddim"](lambda x, t: denoise(x, t, 0), noise(model), times(model.schedule, STEPS, "zero"))
 
 
 def theirs(model: Model, folder: Path, scale: float | None, images: bool = False, **call: Any) -> Tensor:
@@ -177,7 +177,7 @@ def test_sampling_may_start_without_signal(load: Callable[..., Model], folders: 
     denoise = model.bind(CHOSEN)
     x = noise(model)
     steps = (999, 610, 95)
-    latents = SOLVERS["ddim"](lambda x, t: denoise(x, t, 0), x, times(model.schedule, steps, "one"))
+    latents = SOLVERS["ddim"](lambda x, t: denoise(x, t, 0), x, times(model.schedule, steps, "zero"))
     expected = theirs(model, folders("sd2-zero"), None, timesteps=list(steps))
     assert (latents - expected).norm() / expected.norm() < 1e-4
 

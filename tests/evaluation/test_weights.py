@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from autodiffusion_optuna.errors import AdoptError, ConfigError, ModelError
-from autodiffusion_optuna.evaluation import weights
-from autodiffusion_optuna.evaluation.weights import PUBLISHED, Published, download_weights, is_published
+from autodiffusion_optuna.evaluation.features import weights
+from autodiffusion_optuna.evaluation.features.weights import PUBLISHED, Published, download_weights, is_published
 
 DATA = bytes(range(256)) * 5000
 

@@ -40,7 +40,11 @@ SPACES = {
 SOLVERS = {"solver": ("ddim", "heun", "dpmpp")}
 SETTINGS = {
     "settings": SearchSpace(
-        1000, 4, 4, choices={**SOLVERS, "final": ("one", "first")}, ranges={"guidance": (1.0, 8.0), "eta": (0.0, 0.05)}
+        1000,
+        4,
+        4,
+        choices={**SOLVERS, "final": ("zero", "sigma_min")},
+        ranges={"guidance": (1.0, 8.0), "eta": (0.0, 0.05)}
     ),
     "one setting": SearchSpace(1000, 2, 2, choices={"order": (1.0, 2.0)}),
     "solvers": SearchSpace(1000, 3, 8, max_cost=8, visits=solver_visits, choices=SOLVERS),
@@ -51,7 +55,7 @@ SETTINGS = {
     ),
     "all open": SearchSpace(
         1000, 3, 6, min_gap=5, units=units(40), unit_costs=COSTS, max_skip=0.3, max_cost=5, visits=solver_visits,
-        chunk=8, choices={**SOLVERS, "final": ("one", "first")}, ranges={"guidance": (-1.5, 7.25)},
+        chunk=8, choices={**SOLVERS, "final": ("zero", "sigma_min")}, ranges={"guidance": (-1.5, 7.25)},
     ),
 }  # fmt: skip
 PLAIN = tuple(SPACES)

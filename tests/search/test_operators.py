@@ -254,7 +254,7 @@ def test_local_moves_change_one_setting_or_none() -> None:
 
 def test_crossover_takes_settings_of_either_parent() -> None:
     space, rng = SPACES["settings"], np.random.default_rng(0)
-    ends = {"eta": (0.0, 0.05), "final": ("one", "first"), "guidance": (1.0, 8.0), "solver": ("ddim", "heun")}
+    ends = {"eta": (0.0, 0.05), "final": ("zero", "sigma_min"), "guidance": (1.0, 8.0), "solver": ("ddim", "heun")}
     first, second = (
         Candidate((900, 700, 500, 300), settings=tuple((name, pair[k]) for name, pair in ends.items())) for k in (0, 1)
     )

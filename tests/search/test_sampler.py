@@ -197,12 +197,12 @@ def test_an_exhausted_space_repeats_instead_of_hanging() -> None:
 def test_enqueued_schedules_take_places_and_become_parents() -> None:
     study = fresh()
     known = Candidate((503, 501, 499, 497))
-    study.enqueue_trial(SPACE.encode(known), user_attrs={"known": "best"})
+    study.enqueue_trial(SPACE.encode(known), user_attrs={"baseline": "best"})
     sampler = study.sampler
     assert isinstance(sampler, AutoDiffusionSampler)
     go(study, 16)
     origin = sampler.describe(study, 0)
-    assert origin == {"generation": 0, "stage": 1, "operator": "known", "share": 0.0, "parents": []}
+    assert origin == {"generation": 0, "stage": 1, "operator": "baseline", "share": 0.0, "parents": []}
     assert sampler.proposal(study, 0).candidate == known
     assert sampler.proposal(study, 8).generation == 1
     assert 0 in {parent for n in range(8, 16) for parent in sampler.proposal(study, n).parents}

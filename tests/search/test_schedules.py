@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from autodiffusion_optuna import noise
 from autodiffusion_optuna.errors import ConfigError
-from autodiffusion_optuna.search.schedules import KNOWN, known_schedules, spread, uniform_timesteps
+from autodiffusion_optuna.search.timesteps import BASELINES, baseline_timesteps, spread, uniform_timesteps
 
 LINEAR = noise.linear(1000)
 GRIDS = {
@@ -21,12 +21,12 @@ GRIDS = {
 }
 
 
-@pytest.mark.parametrize("name", KNOWN)
+@pytest.mark.parametrize("name", BASELINES)
 @pytest.mark.parametrize("grid", GRIDS)
 def test_every_list_is_strictly_descending_at_every_length(name: str, grid: str) -> None:
     schedule = GRIDS[grid]
     for steps in {1, 2, 3, 4, 5, 7, 10, 15, schedule.T // 2, schedule.T - 1, schedule.T}:
-        times = KNOWN[name](schedule, steps)
+        times = BASELINES[name](schedule, steps)
         assert len(times) == steps
         assert all(type(t) is int for t in times)
         assert all(a > b for a, b in pairwise(times))
@@ -47,7 +47,7 @@ def test_every_list_is_strictly_descending_at_every_length(name: str, grid: str)
     ],
 )
 def test_lists_as_published(name: str, steps: int, expected: tuple[int, ...]) -> None:
-    assert KNOWN[name](LINEAR, steps) == expected
+    assert BASELINES[name](LINEAR, steps) == expected
 
 
 def test_uniform_exists_for_every_length() -> None:
@@ -57,24 +57,24 @@ def test_uniform_exists_for_every_length() -> None:
 
 def test_spaced_in_what_they_say() -> None:
     levels = -LINEAR.lambdas
-    even = np.diff(levels[list(KNOWN["log-snr"](LINEAR, 10))])
+    even = np.diff(levels[list(BASELINES["log-snr"](LINEAR, 10))])
     assert even.std() < 0.15 * abs(even.mean())
-    rho = np.diff(np.exp(levels[list(KNOWN["karras"](LINEAR, 10))] / 7))
+    rho = np.diff(np.exp(levels[list(BASELINES["karras"](LINEAR, 10))] / 7))
     assert rho.std() < 0.05 * abs(rho.mean())
-    arc = np.diff(np.arctan(np.exp(levels[list(KNOWN["arctan"](LINEAR, 10))])))
+    arc = np.diff(np.arctan(np.exp(levels[list(BASELINES["arctan"](LINEAR, 10))])))
     assert arc.std() < 0.05 * abs(arc.mean())
 
 
 def test_known_schedules_keep_the_gap() -> None:
-    lists = known_schedules(LINEAR, 20, min_gap=30)
-    assert list(lists) == list(KNOWN)
+    lists = baseline_timesteps(LINEAR, 20, min_gap=30)
+    assert list(lists) == list(BASELINES)
     assert all(a - b >= 30 for times in lists.values() for a, b in pairwise(times))
 
 
 @pytest.mark.parametrize(("steps", "gap"), [(0, 1), (18, 1), (3, 9)])
 def test_what_does_not_fit_is_refused(steps: int, gap: int) -> None:
     with pytest.raises(ConfigError, match="do not fit"):
-        known_schedules(GRIDS["short"], steps, gap)
+        baseline_timesteps(GRIDS["short"], steps, gap)
 
 
 @settings(max_examples=200, deadline=None)

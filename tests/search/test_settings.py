@@ -17,17 +17,17 @@ from autodiffusion_optuna.search.space import SearchSpace
 
 SOLVERS = {"ddim": 3.0, "plms": 2.0, "heun": 2.5, "dpmpp": 0.0, "deis": 1.0}  # how much worse than the best
 SPACE = SearchSpace(
-    1000, 4, 4, choices={"solver": tuple(SOLVERS), "final": ("one", "first")}, ranges={"guidance": (1.0, 8.0)}
+    1000, 4, 4, choices={"solver": tuple(SOLVERS), "final": ("zero", "sigma_min")}, ranges={"guidance": (1.0, 8.0)}
 )
 TARGET = (930, 700, 420, 130)
 
 
 def score(candidate: Candidate) -> float:
-    """0 at TARGET, dpmpp, final "first" and guidance 3.2; each solver has timesteps of its own."""
+    """0 at TARGET, dpmpp, final "sigma_min" and guidance 3.2; each solver has timesteps of its own."""
     solver = candidate.setting("solver", "")
     shift = 10 * list(SOLVERS).index(solver) - 30
     steps = sum(((t - goal - shift) / 100) ** 2 for t, goal in zip(candidate.timesteps, TARGET, strict=True))
-    final = 0.7 * (candidate.setting("final", "") == "one")
+    final = 0.7 * (candidate.setting("final", "") == "zero")
     return SOLVERS[solver] + steps + final + (candidate.setting("guidance", 0.0) - 3.2) ** 2
 
 

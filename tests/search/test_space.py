@@ -225,7 +225,7 @@ def test_codec_names_what_must_not_change() -> None:
 
 def test_codec_names_settings_where_there_are_any() -> None:
     codec = SPACES["settings"].codec()
-    assert codec["choices"] == {"final": ["one", "first"], "solver": ["ddim", "heun", "dpmpp"]}
+    assert codec["choices"] == {"final": ["zero", "sigma_min"], "solver": ["ddim", "heun", "dpmpp"]}
     assert codec["ranges"] == {"eta": [0.0, 0.05], "guidance": [1.0, 8.0]}
     assert set(SPACES["one setting"].codec()) == {*SPACES["fixed"].codec(), "choices"}
 
@@ -237,13 +237,13 @@ def test_settings_are_parameters_under_their_own_names() -> None:
     assert parameters["guidance"] == FloatDistribution(-1.5, 7.25)
     candidate = space.fit(Candidate((900, 500, 100), settings=(("solver", "heun"),)), 0.3)
     assert space.encode(candidate)["solver"] == "heun"
-    assert candidate.settings_dict == {"final": "one", "guidance": 2.875, "solver": "heun"}
+    assert candidate.settings_dict == {"final": "zero", "guidance": 2.875, "solver": "heun"}
 
 
 def test_defaults_are_the_first_choices_and_the_middles() -> None:
     space = SPACES["settings"]
     assert list(space.default_settings.items()) == [
-        ("eta", 0.025), ("final", "one"), ("guidance", 4.5), ("solver", "ddim"),
+        ("eta", 0.025), ("final", "zero"), ("guidance", 4.5), ("solver", "ddim"),
     ]  # fmt: skip
     assert SPACES["one setting"].default_settings == {"order": 1.0}
     assert SPACES["fixed"].default_settings == {}
@@ -257,7 +257,7 @@ def test_fit_completes_settings_and_drops_unknown_ones() -> None:
     )
     assert not space.is_canonical(odd)
     fitted = space.fit(odd, 0)
-    assert fitted.settings_dict == {"eta": 0.012, "final": "one", "guidance": 8.0, "solver": "ddim"}
+    assert fitted.settings_dict == {"eta": 0.012, "final": "zero", "guidance": 8.0, "solver": "ddim"}
     assert space.is_canonical(fitted)
     assert space.fit(fitted, 0) == fitted
     assert SPACES["fixed"].fit(odd, 0).settings == ()

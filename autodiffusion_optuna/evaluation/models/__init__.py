@@ -19,7 +19,7 @@ from autodiffusion_optuna.evaluation.models.base import Conditions, Model, Optio
 from autodiffusion_optuna.evaluation.models.diffusers_folder import NETWORK, load_folder
 from autodiffusion_optuna.evaluation.models.mixture import mixture_model
 from autodiffusion_optuna.evaluation.models.parts import read_checkpoint
-from autodiffusion_optuna.evaluation.reference import load_reference
+from autodiffusion_optuna.evaluation.references.reference import load_reference
 
 __all__ = ["MODELS", "Conditions", "Model", "Options", "find_device", "load_model"]
 

@@ -19,7 +19,7 @@ from autodiffusion_optuna.noise import NoiseSchedule
 
 if TYPE_CHECKING:
     from autodiffusion_optuna.evaluation.features import Extractor
-    from autodiffusion_optuna.evaluation.reference import Reference
+    from autodiffusion_optuna.evaluation.references.reference import Reference
 
 
 @dataclass(frozen=True)

@@ -20,13 +20,7 @@ from autodiffusion_optuna.evaluation.models.checks import (
     trace_units,
 )
 from autodiffusion_optuna.evaluation.models.labels import label_conditions
-from autodiffusion_optuna.evaluation.models.parts import (
-    digest,
-    load_part,
-    load_scheduler,
-    networks_beside,
-    read_config,
-)
+from autodiffusion_optuna.evaluation.models.parts import digest, load_part, load_scheduler, networks_beside, read_config
 from autodiffusion_optuna.evaluation.models.vae import load_vae
 from autodiffusion_optuna.evaluation.skip import compile_units
 

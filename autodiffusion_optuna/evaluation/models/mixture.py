@@ -16,7 +16,7 @@ from torch import Tensor
 from autodiffusion_optuna.errors import ModelError
 from autodiffusion_optuna.evaluation.features import Extractor
 from autodiffusion_optuna.evaluation.models.base import Model, find_device
-from autodiffusion_optuna.evaluation.reference import Reference, build_reference
+from autodiffusion_optuna.evaluation.references.reference import Reference, build_reference
 from autodiffusion_optuna.noise import NoiseSchedule, linear
 
 COMPONENTS = 8

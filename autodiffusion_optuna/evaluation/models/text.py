@@ -18,7 +18,7 @@ from torch.nn import functional
 
 from autodiffusion_optuna.errors import ConfigError, ModelError
 from autodiffusion_optuna.evaluation.files import check_content
-from autodiffusion_optuna.evaluation.models.lean import stored_shapes
+from autodiffusion_optuna.evaluation.models.meta_loading import stored_shapes
 from autodiffusion_optuna.evaluation.models.parts import digest, find_weights, first_line, read_json
 from autodiffusion_optuna.evaluation.tensors import PLAIN, check_numbers, is_scale, weights_of
 

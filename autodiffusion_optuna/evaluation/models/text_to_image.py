@@ -26,13 +26,8 @@ from autodiffusion_optuna.evaluation.denoiser import (
     weights_sample,
 )
 from autodiffusion_optuna.evaluation.models.base import Conditions, Model, Options, find_device
-from autodiffusion_optuna.evaluation.models.checks import (
-    check_options,
-    choose_clip,
-    decoded_shape,
-    sides_of,
-)
-from autodiffusion_optuna.evaluation.models.lean import (
+from autodiffusion_optuna.evaluation.models.checks import check_options, choose_clip, decoded_shape, sides_of
+from autodiffusion_optuna.evaluation.models.meta_loading import (
     blueprint,
     check_fit,
     each_file,
@@ -52,6 +47,7 @@ from autodiffusion_optuna.evaluation.models.parts import (
     read_config,
     read_json,
 )
+from autodiffusion_optuna.evaluation.models.prompts import read_prompts
 from autodiffusion_optuna.evaluation.models.text import (
     FLUX_LENGTH,
     SD3_LENGTH,
@@ -65,7 +61,6 @@ from autodiffusion_optuna.evaluation.models.text import (
     load_encoders,
 )
 from autodiffusion_optuna.evaluation.models.vae import AUTOENCODERS, Vae, load_vae
-from autodiffusion_optuna.evaluation.prompts import read_prompts
 from autodiffusion_optuna.evaluation.skip import Units, compile_units, find_units
 from autodiffusion_optuna.evaluation.tensors import Weights
 from autodiffusion_optuna.noise import NoiseSchedule, flow

@@ -1,0 +1,57 @@
+"""``adopt dashboard``: a window to watch a study through."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from autodiffusion_optuna.cli.output import StorageUrl, StudyName, existing, say, warn
+from autodiffusion_optuna.errors import StorageError
+
+if TYPE_CHECKING:
+    import optuna
+    from optuna.artifacts._protocol import ArtifactStore
+
+
+def dashboard(
+    study: StudyName,
+    storage: StorageUrl = None,
+    port: Annotated[int, typer.Option("--port", min=0, max=65535, help="0 takes a free one.")] = 8080,
+    host: Annotated[str, typer.Option("--host", help="Address to listen on; the default is this machine's own.")] = (
+        "127.0.0.1"
+    ),
+    artifacts: Annotated[
+        str | None, typer.Option("--artifacts", help="Where the pictures are, if not where the study says.")
+    ] = None,
+) -> None:
+    """Serve optuna-dashboard with this study's pictures, note and figures until Ctrl-C."""
+    from autodiffusion_optuna.report import dashboard as server
+    from autodiffusion_optuna.storage.url import storage_url
+
+    server.require_installed()
+    url = storage_url(storage)
+    found = existing(study, url)[1]
+    # The study's own storage keeps finished trials: pages and figures share them.
+    app = server.make_app(found._storage, _pictures(found, url, artifacts))
+    listening = server.make_server(app, host, port)
+    with listening, server.published(found, url, lambda trouble: warn([trouble])):
+        if not server.is_loopback(host):
+            warn([f"anyone who reaches {host} can read and delete the studies: the dashboard has no password"])
+        say(f"dashboard of {study}: {server.study_address(listening, found)}    (Ctrl-C ends it)")
+        listening.serve_forever()
+
+
+def _pictures(study: optuna.Study, url: str, given: str | None) -> ArtifactStore | None:
+    """The store to show pictures from; None, with a warning, where the study's own cannot be opened."""
+    from autodiffusion_optuna.storage.artifacts import location_of, open_store
+    from autodiffusion_optuna.storage.attrs import ARTIFACTS
+
+    if given is not None:
+        return open_store(given, write=False)
+    stored = study.user_attrs.get(ARTIFACTS)
+    try:
+        return None if stored is None else open_store(location_of(stored, url), write=False)
+    except StorageError as error:
+        warn([f"pictures are not shown: {error}"])
+        return None

@@ -1,0 +1,147 @@
+"""``adopt reference``: build reference statistics, look into them, fetch an extractor's weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from autodiffusion_optuna.cli.output import err, out
+from autodiffusion_optuna.errors import ConfigError, choose_from
+
+if TYPE_CHECKING:
+    from autodiffusion_optuna.evaluation.references.formats import Contents, Mode
+
+reference_app = typer.Typer(
+    no_args_is_help=True, rich_markup_mode=None, help="Build and inspect what generated images are compared with."
+)
+
+Force = Annotated[bool, typer.Option("--force", help="Overwrite the file.")]
+
+
+@reference_app.command()
+def build(
+    images: Annotated[Path, typer.Option("--images", help="Folder, zip, npz or npy of images of one size.")],
+    extractor: Annotated[str, typer.Option("--extractor", help="As in the study file.")],
+    path: Annotated[Path, typer.Option("--out", help="File to write (npz).")],
+    weights: Annotated[Path | None, typer.Option("--weights", help="Local weights, where it ships with none.")] = None,
+    mode: Annotated[str, typer.Option("--mode", help="clean, legacy_pytorch or legacy_tensorflow.")] = "clean",
+    device: Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:N.")] = "auto",
+    trust: Annotated[bool, typer.Option("--trust", help="Allow weights that are code.")] = False,
+    force: Force = False,
+) -> None:
+    """Embed images and write their statistics, for score.reference."""
+    _check_out(path, force)
+    from autodiffusion_optuna.evaluation.features import load_extractor
+    from autodiffusion_optuna.evaluation.models import find_device
+    from autodiffusion_optuna.evaluation.references.reference import build_reference_from, save_reference, too_few
+
+    loaded = load_extractor(extractor, find_device(device), weights, trust, mode=_mode(mode))
+    with _progress() as on_images:
+        reference = build_reference_from(images, loaded, on_images=on_images)
+    save_reference(path, reference)
+    for warning in (*reference.notes, too_few(reference.n or 0, len(reference.mu))):
+        if warning:
+            err.print(f"warning: {warning}", soft_wrap=True)
+    out.print(f"wrote {path}: {reference.n:,} images, {len(reference.mu):,} features each", soft_wrap=True)
+
+
+@reference_app.command()
+def show(file: Annotated[Path, typer.Argument(help="Statistics in any format, or images.")]) -> None:
+    """What a file of statistics or images holds, and what made it."""
+    from autodiffusion_optuna.evaluation.references.formats import read_contents
+
+    table = Table(box=None, show_header=False, pad_edge=False)
+    table.add_column()
+    table.add_column(overflow="fold")
+    for name, value in [("file", str(file)), *_facts(read_contents(file))]:
+        table.add_row(name, value)
+    out.print(table)
+
+
+@reference_app.command()
+def weights(
+    kind: Annotated[str, typer.Argument(help="inception, inception-legacy-pytorch or clip.")],
+    path: Annotated[Path, typer.Option("--out", help="File to write.")],
+    sha256: Annotated[str | None, typer.Option("--sha256", help="Its hash, if not the known one.")] = None,
+) -> None:
+    """Download an extractor's published weights; kept only where their hash is right."""
+    from autodiffusion_optuna.evaluation.features.weights import PUBLISHED, download_weights
+
+    if kind in PUBLISHED:
+        err.print(f"downloading {PUBLISHED[kind].url}")
+    fetched = download_weights(kind, path, sha256)
+    verb = "wrote" if fetched else "already there, unchanged:"
+    out.print(f"{verb} {path} ({PUBLISHED[kind].use})", soft_wrap=True)
+
+
+def _check_out(path: Path, force: bool) -> None:
+    if not path.parent.is_dir():
+        raise ConfigError(f"folder {str(path.parent)!r} does not exist; create it or give another --out")
+    if path.is_dir():
+        raise ConfigError(f"{str(path)!r} is a folder; give a file as --out")
+    if path.exists() and not force:
+        raise ConfigError(f"{str(path)!r} exists; pass --force to overwrite it, or give another --out")
+
+
+def _mode(given: str) -> Mode:
+    from autodiffusion_optuna.evaluation.references.formats import MODES
+
+    for mode in MODES:
+        if given == mode:
+            return mode
+    raise ConfigError(choose_from("mode", given, MODES))
+
+
+@contextmanager
+def _progress() -> Iterator[Callable[[int, int], None]]:
+    """A callback for every batch: a bar on a terminal, a line every tenth elsewhere, both on stderr."""
+    if not err.is_terminal:
+        tenth = -1
+
+        def plain(done: int, total: int) -> None:
+            nonlocal tenth
+            if done * 10 // total != tenth:
+                tenth = done * 10 // total
+                err.print(f"{done:,} of {total:,} images")
+
+        yield plain
+        return
+    columns = TextColumn("images"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+    with Progress(*columns, console=err, transient=True) as bar:
+        task = bar.add_task("images", total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+def _facts(contents: Contents) -> list[tuple[str, str]]:
+    """Name and value of everything known."""
+    facts = [("holds", contents.what)]
+    if contents.meta is not None:
+        meta = contents.meta
+        facts += [("extractor", meta.extractor), ("fingerprint", meta.fingerprint), ("dataset", meta.dataset)]
+    for part in contents.statistics:
+        if contents.meta is None:
+            made_by = f"{part.extractor}{f', mode {part.mode}' if part.mode else ''}" if part.extractor else "not said"
+            facts.append(("extractor", made_by))
+        facts.append(("n", "not said" if part.n is None else f"{part.n:,}"))
+        if part.mu is not None and part.sigma is not None:
+            facts.append(("dim", f"{part.mu.size:,}"))
+            facts.append(("trace", f"{part.sigma.trace():.6g}" if part.sigma.ndim == 2 else "none"))
+        if part.features is not None:
+            facts.append(("features", " x ".join(f"{length:,}" for length in part.features.shape)))
+    if contents.meta is not None:
+        facts.append(("channels", str(meta.channels or "not said")))
+        facts.append(("size", f"{meta.size[1]}x{meta.size[0]}" if meta.size else "not said"))
+        facts += [("note", note) for note in meta.notes]
+    if contents.images is not None:
+        channels, height, width = contents.images.shape
+        more = f" and {len(contents.images.others):,} others" if contents.images.others else ""
+        facts += [("images", f"{contents.images.total:,}"), ("channels", str(channels))]
+        facts.append(("size", f"{width}x{height}{more}"))
+        facts += [("note", note) for note in contents.images.notes]
+    return facts

@@ -1,0 +1,123 @@
+"""``adopt studies``: the studies of a database; ``adopt storage``: the database itself."""
+
+from __future__ import annotations
+
+import sys
+from functools import partial
+from typing import Annotated
+
+import typer
+from rich.progress import Progress
+from rich.table import Table
+
+from autodiffusion_optuna.cli.output import StorageUrl, StudyName, err, existing, out, say, warn
+from autodiffusion_optuna.errors import ConfigError
+
+NewName = Annotated[str, typer.Option("--to", help="The new name.")]
+Force = Annotated[bool, typer.Option("--force", help="Also where workers seem to be running it.")]
+
+studies_app = typer.Typer(rich_markup_mode=None, invoke_without_command=True, help="Studies of the database.")
+storage_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="The database itself.")
+
+
+@studies_app.callback()
+def default(context: typer.Context, storage: StorageUrl = None) -> None:
+    """List, rename, copy or delete studies; alone it lists them."""
+    if context.invoked_subcommand is None:
+        list_all(storage)
+    elif storage is not None:
+        name = context.invoked_subcommand
+        raise ConfigError(f"--storage goes behind the command: adopt studies {name} --storage URL")
+
+
+@studies_app.command("list")
+def list_all(storage: StorageUrl = None) -> None:
+    """List the presets that ship with adopt and the studies in the database."""
+    from autodiffusion_optuna.results.status import list_studies
+    from autodiffusion_optuna.storage.studies import find_storage
+    from autodiffusion_optuna.storage.url import storage_url
+
+    table = Table(box=None, pad_edge=False)
+    for column in ("study", "preset", "finished", "best, search noise", "what it is"):
+        table.add_column(column, overflow="fold")
+    for line in list_studies(find_storage(storage_url(storage))):
+        finished = "-" if line.finished is None else f"{line.finished} of {line.budget}"
+        best = "-" if line.best is None else f"{line.best:.4g} ({line.measure})"
+        table.add_row(line.name, "yes" if line.preset else "", finished, best, line.description)
+    out.print(table)
+
+
+@studies_app.command()
+def rename(study: StudyName, new: NewName, storage: StorageUrl = None, force: Force = False) -> None:
+    """Give a study another name; its trials, pictures, notes and plots stay as they are."""
+    from autodiffusion_optuna.storage.database import open_storage
+    from autodiffusion_optuna.storage.manage import rename_study
+    from autodiffusion_optuna.storage.url import storage_url
+
+    rename_study(open_storage(storage_url(storage), create=False), study, new, force=force)
+    say(f"renamed {study} to {new}")
+
+
+@studies_app.command()
+def copy(
+    study: StudyName,
+    new: NewName,
+    storage: StorageUrl = None,
+    target: Annotated[
+        str | None, typer.Option("--to-storage", help="Database of the copy; default the same one.")
+    ] = None,
+    force: Force = False,
+) -> None:
+    """Copy a study with its pictures, within the database or to another; the copy goes on like the original."""
+    from autodiffusion_optuna.storage.database import open_storage
+    from autodiffusion_optuna.storage.manage import copy_study
+    from autodiffusion_optuna.storage.url import hide_password, storage_url
+
+    source = open_storage(storage_url(storage), create=False)
+    url = None if target is None else storage_url(target)
+    opened = None if url is None else partial(open_storage, url)
+    with Progress(console=err, transient=True, disable=not err.is_terminal) as progress:
+        task = progress.add_task(f"copying {study}")
+        copy_study(
+            source,
+            study,
+            new,
+            opened,
+            force=force,
+            on_copied=lambda done, total: progress.update(task, completed=done, total=total),
+        )
+    say(f"copied {study} to {new}" + ("" if url is None else f" in {hide_password(url)}"))
+
+
+@studies_app.command()
+def delete(
+    study: StudyName,
+    storage: StorageUrl = None,
+    yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
+    force: Annotated[
+        bool, typer.Option("--force", help="Also where workers seem to be running it, or its pictures must stay.")
+    ] = False,
+) -> None:
+    """Delete a study with its trials, and the pictures that are its alone."""
+    from autodiffusion_optuna.storage.manage import delete_study
+    from autodiffusion_optuna.storage.trials import count_finished
+    from autodiffusion_optuna.storage.url import storage_url
+
+    database, found = existing(study, storage_url(storage))
+    if not yes:
+        if not sys.stdin.isatty():
+            raise ConfigError(f"deleting study {study!r} needs --yes where there is no terminal to ask on")
+        typer.confirm(f"Delete study {study} with {count_finished(found)} finished trials?", abort=True)
+    deleted = delete_study(database, study, force=force)
+    say(f"deleted {study}" + (f" and {deleted.removed} pictures" if deleted.removed else ""))
+    if deleted.left:
+        warn([f"{deleted.why}; pictures that stay: {' '.join(deleted.left)}"])
+
+
+@storage_app.command()
+def upgrade(storage: StorageUrl = None) -> None:
+    """Bring the database's tables to the version that the installed Optuna needs."""
+    from autodiffusion_optuna.storage.database import upgrade_storage
+    from autodiffusion_optuna.storage.url import storage_url
+
+    out.print(upgrade_storage(storage_url(storage)))

@@ -1,0 +1,1 @@
+"""Statistics and images that samples are compared with."""

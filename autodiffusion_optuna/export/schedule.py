@@ -1,0 +1,289 @@
+"""Schedule: a result outside its study, as a JSON file that repeats it. Torch-free."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import itertools
+import json
+import zlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import numpy as np
+from pydantic import ConfigDict, Field, ValidationError, model_validator
+
+from autodiffusion_optuna.candidate import Candidate, skip_set
+from autodiffusion_optuna.config import NAME_PATTERN, ModelConfig, ScoreConfig, Section
+from autodiffusion_optuna.errors import ConfigError
+from autodiffusion_optuna.evaluation.files import START, not_content
+from autodiffusion_optuna.noise import Final, NoiseSchedule
+
+FORMAT: Literal[3] = 3
+MAX_TIMESTEPS = 1_000_000
+"""Largest grid of model times that a file is believed to have."""
+
+# Names become file names and code in exports, so they hold nothing else.
+Name = Annotated[str, Field(pattern=NAME_PATTERN)]
+Identifier = Annotated[str, Field(pattern=r"^\w+$")]
+Index = Annotated[int, Field(ge=0)]
+Shape = tuple[int, int, int]
+
+
+class Table(Section):
+    """A part of the file: unknown fields, other types, infinities and NaN are refused."""
+
+    model_config = ConfigDict(allow_inf_nan=False)
+
+
+class ModelPart(Table):
+    """The model that the schedule was found for; see ``evaluation.models.Model``.
+
+    ``clip`` is what was done, never "the model's own". ``guidance``: what a guidance scale acts on.
+    ``weights``: some of the network's by name, see ``evaluation.denoiser.weights_sample``. ``units``: names of all
+    layers that could be skipped. None where the file or the model does not say; ``latent_scale`` also of pixels.
+    """
+
+    source: str
+    sha256: str
+    kind: Identifier
+    prediction: str | None = None
+    clip: bool
+    precision: Literal["float32", "bfloat16", "float16"] = "float32"
+    guidance: Literal["none", "free", "embedded", "classifier"] = "none"
+    shape: Shape | None = None
+    image_shape: Shape | None = None
+    latent_scale: float | None = None
+    weights: dict[str, float] | None = None
+    units: tuple[str, ...] | None = None
+
+
+class NoisePart(Table):
+    """Noise levels in float64: those of the K timesteps and the final point, and the whole schedule.
+
+    ``model_times`` [K]: what the network takes as its timestep. ``alpha``, ``sigma`` [K + 1]: at the timesteps and the
+    final point. ``packed``: ``NoiseSchedule.pack``.
+    """
+
+    model_times: tuple[float, ...]
+    alpha: tuple[float, ...]
+    sigma: tuple[float, ...]
+    packed: str
+
+    @classmethod
+    def of(cls, noise: NoiseSchedule, timesteps: Sequence[int], final: Final) -> NoisePart:
+        """Levels of ``noise`` at ``timesteps`` and at the final point."""
+        end = (1.0, 0.0) if final == "zero" else (noise.alpha(0), noise.sigma(0))
+        return cls(
+            model_times=tuple(float(noise.model_times[t]) for t in timesteps),
+            alpha=(*(noise.alpha(t) for t in timesteps), end[0]),
+            sigma=(*(noise.sigma(t) for t in timesteps), end[1]),
+            packed=noise.pack(),
+        )
+
+
+class HeldOutPart(Table):
+    """Mean on held-out banks of noise and its 95 % interval; see ``records.Held-out``."""
+
+    mean: float
+    low: float
+    high: float
+    images: int
+    banks: int
+
+
+class ScorePart(Table):
+    """What the schedule scored: on the ``images`` of the search, and on held-out ones if it was scored there."""
+
+    metric: str
+    value: float
+    images: int
+    held_out: HeldOutPart | None = None
+
+
+class ConfigPart(Table):
+    """The sections of the study file that say how images are made and compared."""
+
+    model: ModelConfig
+    score: ScoreConfig
+
+
+class Result(Table):
+    """Everything that repeats the images of one candidate.
+
+    ``train_timesteps``: T, the size of the grid that ``timesteps`` index. ``solver``: a name of ``SOLVERS``.
+    ``guidance``: the scale used, None where the model has no guidance. ``skips``: names of the units skipped at each
+    step. ``cost``: relative to the study's full run. ``conditions``: fingerprint of the labels or prompts.
+    ``noise`` and ``config``: None in files of format 1, which did not hold them; format 2 knew less of the model.
+    """
+
+    format: Literal[2, 3] = FORMAT
+    study: Name
+    model: ModelPart
+    train_timesteps: Annotated[int, Field(ge=1, le=MAX_TIMESTEPS)]
+    solver: Identifier
+    final: Literal["zero", "sigma_min"]
+    eta: Annotated[float, Field(ge=0, le=1)] = 0.0
+    amplification_cap: Annotated[float, Field(ge=1)] | None = None
+    guidance: Annotated[float, Field(ge=0)] | None = None
+    timesteps: Annotated[tuple[Index, ...], Field(min_length=1)]
+    skips: tuple[tuple[str, ...], ...]
+    cost: float
+    score: ScorePart
+    conditions: str | None = None
+    noise: NoisePart | None = None
+    config: ConfigPart | None = None
+    made_with: Annotated[dict[str, str], Field(default_factory=dict)]
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Result:
+        if any(a <= b for a, b in itertools.pairwise(self.timesteps)) or self.timesteps[0] >= self.train_timesteps:
+            raise ValueError(f"timesteps must descend strictly within [0, {self.train_timesteps - 1}]")
+        if len(self.skips) != len(self.timesteps):
+            raise ValueError(f"{len(self.timesteps)} timesteps but skips for {len(self.skips)}")
+        if self.noise is not None:
+            found = NoisePart.of(_unpack(self.noise.packed, self.train_timesteps), self.timesteps, self.final)
+            for name in ("model_times", "alpha", "sigma"):
+                given, packed = getattr(self.noise, name), getattr(found, name)
+                if len(given) != len(packed) or not np.allclose(given, packed, rtol=1e-9, atol=1e-12):
+                    raise ValueError(f"noise.{name} is not what noise.packed holds at the timesteps")
+        return self
+
+    @classmethod
+    def read(cls, path: str | Path) -> Result:
+        """The schedule in a JSON file of format 3, or of those that older versions wrote (ConfigError)."""
+        path = Path(path)
+        try:
+            text = path.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            reason = getattr(error, "strerror", None) or "it is not text"
+            raise ConfigError(
+                f"cannot read schedule {str(path)!r}: {reason}; give a file of adopt export --format json"
+            ) from None
+        if told := not_content(text[:START].encode()):
+            raise ConfigError(f"{path}: {told}")
+        return cls.parse(text, path.name)
+
+    @classmethod
+    def parse(cls, text: str, name: str = "text") -> Result:
+        """The schedule in JSON text; ``name`` stands for it in a ConfigError."""
+        foreign = f"schedule {name} is not one that adopt export wrote"
+        try:
+            data = json.loads(text)
+        except (ValueError, RecursionError) as error:
+            raise ConfigError(f"{foreign}: it is not valid JSON ({error}); export it again") from None
+        version = data.get("format") if isinstance(data, dict) else None
+        if type(version) is not int or version < 1:
+            raise ConfigError(f"{foreign}: it says no format; give a file of adopt export --format json")
+        if version > FORMAT:
+            raise ConfigError(
+                f"schedule {name} has format {version}, this version reads up to {FORMAT}; upgrade autodiffusion-optuna"
+            )
+        try:
+            return cls.model_validate_json(text if version > 1 else json.dumps(_upgraded(data)))
+        except ValidationError as error:
+            raise ConfigError(f"{foreign}: {_first_problem(error)}; export it again") from None
+        except (KeyError, TypeError, AttributeError) as error:
+            raise ConfigError(f"{foreign}: format 1 has no {error}; export it again") from None
+
+    def text(self) -> str:
+        """The file's text: indented JSON, floats exact."""
+        return self.model_dump_json(indent=2) + "\n"
+
+    def write(self, path: str | Path) -> None:
+        """Write the file (ConfigError)."""
+        try:
+            Path(path).write_text(self.text(), encoding="utf-8")
+        except OSError as error:
+            raise ConfigError(f"cannot write {str(path)!r}: {error.strerror}; give another path") from None
+
+    @property
+    def masked(self) -> bool:
+        """Whether any step skips a unit."""
+        return any(self.skips)
+
+    def candidate(self, units: Sequence[str], T: int | None = None) -> Candidate:
+        """The candidate for a model with the given unit names, which may be another than the schedule's.
+
+        ``T``: number of that model's time indices; None to take it for granted. ``ConfigError`` naming the first unit
+        that the model lacks, or both numbers where they differ.
+        """
+        if T is not None and self.train_timesteps != T:
+            raise ConfigError(
+                f"the schedule of study {self.study!r} indexes {self.train_timesteps} timesteps and the model has {T}; "
+                "use it with a model of the same number, or search for this model"
+            )
+        position = {name: index for index, name in enumerate(units)}
+        for name in itertools.chain.from_iterable(self.skips):
+            if name not in position:
+                raise ConfigError(
+                    f"the schedule of study {self.study!r} skips {name!r}, and the model has no such layer; "
+                    "use it with a model of the same architecture, or search for this model"
+                )
+        return Candidate(self.timesteps, tuple(skip_set(position[name] for name in names) for names in self.skips))
+
+    def sampling_settings(self) -> dict[str, Any]:
+        """Keywords of ``evaluation.sampling.Sampling``."""
+        return {
+            "solver": self.solver,
+            "final": self.final,
+            "guidance": self.guidance,
+            "eta": self.eta,
+            "cap": self.amplification_cap,
+        }
+
+    def noise_schedule(self) -> NoiseSchedule:
+        """The whole noise schedule, exact (ConfigError for a file of format 1)."""
+        return _unpack(self.require_noise().packed, self.train_timesteps)
+
+    def require_noise(self) -> NoisePart:
+        """``noise``; ConfigError where the schedule was written by a version that did not keep it."""
+        if self.noise is None:
+            raise ConfigError(
+                f"the schedule of study {self.study!r} has no noise levels, being of an older version; continue the "
+                f"study with adopt run --study {self.study} and export it again"
+            )
+        return self.noise
+
+
+def _unpack(text: str, T: int) -> NoiseSchedule:
+    """``NoiseSchedule.unpack`` of text that may be damaged or hostile: ValueError, and never more than 24 T bytes."""
+    try:
+        unzip = zlib.decompressobj()
+        size = len(unzip.decompress(base64.b64decode(text, validate=True), 24 * T + 1))
+    except (zlib.error, binascii.Error) as error:
+        raise ValueError(f"noise.packed is damaged ({error})") from None
+    if size != 24 * T or not unzip.eof:
+        raise ValueError(f"noise.packed does not hold {T} timesteps")
+    noise = NoiseSchedule.unpack(text)
+    arrays = np.stack([noise.alphas, noise.sigmas, noise.model_times])
+    if not (np.isfinite(arrays).all() and (noise.alphas > 0).all() and (noise.sigmas > 0).all()):
+        raise ValueError("noise.packed holds levels that are not positive and finite")
+    return noise
+
+
+def _upgraded(data: dict[str, Any]) -> dict[str, Any]:
+    """A table of format 1 as a later one. Its version knew one kind of network, the mixture, and pixels alone."""
+    model, solver = data["model"], data["solver"]
+    kind = "mixture" if model["source"] == "mixture" else "UNet2DModel"
+    return {
+        **{key: value for key, value in data.items() if key not in ("format", "model", "solver")},
+        "format": 2,
+        "model": {**model, "kind": kind},
+        "solver": solver["name"],
+        "final": solver["final"],
+    }
+
+
+def _first_problem(error: ValidationError) -> str:
+    """First problem of a file as one line, an unknown field before the missing one that it was meant to be."""
+    problems = error.errors(include_url=False)
+    first = next((problem for problem in problems if problem["type"] == "extra_forbidden"), problems[0])
+    where = ".".join(str(part) for part in first["loc"])
+    if first["type"] == "extra_forbidden":
+        return f"unknown field {where!r}"
+    if first["type"] == "missing":
+        return f"field {where!r} is missing"
+    message = first["msg"].removeprefix("Value error, ")
+    return f"field {where!r}: {message[0].lower()}{message[1:]}" if where else message

@@ -1,0 +1,578 @@
+"""open_storage(url): Optuna's RDBStorage, made to survive."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import os
+import shlex
+import sqlite3
+import tempfile
+import time
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from datetime import datetime
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+
+import filelock
+import optuna
+import sqlalchemy
+from optuna.distributions import BaseDistribution
+from optuna.exceptions import OptunaError, StorageInternalError
+from optuna.storages import RDBStorage
+from optuna.storages._rdb import models
+from optuna.storages._rdb.storage import _create_scoped_session
+from optuna.trial import FrozenTrial, TrialState
+from sqlalchemy.engine import URL
+from sqlalchemy.exc import (
+    DBAPIError,
+    IntegrityError,
+    InterfaceError,
+    OperationalError,
+    ProgrammingError,
+    SQLAlchemyError,
+)
+
+from autodiffusion_optuna.errors import StorageError
+from autodiffusion_optuna.storage import rows
+from autodiffusion_optuna.storage.url import engine_options, escaped, hide_password, parse_url, sqlite_path
+
+PATIENCE = 600.0
+"""Seconds to wait for a database that went away while a study runs."""
+
+
+OPENING = 120.0
+"""Seconds to wait for one that has not answered yet, where it says that it will; see ``_is_coming``."""
+
+
+LOCK_SECONDS = 10
+"""Seconds to wait for another worker that takes a trial, and after which the database ends one that stopped there."""
+
+
+MAKE_TRIES = 8
+"""Times that tables are made, or looked for, while another process makes them."""
+
+
+LOCK_CLASS = 0x61646F70
+"""First key of Postgres's advisory locks of ours ("adop"); the second is the study's id."""
+
+
+T = TypeVar("T")
+
+
+_log = logging.getLogger("autodiffusion_optuna")
+
+
+class Beat(NamedTuple):
+    """A worker's last heartbeat. ``silence``: seconds since then by the database's clock.
+
+    ``watched``: seconds for which this process has seen none after it, while the database was there.
+    """
+
+    silence: float
+    watched: float
+
+
+class StudyStorage(RDBStorage):
+    """Optuna's RDBStorage for many processes and for days.
+
+    SQLite runs in WAL mode, waits for locks and syncs as WAL needs it; Postgres counts time in UTC. Where the database
+    goes away while a study runs (a restart, a lost connection), every call waits up to ``patience`` seconds and is
+    made again. A call that was cut off may have been carried out: callers bear that it then happens twice.
+    """
+
+    patience = 0.0
+
+    def __init__(self, url: str, **options: Any) -> None:
+        super().__init__(url, **options)
+        self._agreed: dict[int, dict[str, BaseDistribution]] = {}
+        # Last heartbeats of running trials, and when they were first seen by this process's clock.
+        self._seen: dict[int, tuple[datetime, float]] = {}
+        self._prepare_connections()
+
+    def __setstate__(self, state: dict[Any, Any]) -> None:
+        super().__setstate__(state)
+        self._prepare_connections()
+
+    def _prepare_connections(self) -> None:
+        listeners = {"sqlite": _on_sqlite, "postgresql": _on_postgres}
+        if self.engine.name in listeners:
+            sqlalchemy.event.listen(self.engine, "connect", listeners[self.engine.name])
+            self.engine.dispose()  # connections opened before the listener would go back without the setting
+
+    def use_wal(self) -> None:
+        """Let readers watch a running SQLite study; stays with the file."""
+        with self.engine.connect() as connection:
+            connection.execute(sqlalchemy.text("PRAGMA journal_mode=WAL"))
+
+    def beats(self, study_id: int) -> dict[int, Beat]:
+        """The last heartbeat of each running trial that has had one, by trial id."""
+        found = self._until_back(lambda: self._read_beats(study_id))
+        now, known = time.monotonic(), self._seen
+        same = {trial: known[trial] for trial, (at, _) in found.items() if trial in known and known[trial][0] == at}
+        seen = {trial: same.get(trial, (at, now)) for trial, (at, _) in found.items()}
+        self._seen = seen
+        return {trial: Beat(silence, now - seen[trial][1]) for trial, (_, silence) in found.items()}
+
+    def _read_beats(self, study_id: int) -> dict[int, tuple[datetime, float]]:
+        """Time and age of each heartbeat. Both are the database's clock's: those of the hosts may differ."""
+        query = sqlalchemy.text(
+            "SELECT b.trial_id, b.heartbeat FROM trial_heartbeats b JOIN trials t ON t.trial_id = b.trial_id "
+            "WHERE t.study_id = :study AND t.state = 'RUNNING'"
+        ).columns(trial_id=sqlalchemy.Integer, heartbeat=sqlalchemy.DateTime)
+        try:
+            with self.engine.connect() as connection:
+                now = connection.execute(sqlalchemy.select(sqlalchemy.func.now())).scalar_one().replace(tzinfo=None)
+                rows = connection.execute(query, {"study": study_id}).all()
+        except SQLAlchemyError as error:
+            raise StorageInternalError("heartbeats cannot be read") from error
+        times = {trial: beat.replace(tzinfo=None) for trial, beat in rows}
+        return {trial: (beat, (now - beat).total_seconds()) for trial, beat in times.items()}
+
+    def _create_new_trial(self, study_id: int, template_trial: FrozenTrial | None = None) -> FrozenTrial:
+        """A new trial, as Optuna's cache asks for one."""
+        if template_trial is None:
+            return self._until_back(lambda: super(StudyStorage, self)._create_new_trial(study_id))
+        return self.begin_trial(study_id, template_trial)
+
+    def begin_trial(self, study_id: int, template: FrozenTrial) -> FrozenTrial:
+        """Write a new trial that is ``template`` but for its number and id, all of it or nothing; the trial with both.
+
+        Raises KeyError where there is no such study, ValueError where a distribution does not fit earlier trials'.
+        """
+
+        def begin() -> FrozenTrial:
+            agreed = self._agreed.setdefault(study_id, {})
+            with _create_scoped_session(self.scoped_session) as session:
+                connection = session.connection()
+                if not rows.lock_study(connection, study_id):
+                    raise KeyError(models.NOT_FOUND_MSG)
+                begun = rows.insert_trial(connection, study_id, template, agreed)
+                # SQLite lets others write until the first row is in: the study may have been deleted in between.
+                if not rows.lock_study(connection, study_id):
+                    raise KeyError(models.NOT_FOUND_MSG)
+                return begun
+
+        return self._until_back(begin)
+
+    def get_trial(self, trial_id: int) -> FrozenTrial:
+        """The trial as it is now (KeyError)."""
+        return self._until_back(lambda: self._read_trial(trial_id))
+
+    def _read_trial(self, trial_id: int) -> FrozenTrial:
+        with _create_scoped_session(self.scoped_session) as session:
+            found = rows.read_trial(session.connection(), trial_id)
+        if found is None:
+            raise KeyError(models.NOT_FOUND_MSG)
+        return found
+
+    def _get_trials(
+        self,
+        study_id: int,
+        states: Container[TrialState] | None,
+        included_trial_ids: set[int],
+        trial_id_greater_than: int,
+    ) -> list[FrozenTrial]:
+        """Trials of a study: those included or above an id; what Optuna's cache asks for."""
+
+        def read() -> list[FrozenTrial]:
+            with _create_scoped_session(self.scoped_session) as session:
+                found = rows.read_trials(
+                    session.connection(), study_id, trial_id_greater_than, included_trial_ids, states
+                )
+                if not found:
+                    models.StudyModel.find_or_raise_by_id(study_id, session)
+            return found
+
+        return self._until_back(read)
+
+    def delete_study(self, study_id: int) -> None:
+        """Delete a study, all of it or nothing (KeyError). Optuna's own gives up silently beside a live worker."""
+
+        def delete() -> None:
+            with _create_scoped_session(self.scoped_session) as session:
+                if not rows.delete_study(session.connection(), study_id):
+                    raise KeyError(models.NOT_FOUND_MSG)
+
+        self._until_back(delete)
+
+    def take_trial(self, trial_id: int, attrs: Mapping[str, Any], begun: FrozenTrial | None = None) -> bool:
+        """Begin a waiting trial with these user attributes: all of it or nothing. False where it waits no more.
+
+        ``begun``: whose parameters it gets instead of those it has, if any.
+        """
+
+        def take() -> bool:
+            with _create_scoped_session(self.scoped_session) as session:
+                return rows.take_trial(session.connection(), trial_id, attrs, begun)
+
+        return self._until_back(take)
+
+    def finish_trial(
+        self,
+        trial_id: int,
+        state: TrialState,
+        values: Sequence[float] | None,
+        attrs: Mapping[str, Any],
+        holder: tuple[str, str | None],
+    ) -> bool:
+        """Write a running trial's last user attributes, values and state at once: all of it or nothing.
+
+        ``state``: how it ended, or WAITING for one that is to be run again. ``holder``: name and value of the user
+        attribute that says whose it is, None for one without. False, and nothing is written, where the trial is
+        another's or runs no more; True also where this very call was carried out before it was cut off.
+        """
+
+        def finish() -> bool:
+            with _create_scoped_session(self.scoped_session) as session:
+                done = rows.finish_trial(session.connection(), trial_id, state, values, attrs, holder)
+                if not done:
+                    session.rollback()
+            return done
+
+        return self._until_back(finish)
+
+    @contextmanager
+    def claiming(self, study_id: int) -> Iterator[None]:
+        """Hold the lock under which a study's workers take trials, one after another.
+
+        It saves work and keeps the list of trials tidy; what must hold is checked after it as well. So whoever does
+        not get it within ``LOCK_SECONDS`` goes on without: its holder may be frozen. A killed holder's is free at once.
+        """
+        holder = {"sqlite": self._file_lock, "postgresql": self._advisory_lock}.get(self.engine.name)
+        release = holder(study_id) if holder else None
+        try:
+            yield
+        finally:
+            if release is not None:
+                release()
+
+    def _file_lock(self, study_id: int) -> Callable[[], None] | None:
+        lock = filelock.FileLock(f"{self.engine.url.database}.lock", timeout=LOCK_SECONDS)
+        try:
+            lock.acquire(poll_interval=0.005)
+        except (filelock.Timeout, OSError):
+            return None
+        return lock.release
+
+    def _advisory_lock(self, study_id: int) -> Callable[[], None] | None:
+        # Where the server goes away meanwhile, all that wait do so anew: they must not come back without the lock.
+        return self._until_back(lambda: self._wait_for_lock(study_id))
+
+    def _wait_for_lock(self, study_id: int) -> Callable[[], None] | None:
+        try:
+            connection = self.engine.connect()
+        except SQLAlchemyError as error:
+            raise StorageInternalError("the lock cannot be asked for") from error
+        try:
+            # A holder that is frozen loses its connection, and with it the lock.
+            limits = ("lock_timeout", "idle_in_transaction_session_timeout")
+            settings = ", ".join(f"set_config('{name}', '{LOCK_SECONDS}s', true)" for name in limits)
+            connection.execute(sqlalchemy.text(f"SELECT {settings}"))
+            wait = sqlalchemy.text("SELECT pg_advisory_xact_lock(:kind, :study)")
+            connection.execute(wait, {"kind": LOCK_CLASS, "study": study_id})
+        except SQLAlchemyError as error:
+            _let_go(connection)
+            if _is_away(error):
+                raise StorageInternalError("the lock was lost") from error
+            return None
+        return functools.partial(_let_go, connection)
+
+    def record_heartbeat(self, trial_id: int) -> None:
+        """Say that the trial's worker lives. A beat that the database misses is missed: the next one will do."""
+        try:
+            super().record_heartbeat(trial_id)
+        except StorageInternalError as error:
+            self._seen = {}  # so may those of other workers have been
+            _log.debug("a heartbeat was missed: %s", error)
+
+    def _until_back(self, call: Callable[[], T]) -> T:
+        """Result of ``call``, made again while the database is away."""
+        began: float | None = None
+        while True:
+            try:
+                result = call()
+            except StorageInternalError as error:
+                now = time.monotonic()
+                if not _is_away(error.__cause__) or now - (began or now) > self.patience or not self.patience:
+                    raise
+                if began is None:
+                    began = now
+                    _log.warning("the database is away; waiting up to %.0f s for it", self.patience)
+                self._seen = {}  # workers that could not beat meanwhile were not silent
+                self.remove_session()
+                time.sleep(0.5)
+            else:
+                if began is not None:
+                    _log.warning("the database is back after %.0f s", time.monotonic() - began)
+                return result
+
+
+def _patiently(name: str) -> Callable[..., Any]:
+    method = getattr(RDBStorage, name)
+
+    @functools.wraps(method)
+    def patient(self: StudyStorage, *args: Any, **kwargs: Any) -> Any:
+        return self._until_back(lambda: method(self, *args, **kwargs))
+
+    return patient
+
+
+# All calls that a running study makes, those of Optuna's cache in front of the storage included.
+for _name in (
+    "create_new_study", "set_study_user_attr", "set_study_system_attr", "get_study_id_from_name",
+    "get_study_name_from_id", "get_study_directions", "get_study_user_attrs", "get_study_system_attrs",
+    "get_all_studies", "_set_trial_param", "get_trial_param", "set_trial_state_values",
+    "set_trial_intermediate_value", "set_trial_user_attr", "set_trial_system_attr",
+    "get_trial_id_from_study_id_trial_number", "_get_best_trial_id", "get_trial_user_attrs", "get_trial_system_attrs",
+):  # fmt: skip
+    setattr(StudyStorage, _name, _patiently(_name))
+
+
+NOT_AWAY = ("disk", "readonly", "read-only", "no such table", "no such column", "malformed")
+"""Words of SQLite's operational errors that waiting does not mend; another server's may hold its path."""
+
+
+def _is_away(error: BaseException | None) -> bool:
+    """Whether a database error is of a lost or refused connection, or of a lock, rather than of what was asked."""
+    if not isinstance(error, DBAPIError):
+        return False
+    if error.connection_invalidated:
+        return True
+    if not isinstance(error, (OperationalError, InterfaceError)):
+        return False
+    code = getattr(error.orig, "sqlstate", None)
+    if isinstance(code, str):
+        # Connection exceptions, shutting down or starting up, too many connections, deadlock, serialization.
+        return code[:2] in ("08", "57") or code in ("53300", "40P01", "40001")
+    text = str(error.orig).lower()
+    return "locked" in text or not (isinstance(error.orig, sqlite3.Error) and any(word in text for word in NOT_AWAY))
+
+
+COMING = (
+    "starting up", "shutting down", "not yet accepting", "recovery mode", "terminating connection", "too many clients",
+    "connection slots", "closed the connection", "reset by peer", "eof detected", "connection is lost",
+)  # fmt: skip
+"""Words of a server that is there, or was a moment ago; drivers give no code for what happens while they connect."""
+
+
+def _is_coming(error: BaseException | None) -> bool:
+    """Whether a database that is being opened for the first time is about to come back, or a wrong one was named.
+
+    One that refuses the connection, or the password, is the latter.
+    """
+    if not isinstance(error, DBAPIError):
+        return False
+    text = str(error.orig).lower()
+    away = isinstance(getattr(error.orig, "sqlstate", None), str) and _is_away(error)
+    return error.connection_invalidated or away or any(words in text for words in COMING)
+
+
+def _opened(make: Callable[[], T], url: URL, known: bool) -> T:
+    """Result of ``make``, which opens the database at ``url``; made again while that is coming back.
+
+    ``known``: whether it has answered before; it is then waited for whatever it says. SQLite waits by itself.
+    """
+    waits = _is_away if known else _is_coming
+    patience, began = PATIENCE if known else OPENING, time.monotonic()
+    told = False
+    while True:
+        try:
+            return make()
+        except (SQLAlchemyError, StorageInternalError) as error:
+            cause = error.__cause__ if isinstance(error, StorageInternalError) else error
+            late = time.monotonic() - began > patience
+            if late or url.get_backend_name() == "sqlite" or not waits(cause):
+                raise
+        if not told:
+            _log.warning("the database is away; waiting up to %.0f s for it", patience)
+            told = True
+        time.sleep(0.5)
+
+
+def failure(error: BaseException) -> str | None:
+    """One line for a database that failed while a study ran: full, read-only, locked or gone; None for other errors."""
+    if isinstance(error, KeyError) and error.args == (models.NOT_FOUND_MSG,):
+        return "the study was deleted while it ran; start it anew with the same command"
+    if not isinstance(error, (StorageInternalError, SQLAlchemyError)):
+        return None
+    cause = error.__cause__ if isinstance(error, StorageInternalError) and error.__cause__ else error
+    reason = " ".join(str(getattr(cause, "orig", None) or cause).split())
+    return f"the database failed: {reason}; what is finished is kept: mend the cause and run the command again"
+
+
+def _let_go(connection: sqlalchemy.Connection) -> None:
+    """End the transaction that holds a lock, also where the server ended it before."""
+    try:
+        connection.rollback()
+    except SQLAlchemyError:
+        connection.invalidate()
+    finally:
+        connection.close()
+
+
+def _on_sqlite(connection: Any, _record: object) -> None:
+    connection.execute("PRAGMA synchronous=NORMAL")  # in WAL mode a killed process loses nothing by it
+
+
+def _on_postgres(connection: Any, _record: object) -> None:
+    with connection.cursor() as cursor:
+        cursor.execute("SET TIME ZONE 'UTC'")
+    connection.commit()
+
+
+def open_storage(url: str, *, create: bool = True, known: bool = False) -> StudyStorage:
+    """Optuna storage at ``url``: SQLite in WAL mode with a busy timeout, or any database SQLAlchemy knows.
+
+    A database that does not answer now is an error, but for a server that is starting or ends connections; one that
+    goes away later is waited for, and with ``known`` True, for one that has answered before, also now. With ``create``
+    False a database without studies is an error, so that reading never writes.
+    Raises StorageError where the URL does not parse, or the database does not open or is another program's.
+    """
+    parsed = parse_url(url)
+    sqlite = parsed.get_backend_name() == "sqlite"
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    try:
+        if sqlite:
+            _check_sqlite(parsed, create)
+        storage = _opened(lambda: _open(url, create), parsed, known)
+        if sqlite and create:
+            storage.use_wal()
+    # RuntimeError: Optuna's word for tables of another version.
+    except (SQLAlchemyError, OptunaError, ImportError, OSError, RuntimeError) as error:
+        raise StorageError(_reason(url, error)) from None
+    storage.patience = PATIENCE
+    return storage
+
+
+def _open(url: str, create: bool) -> StudyStorage:
+    parsed = parse_url(url)
+    _check_tables(parsed, create)
+    options = engine_options(parsed)
+    return _once_made(lambda: StudyStorage(escaped(url), engine_kwargs=options, skip_table_creation=not create))
+
+
+def _once_made(make: Callable[[], T]) -> T:
+    """Result of ``make``, tried again where another process makes the same tables at this moment."""
+    for attempt in range(1, MAKE_TRIES):
+        try:
+            return make()
+        except (IntegrityError, OperationalError, ProgrammingError) as error:
+            if not (isinstance(error, IntegrityError) or "already exists" in str(error.orig)):
+                raise
+            time.sleep(0.2 * attempt)
+    return make()
+
+
+def check_place(url: str) -> None:
+    """StorageError where a SQLite file could not be made or written at ``url``; nothing is created."""
+    parsed = parse_url(url)
+    if parsed.get_backend_name() == "sqlite":
+        _check_sqlite(parsed, create=True)
+
+
+def is_empty(url: str, *, known: bool = False) -> bool:
+    """Whether there is no database at ``url`` yet, or one without tables; looking never creates one.
+
+    ``known`` as in ``open_storage``. Raises StorageError where the URL does not parse or the database does not open.
+    """
+    parsed = parse_url(url)
+    path = sqlite_path(url)
+    if path is not None and not path.exists():
+        return True
+    try:
+        if path is not None:
+            _check_sqlite(parsed, create=False)
+        tables = _opened(lambda: _tables(parsed), parsed, known)
+    except (SQLAlchemyError, ImportError, OSError) as error:
+        raise StorageError(_reason(url, error)) from None
+    return not tables or _being_made(tables)
+
+
+def _being_made(tables: set[str]) -> bool:
+    """Whether these are some of Optuna's tables, not yet stamped with their version: a process is at it."""
+    return tables <= set(models.BaseModel.metadata.tables)
+
+
+def _tables(parsed: URL) -> set[str]:
+    engine = sqlalchemy.create_engine(parsed, **engine_options(parsed))
+    try:
+        return set(sqlalchemy.inspect(engine).get_table_names())
+    finally:
+        engine.dispose()
+
+
+def _check_tables(parsed: URL, create: bool) -> None:
+    """StorageError where Optuna's tables would be put among another program's, or are looked for and not there."""
+    tables = _tables(parsed)
+    half = _being_made(tables)  # also where whoever made them was killed at it: the next one makes the rest
+    if ("studies" in tables and (create or not half)) or (create and half):
+        return
+    what = "holds no studies" if half else f"holds tables of another program ({min(tables)}, …)"
+    shown = hide_password(parsed.render_as_string(hide_password=False))
+    raise StorageError(f"database {shown!r} {what}; give another with --storage")
+
+
+def _check_sqlite(url: URL, create: bool) -> None:
+    if not url.database or url.database == ":memory:":
+        raise StorageError("storage sqlite in memory would forget the study; give a file: sqlite:///FILE.db")
+    path = Path(url.database)
+    if path.is_dir():
+        raise StorageError(f"storage {str(path)!r} is a folder; give a file: sqlite:///{path}/adopt.db")
+    if path.exists():
+        if create and not (os.access(path, os.W_OK) and _writable(path.parent)):
+            raise StorageError(f"storage {str(path)!r} is read-only; make the file and its folder writable")
+        # The file is never opened here: closing it would drop the locks of this process's own connections to it
+        # (https://sqlite.org/howtocorrupt.html, section 2.2), and the next worker to end would take away their log.
+    elif not create:
+        raise StorageError(f"no database at {str(path)!r}; start a study with `adopt run`, or give --storage URL")
+    elif not path.parent.is_dir():
+        raise StorageError(f"storage folder {str(path.parent)!r} does not exist; create it or give --storage URL")
+    elif not _writable(path.parent):
+        raise StorageError(f"storage folder {str(path.parent)!r} is read-only; give --storage URL of another place")
+
+
+def _writable(folder: Path) -> bool:
+    """Whether a file can be created there. Tried rather than asked: root is told yes on a read-only mount."""
+    try:
+        with tempfile.TemporaryFile(dir=folder):
+            return True
+    except OSError:
+        return False
+
+
+def _reason(url: str, error: Exception) -> str:
+    detail = str(getattr(error, "orig", None) or error).strip().splitlines()[0]
+    if "file is not a database" in detail:
+        return f"storage {str(sqlite_path(url))!r} is not a SQLite database; give another file"
+    if "psycopg" in detail and isinstance(error, ImportError):
+        return 'Postgres needs the package psycopg; pip install "autodiffusion-optuna[postgres]"'
+    if isinstance(error, RuntimeError):  # Optuna's word for tables of another version
+        return (
+            f"storage {hide_password(url)!r} was made by another version of Optuna, or this one is too old for it; "
+            f"keep a copy, then run: adopt storage upgrade --storage {shlex.quote(hide_password(url))}"
+        )
+    return f"cannot open storage {hide_password(url)!r}: {detail}; check the URL, or start the server"
+
+
+def upgrade_storage(url: str) -> str:
+    """Bring the tables at ``url`` to the version that the installed Optuna needs; what was done, one line.
+
+    Raises StorageError where there is no database of Optuna's.
+    """
+    parsed = parse_url(url)
+    try:
+        if parsed.get_backend_name() == "sqlite":
+            _check_sqlite(parsed, create=False)
+        _check_tables(parsed, create=False)
+        storage = RDBStorage(
+            escaped(url), engine_options(parsed), skip_compatibility_check=True, skip_table_creation=True
+        )
+        before, needed = storage.get_current_version(), storage.get_head_version()
+        if before == needed:
+            return f"database {hide_password(url)!r} has version {needed} already"
+        storage.upgrade()
+    except (SQLAlchemyError, OptunaError, ImportError, OSError, RuntimeError) as error:
+        raise StorageError(_reason(url, error)) from None
+    return f"database {hide_password(url)!r} upgraded from version {before} to {needed}"

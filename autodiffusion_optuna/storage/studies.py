@@ -1,0 +1,143 @@
+"""Reads a study and says what it found. Needs Optuna, never torch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import optuna
+from pydantic import ValidationError
+
+from autodiffusion_optuna._version import __version__
+from autodiffusion_optuna.config import (
+    StudyConfig,
+    differences,
+    explain,
+    flatten,
+    missing_files,
+)
+from autodiffusion_optuna.errors import StudyError, choose_from
+from autodiffusion_optuna.storage.attrs import CONFIG, READY, RUNTIME, UNIT_COSTS, VERSION
+from autodiffusion_optuna.storage.database import StudyStorage, is_empty, open_storage
+
+
+def load_study(storage: StudyStorage, name: str) -> optuna.Study:
+    """An existing study made by adopt (StudyError listing those there are)."""
+    names = study_names(storage)
+    if name not in names:
+        if not names:
+            raise StudyError(f"no study {name!r}: the database holds none yet; start one with adopt run --study {name}")
+        raise StudyError(choose_from("study", name, names))
+    study = optuna.load_study(study_name=name, storage=storage)
+    if CONFIG not in study.user_attrs:
+        if study.user_attrs or study.get_trials(deepcopy=False):
+            raise StudyError(f"study {name!r} was not made by adopt; choose another")
+        raise StudyError(
+            f"study {name!r} is empty: it was not made by adopt, or whoever began it was stopped; choose another, or "
+            "run it again as it was begun, with its study file or preset"
+        )
+    return study
+
+
+def find_storage(url: str, *, known: bool = False) -> StudyStorage | None:
+    """The database at ``url``, or None where there is none yet: looking never creates one. ``known``: it was there."""
+    return None if is_empty(url, known=known) else open_storage(url, create=False, known=known)
+
+
+def find_study(url: str, name: str, *, known: bool = False, ready: bool = True) -> optuna.Study | None:
+    """A study made by adopt, or None where the database or the study does not exist or was never begun in full.
+
+    ``known``: whether the database has answered before; it is then waited for. ``ready`` False: one whose beginning
+    was cut off will do, if it says what it is.
+    """
+    storage = find_storage(url, known=known)
+    if storage is None or name not in study_names(storage):
+        return None
+    study = optuna.load_study(study_name=name, storage=storage)
+    needed = {CONFIG, READY} if ready else {CONFIG}
+    return study if needed <= study.user_attrs.keys() else None
+
+
+def existing_names(url: str) -> list[str]:
+    """Names of the studies in the database at ``url``, if there is one."""
+    storage = find_storage(url)
+    return study_names(storage) if storage else []
+
+
+def require_same(study: optuna.Study, config: StudyConfig) -> None:
+    """StudyError with the differences where a config measures something else than the study does."""
+    changed = differences(stored_config(study), config)
+    if changed:
+        raise StudyError(
+            f"study {config.name!r} was begun with other settings ({'; '.join(changed)}); "
+            "run it with the old ones, or start another with --set name=NEW"
+        )
+
+
+def require_files(study: optuna.Study, config: StudyConfig) -> None:
+    """StudyError where a file of a study that was begun elsewhere does not exist here, with what gives its place."""
+    missing = missing_files(config)
+    if missing:
+        settings = flatten(config.model_dump(mode="json"))
+        where = " and ".join(f"{key} = {settings[key]!r}" for key in missing)
+        places = " ".join(f"--set {key}=PATH" for key in missing)
+        raise StudyError(f"study {config.name!r} has {where}, not to be found here; say where it is now: {places}")
+
+
+def stored_unit_costs(study: optuna.Study | None) -> tuple[float, ...] | None:
+    """Cost shares of the units as they were when the study was begun; measured latencies are not measured again."""
+    costs = None if study is None else study.user_attrs.get(UNIT_COSTS)
+    return None if costs is None else tuple(costs)
+
+
+def stored_batch(study: optuna.Study | None) -> int | None:
+    """Images in one network evaluation when the study was begun; another batch computes other bits."""
+    return None if study is None else (study.user_attrs.get(RUNTIME) or {}).get("batch")
+
+
+def study_names(storage: StudyStorage) -> list[str]:
+    """Names of all studies in a database."""
+    return sorted(study.study_name for study in storage.get_all_studies())
+
+
+def current_name(study: optuna.Study) -> str:
+    """The study's name as it is now: others may have renamed it since it was opened (KeyError where it is deleted)."""
+    storage = getattr(study._storage, "_backend", study._storage)  # Optuna's cache never asks for a name twice
+    return str(storage.get_study_name_from_id(study._study_id))
+
+
+def is_deleted(study: optuna.Study) -> bool:
+    """Whether a study that was opened is gone."""
+    try:
+        current_name(study)
+    except KeyError:
+        return True
+    return False
+
+
+@contextmanager
+def still_there(study: optuna.Study) -> Iterator[None]:
+    """StudyError where others delete the study meanwhile, of which Optuna says KeyError."""
+    try:
+        yield
+    except KeyError:
+        if not is_deleted(study):
+            raise
+        raise StudyError(f"study {study.study_name!r} was deleted meanwhile, with all that it had found") from None
+
+
+def stored_config(study: optuna.Study) -> StudyConfig:
+    """The config a study was last run with, under the study's present name.
+
+    optuna-dashboard's rename and Optuna's ``copy_study`` leave the old name in the config, and may choose one that no
+    study file could have: the name is not checked. StudyError for a config that only another version of adopt reads.
+    """
+    attrs, name = study.user_attrs, current_name(study)
+    try:
+        return StudyConfig.model_validate(attrs[CONFIG]).model_copy(update={"name": name})
+    except ValidationError as error:
+        reason = explain(error).partition(";")[0]
+        raise StudyError(
+            f"study {name!r} was written by adopt {attrs.get(VERSION)}, this is {__version__}: {reason}; "
+            "install that version to go on with it, or choose another study"
+        ) from None

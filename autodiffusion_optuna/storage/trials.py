@@ -1,0 +1,65 @@
+"""What is stored with a study and its trials, under which name, and how it is read. Needs Optuna, never torch."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import optuna
+from optuna.trial import FrozenTrial, TrialState
+
+from autodiffusion_optuna.candidate import Candidate
+from autodiffusion_optuna.storage.attrs import BASELINE, CANDIDATE, COST, GENERATION, SCORE
+
+FINISHED = (TrialState.COMPLETE, TrialState.PRUNED)
+
+
+def count_finished(study: optuna.Study) -> int:
+    """Trials that count towards the budget: complete or pruned."""
+    return len(study.get_trials(deepcopy=False, states=FINISHED))
+
+
+def values_by_key(study: optuna.Study) -> dict[str, float]:
+    """Values of complete trials by candidate key."""
+    return {t.user_attrs[CANDIDATE]: t.values[0] for t in scored_trials(study.get_trials(deepcopy=False))}
+
+
+def scored_trials(trials: Iterable[FrozenTrial]) -> list[FrozenTrial]:
+    """Complete trials that say what they tried and at what cost; those of others may not.
+
+    Older versions could be killed before they had written a baseline's cost: its name tells it.
+    """
+    complete = (t for t in trials if t.state == TrialState.COMPLETE and t.values)
+    return [t for t in complete if _says_candidate(t) and _has_cost(t)]
+
+
+def _says_candidate(trial: FrozenTrial) -> bool:
+    key = trial.user_attrs.get(CANDIDATE)
+    return isinstance(key, str) and _is_candidate(key)
+
+
+@functools.lru_cache(maxsize=2**16)
+def _is_candidate(key: str) -> bool:
+    try:
+        Candidate.from_key(key)
+    except ValueError:
+        return False
+    return True
+
+
+def _has_cost(trial: FrozenTrial) -> bool:
+    cost = trial.user_attrs.get(COST)
+    return isinstance(cost, (int, float)) if COST in trial.user_attrs else BASELINE in trial.user_attrs
+
+
+def generation_of(trial: FrozenTrial) -> int:
+    """Generation of a trial; 0 for one that does not say."""
+    said = trial.user_attrs.get(GENERATION)
+    return said if isinstance(said, int) else 0
+
+
+def stored_score(trial: FrozenTrial) -> Mapping[str, Any]:
+    """What the evaluator says of a trial's value; empty for one that was not scored here."""
+    said = trial.user_attrs.get(SCORE)
+    return said if isinstance(said, dict) else {}

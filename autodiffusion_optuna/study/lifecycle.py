@@ -1,0 +1,232 @@
+"""The composition root: the only file that sees both the search and the evaluation."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import optuna
+from optuna.pruners import BasePruner, MedianPruner, NopPruner, PercentilePruner
+from optuna.trial import TrialState
+
+from autodiffusion_optuna._version import __version__
+from autodiffusion_optuna.candidate import Candidate
+from autodiffusion_optuna.config import StudyConfig
+from autodiffusion_optuna.errors import StudyError
+from autodiffusion_optuna.evaluation.denoiser import Denoiser
+from autodiffusion_optuna.evaluation.runtime import describe_runtime
+from autodiffusion_optuna.storage.artifacts import (
+    default_folder,
+    location_of,
+    open_store,
+    stored_location,
+)
+from autodiffusion_optuna.storage.attrs import (
+    ARTIFACTS,
+    BASELINE,
+    BASELINE_COSTS,
+    BASELINES,
+    CONFIG,
+    METRIC,
+    MODEL_FACTS,
+    NOISE,
+    READY,
+    REFERENCE_IMAGES,
+    RUNTIME,
+    SANITY,
+    UNIT_COSTS,
+    VERSION,
+    WARNINGS,
+)
+from autodiffusion_optuna.storage.database import StudyStorage, check_place, open_storage
+from autodiffusion_optuna.storage.studies import (
+    find_study,
+    require_files,
+    require_same,
+    stored_batch,
+    stored_unit_costs,
+)
+from autodiffusion_optuna.study.components import (
+    StudyComponents,
+    build,
+    metric_name,
+    relative_cost,
+    warm_starts,
+    warnings,
+)
+
+if TYPE_CHECKING:
+    from optuna.artifacts._protocol import ArtifactStore
+
+
+def open_study(parts: StudyComponents, storage: StudyStorage, pictures: str | None = None) -> optuna.Study:
+    """Create the study, or resume it after checking that it measures the same.
+
+    ``pictures``: where a new study keeps them, as it is stored. Raises StudyError with the differences where it
+    does not.
+    """
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    study = optuna.create_study(
+        study_name=parts.config.name,
+        storage=storage,
+        sampler=parts.sampler,
+        pruner=_pruner(parts.config),
+        direction="minimize",
+        load_if_exists=True,
+    )
+    with storage.claiming(study._study_id):  # of workers that start together one begins it, the others find it begun
+        begun = READY in study.user_attrs
+        if not begun and study.get_trials(deepcopy=False, states=(TrialState.RUNNING, TrialState.COMPLETE)):
+            raise StudyError(f"study {study.study_name!r} exists but was not made by adopt; choose another name")
+        if CONFIG in study.user_attrs:  # also where whoever began it was stopped: its queue is of that config
+            check_same(parts, study)
+        if not begun:
+            _begin(parts, study, pictures)
+    if begun:
+        _describe_run(parts, study)
+    if NOISE not in study.user_attrs:  # begun by an older version
+        _describe_model(parts, study)
+    return study
+
+
+@dataclass(frozen=True, eq=False)
+class Run:
+    """A study that is ready to be worked on."""
+
+    parts: StudyComponents
+    study: optuna.Study
+    storage: StudyStorage
+    store: ArtifactStore | None
+
+
+def open_run(
+    config: StudyConfig,
+    url: str,
+    *,
+    trust: bool = False,
+    artifacts: str | None = None,
+    device: str | None = None,
+    known: bool = False,
+) -> Run:
+    """Build a study's parts, and create or resume it at ``url``.
+
+    ``artifacts``: where its pictures go, as ``artifacts.open_store`` takes it; None leaves that as it is, or for a new
+    study in SQLite beside the database. ``device``: this worker's, instead of the config's. ``known``: whether the
+    database has answered before; it is then waited for. Raises AdoptError children before anything is written.
+    """
+    begun = find_study(url, config.name, known=known)
+    if begun is not None:
+        require_same(begun, config)
+        require_files(begun, config)
+    parts = build(config, trust=trust, unit_costs=stored_unit_costs(begun), device=device, batch=stored_batch(begun))
+    check_place(url)
+    parts.evaluator.prepare(0, config.score.images)  # prompts too many for this machine are refused here
+    location = _location(begun, url, artifacts)
+    store = None if location is None else open_store(location_of(location, url))
+    storage = open_storage(url, known=True)  # it answered a moment ago
+    study = open_study(parts, storage, location)
+    batch = stored_batch(study)
+    if batch is not None and begun is None:  # another worker that started together with this one has begun the study
+        parts = replace(parts, evaluator=replace(parts.evaluator, batch=batch))
+    if location is not None and location != study.user_attrs.get(ARTIFACTS):
+        study.set_user_attr(ARTIFACTS, location)
+    return Run(parts, study, storage, store)
+
+
+def _location(begun: optuna.Study | None, url: str, given: str | None) -> str | None:
+    """Where pictures go, as it is stored."""
+    if given is not None:
+        return stored_location(given, url)
+    kept = None if begun is None else begun.user_attrs.get(ARTIFACTS)
+    location = default_folder(url) if begun is None else kept and location_of(kept, url)
+    return None if location is None else stored_location(location, url)
+
+
+def _describe_model(parts: StudyComponents, study: optuna.Study) -> None:
+    """Write down what an export needs to know of the model."""
+    model = parts.model
+    facts = {
+        "kind": model.kind,
+        "prediction": model.denoiser.prediction if isinstance(model.denoiser, Denoiser) else None,
+        "shape": list(model.shape),
+        "image_shape": list(model.picture_shape),
+        "units": list(model.units),
+        "latent_scale": model.latent_scale,
+        "weights": None if model.weights is None else dict(model.weights),
+        "guidance": model.guidance,
+        "scale": model.scale,
+    }
+    study.set_user_attr(MODEL_FACTS, facts)
+    study.set_user_attr(NOISE, model.schedule.pack())
+
+
+def _pruner(config: StudyConfig) -> BasePruner:
+    startup = config.search.population or 10
+    if config.score.pruner == "percentile":
+        return PercentilePruner(100 * config.score.keep, n_startup_trials=startup)
+    if config.score.pruner == "median":
+        return MedianPruner(n_startup_trials=startup)
+    return NopPruner()
+
+
+def _identity(parts: StudyComponents) -> dict[str, Any]:
+    """What must be equal for values to be compared, besides the config; stored with the study."""
+    conditions = parts.model.conditions
+    return {
+        "codec": parts.space.codec(),
+        "model": parts.model.fingerprint,
+        "extractor": parts.evaluator.extractor.fingerprint,
+        "reference": parts.evaluator.reference.digest,
+        "conditions": None if conditions is None else conditions.fingerprint,
+    }
+
+
+def _describe_run(parts: StudyComponents, study: optuna.Study) -> None:
+    """Write what is so in this run: a longer budget, where files are now, and what there is to be warned of."""
+    study.set_user_attr(CONFIG, parts.config.model_dump(mode="json"))
+    study.set_user_attr(WARNINGS, warnings(parts, parts.config.score.images))
+    if parts.config.model.check:  # else what an earlier check found stays true
+        study.set_user_attr(SANITY, list(parts.sanity))
+    study.set_user_attr(REFERENCE_IMAGES, parts.evaluator.reference.n)
+
+
+def _begin(parts: StudyComponents, study: optuna.Study, pictures: str | None) -> None:
+    """Write what the study is and enqueue the baselines; may be killed anywhere and repeated."""
+    _describe_run(parts, study)
+    if pictures is not None:
+        study.set_user_attr(ARTIFACTS, pictures)
+    for key, value in _identity(parts).items():
+        study.set_user_attr(key, value)
+    _describe_model(parts, study)
+    study.set_user_attr(RUNTIME, describe_runtime(parts.evaluator))
+    study.set_user_attr(VERSION, __version__)
+    study.set_user_attr(METRIC, metric_name(parts))
+    study.set_user_attr(UNIT_COSTS, list(parts.space.unit_costs))
+    costs = {name: relative_cost(parts, candidate) for name, candidate in parts.baselines.items()}
+    study.set_user_attr(BASELINE_COSTS, costs)
+    study.set_user_attr(BASELINES, {name: candidate.key for name, candidate in parts.baselines.items()})
+    starts: dict[str, str] = {}
+    for name in warm_starts(parts.config, parts.baselines):
+        starts.setdefault(parts.baselines[name].key, name)  # two names may mean the same list
+    enqueued = len(study.get_trials(deepcopy=False))
+    for key, name in list(starts.items())[enqueued:]:
+        params = parts.space.encode(Candidate.from_key(key))
+        study.enqueue_trial(params, user_attrs={BASELINE: name})
+    study.set_user_attr(READY, True)
+
+
+def check_same(parts: StudyComponents, study: optuna.Study) -> None:
+    """StudyError naming what differs where new values could not be compared with the study's."""
+    require_same(study, parts.config)
+    attrs = study.user_attrs
+    if attrs.get(VERSION, __version__) != __version__:
+        raise StudyError(
+            f"study {parts.config.name!r} was begun with adopt {attrs.get(VERSION)}, this is {__version__}; "
+            f"install that version to go on, or start another with --set name=NEW"
+        )
+    for key, value in _identity(parts).items():
+        if attrs.get(key, value) != value:
+            raise StudyError(
+                f"study {parts.config.name!r} was begun with another {key} ({attrs.get(key)} -> {value}); "
+                "its values cannot be compared with new ones; start another with --set name=NEW"
+            )

@@ -1,0 +1,1 @@
+"""One worker of a study, and what starts many."""

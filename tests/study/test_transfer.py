@@ -1,0 +1,185 @@
+"""A schedule on another model than its own: what differs is said, and nothing is where it is the same one."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from command import Adopt
+from example_schedules import example, open_model, schedule_of
+from tiny_models import make_unet, write_ddpm
+from tiny_pipelines import write_prompts, write_sd
+
+from autodiffusion_optuna import Result, apply
+from autodiffusion_optuna.evaluation.denoiser import weights_of, weights_sample
+from autodiffusion_optuna.export.check import same_weights
+from autodiffusion_optuna.study.transfer import differences
+
+# diffusers, in pytest.warns
+pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
+
+PROMPTED = {"prompts": "prompts.txt", "size": [32, 32]}
+
+
+def scheduled(folder: Path, **change: Any) -> None:
+    path = folder / "scheduler" / "scheduler_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
+
+
+def other_weights(folder: Path) -> None:
+    unet = make_unet()
+    with torch.no_grad():
+        for weight in unet.parameters():
+            weight.mul_(1.05)  # as a little training would
+    unet.save_pretrained(folder / "unet")
+
+
+def other_scale(folder: Path) -> None:
+    path = folder / "vae" / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "scaling_factor": 0.13025}))
+
+
+def larger(folder: Path) -> None:
+    write_ddpm(folder, sample_size=32)
+
+
+def deeper(folder: Path) -> None:
+    write_ddpm(folder, layers_per_block=2)
+
+
+CHANGED: dict[str, tuple[Callable[[Path], Any], Callable[[Path], Any], str]] = {
+    "weights": (write_ddpm, other_weights, "other weights"),
+    "prediction": (
+        write_ddpm,
+        lambda f: scheduled(f, prediction_type="sample"),
+        "prediction sample instead of epsilon",
+    ),
+    "noise": (write_ddpm, lambda f: scheduled(f, beta_end=0.01), "another noise schedule"),
+    "scale": (write_sd, other_scale, "latent scale 0.13025 instead of 0.18215"),
+    "size": (write_ddpm, larger, "shape 3x32x32 instead of 3x16x16, image shape 3x32x32 instead of 3x16x16"),
+    "layers": (write_ddpm, deeper, "other layers (18 instead of 12)"),
+}
+
+
+@pytest.mark.parametrize("name", CHANGED)
+def test_what_is_other_is_named(folder: Path, name: str) -> None:
+    write, change, message = CHANGED[name]
+    write_prompts(folder)
+    options = PROMPTED if write is write_sd else None
+    for place in ("net", "other"):
+        write(folder / place)
+    change(folder / "other")
+    schedule = schedule_of(Path("net"), options)
+    assert differences(schedule, open_model("net", options)) == []
+    found = ", ".join(differences(schedule, open_model("other", options)))
+    assert message in found
+    assert ("other weights" in found) == (name in ("weights", "layers"))
+
+
+def test_prompts_count_and_an_older_file_says_what_it_cannot(folder: Path) -> None:
+    write_sd(folder / "net")
+    write_prompts(folder)
+    (folder / "others.txt").write_text("a hat\n")
+    schedule = schedule_of(Path("net"), PROMPTED)
+    model = open_model("net", {**PROMPTED, "prompts": "others.txt"})
+    assert differences(schedule, model) == ["other labels or prompts"]
+    unknown = {"latent_scale": None, "weights": None, "units": None, "sha256": "another"}
+    old = schedule.model_copy(update={"format": 2, "model": schedule.model.model_copy(update=unknown)})
+    assert differences(old, open_model("net", PROMPTED)) == [
+        "other files, of weights or configs",
+        "and the schedule, of an older version, does not say all of its own",
+    ]
+
+
+def test_commands_say_it_beside_what_they_print(folder: Path, adopt: Adopt) -> None:
+    for place in ("net", "other"):
+        write_ddpm(folder / place)
+    other_weights(folder / "other")
+    schedule = schedule_of(Path("net"), {"clip": True})
+    assert schedule.config is not None
+    table = {"extractor": "pixels", "reference": "images.npz", "held_out_images": 8, "held_out_banks": 2}
+    score = schedule.config.score.model_validate(table)
+    write_images(folder / "images.npz")
+    schedule.model_copy(update={"config": schedule.config.model_copy(update={"score": score})}).write("best.json")
+    line = "warning: model other is not the one that the schedule of study 'mine' was found on: other weights"
+    for command in (("score",), ("sample", "--images", "2", "--out", "grid.png")):
+        own = adopt(*command, "--schedule", "best.json")
+        assert (own.code, "found on" in own.err) == (0, False)
+        changed = adopt(*command, "--schedule", "best.json", "--set", "model.source='other'")
+        assert changed.code == 0
+        assert line in " ".join(changed.err.split())
+        assert "found on" not in changed.out
+
+
+def write_images(path: Path) -> None:
+    import numpy as np
+
+    np.savez(path, arr_0=np.random.default_rng(0).integers(0, 256, (900, 16, 16, 3), dtype=np.uint8))
+
+
+@pytest.mark.parametrize("name", ["weights", "scale", "size"])
+def test_a_pipeline_of_another_model_is_warned_of_once(folder: Path, name: str) -> None:
+    import diffusers
+
+    write, change, _ = CHANGED[name]
+    write_prompts(folder)
+    write(folder / "net")
+    schedule = schedule_of(Path("net"), PROMPTED if write is write_sd else None)
+    change(folder / "net")
+    pipe = getattr(diffusers, schedule.model.kind).from_pretrained("net")
+    message = {
+        "weights": "found on: other weights, or adapters to them",
+        "scale": "found on: latent scale 0.13025 instead of 0.18215",
+        "size": "found on: sample_size 32 instead of 16x16",
+    }
+    with pytest.warns(UserWarning, match=message[name]):
+        apply(pipe, schedule)
+
+
+def test_the_same_weights_in_half_precision_or_offloaded_are_no_others(tmp_path: Path) -> None:
+    from diffusers import DDPMPipeline, DDPMScheduler
+
+    unet = make_unet()
+    sample = weights_sample(unet)
+    assert len(sample) == 24
+    assert weights_of(torch.compile(unet, backend="eager"), sample) == sample
+    schedule = example(model={"weights": sample, "shape": (3, 16, 16)})
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        apply(DDPMPipeline(make_unet().to(dtype), DDPMScheduler()), schedule)
+    apply(DDPMPipeline(make_unet().to("meta"), DDPMScheduler()), schedule)
+    with pytest.warns(UserWarning, match="not known, as the schedule is of an older version"):
+        apply(DDPMPipeline(make_unet(), DDPMScheduler()), Result.parse(older(example())))
+
+
+@pytest.mark.parametrize("matrices", [True, False])
+def test_weights_changed_by_more_than_rounding_are_others(matrices: bool) -> None:
+    from diffusers import DDPMPipeline, DDPMScheduler
+
+    unet = make_unet()
+    schedule = example(model={"weights": weights_sample(unet), "shape": (3, 16, 16)})
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for weight in unet.parameters():
+            if (weight.ndim > 1) == matrices:
+                weight.add_(weight * 0.009 if matrices else torch.randn(weight.shape, generator=generator))
+    with pytest.warns(UserWarning, match="found on: other weights"):
+        apply(DDPMPipeline(unet, DDPMScheduler()), schedule)
+
+
+def test_the_shorter_samples_of_older_schedules_are_compared() -> None:
+    sample = weights_sample(make_unet())
+    part = dict([*sample.items()][:12])
+    assert same_weights(part, sample)
+    assert not same_weights(sample, part)
+
+
+def older(schedule: Result) -> str:
+    """As the version before wrote it."""
+    table = json.loads(schedule.text())
+    for name in ("latent_scale", "weights", "units"):
+        del table["model"][name]
+    return json.dumps({**table, "format": 2})

