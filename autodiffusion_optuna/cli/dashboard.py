@@ -11,7 +11,8 @@ from autodiffusion_optuna.errors import StorageError
 
 if TYPE_CHECKING:
     import optuna
-    from optuna.artifacts._protocol import ArtifactStore
+
+    from autodiffusion_optuna.storage.artifacts import ArtifactStore
 
 
 def dashboard(

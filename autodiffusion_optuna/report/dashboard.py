@@ -31,7 +31,7 @@ from autodiffusion_optuna.storage.trials import FINISHED, generation_of
 from autodiffusion_optuna.storage.url import storage_option
 
 if TYPE_CHECKING:
-    from optuna.artifacts._protocol import ArtifactStore
+    from autodiffusion_optuna.storage.artifacts import ArtifactStore
 
 WSGIApp = Callable[[dict[str, Any], Any], Iterable[bytes]]
 

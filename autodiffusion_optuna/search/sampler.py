@@ -140,6 +140,15 @@ class AutoDiffusionSampler(BaseSampler):
         if self.space is None or not _is_part(search_space, self.space.distributions()):
             return self._sample_generic(study, trials, trial.number, search_space)
         proposal = self._propose(self.space, study, trials, trial.number)
+        given = trial.system_attrs.get("fixed_params")
+        key = trial.user_attrs.get("candidate")
+        if isinstance(key, str):
+            try:
+                cand = Candidate.from_key(key)
+                if self.space.is_canonical(cand):
+                    proposal = replace(proposal, candidate=cand)
+            except ValueError:
+                pass
         self._remember(study, trial.number, proposal)
         values = self.space.encode(proposal.candidate)
         return {name: value for name, value in values.items() if name in search_space}
@@ -170,6 +179,14 @@ class AutoDiffusionSampler(BaseSampler):
         if trials is None:
             remembered = self._proposed.get((study.study_name, number))
             if remembered is not None:
+                now = study.get_trials(deepcopy=False)
+                mine = next((t for t in now if t.number == number), None)
+                if mine is not None and "fixed_params" in mine.system_attrs:
+                    vals = {**self.space.encode(remembered.candidate), **mine.system_attrs["fixed_params"]}
+                    try:
+                        return replace(remembered, operator="baseline", parents=(), candidate=self.space.decode(vals))
+                    except (ConfigError, TypeError, ValueError, OverflowError) as error:
+                        raise ConfigError(str(error)) from None
                 return remembered
             trials = study.get_trials(deepcopy=False)
         earlier = trials[: bisect_left(trials, number, key=lambda trial: trial.number)]
@@ -363,6 +380,11 @@ class AutoDiffusionSampler(BaseSampler):
 
     def _record(self, trial: FrozenTrial, directions: Sequence[StudyDirection]) -> Record | None:
         candidate = self._decode(parameters(trial))
+        if candidate is None and not trial.state.is_finished():
+            try:
+                candidate = Candidate.from_key(trial.user_attrs["candidate"])
+            except Exception:
+                candidate = None
         if candidate is None:
             return None
         complete = trial.state == TrialState.COMPLETE and trial.values

@@ -13,7 +13,7 @@ import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import Any, BinaryIO, Protocol
 
 import numpy as np
 import optuna
@@ -26,9 +26,6 @@ from autodiffusion_optuna.images import square_grid
 from autodiffusion_optuna.storage.attrs import BASELINE, GENERATION, NOTABLE
 from autodiffusion_optuna.storage.url import sqlite_path
 
-if TYPE_CHECKING:
-    from optuna.artifacts._protocol import ArtifactStore
-
 ATTR = "artifacts:"
 """Prefix of the system attr that Optuna keeps for each artifact of a trial or a study: its id follows."""
 EXTRAS = {"s3": "s3", "gs": "gcs"}
@@ -39,6 +36,22 @@ BASELINES, NEW_BEST, BEST_OF_GENERATION = "baseline", "new best", "best of its g
 _log = logging.getLogger("autodiffusion_optuna")
 
 
+class ArtifactStore(Protocol):
+    """What Optuna's artifact stores can do."""
+
+    def open_reader(self, artifact_id: str) -> BinaryIO:
+        """A file to read (``ArtifactNotFound``)."""
+        ...
+
+    def write(self, artifact_id: str, content_body: BinaryIO) -> None:
+        """Keep a file's content."""
+        ...
+
+    def remove(self, artifact_id: str) -> None:
+        """Forget a file (``ArtifactNotFound``)."""
+        ...
+
+
 @dataclass(frozen=True)
 class Prefixed:
     """An artifact store whose files have names below ``prefix``: several studies may then share a bucket."""
@@ -46,16 +59,13 @@ class Prefixed:
     store: ArtifactStore
     prefix: str
 
-    def open_reader(self, artifact_id: str) -> BinaryIO:
-        """A file to read (``ArtifactNotFound``)."""
+    def open_reader(self, artifact_id: str) -> BinaryIO:  # noqa: D102 (the protocol's)
         return self.store.open_reader(f"{self.prefix}/{artifact_id}")
 
-    def write(self, artifact_id: str, content_body: BinaryIO) -> None:
-        """Keep a file's content."""
+    def write(self, artifact_id: str, content_body: BinaryIO) -> None:  # noqa: D102
         self.store.write(f"{self.prefix}/{artifact_id}", content_body)
 
-    def remove(self, artifact_id: str) -> None:
-        """Forget a file (``ArtifactNotFound``)."""
+    def remove(self, artifact_id: str) -> None:  # noqa: D102
         self.store.remove(f"{self.prefix}/{artifact_id}")
 
 
@@ -79,17 +89,9 @@ def stored_location(location: str, url: str) -> str:
 
 
 def location_of(stored: str, url: str) -> str:
-    """Inverse of ``stored_location``: what ``open_store`` takes.
-
-    Older versions kept all folders absolute: one that is gone is looked for beside the database, moved with it.
-    """
+    """Inverse of ``stored_location``: what ``open_store`` takes."""
     file = sqlite_path(url)
-    if "://" in stored or file is None:
-        return stored
-    home = file.absolute().parent
-    moved = home / Path(stored).name
-    gone = os.path.isabs(stored) and not Path(stored).is_dir()
-    return str(moved if gone and (moved.is_dir() or str(moved) == default_folder(url)) else home / stored)
+    return stored if "://" in stored or file is None else str(file.absolute().parent / stored)
 
 
 def open_store(location: str, *, write: bool = True) -> ArtifactStore:
@@ -209,16 +211,16 @@ def _remove(store: ArtifactStore, picture: str) -> None:
         store.remove(picture)
 
 
-_told: set[type[Exception]] = set()
+_warned: set[type[Exception]] = set()
 
 
 def _warn_of(error: Exception) -> None:
     """Say why a picture could not be kept, once for each kind of trouble: a search may have hundreds of pictures."""
-    if type(error) in _told:
+    if type(error) in _warned:
         return
-    _told.add(type(error))
+    _warned.add(type(error))
     reason = reason_of(error)
-    _log.warning("pictures are not kept (%s); the search goes on without. Mend it, or give another --artifacts", reason)
+    _log.warning("pictures are not kept (%s); the search goes on without. Fix it, or give another --artifacts", reason)
 
 
 def reason_of(error: Exception) -> str:

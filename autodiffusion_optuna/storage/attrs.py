@@ -1,4 +1,4 @@
-"""What is stored with a study and its trials, under which name, and how it is read. Needs Optuna, never torch."""
+"""Every name that is stored with a study or a trial. Imports nothing of the package: everybody may read it."""
 
 from __future__ import annotations
 
@@ -9,94 +9,53 @@ from typing import Any
 
 # Study user attrs.
 READY = "ready"
-
-
 CONFIG = "config"
-
-
 VERSION = "version"
-
-
 METRIC = "metric"
-
-
 BASELINES = "baselines"
 """{name: candidate key} of the baselines."""
-
-
 REFERENCE_IMAGES = "reference_images"
 """Images behind the reference's statistics; None where they do not say."""
-
-
 UNIT_COSTS = "unit_costs"
-
-
 NOISE = "noise"
 """The model's noise schedule, ``NoiseSchedule.pack``."""
-
-
 MODEL_FACTS = "model_facts"
 """{kind, prediction, shape, image_shape, guidance, scale}: what an export says of the model; see ``Model``."""
-
-
 BASELINE_COSTS = "baseline_costs"
 """{name: cost} of the baselines."""
-
-
 WARNINGS = "warnings"
 """[line]: what ``study.warnings`` said when the study was last run; every view shows them again."""
-
-
 SANITY = "sanity"
 """[line]: what the last check of the model found doubtful, see ``evaluation.sanity``."""
-
-
 RUNTIME = "runtime"
 """What computed the first values, ``evaluation.runtime.describe_runtime``; any other is kept under ``RUNTIME:…``."""
-
-
 ARTIFACTS = "artifacts"
 """Where the pictures of this study's trials are kept, see ``artifacts.stored_location``; absent without pictures."""
 
-
 # Trial user attrs; plain ones, so that optuna-dashboard shows a column of each.
 BASELINE = "baseline"
-
-
+OWNER = "worker"
+"""Who runs the trial, as ``lease.owner`` writes it."""
+RETRIES = "retries"
+"""How often the trial was taken back from a worker that died or fell silent."""
+FAILURE = "failure"
+"""Why the trial failed, one line."""
 CANDIDATE = "candidate"
 """Canonical key."""
-
-
 GENERATION = "generation"
-
-
 STAGE = "stage"
 """1: timesteps alone; 2: timesteps and skipped layers."""
-
-
 OPERATOR = "operator"
-"""What proposed it: uniform, random, mutation, crossover or known."""
-
-
+"""What proposed it: uniform, random, mutation, crossover or baseline."""
 PARENTS = "parents"
 """Numbers of the trials it was made from."""
-
-
 SHARE = "share"
 """Largest share of layers that a step could skip."""
-
-
 COST = "cost"
-
-
 IMAGES = "images"
 """Images that its value was measured on."""
-
-
 NOTABLE = "notable"
-"""Why the trial has a picture: known, new best, or best of its generation."""
-
-
+"""Why the trial has a picture: baseline, new best, or best of its generation."""
 SCORE = "score"
 """{rungs, run, saved, seconds_…}, see ``evaluation.evaluator.Score.to_json``."""
 

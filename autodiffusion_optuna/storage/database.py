@@ -1,29 +1,28 @@
-"""open_storage(url): Optuna's RDBStorage, made to survive."""
+"""open_storage(url): Optuna's storage in a database, made to survive."""
 
 from __future__ import annotations
 
 import functools
+import json
 import logging
 import os
 import shlex
 import sqlite3
 import tempfile
 import time
-from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import filelock
 import optuna
 import sqlalchemy
-from optuna.distributions import BaseDistribution
-from optuna.exceptions import OptunaError, StorageInternalError
-from optuna.storages import RDBStorage
-from optuna.storages._rdb import models
-from optuna.storages._rdb.storage import _create_scoped_session
-from optuna.trial import FrozenTrial, TrialState
+from optuna.exceptions import OptunaError, StorageInternalError, UpdateFinishedTrialError
+from optuna.storages import BaseStorage, RDBStorage, get_storage
+from optuna.storages._rdb import models  # private: names of the tables, and what a KeyError says
+from optuna.trial import FrozenTrial, TrialState, create_trial
 from sqlalchemy.engine import URL
 from sqlalchemy.exc import (
     DBAPIError,
@@ -35,33 +34,38 @@ from sqlalchemy.exc import (
 )
 
 from autodiffusion_optuna.errors import StorageError
-from autodiffusion_optuna.storage import rows
+from autodiffusion_optuna.storage.attrs import OWNER
 from autodiffusion_optuna.storage.url import engine_options, escaped, hide_password, parse_url, sqlite_path
 
 PATIENCE = 600.0
 """Seconds to wait for a database that went away while a study runs."""
-
-
 OPENING = 120.0
 """Seconds to wait for one that has not answered yet, where it says that it will; see ``_is_coming``."""
-
-
 LOCK_SECONDS = 10
 """Seconds to wait for another worker that takes a trial, and after which the database ends one that stopped there."""
-
-
 MAKE_TRIES = 8
 """Times that tables are made, or looked for, while another process makes them."""
-
-
+DELETE_TRIES = 5
+"""Times that a study is deleted to which others still write."""
 LOCK_CLASS = 0x61646F70
 """First key of Postgres's advisory locks of ours ("adop"); the second is the study's id."""
 
-
 T = TypeVar("T")
-
-
 _log = logging.getLogger("autodiffusion_optuna")
+
+BEATS = sqlalchemy.text(
+    "SELECT b.trial_id, b.heartbeat FROM trial_heartbeats b JOIN trials t ON t.trial_id = b.trial_id "
+    "WHERE t.study_id = :study AND t.state = 'RUNNING'"
+).columns(trial_id=sqlalchemy.Integer, heartbeat=sqlalchemy.DateTime)
+# Changes nothing, but from here on no other transaction can change the trial.
+STILL_HELD = """
+UPDATE trials SET state = state WHERE trial_id = :trial AND state = 'RUNNING'
+AND EXISTS (SELECT 1 FROM trial_user_attributes WHERE trial_id = :trial AND key = :name AND value_json = :holder)
+"""
+STILL_NOBODYS = """
+UPDATE trials SET state = state WHERE trial_id = :trial AND state = 'RUNNING'
+AND NOT EXISTS (SELECT 1 FROM trial_user_attributes WHERE trial_id = :trial AND key = :name)
+"""
 
 
 class Beat(NamedTuple):
@@ -74,26 +78,47 @@ class Beat(NamedTuple):
     watched: float
 
 
-class StudyStorage(RDBStorage):
-    """Optuna's RDBStorage for many processes and for days.
+def _patient(name: str) -> Callable[..., Any]:
+    """A method of Optuna's storage that is called again while the database is away."""
+
+    def call(self: StudyStorage, *args: Any, **kwargs: Any) -> Any:
+        return self.until_back(lambda: getattr(self.inner, name)(*args, **kwargs))
+
+    return call
+
+
+if TYPE_CHECKING:
+    _Storage = RDBStorage
+else:
+    _Storage = type("_Storage", (BaseStorage,), {name: _patient(name) for name in BaseStorage.__abstractmethods__})
+
+
+class StudyStorage(_Storage):
+    """Optuna's RDBStorage, with Optuna's cache before it, for many processes and for days.
 
     SQLite runs in WAL mode, waits for locks and syncs as WAL needs it; Postgres counts time in UTC. Where the database
     goes away while a study runs (a restart, a lost connection), every call waits up to ``patience`` seconds and is
     made again. A call that was cut off may have been carried out: callers bear that it then happens twice.
+    ``worker``: who takes trials and ends them through this object, see ``lease``; None for any other program.
     """
 
-    patience = 0.0
-
     def __init__(self, url: str, **options: Any) -> None:
-        super().__init__(url, **options)
-        self._agreed: dict[int, dict[str, BaseDistribution]] = {}
+        self.rdb = RDBStorage(url, **options)
+        self.inner = get_storage(self.rdb)
+        self.patience = 0.0
+        self.worker: str | None = None
         # Last heartbeats of running trials, and when they were first seen by this process's clock.
         self._seen: dict[int, tuple[datetime, float]] = {}
         self._prepare_connections()
 
     def __setstate__(self, state: dict[Any, Any]) -> None:
-        super().__setstate__(state)
+        self.__dict__.update(state)
         self._prepare_connections()
+
+    @property
+    def engine(self) -> sqlalchemy.Engine:  # type: ignore[override]
+        """SQLAlchemy's engine of the database."""
+        return self.rdb.engine
 
     def _prepare_connections(self) -> None:
         listeners = {"sqlite": _on_sqlite, "postgresql": _on_postgres}
@@ -106,9 +131,80 @@ class StudyStorage(RDBStorage):
         with self.engine.connect() as connection:
             connection.execute(sqlalchemy.text("PRAGMA journal_mode=WAL"))
 
+    def remove_session(self) -> None:
+        """Give this thread's connection back."""
+        self.rdb.remove_session()
+
+    def current_name(self, study_id: int) -> str:
+        """A study's name as it is now, which Optuna's cache never asks for twice (KeyError where it is deleted)."""
+        return self.until_back(lambda: self.rdb.get_study_name_from_id(study_id))
+
+    def create_new_trial(self, study_id: int, template_trial: FrozenTrial | None = None) -> int:
+        """A new trial; one that a worker begins is its from the first moment on (KeyError without the study)."""
+        if template_trial is None and self.worker is not None:
+            template_trial = create_trial(state=TrialState.RUNNING, user_attrs={OWNER: self.worker})
+        return self.until_back(lambda: self.inner.create_new_trial(study_id, template_trial))
+
+    def set_trial_state_values(self, trial_id: int, state: TrialState, values: Sequence[float] | None = None) -> bool:
+        """As Optuna's, but a worker ends only what is still its: else UpdateFinishedTrialError."""
+        if self.worker is not None and state.is_finished():
+            if not self.end_trial(trial_id, state, values, self.worker):
+                raise UpdateFinishedTrialError(f"trial {trial_id} is another worker's by now")
+            return True
+        changed = self.until_back(lambda: self.inner.set_trial_state_values(trial_id, state, values))
+        if changed and self.worker is not None and state == TrialState.RUNNING:
+            self.set_trial_user_attr(trial_id, OWNER, self.worker)
+        return changed
+
+    def end_trial(self, trial_id: int, state: TrialState, values: Sequence[float] | None, holder: str | None) -> bool:
+        """End a running trial, or have it wait again, in one transaction with the check that it is ``holder``'s.
+
+        ``holder``: as its user attr names its worker, None for one without. False, and nothing is written, where the
+        trial is another's or runs no more; True also where this very call was carried out before it was cut off.
+        """
+        held = {"trial": trial_id, "name": OWNER} | ({} if holder is None else {"holder": json.dumps(holder)})
+        check = sqlalchemy.text(STILL_NOBODYS if holder is None else STILL_HELD)
+
+        def end() -> bool:
+            if self.in_one_transaction(check, held, lambda: self.rdb.set_trial_state_values(trial_id, state, values)):
+                return True
+            now = self.inner.get_trial(trial_id)
+            return now.state == state and now.user_attrs.get(OWNER) == holder
+
+        return self.until_back(end)
+
+    def in_one_transaction(
+        self, statement: sqlalchemy.TextClause, values: Mapping[str, Any], call: Callable[[], object]
+    ) -> bool:
+        """Execute a statement, then a call of Optuna's in its transaction; False, and no call, where no row fits.
+
+        Optuna's storage has one session a thread, and commits it at the end of each call.
+        """
+        session = self.rdb.scoped_session()
+        try:
+            if not session.execute(statement, values).rowcount:  # type: ignore[attr-defined]
+                session.rollback()
+                return False
+        except IntegrityError:
+            session.rollback()
+            raise
+        except SQLAlchemyError as error:
+            session.rollback()
+            raise StorageInternalError("the statement failed") from error
+        call()
+        return True
+
+    def delete_study(self, study_id: int) -> None:
+        """Delete a study, all of it (KeyError). Optuna's own gives up silently where others write to it meanwhile."""
+        for _ in range(DELETE_TRIES):
+            self.until_back(lambda: self.inner.delete_study(study_id))
+            if all(study._study_id != study_id for study in self.get_all_studies()):
+                return
+        raise StorageError(f"study {study_id} is still being written to; stop its workers, then delete it again")
+
     def beats(self, study_id: int) -> dict[int, Beat]:
         """The last heartbeat of each running trial that has had one, by trial id."""
-        found = self._until_back(lambda: self._read_beats(study_id))
+        found = self.until_back(lambda: self._read_beats(study_id))
         now, known = time.monotonic(), self._seen
         same = {trial: known[trial] for trial, (at, _) in found.items() if trial in known and known[trial][0] == at}
         seen = {trial: same.get(trial, (at, now)) for trial, (at, _) in found.items()}
@@ -117,131 +213,32 @@ class StudyStorage(RDBStorage):
 
     def _read_beats(self, study_id: int) -> dict[int, tuple[datetime, float]]:
         """Time and age of each heartbeat. Both are the database's clock's: those of the hosts may differ."""
-        query = sqlalchemy.text(
-            "SELECT b.trial_id, b.heartbeat FROM trial_heartbeats b JOIN trials t ON t.trial_id = b.trial_id "
-            "WHERE t.study_id = :study AND t.state = 'RUNNING'"
-        ).columns(trial_id=sqlalchemy.Integer, heartbeat=sqlalchemy.DateTime)
         try:
             with self.engine.connect() as connection:
                 now = connection.execute(sqlalchemy.select(sqlalchemy.func.now())).scalar_one().replace(tzinfo=None)
-                rows = connection.execute(query, {"study": study_id}).all()
+                rows = connection.execute(BEATS, {"study": study_id}).all()
         except SQLAlchemyError as error:
             raise StorageInternalError("heartbeats cannot be read") from error
         times = {trial: beat.replace(tzinfo=None) for trial, beat in rows}
         return {trial: (beat, (now - beat).total_seconds()) for trial, beat in times.items()}
 
-    def _create_new_trial(self, study_id: int, template_trial: FrozenTrial | None = None) -> FrozenTrial:
-        """A new trial, as Optuna's cache asks for one."""
-        if template_trial is None:
-            return self._until_back(lambda: super(StudyStorage, self)._create_new_trial(study_id))
-        return self.begin_trial(study_id, template_trial)
-
-    def begin_trial(self, study_id: int, template: FrozenTrial) -> FrozenTrial:
-        """Write a new trial that is ``template`` but for its number and id, all of it or nothing; the trial with both.
-
-        Raises KeyError where there is no such study, ValueError where a distribution does not fit earlier trials'.
-        """
-
-        def begin() -> FrozenTrial:
-            agreed = self._agreed.setdefault(study_id, {})
-            with _create_scoped_session(self.scoped_session) as session:
-                connection = session.connection()
-                if not rows.lock_study(connection, study_id):
-                    raise KeyError(models.NOT_FOUND_MSG)
-                begun = rows.insert_trial(connection, study_id, template, agreed)
-                # SQLite lets others write until the first row is in: the study may have been deleted in between.
-                if not rows.lock_study(connection, study_id):
-                    raise KeyError(models.NOT_FOUND_MSG)
-                return begun
-
-        return self._until_back(begin)
-
-    def get_trial(self, trial_id: int) -> FrozenTrial:
-        """The trial as it is now (KeyError)."""
-        return self._until_back(lambda: self._read_trial(trial_id))
-
-    def _read_trial(self, trial_id: int) -> FrozenTrial:
-        with _create_scoped_session(self.scoped_session) as session:
-            found = rows.read_trial(session.connection(), trial_id)
-        if found is None:
-            raise KeyError(models.NOT_FOUND_MSG)
-        return found
-
-    def _get_trials(
-        self,
-        study_id: int,
-        states: Container[TrialState] | None,
-        included_trial_ids: set[int],
-        trial_id_greater_than: int,
-    ) -> list[FrozenTrial]:
-        """Trials of a study: those included or above an id; what Optuna's cache asks for."""
-
-        def read() -> list[FrozenTrial]:
-            with _create_scoped_session(self.scoped_session) as session:
-                found = rows.read_trials(
-                    session.connection(), study_id, trial_id_greater_than, included_trial_ids, states
-                )
-                if not found:
-                    models.StudyModel.find_or_raise_by_id(study_id, session)
-            return found
-
-        return self._until_back(read)
-
-    def delete_study(self, study_id: int) -> None:
-        """Delete a study, all of it or nothing (KeyError). Optuna's own gives up silently beside a live worker."""
-
-        def delete() -> None:
-            with _create_scoped_session(self.scoped_session) as session:
-                if not rows.delete_study(session.connection(), study_id):
-                    raise KeyError(models.NOT_FOUND_MSG)
-
-        self._until_back(delete)
-
-    def take_trial(self, trial_id: int, attrs: Mapping[str, Any], begun: FrozenTrial | None = None) -> bool:
-        """Begin a waiting trial with these user attributes: all of it or nothing. False where it waits no more.
-
-        ``begun``: whose parameters it gets instead of those it has, if any.
-        """
-
-        def take() -> bool:
-            with _create_scoped_session(self.scoped_session) as session:
-                return rows.take_trial(session.connection(), trial_id, attrs, begun)
-
-        return self._until_back(take)
-
-    def finish_trial(
-        self,
-        trial_id: int,
-        state: TrialState,
-        values: Sequence[float] | None,
-        attrs: Mapping[str, Any],
-        holder: tuple[str, str | None],
-    ) -> bool:
-        """Write a running trial's last user attributes, values and state at once: all of it or nothing.
-
-        ``state``: how it ended, or WAITING for one that is to be run again. ``holder``: name and value of the user
-        attribute that says whose it is, None for one without. False, and nothing is written, where the trial is
-        another's or runs no more; True also where this very call was carried out before it was cut off.
-        """
-
-        def finish() -> bool:
-            with _create_scoped_session(self.scoped_session) as session:
-                done = rows.finish_trial(session.connection(), trial_id, state, values, attrs, holder)
-                if not done:
-                    session.rollback()
-            return done
-
-        return self._until_back(finish)
+    def record_heartbeat(self, trial_id: int) -> None:
+        """Say that the trial's worker lives. A beat that the database misses is missed: the next one will do."""
+        try:
+            self.rdb.record_heartbeat(trial_id)
+        except StorageInternalError as error:
+            self._seen = {}  # so may those of other workers have been
+            _log.debug("a heartbeat was missed: %s", error)
 
     @contextmanager
-    def claiming(self, study_id: int) -> Iterator[None]:
+    def locked(self, study: optuna.Study) -> Iterator[None]:
         """Hold the lock under which a study's workers take trials, one after another.
 
         It saves work and keeps the list of trials tidy; what must hold is checked after it as well. So whoever does
         not get it within ``LOCK_SECONDS`` goes on without: its holder may be frozen. A killed holder's is free at once.
         """
         holder = {"sqlite": self._file_lock, "postgresql": self._advisory_lock}.get(self.engine.name)
-        release = holder(study_id) if holder else None
+        release = holder(study._study_id) if holder else None
         try:
             yield
         finally:
@@ -257,8 +254,8 @@ class StudyStorage(RDBStorage):
         return lock.release
 
     def _advisory_lock(self, study_id: int) -> Callable[[], None] | None:
-        # Where the server goes away meanwhile, all that wait do so anew: they must not come back without the lock.
-        return self._until_back(lambda: self._wait_for_lock(study_id))
+        # Where the server goes away meanwhile, all that wait ask again: they must not come back without the lock.
+        return self.until_back(lambda: self._wait_for_lock(study_id))
 
     def _wait_for_lock(self, study_id: int) -> Callable[[], None] | None:
         try:
@@ -279,15 +276,7 @@ class StudyStorage(RDBStorage):
             return None
         return functools.partial(_let_go, connection)
 
-    def record_heartbeat(self, trial_id: int) -> None:
-        """Say that the trial's worker lives. A beat that the database misses is missed: the next one will do."""
-        try:
-            super().record_heartbeat(trial_id)
-        except StorageInternalError as error:
-            self._seen = {}  # so may those of other workers have been
-            _log.debug("a heartbeat was missed: %s", error)
-
-    def _until_back(self, call: Callable[[], T]) -> T:
+    def until_back(self, call: Callable[[], T]) -> T:
         """Result of ``call``, made again while the database is away."""
         began: float | None = None
         while True:
@@ -307,27 +296,6 @@ class StudyStorage(RDBStorage):
                 if began is not None:
                     _log.warning("the database is back after %.0f s", time.monotonic() - began)
                 return result
-
-
-def _patiently(name: str) -> Callable[..., Any]:
-    method = getattr(RDBStorage, name)
-
-    @functools.wraps(method)
-    def patient(self: StudyStorage, *args: Any, **kwargs: Any) -> Any:
-        return self._until_back(lambda: method(self, *args, **kwargs))
-
-    return patient
-
-
-# All calls that a running study makes, those of Optuna's cache in front of the storage included.
-for _name in (
-    "create_new_study", "set_study_user_attr", "set_study_system_attr", "get_study_id_from_name",
-    "get_study_name_from_id", "get_study_directions", "get_study_user_attrs", "get_study_system_attrs",
-    "get_all_studies", "_set_trial_param", "get_trial_param", "set_trial_state_values",
-    "set_trial_intermediate_value", "set_trial_user_attr", "set_trial_system_attr",
-    "get_trial_id_from_study_id_trial_number", "_get_best_trial_id", "get_trial_user_attrs", "get_trial_system_attrs",
-):  # fmt: skip
-    setattr(StudyStorage, _name, _patiently(_name))
 
 
 NOT_AWAY = ("disk", "readonly", "read-only", "no such table", "no such column", "malformed")

@@ -1,8 +1,9 @@
-"""Who runs which trial: workers take trials from the study, show that they live, and take over from those that do not.
+"""Who runs which trial: workers lease trials of the study, show that they live, and take over from those that do not.
 
-The database is the only thing that workers share. A trial is taken under a lock (``StudyStorage.claiming``), written
-with all of its parameters in one transaction, and belongs to the worker whose name it carries for as long as that
-worker's heart beats. What a dead worker leaves goes back into the queue under its own number, so that nothing shifts.
+The database is the only thing that workers share. Trials come from ``study.ask`` and end by ``study.tell``, as Optuna
+has it. Beside that road: a trial is asked for under a lock (``StudyStorage.locked``), carries the name of its worker
+from its first moment, and is that worker's for as long as it beats. What a dead worker leaves goes back into the queue
+under its own number, so that nothing shifts.
 """
 
 from __future__ import annotations
@@ -15,138 +16,108 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Literal
 
 import optuna
 from optuna.trial import FrozenTrial, TrialState
 
-from autodiffusion_optuna.storage.attrs import CANDIDATE
+from autodiffusion_optuna.storage.attrs import CANDIDATE, FAILURE, OWNER, RETRIES
 from autodiffusion_optuna.storage.database import StudyStorage
 from autodiffusion_optuna.storage.trials import FINISHED
 
 _log = logging.getLogger("autodiffusion_optuna")
 
-OWNER = "worker"
-"""Trial user attr: who runs the trial, as ``owner()`` writes it."""
-RETRIES = "retries"
-"""Trial user attr: how often the trial was taken back from a worker that died or fell silent."""
-FAILURE = "failure"
-"""Trial user attr: why the trial failed, one line."""
 MAX_RETRIES = 10
-
-Template = Callable[[Sequence[FrozenTrial]], FrozenTrial]
-"""All trials of the study -> the next one, with everything that is known when it begins."""
-Completion = Callable[[FrozenTrial, Sequence[FrozenTrial]], FrozenTrial | None]
-"""(A waiting trial, all trials of the study) -> parameters and user attributes that it gets as it is taken, if any."""
+"""Times that a trial is taken back before it counts as failed: it may be what kills its workers."""
 
 
 @dataclass(frozen=True)
-class Claim:
-    """A trial that this worker runs. ``id``: the database's, which is not the number. ``begun``: as it was taken."""
+class Lease:
+    """A trial that this worker runs. ``id``: the database's, which is not the number."""
 
-    study: optuna.Study
+    trial: optuna.Trial
     id: int
-    begun: FrozenTrial
 
     @property
     def number(self) -> int:
         """Number of the trial."""
-        return self.begun.number
-
-    @cached_property
-    def trial(self) -> optuna.Trial:
-        """For Optuna's calls; made when it is asked for, since that reads the whole trial once more."""
-        return optuna.Trial(self.study, self.id)
+        return self.trial.number
 
 
-def claim(
+def acquire(
     study: optuna.Study,
     storage: StudyStorage,
     budget: int,
-    template: Template,
+    publish: Callable[[optuna.Trial], None],
     *,
     grace: float,
     ready: Callable[[Sequence[FrozenTrial]], bool] = lambda trials: True,
-    complete: Completion = lambda trial, trials: None,
-) -> Claim | Literal["wait", "done"]:
-    """Take the next trial: one left behind or enqueued, else a new one, as long as the budget has places.
+) -> Lease | Literal["wait", "done"]:
+    """Lease the next trial: one left behind or enqueued, else a new one, as long as the budget has places.
 
     Exactly ``budget`` trials are finished in the end, whatever the number of workers: a trial is begun only while
     finished and running ones together are fewer. "wait": all places are taken but not all are finished, and one may
-    become free; "done": the budget is met. ``grace``: seconds of silence after which a worker counts as dead.
-    ``ready``: whether a new trial may be proposed from the trials as they are. ``complete``: what a waiting trial says
-    of itself; it is written as it is taken, so that no reader finds a part of it.
+    become free; "done": the budget is met. ``publish`` has the sampler propose and writes the candidate's key, while
+    other workers wait. ``grace``: seconds of silence after which a worker counts as dead. ``ready``: whether a new
+    trial may be proposed from the trials as they are.
     """
-    study_id = study._study_id
-    with storage.claiming(study_id):
+    storage.worker = owner()
+    with storage.locked(study):
         trials = study.get_trials(deepcopy=False)
-        others = [t for t in trials if t.state not in FINISHED]
-        if _take_back_all(storage, study_id, others, grace):
+        if _reclaim(storage, study._study_id, trials, grace):
             trials = study.get_trials(deepcopy=False)
-            others = [t for t in trials if t.state not in FINISHED]
-        places = budget - (len(trials) - len(others))
-        running = sum(t.state == TrialState.RUNNING for t in others)
+        unfinished = [t for t in trials if t.state not in FINISHED]
+        places = budget - (len(trials) - len(unfinished))
+        # A call that was cut off after it was carried out, and made again, leaves a trial of this worker behind.
+        left = next((t for t in unfinished if is_mine(t)), None)
+        queued = left is not None or any(t.state == TrialState.WAITING for t in unfinished)
         if places <= 0:
+            if left is not None:
+                _give_up(storage, left._trial_id, "the budget is met")
             return "done"
-        if running >= places:
+        if left is None and sum(t.state == TrialState.RUNNING for t in unfinished) >= places:
             return "wait"
-        waiting = next((t for t in others if t.state == TrialState.WAITING), None)
-        if waiting is not None:
-            return _take_up(study, storage, waiting, budget, complete(waiting, trials))
-        if not ready(trials):
+        if not queued and not ready(trials):
             return "wait"
-        return _create(study, storage, study_id, trials, template, budget)
-
-
-def _take_up(
-    study: optuna.Study, storage: StudyStorage, trial: FrozenTrial, budget: int, whole: FrozenTrial | None = None
-) -> Claim | Literal["wait"]:
-    """Take a waiting trial, unless another worker was faster or, without the lock, has taken the last place."""
-    trial_id = trial._trial_id
-    attrs = {**(whole.user_attrs if whole else {}), OWNER: owner()}
-    if not storage.take_trial(trial_id, attrs, whole) and not is_mine(storage.get_trial(trial_id)):
+        trial = study.ask() if left is None else optuna.Trial(study, left._trial_id)
+        publish(trial)
+    storage.record_heartbeat(trial._trial_id)
+    lease = Lease(trial, trial._trial_id)
+    if left is None and not _keeps(study, storage, lease, len(trials), budget):
         return "wait"
-    if _is_surplus(study, trial.number, budget):
-        put_back(storage, trial_id)
-        return "wait"
-    return Claim(study, trial_id, storage.get_trial(trial_id))
+    return lease
 
 
-def _create(
-    study: optuna.Study,
-    storage: StudyStorage,
-    study_id: int,
-    known: Sequence[FrozenTrial],
-    template: Template,
-    budget: int,
-) -> Claim | Literal["wait"]:
-    """Begin a new trial. Where that was done without the lock, it is failed if its place or candidate was taken."""
-    planned = template(known)
-    begun = storage.begin_trial(study_id, planned)  # with its first heartbeat
-    trial_id = begun._trial_id
-    claimed = Claim(study, trial_id, begun)
-    if claimed.number == len(known):
-        return claimed
-    between = [t for t in study.get_trials(deepcopy=False) if len(known) <= t.number < claimed.number]
-    twin = next((t for t in between if t.user_attrs.get(CANDIDATE) == planned.user_attrs.get(CANDIDATE)), None)
-    if twin is None and not _is_surplus(study, claimed.number, budget):
-        return claimed
-    reason = "another worker took the last place" if twin is None else f"trial {twin.number} tries the same"
-    storage.finish_trial(trial_id, TrialState.FAIL, None, {FAILURE: f"given up at once: {reason}"}, (OWNER, owner()))
-    # Where the call was cut off after it was carried out, and made again, the first of the two is this worker's too.
-    return Claim(study, twin._trial_id, twin) if twin is not None and is_mine(twin) else "wait"
+def _keeps(study: optuna.Study, storage: StudyStorage, lease: Lease, known: int, budget: int) -> bool:
+    """Whether the trial stands beside those begun after the first ``known`` were read, by workers without the lock.
 
-
-def _is_surplus(study: optuna.Study, number: int, budget: int) -> bool:
-    """Whether trials before this one take all places that are left; each worker judges alike."""
+    Where its place or its candidate was taken, an enqueued one waits again and a new one is failed.
+    """
+    if lease.number == known:
+        return True
     trials = study.get_trials(deepcopy=False)
     places = budget - sum(t.state in FINISHED for t in trials)
-    return sum(t.state == TrialState.RUNNING and t.number < number for t in trials) >= places
+    surplus = sum(t.state == TrialState.RUNNING and t.number < lease.number for t in trials) >= places
+    if lease.number < known:
+        if surplus:
+            release(storage, lease.id)
+        return not surplus
+    key = trials[lease.number].user_attrs.get(CANDIDATE)
+    twins = [t for t in trials[known : lease.number] if is_mine(t) or t.user_attrs.get(CANDIDATE) == key]
+    if twins:
+        _give_up(storage, lease.id, f"trial {twins[0].number} tries the same")
+    elif surplus:
+        _give_up(storage, lease.id, "another worker took the last place")
+    return not twins and not surplus
 
 
-def reclaim(storage: StudyStorage, study_name: str, grace: float) -> list[int]:
+def _give_up(storage: StudyStorage, trial_id: int, why: str) -> None:
+    storage.set_trial_user_attr(trial_id, FAILURE, f"given up at once: {why}")
+    storage.end_trial(trial_id, TrialState.FAIL, None, owner())
+
+
+def reclaim(study: optuna.Study, storage: StudyStorage, grace: float) -> list[int]:
     """Put trials of dead workers back in the queue under their own numbers, so that nothing shifts.
 
     A worker is dead where it ran on this host and runs no more, or where its trial had no heartbeat for ``grace``
@@ -154,20 +125,16 @@ def reclaim(storage: StudyStorage, study_name: str, grace: float) -> list[int]:
     no one. Returns the numbers taken back. A trial that was taken back ``MAX_RETRIES`` times is failed, with the
     reason in its user attrs, since it may be what kills its worker.
     """
-    study_id = storage.get_study_id_from_name(study_name)
-    running = storage.get_all_trials(study_id, deepcopy=False, states=(TrialState.RUNNING,))
-    return _take_back_all(storage, study_id, running, grace)
+    return _reclaim(storage, study._study_id, study.get_trials(deepcopy=False), grace)
 
 
-def _take_back_all(storage: StudyStorage, study_id: int, trials: Sequence[FrozenTrial], grace: float) -> list[int]:
+def _reclaim(storage: StudyStorage, study_id: int, trials: Sequence[FrozenTrial], grace: float) -> list[int]:
     """``reclaim`` for trials just read."""
-    running = [t for t in trials if t.state == TrialState.RUNNING]
+    running = [t for t in trials if t.state == TrialState.RUNNING and not is_mine(t)]
     beats = storage.beats(study_id) if running else {}
     taken = []
     for trial in running:
-        trial_id = trial._trial_id
-        name = trial.user_attrs.get(OWNER)
-        beat = beats.get(trial_id)
+        name, beat = trial.user_attrs.get(OWNER), beats.get(trial._trial_id)
         if name is not None and is_dead(name):
             reason = "died"
         elif name is not None and beat is not None and ran_here_before(name) and beat.silence > grace / 2:
@@ -175,28 +142,41 @@ def _take_back_all(storage: StudyStorage, study_id: int, trials: Sequence[Frozen
         elif beat is not None and beat.silence > grace and beat.watched > grace / 2:
             reason = f"was silent for {grace:g} s"
         else:
-            if beat is None:
-                storage.record_heartbeat(trial_id)  # died before its first beat, or about to beat: its time starts now
+            if beat is None:  # died before its first beat, or about to beat: its time starts now
+                storage.record_heartbeat(trial._trial_id)
             continue
-        if _take_back(storage, trial_id, trial, reason):
+        if take_back(storage, trial, reason):
             taken.append(trial.number)
     return taken
 
 
-def _take_back(storage: StudyStorage, trial_id: int, trial: FrozenTrial, reason: str) -> bool:
-    """Whether the trial waits again; not where it was finished or taken back by another at this very moment."""
+def take_back(storage: StudyStorage, trial: FrozenTrial, reason: str) -> bool:
+    """Whether the trial waits again; not where it was finished or taken back by another at this very moment.
+
+    ``trial``: as it was when its worker seemed dead.
+    """
+    trial_id, holder = trial._trial_id, trial.user_attrs.get(OWNER)
     retries = int(trial.user_attrs.get(RETRIES, 0)) + 1
-    holder = OWNER, trial.user_attrs.get(OWNER)
     if retries > MAX_RETRIES:
-        attrs = {RETRIES: retries, FAILURE: f"its worker {reason}, {retries} times in all"}
-        storage.finish_trial(trial_id, TrialState.FAIL, None, attrs, holder)
+        storage.set_trial_user_attr(trial_id, FAILURE, f"its worker {reason}, {retries} times in all")
+        storage.end_trial(trial_id, TrialState.FAIL, None, holder)
         return False
-    return storage.finish_trial(trial_id, TrialState.WAITING, None, {RETRIES: retries}, holder)
+    if not storage.end_trial(trial_id, TrialState.WAITING, None, holder):
+        return False
+    storage.set_trial_user_attr(trial_id, RETRIES, retries)
+    return True
 
 
-def put_back(storage: StudyStorage, trial_id: int) -> None:
+def release(storage: StudyStorage, trial_id: int) -> None:
     """RUNNING -> WAITING for a trial of this worker, keeping its number and the parameters it has."""
-    storage.finish_trial(trial_id, TrialState.WAITING, None, {}, (OWNER, owner()))
+    storage.end_trial(trial_id, TrialState.WAITING, None, owner())
+
+
+def release_all(study: optuna.Study, storage: StudyStorage) -> None:
+    """``release`` for whatever this worker runs, also a trial that it was about to begin or to end."""
+    for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
+        if is_mine(trial):
+            release(storage, trial._trial_id)
 
 
 def is_mine(trial: FrozenTrial) -> bool:
@@ -293,7 +273,7 @@ def workers(study: optuna.Study, storage: StudyStorage, grace: float) -> list[Wo
     return found
 
 
-class Heart:
+class Heartbeat:
     """Beats for the trial that its worker runs, from a thread of its own: a long evaluation is no silence.
 
     ``interval``: seconds between beats, well below the grace that other workers give.
@@ -303,9 +283,9 @@ class Heart:
         self._storage, self._interval = storage, interval
         self._trial: int | None = None
         self._ended = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="heart", daemon=True)
+        self._thread = threading.Thread(target=self._run, name="heartbeat", daemon=True)
 
-    def __enter__(self) -> Heart:
+    def __enter__(self) -> Heartbeat:
         self._thread.start()
         return self
 
@@ -314,9 +294,9 @@ class Heart:
         self._thread.join(timeout=self._interval)
 
     @contextmanager
-    def beating_for(self, trial_id: int) -> Iterator[None]:
-        """Beat for this trial meanwhile; its first beat is its claim's."""
-        self._trial = trial_id
+    def of(self, lease: Lease) -> Iterator[None]:
+        """Beat for this trial meanwhile; its first beat came with the lease."""
+        self._trial = lease.id
         try:
             yield
         finally:

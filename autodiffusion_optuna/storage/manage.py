@@ -14,21 +14,19 @@ from typing import TYPE_CHECKING, Any
 import optuna
 import sqlalchemy
 from optuna.artifacts.exceptions import ArtifactNotFound
-from optuna.storages._rdb import models
 from optuna.trial import FrozenTrial, TrialState, create_trial
 from sqlalchemy.exc import IntegrityError
 
 from autodiffusion_optuna.config import NAME_PATTERN
 from autodiffusion_optuna.errors import ConfigError, StorageError, StudyError
-from autodiffusion_optuna.storage import rows
 from autodiffusion_optuna.storage.artifacts import ATTR, location_of, open_store, reason_of, shown, stored_location
-from autodiffusion_optuna.storage.attrs import ARTIFACTS, CONFIG
+from autodiffusion_optuna.storage.attrs import ARTIFACTS, CONFIG, OWNER
 from autodiffusion_optuna.storage.database import StudyStorage
-from autodiffusion_optuna.storage.lease import OWNER, is_dead, owner
+from autodiffusion_optuna.storage.lease import is_dead, owner
 from autodiffusion_optuna.storage.studies import load_study, study_names
 
 if TYPE_CHECKING:
-    from optuna.artifacts._protocol import ArtifactStore
+    from autodiffusion_optuna.storage.artifacts import ArtifactStore
 
 NOTE = re.compile(r"^dashboard:(\d+):(note_\w+.*)$")
 """Study system attr in which optuna-dashboard keeps a part of the note of the trial with that database id."""
@@ -63,7 +61,7 @@ def rename_study(storage: StudyStorage, old: str, new: str, *, force: bool = Fal
     """
     check_name(new)
     study = load_study(storage, old)
-    with storage.claiming(study._study_id):  # no worker begins a trial between the check and the change
+    with storage.locked(study):  # no worker begins a trial between the check and the change
         _check_at_rest(study, force)
         _check_free(storage, new)
         _set_name(storage, study._study_id, new, study.user_attrs[CONFIG])
@@ -101,7 +99,7 @@ def delete_study(storage: StudyStorage, name: str, *, force: bool = False) -> De
     with ``force`` deleted without them.
     """
     study = load_study(storage, name)
-    with storage.claiming(study._study_id):  # a trial begun meanwhile would be left behind without its study
+    with storage.locked(study):  # a trial begun meanwhile would be left behind without its study
         _check_at_rest(study, force)
         return _delete(storage, study._study_id, leave_pictures=force)
 
@@ -128,25 +126,15 @@ def _check_free(storage: StudyStorage, name: str) -> None:
         raise StudyError(f"a study {name!r} exists already; choose another name, or delete it first")
 
 
-STUDIES = sqlalchemy.table("studies", sqlalchemy.column("study_id"), sqlalchemy.column("study_name"))
-USER_ATTRS = sqlalchemy.table(
-    "study_user_attributes",
-    sqlalchemy.column("study_id"),
-    sqlalchemy.column("key"),
-    sqlalchemy.column("value_json"),
-)
-
-
 def _set_name(storage: StudyStorage, study_id: int, name: str, config: Mapping[str, Any]) -> None:
     """Name and config in one transaction. By SQL: Optuna has no rename, and its copy loses pictures and notes."""
-    value = json.dumps({**config, "name": name})
-    ours = sqlalchemy.and_(USER_ATTRS.c.study_id == study_id, USER_ATTRS.c.key == CONFIG)
+    rename = sqlalchemy.text("UPDATE studies SET study_name = :name WHERE study_id = :study")
     try:
-        with storage.engine.begin() as connection:
-            connection.execute(STUDIES.update().where(STUDIES.c.study_id == study_id).values(study_name=name))
-            if not connection.execute(USER_ATTRS.update().where(ours).values(value_json=value)).rowcount:
-                row = {"study_id": study_id, "key": CONFIG, "value_json": value}
-                connection.execute(USER_ATTRS.insert().values(row))
+        storage.in_one_transaction(
+            rename,
+            {"name": name, "study": study_id},
+            lambda: storage.rdb.set_study_user_attr(study_id, CONFIG, {**config, "name": name}),
+        )
     except IntegrityError:  # made by another process a moment ago
         raise StudyError(f"a study {name!r} exists already; choose another name, or delete it first") from None
 
@@ -301,12 +289,9 @@ def _remove(store: ArtifactStore, location: str | None, picture: str) -> bool:
 
 def _picture_ids(storage: StudyStorage, study_id: int) -> set[str]:
     """Ids of all artifacts of a study and its trials."""
-    of_trials, of_study = rows.SYSTEM_ATTRS, models.StudySystemAttributeModel.__table__
-    trials = sqlalchemy.select(of_trials.c.key).join(rows.TRIALS).where(rows.TRIALS.c.study_id == study_id)
-    study = sqlalchemy.select(of_study.c.key).where(of_study.c.study_id == study_id)
-    with storage.engine.connect() as connection:
-        keys = connection.execute(sqlalchemy.union(trials, study)).scalars()
-        return {key.removeprefix(ATTR) for key in keys if key.startswith(ATTR)}
+    trials = storage.get_all_trials(study_id, deepcopy=False)
+    keys = [*storage.get_study_system_attrs(study_id), *(key for trial in trials for key in trial.system_attrs)]
+    return {key.removeprefix(ATTR) for key in keys if key.startswith(ATTR)}
 
 
 def _url(storage: StudyStorage) -> str:

@@ -1,4 +1,4 @@
-"""Reads a study and says what it found. Needs Optuna, never torch."""
+"""Finds, loads and lists studies, and says whether a config measures what a study does."""
 
 from __future__ import annotations
 
@@ -100,10 +100,16 @@ def study_names(storage: StudyStorage) -> list[str]:
     return sorted(study.study_name for study in storage.get_all_studies())
 
 
+def storage_of(study: optuna.Study) -> StudyStorage:
+    """The storage that a study was opened from, which must be ours."""
+    storage = study._storage
+    assert isinstance(storage, StudyStorage)
+    return storage
+
+
 def current_name(study: optuna.Study) -> str:
     """The study's name as it is now: others may have renamed it since it was opened (KeyError where it is deleted)."""
-    storage = getattr(study._storage, "_backend", study._storage)  # Optuna's cache never asks for a name twice
-    return str(storage.get_study_name_from_id(study._study_id))
+    return storage_of(study).current_name(study._study_id)
 
 
 def is_deleted(study: optuna.Study) -> bool:

@@ -1,4 +1,4 @@
-"""What is stored with a study and its trials, under which name, and how it is read. Needs Optuna, never torch."""
+"""What a trial says of itself; those of other programs may say less."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import optuna
 from optuna.trial import FrozenTrial, TrialState
 
 from autodiffusion_optuna.candidate import Candidate
-from autodiffusion_optuna.storage.attrs import BASELINE, CANDIDATE, COST, GENERATION, SCORE
+from autodiffusion_optuna.storage.attrs import CANDIDATE, COST, GENERATION, SCORE
 
 FINISHED = (TrialState.COMPLETE, TrialState.PRUNED)
 
@@ -26,12 +26,9 @@ def values_by_key(study: optuna.Study) -> dict[str, float]:
 
 
 def scored_trials(trials: Iterable[FrozenTrial]) -> list[FrozenTrial]:
-    """Complete trials that say what they tried and at what cost; those of others may not.
-
-    Older versions could be killed before they had written a baseline's cost: its name tells it.
-    """
+    """Complete trials that say what they tried and at what cost; those of other programs may not."""
     complete = (t for t in trials if t.state == TrialState.COMPLETE and t.values)
-    return [t for t in complete if _says_candidate(t) and _has_cost(t)]
+    return [t for t in complete if _says_candidate(t) and isinstance(t.user_attrs.get(COST), (int, float))]
 
 
 def _says_candidate(trial: FrozenTrial) -> bool:
@@ -46,11 +43,6 @@ def _is_candidate(key: str) -> bool:
     except ValueError:
         return False
     return True
-
-
-def _has_cost(trial: FrozenTrial) -> bool:
-    cost = trial.user_attrs.get(COST)
-    return isinstance(cost, (int, float)) if COST in trial.user_attrs else BASELINE in trial.user_attrs
 
 
 def generation_of(trial: FrozenTrial) -> int:

@@ -56,7 +56,7 @@ from autodiffusion_optuna.study.components import (
 )
 
 if TYPE_CHECKING:
-    from optuna.artifacts._protocol import ArtifactStore
+    from autodiffusion_optuna.storage.artifacts import ArtifactStore
 
 
 def open_study(parts: StudyComponents, storage: StudyStorage, pictures: str | None = None) -> optuna.Study:
@@ -74,7 +74,7 @@ def open_study(parts: StudyComponents, storage: StudyStorage, pictures: str | No
         direction="minimize",
         load_if_exists=True,
     )
-    with storage.claiming(study._study_id):  # of workers that start together one begins it, the others find it begun
+    with storage.locked(study):  # of workers that start together one begins it, the others find it begun
         begun = READY in study.user_attrs
         if not begun and study.get_trials(deepcopy=False, states=(TrialState.RUNNING, TrialState.COMPLETE)):
             raise StudyError(f"study {study.study_name!r} exists but was not made by adopt; choose another name")
@@ -84,8 +84,6 @@ def open_study(parts: StudyComponents, storage: StudyStorage, pictures: str | No
             _begin(parts, study, pictures)
     if begun:
         _describe_run(parts, study)
-    if NOISE not in study.user_attrs:  # begun by an older version
-        _describe_model(parts, study)
     return study
 
 
