@@ -211,14 +211,15 @@ def _remove(store: ArtifactStore, picture: str) -> None:
         store.remove(picture)
 
 
-_warned: set[type[Exception]] = set()
+WARNED: set[type[Exception]] = set()
+"""Kinds of trouble that this process has warned of."""
 
 
 def _warn_of(error: Exception) -> None:
     """Say why a picture could not be kept, once for each kind of trouble: a search may have hundreds of pictures."""
-    if type(error) in _warned:
+    if type(error) in WARNED:
         return
-    _warned.add(type(error))
+    WARNED.add(type(error))
     reason = reason_of(error)
     _log.warning("pictures are not kept (%s); the search goes on without. Fix it, or give another --artifacts", reason)
 

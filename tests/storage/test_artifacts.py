@@ -102,7 +102,7 @@ def test_a_store_that_fails_costs_the_picture_and_not_the_trial() -> None:
 def test_why_there_are_no_pictures_is_told_once(
     caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(artifacts, "_told", set())
+    monkeypatch.setattr(artifacts, "WARNED", set())
     study = optuna.create_study()
     for _ in range(3):
         attach_picture(study.ask(), Broken(), images(4), NEW_BEST)
@@ -208,26 +208,10 @@ def test_a_folder_below_a_sqlite_files_is_kept_relative_to_it(given: str, stored
     assert artifacts.location_of(artifacts.stored_location(given, postgres), postgres) == given
 
 
-def test_an_older_versions_folder_is_found_where_it_was_moved_with_the_database(tmp_path: Path) -> None:
-    url = f"sqlite:///{tmp_path}/adopt.db"
-    (tmp_path / "there").mkdir()
-    (tmp_path / "pictures").mkdir()
-    assert artifacts.location_of(str(tmp_path / "there"), url) == str(tmp_path / "there")
-    assert artifacts.location_of("/gone/adopt-artifacts", url) == str(tmp_path / "adopt-artifacts")
-    assert artifacts.location_of("/gone/pictures", url) == str(tmp_path / "pictures")
-    assert artifacts.location_of("/mnt/not/mounted", url) == "/mnt/not/mounted"
-
-
-@pytest.mark.parametrize("older", [False, True])
-def test_a_study_is_moved_with_its_pictures(
-    folder: Path, adopt: Adopt, monkeypatch: pytest.MonkeyPatch, older: bool
-) -> None:
+def test_a_study_is_moved_with_its_pictures(folder: Path, adopt: Adopt, monkeypatch: pytest.MonkeyPatch) -> None:
     (folder / "zero").mkdir()
     monkeypatch.chdir(folder / "zero")
     assert adopt("run", "--study", "../quick.toml", "--set", "search.trials=3").code == 0
-    if older:
-        study = load_study(open_storage("sqlite:///adopt.db"), "quick")
-        study.set_user_attr(ARTIFACTS, str(folder / "zero" / "adopt-artifacts"))
     (folder / "zero").rename(folder / "two")
     monkeypatch.chdir(folder / "two")
     done = adopt("run", "--study", "quick", "--set", "search.trials=6")

@@ -14,13 +14,15 @@ from optuna.trial import TrialState, create_trial
 from test_study import run
 
 from autodiffusion_optuna.report.dashboard import publish
-from autodiffusion_optuna.storage import lease as claims
+from autodiffusion_optuna.storage import lease
 from autodiffusion_optuna.storage.attrs import (
     BASELINE_COSTS,
     CANDIDATE,
     COST,
+    FAILURE,
     GENERATION,
     OPERATOR,
+    OWNER,
     READY,
     REFERENCE_IMAGES,
     RUNTIME,
@@ -51,7 +53,7 @@ def begun(genes: int = 0, **attrs: Any) -> Callable[[optuna.Study], None]:
         trial = study.ask()
         for name in list(GENES)[:genes]:
             trial.suggest_int(name, 0, 999)
-        for name, value in {claims.OWNER: f"{claims.host()}/999999999/1", **attrs}.items():
+        for name, value in {OWNER: f"{lease.host()}/999999999/1", **attrs}.items():
             trial.set_user_attr(name, value)
 
     return begin
@@ -107,7 +109,7 @@ def test_every_view_bears_it_and_the_search_goes_on(quick: optuna.Study, folder:
     look(quick, adopt)
     trials = quick.get_trials(deepcopy=False)
     assert sum(t.state in FINISHED for t in trials) == 40
-    ours = [t for t in trials if t.state == TrialState.COMPLETE and claims.OWNER in t.user_attrs]
+    ours = [t for t in trials if t.state == TrialState.COMPLETE and OWNER in t.user_attrs]
     named = {CANDIDATE, COST, GENERATION, STAGE, OPERATOR, SCORE}
     assert all(named <= t.user_attrs.keys() for t in ours)
     assert all(len(t.params) == 3 for t in ours)
@@ -182,4 +184,4 @@ def test_what_an_enqueued_trial_leaves_open_is_proposed(folder: Path) -> None:
     run(folder / "quick.toml", "sqlite:///adopt.db", start, "search.trials=9")
     word = opened.trials[number + 1]
     assert word.state == TrialState.FAIL
-    assert "no candidate" in word.user_attrs[claims.FAILURE]
+    assert "no candidate" in word.user_attrs[FAILURE]

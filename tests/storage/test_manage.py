@@ -26,9 +26,9 @@ from test_study import rows, run
 from autodiffusion_optuna.errors import AdoptError
 from autodiffusion_optuna.results.summary import read_summary
 from autodiffusion_optuna.storage import artifacts, manage
-from autodiffusion_optuna.storage.attrs import ARTIFACTS, CANDIDATE, GENERATION, OPERATOR, PARENTS, STAGE
+from autodiffusion_optuna.storage.attrs import ARTIFACTS, CANDIDATE, GENERATION, OPERATOR, OWNER, PARENTS, STAGE
 from autodiffusion_optuna.storage.database import open_storage
-from autodiffusion_optuna.storage.lease import OWNER, owner
+from autodiffusion_optuna.storage.lease import owner
 from autodiffusion_optuna.storage.studies import load_study, stored_config, study_names
 
 
@@ -302,7 +302,7 @@ def test_a_trial_that_is_being_taken_is_waited_for(url: str, folder: Path, chang
         except AdoptError as error:
             refused.append(str(error))
 
-    with open_storage(url).claiming(study._study_id):
+    with open_storage(url).locked(study):
         changing = threading.Thread(target=try_it)
         changing.start()
         time.sleep(0.5)

@@ -20,7 +20,7 @@ from test_study import rows, run
 from test_workers import as_owner, check_whole, control, wait_for
 
 from autodiffusion_optuna.errors import StorageError
-from autodiffusion_optuna.storage import lease as claims
+from autodiffusion_optuna.storage import lease
 from autodiffusion_optuna.storage.database import open_storage
 from autodiffusion_optuna.storage.studies import find_study, load_study
 from autodiffusion_optuna.storage.url import storage_url
@@ -125,7 +125,7 @@ def test_beats_behind_a_pooler_are_not_read_in_another_clients_time_zone(pooled:
             other.execute("SELECT 1")
         database.record_heartbeat(trial._trial_id)
         assert abs(database.beats(study._study_id)[trial._trial_id].silence) < 60
-    claims.reclaim(database, "beats", 60)
+    lease.reclaim(study, database, 60)
     assert load_study(database, "beats").trials[trial.number].state.name == "RUNNING"
 
 

@@ -13,15 +13,16 @@ import psycopg
 import pytest
 import sqlalchemy
 from optuna.exceptions import StorageInternalError
-from optuna.trial import FrozenTrial, TrialState
+from optuna.trial import TrialState
 from sqlalchemy.engine import make_url
 from sqlalchemy.exc import OperationalError
 
 from autodiffusion_optuna.cli import run as run_command
 from autodiffusion_optuna.errors import StorageError
 from autodiffusion_optuna.storage import database as db
-from autodiffusion_optuna.storage import lease as claims
+from autodiffusion_optuna.storage import lease
 from autodiffusion_optuna.storage import url as urls
+from autodiffusion_optuna.storage.attrs import OWNER, RETRIES
 
 
 @pytest.mark.parametrize(
@@ -88,18 +89,18 @@ def test_a_put_back_trial_keeps_its_number_and_parameters(tmp_path: Path) -> Non
     study = optuna.create_study(study_name="x", storage=database)
     first = study.ask()
     value = first.suggest_int("n", 0, 10**6)
-    first.set_user_attr(claims.OWNER, claims.owner())
-    claims.put_back(database, first._trial_id)
+    first.set_user_attr(OWNER, lease.owner())
+    lease.release(database, first._trial_id)
     again = study.ask()
     assert again.number == first.number
     assert again.suggest_int("n", 0, 10**6) == value
 
 
 def test_this_process_is_alive_and_a_reused_pid_is_not_it() -> None:
-    assert not claims.is_dead(claims.owner())
-    host, pid, started = claims.owner().rsplit("/", 2)
-    assert claims.is_dead(f"{host}/{pid}/{int(started) + 1}")
-    assert not claims.is_dead(f"another-host/{pid}/{started}")
+    assert not lease.is_dead(lease.owner())
+    host, pid, started = lease.owner().rsplit("/", 2)
+    assert lease.is_dead(f"{host}/{pid}/{int(started) + 1}")
+    assert not lease.is_dead(f"another-host/{pid}/{started}")
     assert int(pid) == os.getpid()
 
 
@@ -181,36 +182,36 @@ def waiting_trial(database: db.StudyStorage) -> tuple[optuna.Study, int]:
     return study, study.trials[0]._trial_id
 
 
+def take(database: db.StudyStorage, trial: int, worker: str) -> bool:
+    """Begin a waiting trial as that worker would."""
+    database.worker = worker
+    taken: bool = database.set_trial_state_values(trial, TrialState.RUNNING)
+    database.record_heartbeat(trial)
+    database.worker = None
+    return taken
+
+
 def test_a_waiting_trial_is_taken_once(tmp_path: Path) -> None:
     database, other = (db.open_storage(f"sqlite:///{tmp_path}/a.db") for _ in range(2))
     study, trial = waiting_trial(database)
-    assert other.take_trial(trial, {claims.OWNER: "elsewhere/1/1"})
-    assert not database.take_trial(trial, {claims.OWNER: claims.owner()})
+    assert take(other, trial, "elsewhere/1/1")
+    assert not take(database, trial, lease.owner())
     taken = study.trials[0]
     assert taken.state == TrialState.RUNNING
-    assert taken.user_attrs[claims.OWNER] == "elsewhere/1/1"
+    assert taken.user_attrs[OWNER] == "elsewhere/1/1"
     assert other.beats(study._study_id).keys() == {trial}
-    stale = FrozenTrial(**{**vars_of(taken), "state": TrialState.WAITING})
-    assert claims._take_up(study, database, stale, 9) == "wait"
-    assert study.trials[0].user_attrs[claims.OWNER] == "elsewhere/1/1"
-
-
-def vars_of(trial: FrozenTrial) -> dict[str, object]:
-    names = ("number", "state", "params", "distributions", "user_attrs", "system_attrs", "intermediate_values")
-    more = {"value": None, "datetime_start": trial.datetime_start, "datetime_complete": None}
-    return {**{name: getattr(trial, name) for name in names}, **more, "trial_id": trial._trial_id}
 
 
 def test_a_trial_that_another_took_meanwhile_is_not_taken_back(tmp_path: Path) -> None:
     database = db.open_storage(f"sqlite:///{tmp_path}/a.db")
     study, trial = waiting_trial(database)
-    database.take_trial(trial, {claims.OWNER: f"{claims.host()}/999999999/1"})
+    take(database, trial, f"{lease.host()}/999999999/1")
     seen = study.trials[0]
-    database.set_trial_user_attr(trial, claims.OWNER, "elsewhere/1/1")
-    assert not claims._take_back(database, trial, seen, "died")
+    database.set_trial_user_attr(trial, OWNER, "elsewhere/1/1")
+    assert not lease.take_back(database, seen, "died")
     assert study.trials[0].state == TrialState.RUNNING
-    assert claims.RETRIES not in study.trials[0].user_attrs
-    claims.put_back(database, trial)  # nor given back by one whose it is not
+    assert RETRIES not in study.trials[0].user_attrs
+    lease.release(database, trial)  # nor given back by one whose it is not
     assert study.trials[0].state == TrialState.RUNNING
 
 
@@ -222,28 +223,28 @@ def age_heartbeats(database: db.StudyStorage) -> None:
 def test_silence_counts_while_it_is_watched(tmp_path: Path) -> None:
     """A database that was away for longer than the grace makes no worker dead: none could beat."""
     database = db.open_storage(f"sqlite:///{tmp_path}/a.db")
-    _, trial = waiting_trial(database)
-    database.take_trial(trial, {claims.OWNER: "elsewhere/1/1"})
+    study, trial = waiting_trial(database)
+    take(database, trial, "elsewhere/1/1")
     age_heartbeats(database)
-    assert claims.reclaim(database, "x", 0.4) == []
+    assert lease.reclaim(study, database, 0.4) == []
     time.sleep(0.3)
-    database._until_back(iter_of(StorageInternalError("gone"), None))  # away for a moment
-    assert claims.reclaim(database, "x", 0.4) == []
+    database.until_back(iter_of(StorageInternalError("gone"), None))  # away for a moment
+    assert lease.reclaim(study, database, 0.4) == []
     time.sleep(0.3)
-    assert claims.reclaim(database, "x", 0.4) == [0]
+    assert lease.reclaim(study, database, 0.4) == [0]
 
 
 def test_an_outage_that_only_the_heart_meets_silences_no_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     database = db.open_storage(f"sqlite:///{tmp_path}/a.db")
-    _, trial = waiting_trial(database)
-    database.take_trial(trial, {claims.OWNER: "elsewhere/1/1"})
+    study, trial = waiting_trial(database)
+    take(database, trial, "elsewhere/1/1")
     age_heartbeats(database)
-    assert claims.reclaim(database, "x", 0.4) == []
+    assert lease.reclaim(study, database, 0.4) == []
     time.sleep(0.3)
     with monkeypatch.context() as away:
         away.setattr(optuna.storages.RDBStorage, "record_heartbeat", fails(StorageInternalError("gone")))
         database.record_heartbeat(trial)
-    assert claims.reclaim(database, "x", 0.4) == []
+    assert lease.reclaim(study, database, 0.4) == []
 
 
 def fails(error: Exception) -> Callable[..., None]:
@@ -255,7 +256,7 @@ def fails(error: Exception) -> Callable[..., None]:
 
 def test_a_heart_beats_on_after_any_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     database = db.open_storage(f"sqlite:///{tmp_path}/a.db")
-    _, trial = waiting_trial(database)
+    study, trial = waiting_trial(database)
     beats: list[int] = []
 
     def beat(trial: int) -> None:
@@ -263,7 +264,7 @@ def test_a_heart_beats_on_after_any_error(tmp_path: Path, monkeypatch: pytest.Mo
         raise AssertionError("the row was taken away")
 
     monkeypatch.setattr(database, "record_heartbeat", beat)
-    with claims.Heart(database, 0.02) as heart, heart.beating_for(trial):
+    with lease.Heartbeat(database, 0.02) as beating, beating.of(lease.Lease(optuna.Trial(study, trial), trial)):
         time.sleep(0.3)
     assert len(beats) > 2
 
@@ -279,11 +280,11 @@ def test_a_taken_trial_keeps_the_row_of_its_heartbeat(tmp_path: Path) -> None:
             (found,) = connection.execute(sqlalchemy.text(query)).all()
         return found[0], str(found[1])
 
-    database.take_trial(trial, {claims.OWNER: claims.owner()})
+    take(database, trial, lease.owner())
     first = row()[0]
     age_heartbeats(database)
-    claims.put_back(database, trial)
-    database.take_trial(trial, {claims.OWNER: "elsewhere/1/1"})
+    lease.release(database, trial)
+    take(database, trial, "elsewhere/1/1")
     assert row()[0] == first
     assert not row()[1].startswith("2020")
 
@@ -304,23 +305,22 @@ def iter_of(error: StorageInternalError, answer: object) -> Callable[[], object]
 
 def test_a_worker_of_an_earlier_boot_is_dead_sooner(tmp_path: Path) -> None:
     database = db.open_storage(f"sqlite:///{tmp_path}/a.db")
-    _, trial = waiting_trial(database)
-    earlier = claims.host().rpartition("-")[0] + "-00000000"
-    assert claims.ran_here_before(f"{earlier}/1/1")
-    assert not claims.ran_here_before(claims.owner())
-    assert not claims.ran_here_before("elsewhere/1/1")
-    database.take_trial(trial, {claims.OWNER: f"{earlier}/1/1"})
-    assert claims.reclaim(database, "x", 60) == []  # a copy of this machine may beat still
+    study, trial = waiting_trial(database)
+    earlier = lease.host().rpartition("-")[0] + "-00000000"
+    assert lease.ran_here_before(f"{earlier}/1/1")
+    assert not lease.ran_here_before(lease.owner())
+    assert not lease.ran_here_before("elsewhere/1/1")
+    take(database, trial, f"{earlier}/1/1")
+    assert lease.reclaim(study, database, 60) == []  # a copy of this machine may beat still
     age_heartbeats(database)
-    assert claims.reclaim(database, "x", 60) == [0]
+    assert lease.reclaim(study, database, 60) == [0]
 
 
 def test_a_study_that_was_deleted_is_one_line(tmp_path: Path) -> None:
     database = db.open_storage(f"sqlite:///{tmp_path}/a.db")
     study, trial = waiting_trial(database)
     database.delete_study(study._study_id)
-    made = optuna.trial.create_trial(state=TrialState.RUNNING)
-    for call in (lambda: database.begin_trial(study._study_id, made), lambda: database.get_trial(trial)):
+    for call in (lambda: database.create_new_trial(study._study_id), lambda: database.get_trial(trial)):
         with pytest.raises(KeyError) as gone:
             call()
         assert "deleted" in (db.failure(gone.value) or "")

@@ -23,9 +23,9 @@ from autodiffusion_optuna.config import StudyConfig, load_config
 from autodiffusion_optuna.errors import StudyError
 from autodiffusion_optuna.results.held_out import HeldOut
 from autodiffusion_optuna.results.summary import read_summary
-from autodiffusion_optuna.storage.attrs import BASELINE, CANDIDATE, SCORE
+from autodiffusion_optuna.storage.attrs import BASELINE, CANDIDATE, FAILURE, OWNER, RETRIES, SCORE
 from autodiffusion_optuna.storage.database import open_storage
-from autodiffusion_optuna.storage.lease import FAILURE, MAX_RETRIES, OWNER, RETRIES, owner, put_back, reclaim
+from autodiffusion_optuna.storage.lease import MAX_RETRIES, owner, reclaim, release
 from autodiffusion_optuna.storage.manage import delete_study, rename_study
 from autodiffusion_optuna.storage.studies import load_study, study_names
 from autodiffusion_optuna.storage.trials import count_finished
@@ -232,11 +232,11 @@ def test_a_trial_of_a_live_worker_is_left_alone_and_of_a_dead_one_taken_back(fol
     live.set_user_attr(OWNER, owner())
     host, _, _ = owner().rsplit("/", 2)
     dead.set_user_attr(OWNER, f"{host}/999999999/1")
-    assert reclaim(database, "quick", 60) == [dead.number]
+    assert reclaim(opened, database, 60) == [dead.number]
     assert opened.trials[live.number].state == TrialState.RUNNING
     assert opened.trials[dead.number].state == TrialState.WAITING
     assert opened.trials[dead.number].user_attrs[RETRIES] == 1
-    put_back(database, live._trial_id)
+    release(database, live._trial_id)
     assert opened.trials[live.number].state == TrialState.WAITING
 
 
@@ -249,7 +249,7 @@ def test_a_trial_that_keeps_killing_its_worker_fails_with_the_reason(folder: Pat
         trial = opened.ask()
         assert trial.number == 0
         trial.set_user_attr(OWNER, f"{host}/999999999/1")
-        reclaim(database, "quick", 60)
+        reclaim(opened, database, 60)
     failed = opened.trials[0]
     assert failed.state == TrialState.FAIL
     assert "died" in failed.user_attrs[FAILURE]
@@ -270,7 +270,7 @@ def test_pruning_repeats_exactly_and_counts_towards_the_budget(folder: Path) -> 
             assert trial.user_attrs[SCORE]["rungs"][-1][0] == max(trial.intermediate_values)
 
 
-@pytest.mark.parametrize("moment", ["take_trial", "begin_trial", "finish_trial"])
+@pytest.mark.parametrize("moment", ["set_trial_state_values", "create_new_trial", "end_trial"])
 def test_ctrl_c_while_a_trial_is_begun_or_ended_leaves_none_running(
     folder: Path, monkeypatch: pytest.MonkeyPatch, moment: str
 ) -> None:
@@ -279,12 +279,12 @@ def test_ctrl_c_while_a_trial_is_begun_or_ended_leaves_none_running(
     opened = lifecycle.open_study(parts, database)
     real, calls = getattr(database, moment), []
 
-    def interrupted(*args: Any) -> Any:
+    def interrupted(*args: Any, **named: Any) -> Any:
         calls.append(1)
-        if len(calls) == 3 and moment == "finish_trial":
+        if len(calls) == 3 and moment == "end_trial":
             raise KeyboardInterrupt
-        result = real(*args)
-        if len(calls) == 3 and moment != "finish_trial":
+        result = real(*args, **named)
+        if len(calls) == 3 and moment != "end_trial":
             raise KeyboardInterrupt
         return result
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import os
 import random
 import shlex
@@ -29,10 +28,9 @@ from test_study import config_with, rows, run
 from autodiffusion_optuna.cli.run import _Board
 from autodiffusion_optuna.results import status
 from autodiffusion_optuna.results.status import read_status
-from autodiffusion_optuna.storage import artifacts
+from autodiffusion_optuna.storage import artifacts, lease
 from autodiffusion_optuna.storage import database as db
-from autodiffusion_optuna.storage import lease as claims
-from autodiffusion_optuna.storage.attrs import CANDIDATE
+from autodiffusion_optuna.storage.attrs import CANDIDATE, FAILURE, OWNER, RETRIES
 from autodiffusion_optuna.storage.database import StudyStorage, open_storage
 from autodiffusion_optuna.storage.studies import load_study
 from autodiffusion_optuna.storage.trials import count_finished
@@ -89,7 +87,7 @@ def check_whole(url: str, name: str, trials: int, *, cut_off: bool = False) -> N
     ones are given up at once.
     """
     found = load_study(open_storage(url), name).get_trials(deepcopy=False)
-    given_up = [t for t in found if t.user_attrs.get(claims.FAILURE, "").startswith("given up at once")]
+    given_up = [t for t in found if t.user_attrs.get(FAILURE, "").startswith("given up at once")]
     failed = len(given_up) if cut_off else 0
     states = [t.state for t in found]
     assert states.count(TrialState.COMPLETE) == trials
@@ -193,8 +191,8 @@ def test_a_worker_frozen_past_the_grace_lives_on_and_counts_once(
         frozen.kill()
         other.kill()
     check_whole(database, name, 40)
-    assert found.trials[held].user_attrs[claims.RETRIES] == 1
-    assert len({t.user_attrs[claims.OWNER] for t in found.trials}) == 2
+    assert found.trials[held].user_attrs[RETRIES] == 1
+    assert len({t.user_attrs[OWNER] for t in found.trials}) == 2
 
 
 def freeze(worker: subprocess.Popen[bytes], found: optuna.Study) -> int:
@@ -233,9 +231,8 @@ def test_a_trial_that_another_worker_finished_meanwhile_is_left_to_it(
     def other_finishes() -> None:
         """As another worker that took it over."""
         (trial,) = opened.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
-        database.set_trial_user_attr(trial._trial_id, claims.OWNER, "elsewhere/1/1")
-        holder = (claims.OWNER, "elsewhere/1/1")
-        assert database.finish_trial(trial._trial_id, TrialState.COMPLETE, [1e9], {}, holder)
+        database.set_trial_user_attr(trial._trial_id, OWNER, "elsewhere/1/1")
+        assert database.end_trial(trial._trial_id, TrialState.COMPLETE, [1e9], "elsewhere/1/1")
 
     monkeypatch.setattr(type(parts.evaluator), "score", overtaken)
     loop.work(parts, opened, database, store=None if "rung" in moment else store)
@@ -315,10 +312,10 @@ def test_status_tells_who_is_alive(folder: Path, adopt: Adopt) -> None:
     found = begin(folder, "sqlite:///adopt.db")
     database = open_storage("sqlite:///adopt.db")
     mine, dead, silent = found.ask(), found.ask(), found.ask()
-    mine.set_user_attr(claims.OWNER, claims.owner())
+    mine.set_user_attr(OWNER, lease.owner())
     database.record_heartbeat(mine._trial_id)
-    dead.set_user_attr(claims.OWNER, f"{claims.host()}/999999999/1")
-    silent.set_user_attr(claims.OWNER, "elsewhere/1/1")
+    dead.set_user_attr(OWNER, f"{lease.host()}/999999999/1")
+    silent.set_user_attr(OWNER, "elsewhere/1/1")
     state = read_status(database, found)
     assert [worker.alive for worker in state.workers] == [True, False, True]
     assert state.states["running"] == 3
@@ -354,9 +351,9 @@ def test_a_trial_without_a_heartbeat_is_freed_after_the_grace(folder: Path) -> N
     """Its worker, on another host, died before its first beat: the first who looks starts the clock."""
     found = begin(folder, "sqlite:///adopt.db")
     database = open_storage("sqlite:///adopt.db")
-    found.ask().set_user_attr(claims.OWNER, "elsewhere/1/1")
-    assert claims.reclaim(database, "quick", 1) == []
-    wait_for(lambda: claims.reclaim(database, "quick", 1) == [0], seconds=10)
+    found.ask().set_user_attr(OWNER, "elsewhere/1/1")
+    assert lease.reclaim(found, database, 1) == []
+    wait_for(lambda: lease.reclaim(found, database, 1) == [0], seconds=10)
     assert found.trials[0].state == TrialState.WAITING
 
 
@@ -369,18 +366,25 @@ def test_without_the_lock_the_budget_still_holds(folder: Path, monkeypatch: pyte
     rival = optuna.load_study(study_name="quick", storage=open_storage("sqlite:///adopt.db"), sampler=parts.sampler)
     run(folder / "quick.toml", "sqlite:///adopt.db", "search.trials=8", settings[1])
 
-    def template(trials: Any) -> Any:
-        made = loop._template(parts, opened, trials)
-        theirs = copy.deepcopy(made)  # another worker is a moment faster
-        theirs.set_user_attr(claims.OWNER, "elsewhere/1/1")
-        rival.add_trial(theirs)
-        return made
+    def publish(trial: optuna.Trial) -> None:
+        """Another worker was a moment faster."""
+        loop.propose(parts, opened, trial)
+        key = opened.trials[trial.number].user_attrs[CANDIDATE]
+        database.set_trial_user_attr(theirs.pop(), CANDIDATE, key)
 
-    assert claims.claim(opened, database, 9, template, grace=60) == "wait"
+    theirs: list[int] = []
+    ask = opened.ask
+
+    def asked() -> optuna.Trial:
+        theirs.append(rival.ask()._trial_id)
+        return ask()
+
+    monkeypatch.setattr(opened, "ask", asked)
+    assert lease.acquire(opened, database, 9, publish, grace=60) == "wait"
     states = [t.state for t in opened.get_trials(deepcopy=False)]
     assert states.count(TrialState.RUNNING) == 1
     failed = next(t for t in opened.trials if t.state == TrialState.FAIL)
-    assert "trial 8 tries the same" in failed.user_attrs[claims.FAILURE]
+    assert "trial 8 tries the same" in failed.user_attrs[FAILURE]
 
 
 def test_a_trial_that_was_begun_twice_is_run_once(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -388,15 +392,18 @@ def test_a_trial_that_was_begun_twice_is_run_once(folder: Path, monkeypatch: pyt
     parts = components.build(config_with(folder / "quick.toml", "search.warm_starts=['uniform']"))
     database = open_storage("sqlite:///adopt.db")
     opened = lifecycle.open_study(parts, database)
-    real = database.begin_trial
-    monkeypatch.setattr(database, "begin_trial", lambda *given: (real(*given), real(*given))[1])
-    take = partial(claims.claim, opened, database, 9, partial(loop._template, parts, opened), grace=60)
-    enqueued, begun = take(), take()
-    assert isinstance(enqueued, claims.Claim)
-    assert isinstance(begun, claims.Claim)
-    assert (begun.number, begun.begun.state) == (1, TrialState.RUNNING)
-    assert [t.state for t in opened.trials] == [TrialState.RUNNING, TrialState.RUNNING, TrialState.FAIL]
-    assert database.get_trial(begun.id).number == 1
+    real = database.create_new_trial
+    take = partial(lease.acquire, opened, database, 9, partial(loop.propose, parts, opened), grace=60)
+    enqueued = take()
+    assert isinstance(enqueued, lease.Lease)
+    loop.finish(opened, enqueued, loop.Outcome(TrialState.FAIL, reason="given up"))
+    monkeypatch.setattr(database, "create_new_trial", lambda *given: (real(*given), real(*given))[1])
+    assert take() == "wait"
+    monkeypatch.undo()
+    begun = take()
+    assert isinstance(begun, lease.Lease)
+    assert begun.number == 1
+    assert [t.state for t in opened.trials] == [TrialState.FAIL, TrialState.RUNNING, TrialState.FAIL]
 
 
 def test_a_candidate_that_breaks_the_worker_is_failed_and_named(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -411,7 +418,7 @@ def test_a_candidate_that_breaks_the_worker_is_failed_and_named(folder: Path, mo
     with pytest.raises(RuntimeError, match="kernel"):
         loop.work(parts, opened, database)
     assert opened.trials[0].state == TrialState.FAIL
-    assert opened.trials[0].user_attrs[claims.FAILURE] == "RuntimeError: a kernel failed"
+    assert opened.trials[0].user_attrs[FAILURE] == "RuntimeError: a kernel failed"
 
 
 def test_a_worker_of_another_version_refuses(folder: Path, adopt: Adopt, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -459,7 +466,7 @@ def names(url: str) -> set[str]:
     database: StudyStorage = open_storage(url)
     studies = [s.study_name for s in database.get_all_studies()]
     trials = load_study(database, "quick").get_trials(deepcopy=False) if "quick" in studies else []
-    return {t.user_attrs[claims.OWNER] for t in trials if claims.OWNER in t.user_attrs}
+    return {t.user_attrs[OWNER] for t in trials if OWNER in t.user_attrs}
 
 
 @pytest.mark.parametrize(
@@ -527,7 +534,7 @@ def test_a_database_that_fails_ends_in_one_line_and_goes_on_later(
     os.chdir(folder)
     database = open_storage("sqlite:///adopt.db")
     for trial in load_study(database, "quick").get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
-        claims.put_back(database, trial._trial_id)  # here the failed run's process lives on: it is the test's
+        lease.release(database, trial._trial_id)  # here the failed run's process lives on: it is the test's
     run(folder / "quick.toml", "sqlite:///adopt.db")
     run(folder / "quick.toml", "sqlite:///whole.db")
     assert rows("sqlite:///adopt.db", "quick") == rows("sqlite:///whole.db", "quick")
@@ -562,7 +569,7 @@ def test_a_killed_worker_of_an_engine_is_run_again(folder: Path, engine: str, op
     assert launcher.returncode == 0, said
     check_whole("sqlite:///adopt.db", "quick", 40)
     trials = load_study(open_storage("sqlite:///adopt.db"), "quick").get_trials(deepcopy=False)
-    assert any(claims.RETRIES in t.user_attrs for t in trials)
+    assert any(RETRIES in t.user_attrs for t in trials)
     assert len(names("sqlite:///adopt.db")) <= 2
 
 
