@@ -10,7 +10,7 @@ import shlex
 import sqlite3
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
@@ -57,15 +57,8 @@ BEATS = sqlalchemy.text(
     "SELECT b.trial_id, b.heartbeat FROM trial_heartbeats b JOIN trials t ON t.trial_id = b.trial_id "
     "WHERE t.study_id = :study AND t.state = 'RUNNING'"
 ).columns(trial_id=sqlalchemy.Integer, heartbeat=sqlalchemy.DateTime)
-# Changes nothing, but from here on no other transaction can change the trial.
-STILL_HELD = """
-UPDATE trials SET state = state WHERE trial_id = :trial AND state = 'RUNNING'
-AND EXISTS (SELECT 1 FROM trial_user_attributes WHERE trial_id = :trial AND key = :name AND value_json = :holder)
-"""
-STILL_NOBODYS = """
-UPDATE trials SET state = state WHERE trial_id = :trial AND state = 'RUNNING'
-AND NOT EXISTS (SELECT 1 FROM trial_user_attributes WHERE trial_id = :trial AND key = :name)
-"""
+TRIALS = sqlalchemy.table("trials", *map(sqlalchemy.column, ("trial_id", "study_id", "state")))
+USER_ATTRS = sqlalchemy.table("trial_user_attributes", *map(sqlalchemy.column, ("trial_id", "key", "value_json")))
 
 
 class Beat(NamedTuple):
@@ -151,10 +144,18 @@ class StudyStorage(_Storage):
             if not self.end_trial(trial_id, state, values, self.worker):
                 raise UpdateFinishedTrialError(f"trial {trial_id} is another worker's by now")
             return True
-        changed = self.until_back(lambda: self.inner.set_trial_state_values(trial_id, state, values))
-        if changed and self.worker is not None and state == TrialState.RUNNING:
-            self.set_trial_user_attr(trial_id, OWNER, self.worker)
-        return changed
+        if self.worker is not None and state == TrialState.RUNNING:
+            return self.until_back(lambda: self._take(trial_id, str(self.worker)))
+        return self.until_back(lambda: self.inner.set_trial_state_values(trial_id, state, values))
+
+    def _take(self, trial_id: int, worker: str) -> bool:
+        """Begin a waiting trial under its worker's name: in between, nobody could tell whose it is."""
+        name = (USER_ATTRS.c.trial_id == trial_id) & (USER_ATTRS.c.key == OWNER)
+        row = {"trial_id": trial_id, "key": OWNER, "value_json": json.dumps(worker)}
+        statements = (_hold(trial_id, "WAITING"), USER_ATTRS.delete().where(name), USER_ATTRS.insert().values(row))
+        return self.in_one_transaction(
+            statements, lambda: self.rdb.set_trial_state_values(trial_id, TrialState.RUNNING)
+        )
 
     def end_trial(self, trial_id: int, state: TrialState, values: Sequence[float] | None, holder: str | None) -> bool:
         """End a running trial, or have it wait again, in one transaction with the check that it is ``holder``'s.
@@ -162,29 +163,31 @@ class StudyStorage(_Storage):
         ``holder``: as its user attr names its worker, None for one without. False, and nothing is written, where the
         trial is another's or runs no more; True also where this very call was carried out before it was cut off.
         """
-        held = {"trial": trial_id, "name": OWNER} | ({} if holder is None else {"holder": json.dumps(holder)})
-        check = sqlalchemy.text(STILL_NOBODYS if holder is None else STILL_HELD)
+        owned = sqlalchemy.exists().where(USER_ATTRS.c.trial_id == trial_id, USER_ATTRS.c.key == OWNER)
+        his = ~owned if holder is None else owned.where(USER_ATTRS.c.value_json == json.dumps(holder))
+        check = (_hold(trial_id, "RUNNING").where(his),)
 
         def end() -> bool:
-            if self.in_one_transaction(check, held, lambda: self.rdb.set_trial_state_values(trial_id, state, values)):
+            if self.in_one_transaction(check, lambda: self.rdb.set_trial_state_values(trial_id, state, values)):
                 return True
             now = self.inner.get_trial(trial_id)
             return now.state == state and now.user_attrs.get(OWNER) == holder
 
         return self.until_back(end)
 
-    def in_one_transaction(
-        self, statement: sqlalchemy.TextClause, values: Mapping[str, Any], call: Callable[[], object]
-    ) -> bool:
-        """Execute a statement, then a call of Optuna's in its transaction; False, and no call, where no row fits.
+    def in_one_transaction(self, statements: Sequence[sqlalchemy.Executable], call: Callable[[], object]) -> bool:
+        """Execute statements, then a call of Optuna's in their transaction; False where the first fits no row.
 
-        Optuna's storage has one session a thread, and commits it at the end of each call.
+        For what must not be cut in two, and only that. Optuna's storage has one session a thread, and commits it at
+        the end of each call.
         """
         session = self.rdb.scoped_session()
         try:
-            if not session.execute(statement, values).rowcount:  # type: ignore[attr-defined]
-                session.rollback()
-                return False
+            for place, statement in enumerate(statements):
+                result: Any = session.execute(statement)
+                if place == 0 and not result.rowcount:
+                    session.rollback()
+                    return False
         except IntegrityError:
             session.rollback()
             raise
@@ -378,6 +381,13 @@ def _let_go(connection: sqlalchemy.Connection) -> None:
         connection.invalidate()
     finally:
         connection.close()
+
+
+def _hold(trial_id: int, state: str) -> sqlalchemy.Update:
+    """Changes nothing where a trial is in that state; but from then on no other transaction can change the trial."""
+    # The column is an enumeration in Postgres, which does not take a text for it.
+    now: sqlalchemy.ColumnClause[Any] = sqlalchemy.literal_column(f"'{state}'")
+    return TRIALS.update().where(TRIALS.c.trial_id == trial_id, TRIALS.c.state == now).values(state=TRIALS.c.state)
 
 
 def _on_sqlite(connection: Any, _record: object) -> None:

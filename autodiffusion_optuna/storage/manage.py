@@ -128,13 +128,11 @@ def _check_free(storage: StudyStorage, name: str) -> None:
 
 def _set_name(storage: StudyStorage, study_id: int, name: str, config: Mapping[str, Any]) -> None:
     """Name and config in one transaction. By SQL: Optuna has no rename, and its copy loses pictures and notes."""
-    rename = sqlalchemy.text("UPDATE studies SET study_name = :name WHERE study_id = :study")
+    studies = sqlalchemy.table("studies", sqlalchemy.column("study_id"), sqlalchemy.column("study_name"))
+    rename = studies.update().where(studies.c.study_id == study_id).values(study_name=name)
+    named = {**config, "name": name}
     try:
-        storage.in_one_transaction(
-            rename,
-            {"name": name, "study": study_id},
-            lambda: storage.rdb.set_study_user_attr(study_id, CONFIG, {**config, "name": name}),
-        )
+        storage.in_one_transaction((rename,), lambda: storage.rdb.set_study_user_attr(study_id, CONFIG, named))
     except IntegrityError:  # made by another process a moment ago
         raise StudyError(f"a study {name!r} exists already; choose another name, or delete it first") from None
 
