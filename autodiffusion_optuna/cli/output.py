@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     import optuna
 
     from autodiffusion_optuna.results.summary import StudySummary
-    from autodiffusion_optuna.storage.database import StudyStorage
+    from autodiffusion_optuna.storage.study_storage import StudyStorage
     from autodiffusion_optuna.study.components import StudyComponents
 
 NAME_WIDTH = 24

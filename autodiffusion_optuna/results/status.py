@@ -21,9 +21,9 @@ from autodiffusion_optuna.config import (
 from autodiffusion_optuna.errors import StudyError
 from autodiffusion_optuna.results.summary import read_summary
 from autodiffusion_optuna.storage.attrs import CONFIG, METRIC, VERSION
-from autodiffusion_optuna.storage.database import StudyStorage
 from autodiffusion_optuna.storage.lease import Worker, workers
 from autodiffusion_optuna.storage.studies import current_name, stored_config, study_names
+from autodiffusion_optuna.storage.study_storage import StudyStorage
 from autodiffusion_optuna.storage.trials import count_finished, values_by_key
 
 

@@ -23,7 +23,7 @@ import optuna
 from optuna.trial import FrozenTrial, TrialState
 
 from autodiffusion_optuna.storage.attrs import CANDIDATE, FAILURE, OWNER, RETRIES
-from autodiffusion_optuna.storage.database import StudyStorage
+from autodiffusion_optuna.storage.study_storage import StudyStorage
 from autodiffusion_optuna.storage.trials import FINISHED
 
 _log = logging.getLogger("autodiffusion_optuna")
@@ -244,7 +244,7 @@ def _parts(name: object) -> tuple[str, str, str]:
 
 
 def ran_here_before(name: str) -> bool:
-    """Whether the worker of that name ran on this machine before it was started anew, or on a copy of this machine."""
+    """Whether the worker of that name ran on this machine before it was started again, or on a copy of this machine."""
     where, here = _parts(name)[0], host()
     return where != here and where.rpartition("-")[0] == here.rpartition("-")[0]
 

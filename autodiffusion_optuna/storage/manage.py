@@ -21,9 +21,9 @@ from autodiffusion_optuna.config import NAME_PATTERN
 from autodiffusion_optuna.errors import ConfigError, StorageError, StudyError
 from autodiffusion_optuna.storage.artifacts import ATTR, location_of, open_store, reason_of, shown, stored_location
 from autodiffusion_optuna.storage.attrs import ARTIFACTS, CONFIG, OWNER
-from autodiffusion_optuna.storage.database import StudyStorage
 from autodiffusion_optuna.storage.lease import is_dead, owner
 from autodiffusion_optuna.storage.studies import load_study, study_names
+from autodiffusion_optuna.storage.study_storage import StudyStorage
 
 if TYPE_CHECKING:
     from autodiffusion_optuna.storage.artifacts import ArtifactStore
@@ -79,7 +79,7 @@ def copy_study(
     """Copy a study within a database, or to the one that ``target`` opens, with pictures of its own.
 
     The copy goes on exactly as the original would; a trial that is running is waiting in the copy. ``on_copied`` is
-    told (trials copied, trials in all). Until all is there the copy has another name and no config: one that was
+    called with (trials copied, trials in all). Until all is there the copy has another name and no config: one that was
     killed is no study of adopt's, and is removed when it is tried again. Raises as ``rename_study`` does.
     """
     check_name(new)
@@ -235,13 +235,11 @@ def _told_as_storage_error(what: str, location: str | None) -> Iterator[None]:
         yield
     except Exception as error:  # the errors of buckets' clients have no common base
         where = shown(location or "")
-        raise StorageError(
-            f"cannot {what} pictures in {where!r}: {reason_of(error)}; mend that and try again"
-        ) from None
+        raise StorageError(f"cannot {what} pictures in {where!r}: {reason_of(error)}; fix that and try again") from None
 
 
 def _delete(storage: StudyStorage, study_id: int, *, leave_pictures: bool = False) -> Deleted:
-    """Delete pictures, then the study: a delete that was killed can be told again.
+    """Delete pictures, then the study: a delete that was killed can be repeated.
 
     StorageError, and the study is kept, where a picture cannot be removed; with ``leave_pictures`` it is deleted.
     """

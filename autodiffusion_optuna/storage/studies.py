@@ -18,7 +18,8 @@ from autodiffusion_optuna.config import (
 )
 from autodiffusion_optuna.errors import StudyError, choose_from
 from autodiffusion_optuna.storage.attrs import CONFIG, READY, RUNTIME, UNIT_COSTS, VERSION
-from autodiffusion_optuna.storage.database import StudyStorage, is_empty, open_storage
+from autodiffusion_optuna.storage.database import is_empty, open_storage
+from autodiffusion_optuna.storage.study_storage import StudyStorage
 
 
 def load_study(storage: StudyStorage, name: str) -> optuna.Study:

@@ -1,4 +1,4 @@
-"""The composition root: the only file that sees both the search and the evaluation."""
+"""What a study is made of: model, search space, sampler, evaluator and baselines, from its config."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import torch
 
@@ -32,9 +32,6 @@ from autodiffusion_optuna.noise import Final
 from autodiffusion_optuna.search.sampler import AutoDiffusionSampler
 from autodiffusion_optuna.search.space import SearchSpace
 from autodiffusion_optuna.search.timesteps import baseline_timesteps
-
-if TYPE_CHECKING:
-    pass
 
 
 @dataclass(frozen=True, eq=False)
@@ -95,10 +92,10 @@ def build(
     )
     check_images(reference, model.picture_shape)
     _check_features(evaluator)
-    known = _known(model, space)
-    warm_starts(config, known)  # an unknown name is refused before anything is written
+    baselines = _baselines(model, space)
+    warm_starts(config, baselines)  # an unknown name is refused before anything is written
     sanity = check_model(model, reference.images, batch) if config.model.check else []
-    return StudyComponents(config, model, space, _sampler(config, space), evaluator, known, tuple(sanity))
+    return StudyComponents(config, model, space, _sampler(config, space), evaluator, baselines, tuple(sanity))
 
 
 def open_model(config: StudyConfig, trust: bool = False, device: str | None = None) -> Model:
@@ -168,18 +165,18 @@ def _listed(value: Any) -> list[Any]:
     return list(dict.fromkeys(value)) if isinstance(value, list) else [value]
 
 
-def _known(model: Model, space: SearchSpace) -> dict[str, Candidate]:
+def _baselines(model: Model, space: SearchSpace) -> dict[str, Candidate]:
     """Baselines by name, with the first of each searched setting; and uniform with each of the others."""
     lists = baseline_timesteps(model.schedule, space.full_steps, space.min_gap)
     # Where no candidate can keep every layer on, the baselines skip what the budget makes them skip.
-    known = {name: space.fit(Candidate(timesteps), space.max_skip) for name, timesteps in lists.items()}
-    start = dict(known["uniform"].settings)
+    found = {name: space.fit(Candidate(timesteps), space.max_skip) for name, timesteps in lists.items()}
+    start = dict(found["uniform"].settings)
     for setting, values in space.choices.items():
         for value in values[1:]:
             settings = tuple(sorted({**start, setting: value}.items()))
-            other = replace(known["uniform"], settings=settings)
-            known[f"uniform, {setting} {value}"] = space.fit(other, space.max_skip)
-    return known
+            other = replace(found["uniform"], settings=settings)
+            found[f"uniform, {setting} {value}"] = space.fit(other, space.max_skip)
+    return found
 
 
 def _check_features(evaluator: Evaluator) -> None:
@@ -259,14 +256,14 @@ def _reference(config: StudyConfig, model: Model, extractor: Extractor) -> Refer
     return model.reference(extractor)
 
 
-def warm_starts(config: StudyConfig, known: dict[str, Candidate]) -> list[str]:
+def warm_starts(config: StudyConfig, baselines: dict[str, Candidate]) -> list[str]:
     """Names of the baselines that are evaluated first (ConfigError for one that does not exist)."""
     names = config.search.warm_starts
     if names is None:
-        return ["uniform"] if config.search.preset == "paper" else list(known)
+        return ["uniform"] if config.search.preset == "paper" else list(baselines)
     for name in names:
-        if name not in known:
-            raise ConfigError("search.warm_starts: " + choose_from("schedule", name, known))
+        if name not in baselines:
+            raise ConfigError("search.warm_starts: " + choose_from("baseline", name, baselines))
     return names
 
 

@@ -1,9 +1,9 @@
-"""The composition root: the only file that sees both the search and the evaluation."""
+"""A study is created, or resumed after checking that it measures the same."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import optuna
 from optuna.pruners import BasePruner, MedianPruner, NopPruner, PercentilePruner
@@ -16,6 +16,7 @@ from autodiffusion_optuna.errors import StudyError
 from autodiffusion_optuna.evaluation.denoiser import Denoiser
 from autodiffusion_optuna.evaluation.runtime import describe_runtime
 from autodiffusion_optuna.storage.artifacts import (
+    ArtifactStore,
     default_folder,
     location_of,
     open_store,
@@ -38,7 +39,7 @@ from autodiffusion_optuna.storage.attrs import (
     VERSION,
     WARNINGS,
 )
-from autodiffusion_optuna.storage.database import StudyStorage, check_place, open_storage
+from autodiffusion_optuna.storage.database import check_place, open_storage
 from autodiffusion_optuna.storage.studies import (
     find_study,
     require_files,
@@ -46,6 +47,7 @@ from autodiffusion_optuna.storage.studies import (
     stored_batch,
     stored_unit_costs,
 )
+from autodiffusion_optuna.storage.study_storage import StudyStorage
 from autodiffusion_optuna.study.components import (
     StudyComponents,
     build,
@@ -54,9 +56,6 @@ from autodiffusion_optuna.study.components import (
     warm_starts,
     warnings,
 )
-
-if TYPE_CHECKING:
-    from autodiffusion_optuna.storage.artifacts import ArtifactStore
 
 
 def open_study(parts: StudyComponents, storage: StudyStorage, pictures: str | None = None) -> optuna.Study:

@@ -25,8 +25,8 @@ from autodiffusion_optuna.evaluation.runtime import describe_runtime
 from autodiffusion_optuna.results.held_out import runtime_warnings
 from autodiffusion_optuna.storage.artifacts import ArtifactStore, attach_picture, notable
 from autodiffusion_optuna.storage.attrs import CANDIDATE, COST, FAILURE, IMAGES, RUNTIME, SCORE, rung_key, runtime_key
-from autodiffusion_optuna.storage.database import StudyStorage
 from autodiffusion_optuna.storage.lease import Heartbeat, Lease, acquire, is_mine, release_all
+from autodiffusion_optuna.storage.study_storage import StudyStorage
 from autodiffusion_optuna.storage.trials import FINISHED, count_finished
 from autodiffusion_optuna.study.components import StudyComponents, relative_cost
 
@@ -44,7 +44,7 @@ PICTURES = 16
 
 @dataclass(frozen=True)
 class Progress:
-    """What the screen is told after every trial."""
+    """What the screen shows after every trial."""
 
     trial: FrozenTrial
     finished: int

@@ -1,9 +1,8 @@
-"""The composition root: the only file that sees both the search and the evaluation."""
+"""The winner and its baselines on noise that chose nothing."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
 import numpy as np
 import optuna
@@ -18,9 +17,6 @@ from autodiffusion_optuna.storage.attrs import CANDIDATE, held_out_key
 from autodiffusion_optuna.storage.trials import scored_trials, values_by_key
 from autodiffusion_optuna.study.components import StudyComponents, too_few_images
 from autodiffusion_optuna.study.loop import note_runtime
-
-if TYPE_CHECKING:
-    pass
 
 
 def winner(study: optuna.Study) -> FrozenTrial:
@@ -68,7 +64,7 @@ def to_validate(parts: StudyComponents, study: optuna.Study) -> dict[str, Candid
 def validate(
     parts: StudyComponents, study: optuna.Study, on_score: Callable[[str, int, int], None] | None = None
 ) -> None:
-    """Score all ``finalists`` on the config's held-out banks; ``on_score`` is told (name, done, all)."""
+    """Score all of ``to_validate`` on the config's held-out banks; ``on_score`` is called with (name, done, all)."""
     images, banks = parts.config.score.held_out_images, parts.config.score.held_out_banks
     candidates = to_validate(parts, study)
     for done, (name, candidate) in enumerate(candidates.items(), 1):
