@@ -16,7 +16,8 @@ import resource
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from datetime import datetime
 from functools import partial
 from pathlib import Path
@@ -53,7 +54,7 @@ from autodiffusion_optuna.storage.attrs import (
     STAGE,
 )
 from autodiffusion_optuna.storage.database import StudyStorage, open_storage
-from autodiffusion_optuna.storage.lease import Claim, claim
+from autodiffusion_optuna.storage.lease import Lease, acquire
 from autodiffusion_optuna.storage.url import storage_url
 from autodiffusion_optuna.study import components, loop
 
@@ -166,28 +167,41 @@ Cycle = Callable[[], dict[str, float]]
 
 def prepare(url: str, size: int) -> tuple[Cycle, float]:
     """A cycle on a study of ``size`` finished trials, and the seconds that its first one took: it reads them all."""
-    parts = make_parts(10**6, 0.0, f"bench-{size}")
-    storage, study = open_bench(url, parts)
-    fill(storage, study, parts, size)
-    storage, study = open_bench(url, parts)  # a worker that joins: nothing is in its cache
-    in_sampler: list[float] = []
-    parts.sampler._propose = timed(in_sampler, parts.sampler._propose)  # type: ignore[method-assign]
+    components = make_parts(10**6, 0.0, f"bench-{size}")
+    storage, study = open_bench(url, components)
+    fill(storage, study, components, size)
+    storage, study = open_bench(url, components)  # a worker that joins: nothing is in its cache
+    in_sampler, under_lock = [0.0], [0.0]
+    components.sampler.sample_relative = timed(in_sampler, components.sampler.sample_relative)  # type: ignore[method-assign]
+    locked = storage.locked
+
+    @contextmanager
+    def held(study: optuna.Study) -> Iterator[None]:
+        with locked(study):
+            began = time.perf_counter()
+            try:
+                yield
+            finally:
+                under_lock[-1] = time.perf_counter() - began
+
+    storage.locked = held  # type: ignore[method-assign]
 
     def cycle() -> dict[str, float]:
         in_sampler.append(0.0)
         started, used = time.perf_counter(), time.process_time()
-        claimed = claim(study, storage, 10**6, partial(loop._template, parts, study), grace=60.0)
-        assert isinstance(claimed, Claim)
+        lease = acquire(study, storage, 10**6, partial(loop.propose, components, study), grace=60.0)
+        assert isinstance(lease, Lease)
         taken = time.perf_counter()
-        outcome = loop._evaluate(parts, claimed, None)
-        loop.note_runtime(parts, study)
-        counts = loop._finish(storage, claimed, outcome, 0.0)
+        candidate = loop.describe(components, study, lease.trial)
+        outcome = loop.evaluate(components, study, lease, candidate)
+        loop.note_runtime(components, study)
+        loop.finish(study, lease, outcome)
         ended = time.perf_counter()
-        assert counts
         assert outcome.state == TrialState.COMPLETE
         return {
+            "locked": under_lock[-1],
             "take": taken - started,
-            "finish": ended - taken,
+            "suggest and finish": ended - taken,
             "sampler": in_sampler[-1],
             "together": ended - started,
             "cpu": time.process_time() - used,
