@@ -21,7 +21,7 @@ from typing import Any
 import optuna
 import pytest
 from command import Adopt
-from long_study import long_report
+from long_study import long_summary
 from optuna.trial import TrialState, create_trial
 from optuna_dashboard import get_note, save_note
 from optuna_dashboard._custom_plot_data import get_plotly_graph_objects
@@ -102,7 +102,7 @@ def test_the_note_keeps_what_the_user_wrote(folder: Path) -> None:
 
 def test_a_figure_of_what_is_no_longer_so_is_replaced(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     study = run(folder / "quick.toml", URL, "search.trials=2")
-    skipping = long_report(60)
+    skipping = long_summary(60)
     monkeypatch.setattr(dashboard, "read_summary", lambda _: skipping)
     dashboard.publish(study, URL)
     assert "heatmap" in plots(study)["masks"]
@@ -128,7 +128,7 @@ def test_the_notes_settings_are_a_study_file(name: str) -> None:
 
 
 def test_the_note_tells_searched_settings_and_skipped_layers() -> None:
-    report = long_report(60, units=14)
+    report = long_summary(60, units=14)
     assert report.best is not None
     plain = dashboard.note_text(report, URL)
     assert "| schedule | FD(digits), 256 images | held-out noise | cost | timesteps |" in plain

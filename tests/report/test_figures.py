@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from long_study import POPULATION, long_report
+from long_study import POPULATION, long_summary
 from optuna.trial import TrialState
 
 from autodiffusion_optuna import noise
@@ -21,7 +21,7 @@ LARGEST = 60_000
 
 @pytest.fixture(scope="module")
 def short() -> StudySummary:
-    return long_report(60, units=14)
+    return long_summary(60, units=14)
 
 
 def named(figure: Any, name: str) -> Any:
@@ -31,7 +31,7 @@ def named(figure: Any, name: str) -> Any:
 
 @pytest.mark.parametrize("name", FIGURES)
 def test_a_figure_of_five_thousand_trials_is_small(name: str) -> None:
-    figure = FIGURES[name][1](long_report(5000))
+    figure = FIGURES[name][1](long_summary(5000))
     assert figure is not None
     size = len(figure.to_json())
     print(f"{name}: {size} bytes of JSON at 5,000 trials")
@@ -41,7 +41,7 @@ def test_a_figure_of_five_thousand_trials_is_small(name: str) -> None:
 @pytest.mark.parametrize("name", FIGURES)
 @pytest.mark.parametrize("trials", [0, 1, 2])
 def test_a_study_that_has_hardly_begun(name: str, trials: int) -> None:
-    figure = FIGURES[name][1](long_report(trials))
+    figure = FIGURES[name][1](long_summary(trials))
     assert (figure is None) == (trials == 0)
 
 
@@ -132,7 +132,7 @@ def test_the_history_shows_each_generations_median_and_the_best_so_far(short: St
 
 
 def test_new_bests_of_a_long_study_are_not_thinned_out() -> None:
-    report = long_report(5000)
+    report = long_summary(5000)
     figure = history(report)
     assert report.best is not None
     points = {n for trace in figure.data if trace.mode == "markers" for n in numbers(trace)}
@@ -166,7 +166,7 @@ def report_total(report: StudySummary) -> float:
 
 
 def test_many_generations_share_bars() -> None:
-    report = long_report(5000)
+    report = long_summary(5000)
     figure = evaluations(report)
     run = named(figure, "run")
     assert len(run.x) <= 40

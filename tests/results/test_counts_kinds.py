@@ -8,7 +8,7 @@ from pathlib import Path
 import optuna
 import pytest
 from command import Adopt
-from long_study import long_report
+from long_study import long_summary
 from optuna.trial import TrialState
 from rich.console import Console
 
@@ -33,7 +33,7 @@ def test_pruned_values_are_not_said_to_be_of_all_images(folder: Path) -> None:
 
 
 def test_before_the_first_complete_candidate_there_is_no_best(capsys: pytest.CaptureFixture[str]) -> None:
-    report = long_report(60)
+    report = long_summary(60)
     pruned = [trial for trial in report.trials if trial.state == TrialState.PRUNED]
     empty = replace(report, trials=pruned, best=None)
     assert [value for _, _, value in empty.best_by_generation()] == [None] * 3
@@ -42,7 +42,7 @@ def test_before_the_first_complete_candidate_there_is_no_best(capsys: pytest.Cap
 
 
 def test_long_names_stay_whole_beside_settings_and_many_timesteps(monkeypatch: pytest.MonkeyPatch) -> None:
-    report = long_report(60)
+    report = long_summary(60)
     assert report.best is not None
     narrow = Console(width=80, record=True, highlight=False, markup=False)
     monkeypatch.setattr(output, "out", narrow)
