@@ -8,11 +8,10 @@ import platform
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import optuna
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 from markupsafe import Markup, escape
 from numpy.typing import NDArray
 from plotly.offline import get_plotlyjs
@@ -28,20 +27,8 @@ from autodiffusion_optuna.results.summary import Row, StudySummary, banks_of
 from autodiffusion_optuna.storage.attrs import CODEC, CONDITIONS, EXTRACTOR, MODEL, MODEL_FACTS, REFERENCE, VERSION
 
 ASSETS = Path(__file__).parent.parent / "assets" / "report"
-POLICY = "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data: blob:"
-"""Content security policy: the page may load nothing from anywhere."""
-PIXELATED = 128
-"""Side in pixels below which pictures are enlarged as squares rather than blurred."""
 LEGEND = 30
 """Height left for a figure's legend, in pixels."""
-CAPTIONS = {
-    "timesteps": "Each row is the best schedule at the end of a generation that improved it. "
-    "Diamonds and dotted lines: uniform steps.",
-    "masks": "A line per step, a column per layer. A skipped layer passes its input on.",
-    "history": "Every candidate in its generation, on the search\u2019s noise, by the operator that proposed it; a bar "
-    "at each generation\u2019s median; the baselines as lines across.",
-    "evaluations": "Candidates that share their first steps share the evaluations of these steps.",
-}
 ENDINGS = {"json": ".json", "diffusers": ".py", "comfyui": "-sigmas.txt"}
 """Form of an export -> end of the name of the file that the page carries."""
 NUMBERS = ("no", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve")
@@ -61,8 +48,7 @@ def page(
     run, saved = summary.total("run"), summary.total("saved")
     exports, refused = _exports(summary) if best else ({}, "")
     figures = {key: figure for key in FIGURES if (figure := _figure(summary, key))}
-    return _environment().get_template("page.html.j2").render(
-        policy=POLICY,
+    return _template().render(
         summary=summary,
         config=config,
         best=best,
@@ -73,7 +59,6 @@ def page(
         saved=saved / max(run + saved, 1),
         notes=[*notes, *_doubts(best, uniform, f"adopt score --study {config.name}{tail}")],
         pictures=pictures,
-        pixelated=PIXELATED,
         figures=figures,
         plotly=get_plotlyjs() if figures else "",
         exports=exports,
@@ -83,15 +68,18 @@ def page(
         settings=flatten(config.model_dump(mode="json", exclude_defaults=True)),
         tail=tail,
         written=written,
-        version=__version__,
-        optuna=optuna.__version__,
-        python=platform.python_version(),
+        versions=f"adopt {__version__} with Optuna {optuna.__version__} and Python {platform.python_version()}",
     )
 
 
-def _environment() -> Environment:
+def _template() -> Template:
+    """The page's template, which escapes all that is not ``Markup``, with the filters it uses."""
     environment = Environment(
-        loader=FileSystemLoader(ASSETS), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+        loader=FileSystemLoader(ASSETS),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
     )
     environment.filters.update(
         banks=lambda size: Markup(banks_of(size).replace(" x ", "&nbsp;&times;&nbsp;")),
@@ -105,7 +93,7 @@ def _environment() -> Environment:
         percent=_percent,
         png=lambda image: "data:image/png;base64," + base64.b64encode(picture(image)).decode("ascii"),
     )
-    return environment
+    return environment.get_template("page.html.j2")
 
 
 def _code(text: str) -> Markup:
@@ -145,7 +133,7 @@ def _figure(summary: StudySummary, key: str) -> dict[str, str] | None:
         return None
     spared = figure.layout.margin.t - 8  # a legend makes room for itself
     figure.update_layout(title_text=None, margin_t=8, height=figure.layout.height - spared + LEGEND)
-    return {"title": title, "caption": CAPTIONS[key], "data": figure.to_json()}
+    return {"title": title, "data": figure.to_json()}
 
 
 def _exports(summary: StudySummary) -> tuple[dict[str, str], str]:

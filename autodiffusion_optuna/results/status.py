@@ -49,7 +49,9 @@ def list_studies(storage: StudyStorage | None) -> list[StudyLine]:
     """Shipped presets, and the studies of a database if there is one."""
     configs = {name: load_config(path) for name, path in presets().items()}
     lines = {name: StudyLine(name, c.description, True, c.search.trials) for name, c in configs.items()}
-    for name in study_names(storage) if storage else []:
+    if storage is None:
+        return list(lines.values())
+    for name in study_names(storage):
         study = optuna.load_study(study_name=name, storage=storage)
         if CONFIG in study.user_attrs:
             lines[name] = _line(study, preset=name in configs)

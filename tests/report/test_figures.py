@@ -62,12 +62,6 @@ def test_timesteps_lie_at_their_log_snr_below_uniforms(short: StudySummary) -> N
     assert figure.layout.yaxis.range[0] > figure.layout.yaxis.range[1]  # uniform above
 
 
-def test_without_a_noise_schedule_the_axis_is_the_time_index(short: StudySummary) -> None:
-    figure = timesteps(replace(short, attrs={}))
-    assert named(figure, "uniform").x == tuple(range(-900, 1, 100))
-    assert "time index" in figure.layout.xaxis.title.text
-
-
 def test_masks_show_each_step_and_unit(short: StudySummary) -> None:
     assert short.best is not None
     candidate = short.best.candidate
@@ -132,13 +126,13 @@ def test_the_history_shows_each_generations_median_and_the_best_so_far(short: St
 
 
 def test_new_bests_of_a_long_study_are_not_thinned_out() -> None:
-    report = long_summary(5000)
-    figure = history(report)
-    assert report.best is not None
+    summary = long_summary(5000)
+    figure = history(summary)
+    assert summary.best is not None
     points = {n for trace in figure.data if trace.mode == "markers" for n in numbers(trace)}
-    assert report.best.trial in points
+    assert summary.best.trial in points
     assert len(points) < 1300
-    assert named(figure, "best so far").y[-1] == pytest.approx(report.best.value, rel=1e-4)
+    assert named(figure, "best so far").y[-1] == pytest.approx(summary.best.value, rel=1e-4)
     assert figure.layout.xaxis.dtick == 50
 
 
@@ -158,17 +152,13 @@ def test_evaluations_are_summed_by_generation(short: StudySummary) -> None:
     run, saved = named(figure, "run"), named(figure, "saved by the prefix cache")
     assert run.x == saved.x == ("0", "1", "2")
     assert saved.y == (500 * POPULATION,) * 3
-    assert sum(run.y) == report_total(short)
-
-
-def report_total(report: StudySummary) -> float:
-    return report.total("run")
+    assert sum(run.y) == short.total("run")
 
 
 def test_many_generations_share_bars() -> None:
-    report = long_summary(5000)
-    figure = evaluations(report)
+    summary = long_summary(5000)
+    figure = evaluations(summary)
     run = named(figure, "run")
     assert len(run.x) <= 40
     assert run.x[0] == "0-6"
-    assert sum(run.y) == report_total(report)
+    assert sum(run.y) == summary.total("run")

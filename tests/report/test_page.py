@@ -77,17 +77,17 @@ def test_the_page_says_what_adopt_show_says(quick: optuna.Study, adopt: Adopt) -
     assert lines[0][:2] == ["best", "found"]
     for words in lines:
         assert " ".join(words).replace("- 1.00", "\u2013 1.00") in text, words
-    report = read_summary(quick)
-    assert report.best is not None
-    assert report.best.held_out is not None
-    uniform = next(k for k in report.baselines if k.name == "uniform").held_out
+    summary = read_summary(quick)
+    assert summary.best is not None
+    assert summary.best.held_out is not None
+    uniform = next(k for k in summary.baselines if k.name == "uniform").held_out
     assert uniform is not None
-    share = 1 - report.best.held_out.mean / uniform.mean
-    assert f"FD(pixels) {report.best.held_out.mean:.4g} (95 % interval" in text
+    share = 1 - summary.best.held_out.mean / uniform.mean
+    assert f"FD(pixels) {summary.best.held_out.mean:.4g} (95 % interval" in text
     assert f"{100 * abs(share):.0f} % {'lower' if share >= 0 else 'higher'}" in text
     assert "3 \u00d7 64 images from noise that the search never saw" in text
     assert quick.user_attrs["model"] in text
-    assert report.config.fingerprint() in text
+    assert summary.config.fingerprint() in text
 
 
 def test_everything_is_inside_the_page(quick: optuna.Study) -> None:
@@ -172,9 +172,9 @@ def test_what_users_write_is_not_html(quick: optuna.Study) -> None:
 
 
 def test_overlapping_intervals_are_pointed_out(quick: optuna.Study) -> None:
-    report = read_summary(quick)
-    assert report.best is not None
-    key = held_out_key(report.best.candidate.key, 64, 3)
+    summary = read_summary(quick)
+    assert summary.best is not None
+    key = held_out_key(summary.best.candidate.key, 64, 3)
     quick.set_user_attr(key, {"images": 64, "values": [1.0, 2.0, 30000.0]})
     assert "intervals overlap" in text_of(page(read_summary(quick)))
     quick.set_user_attr(key, {"images": 64, "values": [1.0, 2.0, 3.0]})
@@ -185,21 +185,21 @@ def test_overlapping_intervals_are_pointed_out(quick: optuna.Study) -> None:
 def test_where_there_is_no_share_of_uniforms_value_none_is_named(
     quick: optuna.Study, best: float, uniform: float
 ) -> None:
-    report = read_summary(quick)
-    assert report.best is not None
-    assert report.best.held_out is not None
-    found = replace(report.best, held_out=replace(report.best.held_out, values=(best,) * 3))
+    summary = read_summary(quick)
+    assert summary.best is not None
+    assert summary.best.held_out is not None
+    found = replace(summary.best, held_out=replace(summary.best.held_out, values=(best,) * 3))
     known = [
         replace(k, held_out=k.held_out and replace(k.held_out, values=(uniform,) * 3)) if k.name == "uniform" else k
-        for k in report.baselines
+        for k in summary.baselines
     ]
-    text = text_of(page(replace(report, baselines=known, best=found)))
+    text = text_of(page(replace(summary, baselines=known, best=found)))
     assert f"three uniform ones give {uniform:.4g} (95 % interval {uniform:.4g} to {uniform:.4g}) , measured on" in text
     assert "against uniform, 3 x 64 images \u2013" in text
     assert "That is" not in text
 
 
-def test_without_fresh_scores_the_page_says_so(folder: Path) -> None:
+def test_without_held_out_scores_the_page_says_so(folder: Path) -> None:
     from autodiffusion_optuna.config import load_config
     from autodiffusion_optuna.study import components, lifecycle, loop
 
