@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+import io
 import json
 from pathlib import Path
-from typing import Any
 
 import optuna
 import pytest
 from command import Adopt
+from rich.console import Console
 
+from autodiffusion_optuna.cli import output, run
 from autodiffusion_optuna.report.dashboard import note_text
 from autodiffusion_optuna.report.page import page
 from autodiffusion_optuna.results.held_out import HeldOut
 from autodiffusion_optuna.results.summary import read_summary
 from autodiffusion_optuna.storage.attrs import BASELINES, CANDIDATE, held_out_key
-from autodiffusion_optuna.study import components, lifecycle
+from autodiffusion_optuna.study import components, lifecycle, loop
 
 URL = "sqlite:///adopt.db"
 
@@ -153,10 +155,6 @@ def test_only_values_of_equal_counts_are_compared(quick: optuna.Study, adopt: Ad
 
 
 def test_names_are_whole_in_a_narrow_terminal(quick: optuna.Study, monkeypatch: pytest.MonkeyPatch) -> None:
-    from rich.console import Console
-
-    from autodiffusion_optuna.cli import output
-
     narrow = Console(width=80, record=True, highlight=False, markup=False)
     monkeypatch.setattr(output, "out", narrow)
     output.print_table(read_summary(quick))
@@ -166,10 +164,11 @@ def test_names_are_whole_in_a_narrow_terminal(quick: optuna.Study, monkeypatch: 
         assert known.name in text
 
 
-def test_a_run_that_has_found_nothing_yet_says_so(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from autodiffusion_optuna.cli.run import _Board
-    from autodiffusion_optuna.config import load_config
-
-    opened: Any = lifecycle.open_run(load_config(folder / "quick.toml"), URL)
-    facts = dict(_Board(opened.parts.config, opened.study).facts())
-    assert facts["best FD(pixels)"] == "none yet"
+def test_a_run_that_has_found_nothing_yet_says_so(folder: Path, adopt: Adopt, monkeypatch: pytest.MonkeyPatch) -> None:
+    screen = io.StringIO()
+    monkeypatch.setattr(run, "out", Console(force_terminal=True, file=screen, width=100))
+    monkeypatch.setattr(loop, "work", lambda *_: None)
+    adopt("run", "--study", "quick.toml")
+    board = screen.getvalue()
+    assert "0 of 24" in board
+    assert "none yet" in board
