@@ -119,6 +119,11 @@ class StudySummary:
         return [self.best, *sorted(self.baselines, key=lambda row: math.inf if row.value is None else row.value)]
 
     @property
+    def uniform(self) -> Row | None:
+        """The baseline of uniform steps."""
+        return next((row for row in self.baselines if row.name == "uniform"), None)
+
+    @property
     def held_out_size(self) -> tuple[int, int] | None:
         """(images, banks) of the held-out values on the most images; another schedule's may be of fewer."""
         return max((row.held_out.size for row in self.rows() if row.held_out is not None), default=None)
@@ -128,18 +133,15 @@ class StudySummary:
 
         Their held-out values are of the same images, and None where there are no such values.
         """
-        uniform = next((row for row in self.baselines if row.name == "uniform"), None)
-        if self.best is None or uniform is None:
+        if self.best is None or self.uniform is None:
             return None
-        sizes = {row.held_out and row.held_out.size for row in (self.best, uniform)}
-        if None not in sizes and len(sizes) == 1:
-            return self.best, uniform
-        size = largest_held_out(self.attrs, self.best.candidate.key, uniform.candidate.key)
-        best, uniform = (
-            replace(row, held_out=size and stored_held_out(self.attrs, row.candidate.key, *size))
-            for row in (self.best, uniform)
-        )
-        return best, uniform
+        pair: list[Row] = [self.best, self.uniform]
+        if len({row.held_out and row.held_out.size for row in pair}) > 1:
+            size = largest_held_out(self.attrs, *(row.candidate.key for row in pair))
+            pair = [
+                replace(row, held_out=size and stored_held_out(self.attrs, row.candidate.key, *size)) for row in pair
+            ]
+        return pair[0], pair[1]
 
     def warnings(self, tail: str = "") -> list[str]:
         """Everything to know before a value of the study is quoted, a line each: what ``adopt run`` said, and more.
