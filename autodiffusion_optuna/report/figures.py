@@ -48,7 +48,7 @@ def timesteps(summary: StudySummary) -> go.Figure | None:
     found = _thin(_best_candidates(summary), ROWS)
     if not found:
         return None
-    noise, uniform = summary.noise, summary.uniform and summary.uniform.candidate
+    noise, uniform = summary.noise, summary.uniform.candidate if summary.uniform else None
 
     def place(t: int) -> float:
         return round(2 * noise.lambda_(t), 3)

@@ -6,7 +6,7 @@ import base64
 import json
 import platform
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -177,9 +177,8 @@ def _sampling(summary: StudySummary) -> str:
     low, high = summary.config.sampling.step_bounds
     steps = f"{low}" if low == high else f"{low} to {high}"
     solver = ", ".join(summary.solver) if isinstance(summary.solver, list) else summary.solver
-    codec = summary.attrs.get(CODEC)
-    times = f" of {codec['T']:,} model times" if isinstance(codec, Mapping) and codec.get("T") else ""
-    return f"solver {solver}, {steps} steps{times}"
+    times = summary.attrs.get(CODEC, {}).get("T")
+    return f"solver {solver}, {steps} steps" + (f" of {times:,} model times" if times else "")
 
 
 def _time(summary: StudySummary) -> str | None:

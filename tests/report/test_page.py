@@ -158,9 +158,11 @@ def test_what_users_write_is_not_html(quick: optuna.Study) -> None:
     quick.set_user_attr(CONFIG, config)
     quick.set_user_attr(METRIC, evil)
     quick.set_user_attr("extractor", evil)
-    known = {f"{name}{evil}" if name != "uniform" else name: key for name, key in quick.user_attrs["baselines"].items()}
-    quick.set_user_attr(BASELINE_COSTS, dict.fromkeys(known, 1.0))
-    quick.set_user_attr(BASELINES, known)
+    baselines = {
+        f"{name}{evil}" if name != "uniform" else name: key for name, key in quick.user_attrs["baselines"].items()
+    }
+    quick.set_user_attr(BASELINE_COSTS, dict.fromkeys(baselines, 1.0))
+    quick.set_user_attr(BASELINES, baselines)
     text = page(
         read_summary(quick), pictures=[(evil, images) for _, images in rows()], notes=[evil], tail=evil, written=evil
     )
@@ -189,11 +191,11 @@ def test_where_there_is_no_share_of_uniforms_value_none_is_named(
     assert summary.best is not None
     assert summary.best.held_out is not None
     found = replace(summary.best, held_out=replace(summary.best.held_out, values=(best,) * 3))
-    known = [
+    baselines = [
         replace(k, held_out=k.held_out and replace(k.held_out, values=(uniform,) * 3)) if k.name == "uniform" else k
         for k in summary.baselines
     ]
-    text = text_of(page(replace(summary, baselines=known, best=found)))
+    text = text_of(page(replace(summary, baselines=baselines, best=found)))
     assert f"three uniform ones give {uniform:.4g} (95 % interval {uniform:.4g} to {uniform:.4g}) , measured on" in text
     assert "against uniform, 3 x 64 images \u2013" in text
     assert "That is" not in text

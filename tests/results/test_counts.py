@@ -114,8 +114,8 @@ def better(found: optuna.Study) -> None:
     assert best is not None
     trial = found.trials[best.trial]
     key = trial.user_attrs[CANDIDATE]
-    known = found.user_attrs[BASELINES].values()
-    other = next(t for t in found.trials if t.user_attrs[CANDIDATE] not in {key, *known})
+    baselines = found.user_attrs[BASELINES].values()
+    other = next(t for t in found.trials if t.user_attrs[CANDIDATE] not in {key, *baselines})
     attrs = {**trial.user_attrs, CANDIDATE: other.user_attrs[CANDIDATE]}
     found.add_trial(
         optuna.create_trial(
@@ -142,7 +142,7 @@ def test_the_most_images_win_and_smaller_counts_stand_beside_their_values(quick:
 
 
 def test_only_values_of_equal_counts_are_compared(quick: optuna.Study, adopt: Adopt) -> None:
-    uniform = next(known for known in read_summary(quick).baselines if known.name == "uniform")
+    uniform = next(row for row in read_summary(quick).baselines if row.name == "uniform")
     values = HeldOut(5000, (1e-6, 2e-6))
     quick.set_user_attr(held_out_key(uniform.candidate.key, 5000, 2), values.to_json())
     summary = read_summary(quick)
@@ -160,8 +160,8 @@ def test_names_are_whole_in_a_narrow_terminal(quick: optuna.Study, monkeypatch: 
     output.print_table(read_summary(quick))
     text = narrow.export_text()
     assert "…" not in text
-    for known in read_summary(quick).baselines:
-        assert known.name in text
+    for baseline in read_summary(quick).baselines:
+        assert baseline.name in text
 
 
 def test_a_run_that_has_found_nothing_yet_says_so(folder: Path, adopt: Adopt, monkeypatch: pytest.MonkeyPatch) -> None:

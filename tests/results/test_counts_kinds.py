@@ -47,8 +47,8 @@ def test_long_names_stay_whole_beside_settings_and_many_timesteps(monkeypatch: p
     monkeypatch.setattr(output, "out", narrow)
     settings = (("final", "zero"), ("guidance", 1.5), ("solver", "dpmpp_2m"))
     best = replace(summary.best, candidate=replace(summary.best.candidate, skips=(), settings=settings))
-    known = [replace(summary.baselines[0], name=name) for name in ("uniform, solver dpmpp_2m", "uniform-trailing")]
-    output.print_table(replace(summary, best=best, baselines=known))
+    baselines = [replace(summary.baselines[0], name=name) for name in ("uniform, solver dpmpp_2m", "uniform-trailing")]
+    output.print_table(replace(summary, best=best, baselines=baselines))
     text = narrow.export_text()
     assert "uniform, solver dpmpp_2m " in text
     assert "uniform-trailing " in text
