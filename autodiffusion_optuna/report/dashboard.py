@@ -110,28 +110,27 @@ def published(study: optuna.Study, url: str, on_trouble: Callable[[str], None]) 
     ``url``: of the database, for the note. ``on_trouble`` is given one line where that fails, as in a read-only
     database; the dashboard itself goes on.
     """
-    stop = threading.Event()
     publisher = _Publisher(study, url, on_trouble)
     publisher.look()
-
-    def keep_looking() -> None:
-        while not stop.wait(LOOK_SECONDS):
-            publisher.look()
-
-    thread = threading.Thread(target=keep_looking, daemon=True, name="adopt-publisher")
-    thread.start()
+    publisher.start()
     try:
         yield
     finally:
-        stop.set()
-        thread.join()
+        publisher.stop.set()
+        publisher.join()
 
 
-class _Publisher:
+class _Publisher(threading.Thread):
     def __init__(self, study: optuna.Study, url: str, on_trouble: Callable[[str], None]) -> None:
+        super().__init__(daemon=True, name="adopt-publisher")
         self.study, self.url, self.on_trouble = study, url, on_trouble
         self.progress: tuple[int, ...] | None = None
         self.trouble: str | None = None
+        self.stop = threading.Event()
+
+    def run(self) -> None:
+        while not self.stop.wait(LOOK_SECONDS):
+            self.look()
 
     def look(self) -> None:
         """Publish where the study has come further since the last time; trouble is reported once."""
@@ -214,9 +213,9 @@ def note_text(summary: StudySummary, url: str) -> str:
         "\n".join(["## Warnings\n", *doubts]) if doubts else "",
         _schedules(summary),
         "## Commands",
-        _block("sh", *(f"adopt {command}{tail}" for command in commands)),
+        "\n".join(["```sh", *(f"adopt {command}{tail}" for command in commands), "```"]),
         "## Settings",
-        _block("toml", toml(config)),
+        f"```toml\n{toml(config)}\n```",
         SIGNATURE,
     ]
     return "\n\n".join(part for part in parts if part)
@@ -253,10 +252,6 @@ def _table_line(cells: Sequence[str]) -> str:
 def _number(value: float) -> str:
     """Four digits, and no powers of ten in large numbers."""
     return f"{value:.4g}" if abs(value) < 1e4 else f"{value:,.0f}"
-
-
-def _block(language: str, *lines: str) -> str:
-    return "\n".join([f"```{language}", *lines, "```"])
 
 
 def toml(config: StudyConfig) -> str:
