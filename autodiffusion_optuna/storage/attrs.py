@@ -22,24 +22,14 @@ METRIC = "metric"
 
 CODEC = "codec"
 """{codec, T, units, …}: how candidates are written as parameters, ``SearchSpace.codec``."""
-
-
 MODEL = "model"
 """SHA-256 of the model's weights."""
-
-
 EXTRACTOR = "extractor"
 """Fingerprint of the feature extractor."""
-
-
 REFERENCE = "reference"
 """Digest of the reference's statistics."""
-
-
 CONDITIONS = "conditions"
 """Fingerprint of the labels or prompts; None without them."""
-
-
 FIGURES = "figures"
 """{name: digest} of the figures that optuna-dashboard shows of the study."""
 
