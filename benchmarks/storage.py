@@ -53,8 +53,9 @@ from autodiffusion_optuna.storage.attrs import (
     SHARE,
     STAGE,
 )
-from autodiffusion_optuna.storage.database import StudyStorage, open_storage
+from autodiffusion_optuna.storage.database import open_storage
 from autodiffusion_optuna.storage.lease import Lease, acquire
+from autodiffusion_optuna.storage.study_storage import StudyStorage
 from autodiffusion_optuna.storage.url import storage_url
 from autodiffusion_optuna.study import components, loop
 

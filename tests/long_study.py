@@ -1,4 +1,4 @@
-"""A report of a study of any length, with the attributes that a real one stores."""
+"""The summary of a study of any length, with the attributes that a real one stores."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from optuna.trial import FrozenTrial, TrialState, create_trial
 from autodiffusion_optuna import noise
 from autodiffusion_optuna.candidate import Candidate, skip_set
 from autodiffusion_optuna.config import StudyConfig, load_preset
-from autodiffusion_optuna.results.summary import Baseline, Best, StudySummary
+from autodiffusion_optuna.results.summary import Best, Row, StudySummary
 from autodiffusion_optuna.storage.attrs import CANDIDATE, COST, GENERATION, NOISE, OPERATOR, SCORE, STAGE
 
 T, STEPS, POPULATION = 1000, 10, 20
 OPERATORS = ("random", "mutation", "crossover")
 
 
-def long_report(trials: int, units: int = 58, seed: int = 0) -> StudySummary:
+def long_summary(trials: int, units: int = 58, seed: int = 0) -> StudySummary:
     """Values fall with the trials' numbers, so that nearly every generation has a new best; one in ten is pruned."""
     rng = np.random.default_rng(seed)
     uniform = Candidate(tuple(range(900, -1, -100)))
@@ -30,7 +30,7 @@ def long_report(trials: int, units: int = 58, seed: int = 0) -> StudySummary:
         units=tuple(f"{'down' if u < units // 2 else 'up'}_blocks.{u}.resnets.0" for u in range(units)),
         trials=made,
         best=None if best is None else _best(best),
-        baselines=[Baseline(name, uniform, 1.0, value, None) for name, value in (("uniform", 60.0), ("cosine", 55.0))],
+        baselines=[Row(name, uniform, 1.0, value, None) for name, value in (("uniform", 60.0), ("cosine", 55.0))],
         attrs={NOISE: noise.linear(T).pack()},
     )
 
@@ -59,4 +59,4 @@ def _trial(rng: np.random.Generator, number: int, trials: int, units: int) -> Fr
 
 def _best(trial: FrozenTrial) -> Best:
     candidate = Candidate.from_key(trial.user_attrs[CANDIDATE])
-    return Best(trial.number, candidate, trial.values[0], 0.8, None, None)
+    return Best("best found", candidate, 0.8, trial.values[0], None, trial.number, None)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -11,8 +11,6 @@ from autodiffusion_optuna.errors import StorageError
 
 if TYPE_CHECKING:
     import optuna
-
-    from autodiffusion_optuna.storage.artifacts import ArtifactStore
 
 
 def dashboard(
@@ -27,23 +25,24 @@ def dashboard(
     ] = None,
 ) -> None:
     """Serve optuna-dashboard with this study's pictures, note and figures until Ctrl-C."""
-    from autodiffusion_optuna.report import dashboard as server
+    from autodiffusion_optuna.report.dashboard import address, is_loopback, make_server, published, require_installed
     from autodiffusion_optuna.storage.url import storage_url
 
-    server.require_installed()
+    require_installed()
+    from optuna_dashboard import wsgi
+
     url = storage_url(storage)
-    found = existing(study, url)[1]
-    # The study's own storage keeps finished trials: pages and figures share them.
-    app = server.make_app(found._storage, _pictures(found, url, artifacts))
-    listening = server.make_server(app, host, port)
-    with listening, server.published(found, url, lambda trouble: warn([trouble])):
-        if not server.is_loopback(host):
+    database, found = existing(study, url)
+    app = wsgi(database, artifact_store=_pictures(found, url, artifacts))
+    page = f"/dashboard/studies/{database.get_study_id_from_name(study)}"
+    with make_server(app, host, port) as server, published(found, url, lambda trouble: warn([trouble])):
+        if not is_loopback(host):
             warn([f"anyone who reaches {host} can read and delete the studies: the dashboard has no password"])
-        say(f"dashboard of {study}: {server.study_address(listening, found)}    (Ctrl-C ends it)")
-        listening.serve_forever()
+        say(f"dashboard of {study}: {address(server)}{page}    (Ctrl-C ends it)")
+        server.serve_forever()
 
 
-def _pictures(study: optuna.Study, url: str, given: str | None) -> ArtifactStore | None:
+def _pictures(study: optuna.Study, url: str, given: str | None) -> Any:
     """The store to show pictures from; None, with a warning, where the study's own cannot be opened."""
     from autodiffusion_optuna.storage.artifacts import location_of, open_store
     from autodiffusion_optuna.storage.attrs import ARTIFACTS

@@ -47,15 +47,15 @@ def report(
     if path.is_dir():
         raise ConfigError(f"--out {str(path)!r} is a folder; give a file: --out {path / 'report.html'}")
     url = storage_url(storage)
+    tail = storage_option(url)
     # Read once: drawing takes minutes, in which a running study may find another winner.
-    read = read_summary(existing(study, url)[1])
+    summary = read_summary(existing(study, url)[1])
+    best = None if no_pictures else summary.best
     text = page(
-        read,
-        pictures=_pictures(read.best.candidate, study, url, images, places, trust)
-        if read.best and not no_pictures
-        else (),
-        notes=read.warnings(storage_option(url)),
-        tail=storage_option(url),
+        summary,
+        pictures=_pictures(best.candidate, study, url, images, places, trust) if best else (),
+        notes=summary.warnings(tail),
+        tail=tail,
         written=f"{datetime.now():%Y-%m-%d}",
     )
     try:

@@ -1,37 +1,32 @@
-"""optuna-dashboard for one study: its pictures, a note that says what it is, and figures. Needs Optuna, never torch."""
+"""optuna-dashboard as it comes, with a study's pictures, a note that says what it is, and figures. Torch-free."""
 
 from __future__ import annotations
 
+import hashlib
 import ipaddress
 import json
 import socket
-import socketserver
 import sys
 import threading
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, cast
+from socketserver import TCPServer, ThreadingMixIn
+from typing import Any
 from wsgiref.simple_server import WSGIRequestHandler, WSGIServer
 
 import optuna
 from optuna.exceptions import ExperimentalWarning, OptunaError
-from optuna.storages import BaseStorage, get_storage
-from optuna.trial import FrozenTrial, TrialState
 from sqlalchemy.exc import SQLAlchemyError
 
-from autodiffusion_optuna.candidate import Candidate
 from autodiffusion_optuna.config import StudyConfig
 from autodiffusion_optuna.errors import AdoptError, ConfigError
 from autodiffusion_optuna.report.figures import FIGURES, nothing
 from autodiffusion_optuna.results.summary import StudySummary, banks_of, read_summary
-from autodiffusion_optuna.storage.attrs import SCORE
+from autodiffusion_optuna.storage.attrs import FIGURES as SHOWN
 from autodiffusion_optuna.storage.studies import is_deleted, stored_config
 from autodiffusion_optuna.storage.trials import FINISHED, generation_of
 from autodiffusion_optuna.storage.url import storage_option
-
-if TYPE_CHECKING:
-    from autodiffusion_optuna.storage.artifacts import ArtifactStore
 
 WSGIApp = Callable[[dict[str, Any], Any], Iterable[bytes]]
 
@@ -61,71 +56,19 @@ def is_loopback(host: str) -> bool:
         return host == "localhost"
 
 
-def make_app(storage: BaseStorage, store: ArtifactStore | None) -> WSGIApp:
-    """optuna-dashboard of a database, quick at thousands of trials. ``store``: of the pictures, if there are any.
-
-    Finished trials never change: they are read once, and the columns and the search space are gathered once.
-    """
-    from optuna_dashboard._app import create_app
-
-    app = create_app(get_storage(storage), artifact_store=store)
-    app._inmemory_cache._cached_extra_study_property_cache = _columns_by_study()
-    return cast(WSGIApp, app)
-
-
-def _columns_by_study() -> dict[int, Any]:
-    """The dashboard's cache of each study's columns and search space, with an update that looks at new trials only.
-
-    Its own starts from the first trial again at each poll where none is running: seconds for thousands of trials.
-    """
-    from optuna_dashboard._inmemory_cache import _CachedExtraStudyProperty
-
-    class Columns(_CachedExtraStudyProperty):  # type: ignore[misc]
-        def __init__(self) -> None:
-            super().__init__()
-            self.seen: set[int] = set()
-            self.spaces: list[Mapping[str, Any]] = []
-
-        def update(self, trials: list[FrozenTrial]) -> None:
-            for trial in trials:
-                if trial.number in self.seen:
-                    continue
-                self._update_user_attrs(trial)
-                # A table in a cell makes rows as high as the screen; the trial's own page shows it.
-                self._union_user_attrs.pop(SCORE, None)
-                if trial.state != TrialState.FAIL:
-                    self._update_intermediate_values(trial)
-                    # Merging a space twice changes nothing, and the trials of a study have few different ones.
-                    if trial.distributions not in self.spaces:
-                        self._update_search_space(trial)
-                        self.spaces = [*self.spaces, trial.distributions][-SPACES:]
-                if trial.state.is_finished():
-                    self.seen.add(trial.number)
-
-    class ByStudy(dict[int, Any]):
-        def get(self, study_id: int, default: Any = None) -> Any:
-            return self.setdefault(study_id, Columns())
-
-    return ByStudy()
-
-
-SPACES = 4
-"""Search spaces that are remembered as merged."""
-
-
-class _Server(socketserver.ThreadingMixIn, WSGIServer):
+class _Server(ThreadingMixIn, WSGIServer):
     """Answers each request in a thread of its own; a picture that loads slowly holds up nothing."""
 
     daemon_threads = True
 
-    def __init__(self, address: tuple[str, int]) -> None:
+    def __init__(self, host: str, port: int) -> None:
         # Before the socket is made, which the constructor does.
-        self.address_family = socket.AF_INET6 if ":" in address[0] else socket.AF_INET
-        super().__init__(address, _QuietHandler)
+        self.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        super().__init__((host, port), _QuietHandler)
 
     def server_bind(self) -> None:
         """Bind without looking the host's name up, which may take seconds where there is no name server."""
-        socketserver.TCPServer.server_bind(self)
+        TCPServer.server_bind(self)
         self.server_name, self.server_port = str(self.server_address[0]), int(self.server_address[1])
         self.setup_environ()
 
@@ -146,7 +89,7 @@ def make_server(app: WSGIApp, host: str, port: int) -> WSGIServer:
     Raises ConfigError where the address cannot be bound.
     """
     try:
-        server = _Server((host, port))
+        server = _Server(host, port)
     except (OSError, OverflowError) as error:
         reason = getattr(error, "strerror", None) or str(error)
         raise ConfigError(f"cannot serve on {host} port {port}: {reason}; give another --port or --host") from None
@@ -154,67 +97,64 @@ def make_server(app: WSGIApp, host: str, port: int) -> WSGIServer:
     return server
 
 
-def study_address(server: WSGIServer, study: optuna.Study) -> str:
-    """Address of the study's page."""
+def address(server: WSGIServer) -> str:
+    """URL of a server."""
     host = str(server.server_address[0])
-    shown = f"[{host}]" if ":" in host else host
-    return f"http://{shown}:{server.server_port}/dashboard/studies/{study._study_id}"
+    return f"http://{f'[{host}]' if ':' in host else host}:{server.server_port}"
 
 
 @contextmanager
 def published(study: optuna.Study, url: str, on_trouble: Callable[[str], None]) -> Iterator[None]:
     """Write note and figures now, and, in a thread, again after each generation.
 
-    ``url``: of the database, for the note. ``on_trouble`` is told in one line where that fails, as in a read-only
+    ``url``: of the database, for the note. ``on_trouble`` is given one line where that fails, as in a read-only
     database; the dashboard itself goes on.
     """
-    stop = threading.Event()
     publisher = _Publisher(study, url, on_trouble)
     publisher.look()
-
-    def keep_looking() -> None:
-        while not stop.wait(LOOK_SECONDS):
-            publisher.look()
-
-    thread = threading.Thread(target=keep_looking, daemon=True, name="adopt-publisher")
-    thread.start()
+    publisher.start()
     try:
         yield
     finally:
-        stop.set()
-        thread.join()
+        publisher.stop.set()
+        publisher.join()
 
 
-class _Publisher:
+class _Publisher(threading.Thread):
     def __init__(self, study: optuna.Study, url: str, on_trouble: Callable[[str], None]) -> None:
+        super().__init__(daemon=True, name="adopt-publisher")
         self.study, self.url, self.on_trouble = study, url, on_trouble
-        self.stage: tuple[int, ...] | None = None
+        self.progress: tuple[int, ...] | None = None
         self.trouble: str | None = None
+        self.stop = threading.Event()
+
+    def run(self) -> None:
+        while not self.stop.wait(LOOK_SECONDS):
+            self.look()
 
     def look(self) -> None:
-        """Publish where the study has come further since the last time."""
+        """Publish where the study has come further since the last time; trouble is reported once."""
+        trouble = None
         try:
-            stage = progress(self.study)
-            if stage != self.stage:
+            progress = _progress(self.study)
+            if progress != self.progress:
                 publish(self.study, self.url)
-                self.stage = stage
-            self.trouble = None
+                self.progress = progress
         except (AdoptError, OptunaError, SQLAlchemyError, KeyError) as error:
             trouble = str(getattr(error.__cause__, "orig", None) or error).splitlines()[0]
             if isinstance(error, KeyError) and is_deleted(self.study):
                 trouble = f"study {self.study.study_name!r} was deleted"
             if trouble != self.trouble:
                 self.on_trouble(f"note and figures were not written: {trouble}")
-            self.trouble = trouble
+        self.trouble = trouble
 
 
-def progress(study: optuna.Study) -> tuple[int, ...]:
+def _progress(study: optuna.Study) -> tuple[int, ...]:
     """What changes when a generation has finished, the budget is met or a schedule got its held-out score."""
     finished = study.get_trials(deepcopy=False, states=FINISHED)
-    attrs = study.user_attrs
     generation = max(map(generation_of, finished), default=-1)
     done = len(finished) >= stored_config(study).search.trials
-    return generation, int(done), sum(key.startswith("held_out:") for key in attrs)
+    return generation, int(done), sum(key.startswith("held_out:") for key in study.user_attrs)
 
 
 def publish(study: optuna.Study, url: str) -> None:
@@ -223,27 +163,30 @@ def publish(study: optuna.Study, url: str) -> None:
     Raises Optuna's StorageInternalError where the database cannot be written.
     """
     from optuna_dashboard import get_note, save_note, save_plotly_graph_object
-    from optuna_dashboard._custom_plot_data import get_plotly_graph_objects
 
-    report = read_summary(study)
-    if study.metric_names in (None, [report.metric]):  # an older version gave no count
+    summary = read_summary(study)
+    if study.metric_names is None:
         with warnings.catch_warnings(category=ExperimentalWarning, action="ignore"):
-            study.set_metric_names([report.trial_value_name])
+            study.set_metric_names([summary.trial_value_name])
     old = get_note(study)
-    new = note_text(report, url) + _users_part(old)
+    new = note_text(summary, url) + _users_part(old)
     if new != old:
         save_note(study, new)
     # A figure is kept in rows of 2 kB, written one at a time: slow enough to be left out where it is there already.
-    stored = get_plotly_graph_objects(study._storage.get_study_system_attrs(study._study_id))
+    shown: dict[str, str] = study.user_attrs.get(SHOWN) or {}
     for name, (title, draw) in FIGURES.items():
-        figure = draw(report)
-        if figure is None and name in stored:
+        figure = draw(summary)
+        if figure is None and name in shown:
             figure = nothing(title)  # the dashboard has no way to take one away
-        if figure is not None:
-            # The dashboard's buttons stand beside the plot: in a row they would lie over the title.
-            figure.update_layout(height=PLOT_HEIGHT, modebar_orientation="v", margin_r=48)
-        if figure is not None and figure.to_json() != stored.get(name):
+        if figure is None:
+            continue
+        # The dashboard's buttons stand beside the plot: in a row they would lie over the title.
+        figure.update_layout(height=PLOT_HEIGHT, modebar_orientation="v", margin_r=48)
+        digest = hashlib.sha256(figure.to_json().encode()).hexdigest()[:12]
+        if shown.get(name) != digest:
             save_plotly_graph_object(study, figure, graph_object_id=name)
+            shown = {**shown, name: digest}
+            study.set_user_attr(SHOWN, shown)
 
 
 def _users_part(note: str) -> str:
@@ -252,78 +195,63 @@ def _users_part(note: str) -> str:
     return below if signature else f"\n\n{note}" if note else ""
 
 
-def note_text(report: StudySummary, url: str) -> str:
+def note_text(summary: StudySummary, url: str) -> str:
     """The study's note in Markdown: best schedule, commands and config. ``url``: of the database."""
-    config, tail = report.config, storage_option(url)
+    config, tail = summary.config, storage_option(url)
+    name, doubts = config.name, [f"- {line}" for line in summary.warnings(tail)]
+    commands = (
+        f"run --study {name}",
+        f"show --study {name}",
+        f"sample --study {name} --out {name}.png",
+        f"export --study {name}",
+    )
     parts = [
-        f"# {config.name}",
+        f"# {name}",
         config.description,
-        f"{len(report.finished)} of {config.search.trials} candidates finished. Their values: {report.value_name} of "
-        f"the search's noise; reference {report.reference_name}.",
-        _warnings(report, tail),
-        _schedules(report),
+        f"{len(summary.finished)} of {config.search.trials} candidates finished. Their values: {summary.value_name} of "
+        f"the search's noise; reference {summary.reference_name}.",
+        "\n".join(["## Warnings\n", *doubts]) if doubts else "",
+        _schedules(summary),
         "## Commands",
-        _block("sh", *(f"adopt {command}{tail}" for command in _commands(config.name))),
+        "\n".join(["```sh", *(f"adopt {command}{tail}" for command in commands), "```"]),
         "## Settings",
-        _block("toml", toml(config)),
+        f"```toml\n{toml(config)}\n```",
         SIGNATURE,
     ]
     return "\n\n".join(part for part in parts if part)
 
 
-def _warnings(report: StudySummary, tail: str) -> str:
-    return "\n".join(["## Warnings\n", *(f"- {line}" for line in lines)]) if (lines := report.warnings(tail)) else ""
-
-
-def _commands(name: str) -> list[str]:
-    return [
-        f"run --study {name}",
-        f"show --study {name}",
-        f"sample --study {name} --out {name}.png",
-        f"export --study {name}",
-    ]
-
-
-def _schedules(report: StudySummary) -> str:
-    """A table of the best found schedule and the known ones."""
-    rows = report.rows()
-    if not rows:
+def _schedules(summary: StudySummary) -> str:
+    """A table of the best found and the baselines, and a line on the layers that the best one skips."""
+    best, size = summary.best, summary.held_out_size
+    if best is None:
         return ""
-    searched = any(row.candidate.settings for row in rows)
-    size = report.held_out_size
     noise = f"held-out noise, {banks_of(size)} images, 95 %" if size else "held-out noise"
-    heads = ["schedule", report.value_name, noise, "cost", *(["settings"] if searched else []), "timesteps"]
+    searched = ["settings"] if best.settings else []
+    heads = ["schedule", summary.value_name, noise, "cost", *searched, "timesteps"]
     lines = [_table_line(heads), "|---" * len(heads) + "|"]
-    for row in rows:
+    for row in summary.rows():
         value = "-" if row.value is None else _number(row.value)
         held_out = "-" if row.held_out is None else f"{_number(row.held_out.mean)} ± {_number(row.held_out.half_width)}"
         if row.held_out is not None and row.held_out.size != size:
             held_out += f" ({banks_of(row.held_out.size)})"
-        name = f"**{row.name}** (trial {report.best.trial})" if report.best and row is rows[0] else row.name
-        settings = [", ".join(f"{key} {setting}" for key, setting in row.candidate.settings)] if searched else []
-        cells = [name, value, held_out, f"{row.cost:.2f}", *settings, " ".join(map(str, row.candidate.timesteps))]
-        lines.append(_table_line(cells))
-    return "\n".join(["## Schedules\n", *lines, *_skips(rows[0].candidate, report.units)])
+        name = f"**{row.name}** (trial {best.trial})" if row is best else row.name
+        settings = [row.settings] if searched else []
+        lines.append(_table_line([name, value, held_out, f"{row.cost:.2f}", *settings, row.timesteps]))
+    names = best.candidate.skip_names(summary.units)
+    at = [f"{t} ({len(skipped)})" for t, skipped in zip(best.candidate.timesteps, names, strict=True) if skipped]
+    if at:
+        lines.append(f"\nThe best found skips layers at timesteps (layers of {len(summary.units)}): {', '.join(at)}.")
+    return "\n".join(["## Schedules\n", *lines])
 
 
 def _table_line(cells: Sequence[str]) -> str:
     return f"| {' | '.join(cells)} |"
 
 
-def _skips(best: Candidate, units: Sequence[str]) -> list[str]:
-    """A line on the layers that the best schedule skips; none where it skips nothing."""
-    names = best.skip_names(units)
-    at = [f"{t} ({len(skipped)})" for t, skipped in zip(best.timesteps, names, strict=True) if skipped]
-    return [f"\nThe best found skips layers at timesteps (layers of {len(units)}): {', '.join(at)}."] if at else []
-
-
 def _number(value: float) -> str:
     """Four digits, and no powers of ten in large numbers."""
     return f"{value:.4g}" if abs(value) < 1e4 else f"{value:,.0f}"
-
-
-def _block(language: str, *lines: str) -> str:
-    return "\n".join([f"```{language}", *lines, "```"])
 
 
 def toml(config: StudyConfig) -> str:

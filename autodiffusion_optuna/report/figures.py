@@ -5,18 +5,16 @@ from __future__ import annotations
 import math
 import statistics
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, TypeVar
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, TypeVar
 
+import plotly.graph_objects as go
 from optuna.trial import FrozenTrial, TrialState
 
 from autodiffusion_optuna.candidate import Candidate, unit_indices
 from autodiffusion_optuna.results.summary import StudySummary
 from autodiffusion_optuna.storage.attrs import CANDIDATE, OPERATOR, STAGE
 from autodiffusion_optuna.storage.trials import generation_of, scored_trials, stored_score
-
-if TYPE_CHECKING:
-    import plotly.graph_objects as go
 
 FONT = "Inter, -apple-system, 'Segoe UI', Roboto, 'Helvetica Neue', Arial, sans-serif"
 INK, FAINT, GRID = "#1b2430", "#667085", "#e6e9ee"
@@ -41,19 +39,20 @@ STRIP = 0.7
 Item = TypeVar("Item")
 
 
-def timesteps(report: StudySummary) -> go.Figure | None:
+def timesteps(summary: StudySummary) -> go.Figure | None:
     """Timesteps of the best candidate so far, a row per generation that changed it, below uniform's.
 
-    The horizontal axis is the log-SNR, ln(alpha^2 / sigma^2), from noise on the left to the image on the right; the
-    time index where a study holds no noise schedule. None where no candidate is finished.
+    The horizontal axis is the log-SNR, ln(alpha^2 / sigma^2), from noise on the left to the image on the right. None
+    where no candidate is finished.
     """
-    import plotly.graph_objects as go
-
-    found = _thin(_best_candidates(report), ROWS)
+    found = _thin(_best_candidates(summary), ROWS)
     if not found:
         return None
-    place, axis = _position(report)
-    uniform = next((b.candidate for b in report.baselines if b.name == "uniform"), None)
+    noise, uniform = summary.noise, summary.uniform.candidate if summary.uniform else None
+
+    def place(t: int) -> float:
+        return round(2 * noise.lambda_(t), 3)
+
     first = 1.6  # rows of generations begin below uniform's, with air between
     figure = go.Figure()
     if uniform is not None:
@@ -74,18 +73,18 @@ def timesteps(report: StudySummary) -> go.Figure | None:
                 "color": _age(row, len(found)), "size": 13 if last else 9, "line": {"color": "white", "width": 1}
             },
             name=f"generation {generation}",
-            hovertemplate=f"generation {generation}<br>timestep %{{customdata}}<br>{axis} %{{x}}<extra></extra>",
+            hovertemplate=f"generation {generation}<br>timestep %{{customdata}}<br>log-SNR %{{x}}<extra></extra>",
         )  # fmt: skip
     if uniform is not None:
         figure.add_scatter(
             x=[place(t) for t in uniform.timesteps], y=[0] * uniform.steps, customdata=uniform.timesteps,
             mode="markers", marker={"color": INK, "size": 12, "symbol": "diamond"}, name="uniform",
-            hovertemplate=f"uniform<br>timestep %{{customdata}}<br>{axis} %{{x}}<extra></extra>",
+            hovertemplate="uniform<br>timestep %{customdata}<br>log-SNR %{x}<extra></extra>",
         )  # fmt: skip
     ticks = _thin(list(enumerate(generation for generation, _ in found)), TICKS)
     _style(figure, "Timesteps of the best schedule, by generation", height=150 + 24 * max(len(found), 4))
     figure.update_layout(showlegend=False, margin_t=52)
-    figure.update_xaxes(title_text=f"← noise      {axis}      image →", showgrid=False, zeroline=False)
+    figure.update_xaxes(title_text="← noise      log-SNR      image →", showgrid=False, zeroline=False)
     figure.update_yaxes(
         tickvals=[0, *(first + row for row, _ in ticks)],
         ticktext=["<b>uniform</b>", *(f"generation {g}" if row == 0 else str(g) for row, g in ticks)],
@@ -96,23 +95,19 @@ def timesteps(report: StudySummary) -> go.Figure | None:
     return figure
 
 
-def _best_candidates(report: StudySummary) -> list[tuple[int, Candidate]]:
-    """(generation, best candidate at its end) of each generation that changed it, and of the last one."""
-    best: FrozenTrial | None = None
-    by_generation: dict[int, Candidate] = {}
-    for trial in scored_trials(report.finished):
-        if best is None or trial.values[0] < best.values[0]:
-            best = trial
-            by_generation[generation_of(trial)] = Candidate.from_key(trial.user_attrs[CANDIDATE])
-    return sorted(by_generation.items())
+def _best_candidates(summary: StudySummary) -> list[tuple[int, Candidate]]:
+    """(generation, best candidate at its end) of each generation that changed it."""
+    found = _new_bests(scored_trials(summary.finished))
+    return sorted({generation_of(t): Candidate.from_key(t.user_attrs[CANDIDATE]) for t in found}.items())
 
 
-def _position(report: StudySummary) -> tuple[Callable[[int], float], str]:
-    """Where a timestep lies on the horizontal axis, growing towards the image, and the axis's name."""
-    noise = report.noise
-    if noise is None:
-        return (lambda t: -t), "minus the time index"
-    return (lambda t: round(2 * noise.lambda_(t), 3)), "log-SNR"
+def _new_bests(complete: Iterable[FrozenTrial]) -> list[FrozenTrial]:
+    """Trials below all trials before them."""
+    found: list[FrozenTrial] = []
+    for trial in complete:
+        if not found or trial.values[0] < found[-1].values[0]:
+            found.append(trial)
+    return found
 
 
 def _age(row: int, rows: int) -> str:
@@ -120,16 +115,14 @@ def _age(row: int, rows: int) -> str:
     return AGES[round((len(AGES) - 1) * (row / (rows - 1) if rows > 1 else 1))]
 
 
-def masks(report: StudySummary) -> go.Figure | None:
+def masks(summary: StudySummary) -> go.Figure | None:
     """Which layers the best candidate skips at each step: a line per step, a column per layer in execution order.
 
     None where it skips nothing.
     """
-    import plotly.graph_objects as go
-
-    if report.best is None or not any(report.best.candidate.skips):
+    if summary.best is None or not any(summary.best.candidate.skips):
         return None
-    candidate, units = report.best.candidate, list(report.units)
+    candidate, units = summary.best.candidate, list(summary.units)
     skipped = [set(unit_indices(skip)) for skip in candidate.skips]
     cells = [[int(unit in step) for unit in range(len(units))] for step in skipped]
     figure = go.Figure()
@@ -165,14 +158,12 @@ def _groups(units: Sequence[str]) -> list[tuple[int, str]]:
     return found if len(found) <= TICKS else found[:1]
 
 
-def history(report: StudySummary) -> go.Figure | None:
+def history(summary: StudySummary) -> go.Figure | None:
     """Values by generation: its trials side by side, its median, the best so far, and the baselines as lines.
 
     A long study's trials are thinned out evenly; those that set a new best stay. None where no trial is complete.
     """
-    import plotly.graph_objects as go
-
-    complete = [t for t in report.finished if t.state == TrialState.COMPLETE and t.values]
+    complete = [t for t in summary.finished if t.state == TrialState.COMPLETE and t.values]
     if not complete:
         return None
     generations: dict[int, list[FrozenTrial]] = defaultdict(list)
@@ -180,17 +171,17 @@ def history(report: StudySummary) -> go.Figure | None:
         generations[generation_of(trial)].append(trial)
     span = (min(generations) - 0.5, max(generations) + 0.5)
     figure = go.Figure()
-    _known_lines(figure, report, span)
+    _baseline_lines(figure, summary, span)
     _trial_points(figure, complete, generations)
     _medians(figure, generations)
     _best_so_far(figure, generations, span)
     _mark_stage_two(figure, generations, span)
-    _style(figure, f"{report.value_name}, by generation", height=430)
+    _style(figure, f"{summary.value_name}, by generation", height=430)
     figure.update_xaxes(
         title_text="generation", zeroline=False, showgrid=False, range=list(span), tick0=0, dtick=_tick_step(span)
     )
-    figure.update_yaxes(title_text=f"{report.value_name}, lower is better", zeroline=False)
-    _frame(figure, report, complete)
+    figure.update_yaxes(title_text=f"{summary.value_name}, lower is better", zeroline=False)
+    _frame(figure, summary, complete)
     return figure
 
 
@@ -236,19 +227,13 @@ def _best_so_far(
     figure: go.Figure, generations: Mapping[int, Sequence[FrozenTrial]], span: tuple[float, float]
 ) -> None:
     """A stepped line through the best value at the end of each generation."""
-    best: FrozenTrial | None = None
-    steps: list[tuple[int, FrozenTrial]] = []
-    for generation, trials in sorted(generations.items()):
-        candidate = min(trials, key=lambda t: (t.values[0], t.number))
-        if best is None or candidate.values[0] < best.values[0]:
-            best = candidate
-            steps.append((generation, best))
-    steps = _thin(steps, POINTS // 3)
+    by_generation = (min(trials, key=lambda t: (t.values[0], t.number)) for _, trials in sorted(generations.items()))
+    steps = _thin(_new_bests(by_generation), POINTS // 3)
     # Each step is drawn at the left edge of its generation.
     figure.add_scatter(
-        x=[*(generation - 0.5 for generation, _ in steps), span[1]],
-        y=[_short(t.values[0]) for _, t in [*steps, steps[-1]]],
-        customdata=[[t.number, generation] for generation, t in [*steps, steps[-1]]],
+        x=[*(generation_of(t) - 0.5 for t in steps), span[1]],
+        y=[_short(t.values[0]) for t in [*steps, steps[-1]]],
+        customdata=[[t.number, generation_of(t)] for t in [*steps, steps[-1]]],
         mode="lines", name="best so far", legendrank=1, line={"color": BLUE, "width": 2.5, "shape": "hv"},
         hovertemplate="best since generation %{customdata[1]}<br>trial %{customdata[0]}<br>%{y}<extra></extra>",
     )  # fmt: skip
@@ -260,14 +245,14 @@ def _tick_step(span: tuple[float, float]) -> int:
     return next(step for step in steps if (span[1] - span[0]) / step <= TICKS)
 
 
-def _frame(figure: go.Figure, report: StudySummary, complete: Sequence[FrozenTrial]) -> None:
+def _frame(figure: go.Figure, summary: StudySummary, complete: Sequence[FrozenTrial]) -> None:
     """Show the values that matter: those up to twice uniform's; how many lie above is said in the corner."""
     values = [t.values[0] for t in complete if math.isfinite(t.values[0])]
-    uniform = [k.value for k in report.baselines if k.name == "uniform" and k.value is not None]
+    uniform = summary.uniform.value if summary.uniform else None
     if not values or min(values) <= 0:  # kid may be negative
         return
     low = min(values)
-    high = min(max(values), max(2 * max(uniform, default=max(values)), 1.5 * low))
+    high = min(max(values), max(2 * (max(values) if uniform is None else uniform), 1.5 * low))
     above = len(complete) - sum(value <= high for value in values)
     if high > 4 * low:
         figure.update_yaxes(type="log", range=[math.log10(0.9 * low), math.log10(1.1 * high)], **_log_ticks(low, high))
@@ -288,20 +273,10 @@ def _log_ticks(low: float, high: float) -> dict[str, list[Any]]:
     return {"tickvals": ticks, "ticktext": [f"{tick:,.10g}" for tick in ticks]}
 
 
-def _new_bests(complete: Sequence[FrozenTrial]) -> list[FrozenTrial]:
-    """Trials below all trials before them."""
-    found: list[FrozenTrial] = []
-    for trial in complete:
-        if not found or trial.values[0] < found[-1].values[0]:
-            found.append(trial)
-    return found
-
-
-def _known_lines(figure: go.Figure, report: StudySummary, span: tuple[float, float]) -> None:
+def _baseline_lines(figure: go.Figure, summary: StudySummary, span: tuple[float, float]) -> None:
     """A line for each baseline; named are uniform and the best of the others, the rest on hovering."""
-    scored = sorted((k.value, k.name) for k in report.baselines if k.value is not None)
-    compared = [name for _, name in scored if name != "uniform"]
-    named = {"uniform", *compared[:1]}
+    scored = sorted((row.value, row.name) for row in summary.baselines if row.value is not None)
+    named = {"uniform", *[name for _, name in scored if name != "uniform"][:1]}
     for value, name in scored:
         uniform = name == "uniform"
         figure.add_scatter(
@@ -328,24 +303,17 @@ def _mark_stage_two(
         )  # fmt: skip
 
 
-def evaluations(report: StudySummary) -> go.Figure | None:
+def evaluations(summary: StudySummary) -> go.Figure | None:
     """Network evaluations run, and saved by the prefix cache, by generation. None where no trial is finished."""
-    import plotly.graph_objects as go
-
-    totals: dict[int, list[int]] = defaultdict(lambda: [0, 0])
-    for trial in report.finished:
-        score = stored_score(trial)
-        total = totals[generation_of(trial)]
-        total[0] += int(score.get("run", 0))
-        total[1] += int(score.get("saved", 0))
-    if not totals:
+    if not summary.finished:
         return None
-    width = -(-(max(totals) + 1) // BARS)  # generations in a bar
-    bars: dict[int, list[int]] = defaultdict(lambda: [0, 0])
-    for generation, (run, saved) in sorted(totals.items()):
-        bar = bars[generation // width]
-        bar[0] += run
-        bar[1] += saved
+    width = -(-(max(map(generation_of, summary.finished)) + 1) // BARS)  # generations in a bar
+    sums: dict[int, list[int]] = defaultdict(lambda: [0, 0])
+    for trial in summary.finished:
+        score, bar = stored_score(trial), sums[generation_of(trial) // width]
+        bar[0] += int(score.get("run", 0))
+        bar[1] += int(score.get("saved", 0))
+    bars = dict(sorted(sums.items()))
     labels = [str(b * width) if width == 1 else f"{b * width}-{b * width + width - 1}" for b in bars]
     shares = [f"{saved / max(run + saved, 1):.0%}" for run, saved in bars.values()]
     figure = go.Figure()
@@ -372,8 +340,6 @@ FIGURES: dict[str, tuple[str, Callable[[StudySummary], go.Figure | None]]] = {
 
 def nothing(title: str) -> go.Figure:
     """What stands where there was a figure once and is nothing to draw any more."""
-    import plotly.graph_objects as go
-
     figure = go.Figure()
     _style(figure, title, height=200)
     figure.add_annotation(text="nothing to show now", showarrow=False, font={"color": FAINT})

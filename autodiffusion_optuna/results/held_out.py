@@ -1,4 +1,4 @@
-"""What is stored with a study and its trials, under which name, and how it is read. Needs Optuna, never torch."""
+"""Held-out values: a candidate scored on noise that the search never saw. Torch-free."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from autodiffusion_optuna.storage.attrs import RUNTIME, held_out_key
+from autodiffusion_optuna.storage.attrs import held_out_key
 
 # Two-sided 95 % points of Student's t by degrees of freedom; beyond 30 the normal point is close enough.
 T_95 = (
@@ -50,19 +50,23 @@ class HeldOut:
         t = T_95[self.banks - 2] if self.banks - 2 < len(T_95) else 1.96
         return t * statistics.stdev(self.values) / math.sqrt(self.banks)
 
+    @property
+    def low(self) -> float:
+        """Lower end of the 95 % interval."""
+        return self.mean - self.half_width
+
+    @property
+    def high(self) -> float:
+        """Upper end of the 95 % interval."""
+        return self.mean + self.half_width
+
     def to_json(self) -> dict[str, Any]:
         """As stored."""
         return {"images": self.images, "values": list(self.values), "warning": self.warning}
 
     def summary(self) -> dict[str, Any]:
         """As printed by ``adopt show --json``."""
-        return {
-            "mean": self.mean,
-            "low": self.mean - self.half_width,
-            "high": self.mean + self.half_width,
-            "images": self.images,
-            "banks": self.banks,
-        }
+        return {"mean": self.mean, "low": self.low, "high": self.high, "images": self.images, "banks": self.banks}
 
 
 def stored_held_out(attrs: Mapping[str, Any], candidate_key: str, images: int, banks: int) -> HeldOut | None:
@@ -71,8 +75,7 @@ def stored_held_out(attrs: Mapping[str, Any], candidate_key: str, images: int, b
     return None if stored is None else HeldOut(stored["images"], tuple(stored["values"]), stored.get("warning"))
 
 
-def held_out_sizes(attrs: Mapping[str, Any], candidate_key: str) -> set[tuple[int, int]]:
-    """(images, banks) of all of a candidate's held-out values."""
+def _sizes(attrs: Mapping[str, Any], candidate_key: str) -> set[tuple[int, int]]:
     prefix = held_out_key(candidate_key, 0, 0).rpartition(":")[0] + ":"
     sizes = (key[len(prefix) :].split("x") for key in attrs if key.startswith(prefix))
     return {(int(images), int(banks)) for images, banks in sizes}
@@ -83,17 +86,4 @@ def largest_held_out(attrs: Mapping[str, Any], *candidate_keys: str) -> tuple[in
 
     Distances of different numbers of images do not compare.
     """
-    return max(set.intersection(*(held_out_sizes(attrs, key) for key in candidate_keys)), default=None)
-
-
-def runtime_warnings(attrs: Mapping[str, Any]) -> list[str]:
-    """A line for each other runtime that some of the study's values were computed with."""
-    first = attrs.get(RUNTIME)
-    others = [attrs[key] for key in sorted(attrs) if key.startswith(f"{RUNTIME}:") and attrs[key] != first]
-    return [_runtime_warning(first, other) for other in others] if first else []
-
-
-def _runtime_warning(first: Mapping[str, Any], other: Mapping[str, Any]) -> str:
-    keys = [key for key in {**first, **other} if first.get(key) != other.get(key)]
-    changed = ", ".join(f"{key} {first.get(key, 'none')} -> {other.get(key, 'none')}" for key in keys)
-    return f"some values were computed otherwise than the first ones ({changed}): they may differ in their last digits"
+    return max(set.intersection(*(_sizes(attrs, key) for key in candidate_keys)), default=None)

@@ -1,4 +1,4 @@
-"""Reads a study and says what it found. Needs Optuna, never torch."""
+"""How far a study is, and which studies there are. Torch-free."""
 
 from __future__ import annotations
 
@@ -13,11 +13,7 @@ import optuna
 from optuna.trial import FrozenTrial, TrialState
 
 from autodiffusion_optuna._version import __version__
-from autodiffusion_optuna.config import (
-    SEARCH_BANK,
-    load_config,
-    presets,
-)
+from autodiffusion_optuna.config import SEARCH_BANK, load_config, presets
 from autodiffusion_optuna.errors import StudyError
 from autodiffusion_optuna.results.summary import read_summary
 from autodiffusion_optuna.storage.attrs import CONFIG, METRIC, VERSION
@@ -26,63 +22,63 @@ from autodiffusion_optuna.storage.studies import current_name, stored_config, st
 from autodiffusion_optuna.storage.study_storage import StudyStorage
 from autodiffusion_optuna.storage.trials import count_finished, values_by_key
 
-
-@dataclass(frozen=True)
-class StudyLine:
-    """One line of ``adopt studies``: a shipped preset, a study in the database, or both.
-
-    ``finished`` and ``best`` are None where there is nothing yet, or nothing that this version can read.
-    """
-
-    name: str
-    description: str
-    preset: bool
-    finished: int | None
-    budget: int
-    best: float | None
-    measure: str = ""
-    """What ``best`` is: metric and images."""
-
-
-def list_studies(storage: StudyStorage | None) -> list[StudyLine]:
-    """Shipped presets, and the studies of a database if there is one."""
-    lines = {}
-    for name, path in presets().items():
-        config = load_config(path)
-        lines[name] = StudyLine(name, config.description, True, None, config.search.trials, None)
-    if storage is None:
-        return list(lines.values())
-    for name in study_names(storage):
-        study = optuna.load_study(study_name=name, storage=storage)
-        if CONFIG in study.user_attrs:
-            lines[name] = _line(study, preset=name in lines)
-    return list(lines.values())
-
-
-def _line(study: optuna.Study, preset: bool) -> StudyLine:
-    try:
-        config = stored_config(study)
-    except StudyError:  # the other studies of the database can still be told
-        version = study.user_attrs.get(VERSION)
-        what = f"written by adopt {version}, this is {__version__}"
-        return StudyLine(current_name(study), what, preset, None, 0, None)
-    best = min(values_by_key(study).values(), default=None)
-    finished = count_finished(study)
-    measure = f"{study.user_attrs.get(METRIC, 'value')}, {config.score.images:,} images"
-    return StudyLine(config.name, config.description, preset, finished, config.search.trials, best, measure)
-
-
 RECENT = 20
-"""Finished trials from which the rate is told."""
-
-
+"""Finished trials from which the rate is computed."""
 PAUSE = 10
 """Times the usual wait for a candidate, from which on nobody was working."""
 
 
 @dataclass(frozen=True)
+class StudyLine:
+    """One line of ``adopt studies``: a shipped preset, a study in the database, or both.
+
+    ``finished`` and ``best`` are None where there is nothing yet, or nothing that this version can read. ``measure``:
+    what ``best`` is, metric and images.
+    """
+
+    name: str
+    description: str
+    preset: bool
+    budget: int
+    finished: int | None = None
+    best: float | None = None
+    measure: str = ""
+
+
+def list_studies(storage: StudyStorage | None) -> list[StudyLine]:
+    """Shipped presets, and the studies of a database if there is one."""
+    configs = {name: load_config(path) for name, path in presets().items()}
+    lines = {name: StudyLine(name, c.description, True, c.search.trials) for name, c in configs.items()}
+    if storage is None:
+        return list(lines.values())
+    for name in study_names(storage):
+        study = optuna.load_study(study_name=name, storage=storage)
+        if CONFIG in study.user_attrs:
+            lines[name] = _line(study, preset=name in configs)
+    return list(lines.values())
+
+
+def _line(study: optuna.Study, preset: bool) -> StudyLine:
+    attrs = study.user_attrs
+    try:
+        config = stored_config(study)
+    except StudyError:  # the other studies of the database are listed all the same
+        version = f"written by adopt {attrs.get(VERSION)}, this is {__version__}"
+        return StudyLine(current_name(study), version, preset, budget=0)
+    return StudyLine(
+        name=config.name,
+        description=config.description,
+        preset=preset,
+        budget=config.search.trials,
+        finished=count_finished(study),
+        best=min(values_by_key(study).values(), default=None),
+        measure=f"{attrs.get(METRIC, 'value')}, {config.score.images:,} images",
+    )
+
+
+@dataclass(frozen=True)
 class Status:
-    """Where a study stands now. ``rate``: finished candidates a second of late; None where that cannot be told yet."""
+    """Where a study stands now. ``rate``: finished candidates a second of late; None where it is unknown yet."""
 
     finished: int
     budget: int
@@ -109,20 +105,20 @@ class Status:
 
 def read_status(storage: StudyStorage, study: optuna.Study, tail: str = "") -> Status:
     """Workers, trials by state, generation, stage and rate of a study; ``tail`` as in ``StudySummary.warnings``."""
-    report = read_summary(study)
-    states = {state.name.lower(): sum(t.state == state for t in report.trials) for state in TrialState}
+    summary = read_summary(study)
+    states = {state.name.lower(): sum(t.state == state for t in summary.trials) for state in TrialState}
     return Status(
-        finished=len(report.finished),
-        budget=report.config.search.trials,
+        finished=len(summary.finished),
+        budget=summary.config.search.trials,
         states=states,
-        **report.last_origin,
-        metric=report.metric,
-        best=None if report.best is None else report.best.value,
-        images=report.config.score.images,
+        **summary.last_origin,
+        metric=summary.metric,
+        best=None if summary.best is None else summary.best.value,
+        images=summary.config.score.images,
         bank=SEARCH_BANK,
-        warnings=report.warnings(tail),
-        workers=workers(study, storage, report.config.search.grace),
-        rate=_rate(report.finished),
+        warnings=summary.warnings(tail),
+        workers=workers(study, storage, summary.config.search.grace),
+        rate=_rate(summary.finished),
     )
 
 

@@ -22,7 +22,7 @@ from autodiffusion_optuna.config import StudyConfig
 from autodiffusion_optuna.errors import AdoptError, ConfigError, StatisticsError, StudyError
 from autodiffusion_optuna.evaluation.evaluator import Score
 from autodiffusion_optuna.evaluation.runtime import describe_runtime
-from autodiffusion_optuna.results.held_out import runtime_warnings
+from autodiffusion_optuna.results.summary import runtime_warnings
 from autodiffusion_optuna.storage.artifacts import ArtifactStore, attach_picture, notable
 from autodiffusion_optuna.storage.attrs import CANDIDATE, COST, FAILURE, IMAGES, RUNTIME, SCORE, rung_key, runtime_key
 from autodiffusion_optuna.storage.lease import Heartbeat, Lease, acquire, is_mine, release_all

@@ -9,79 +9,58 @@ import signal
 import socket
 import subprocess
 import sys
-import threading
 import time
 import urllib.request
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import optuna
 import pytest
-from command import Adopt
-from long_study import long_report
-from optuna.trial import TrialState, create_trial
-from optuna_dashboard import get_note, save_note
-from optuna_dashboard._custom_plot_data import get_plotly_graph_objects
-from optuna_dashboard._inmemory_cache import _CachedExtraStudyProperty
-from test_study import run
+from command import Adopt, check_refused
+from dashboard_server import fetch, serving
+from long_study import long_summary
+from optuna_dashboard import get_note, save_note, wsgi
 
 from autodiffusion_optuna.candidate import Candidate
 from autodiffusion_optuna.config import load_config, load_preset, parse_config, presets, tomllib
 from autodiffusion_optuna.report import dashboard
 from autodiffusion_optuna.results.summary import read_summary
-from autodiffusion_optuna.storage.attrs import (
-    ARTIFACTS,
-    COST,
-    GENERATION,
-    IMAGES,
-    OPERATOR,
-    PARENTS,
-    SCORE,
-    STAGE,
-    rung_key,
-)
+from autodiffusion_optuna.storage.attrs import ARTIFACTS, COST, GENERATION, IMAGES, OPERATOR, PARENTS, STAGE, rung_key
 from autodiffusion_optuna.storage.database import open_storage
+from autodiffusion_optuna.storage.manage import delete_study
 from autodiffusion_optuna.storage.studies import load_study
+from studies import run
 
 URL = "sqlite:///adopt.db"
 
 
-@contextmanager
-def serving(app: dashboard.WSGIApp) -> Iterator[str]:
-    with dashboard.make_server(app, "127.0.0.1", 0) as server:
-        thread = threading.Thread(target=server.serve_forever, daemon=True)
-        thread.start()
-        try:
-            yield f"http://127.0.0.1:{server.server_port}"
-        finally:
-            server.shutdown()
-            thread.join()
+def detail(name: str = "quick") -> Any:
+    """What the dashboard's page of a study asks for."""
+    storage = open_storage(URL)
+    with serving(wsgi(storage)) as address:
+        return fetch(f"{address}/api/studies/{storage.get_study_id_from_name(name)}")
 
 
-def fetch(url: str) -> Any:
-    with urllib.request.urlopen(url) as answer:
-        return json.loads(answer.read())
+def plots() -> dict[str, str]:
+    """Figures that the dashboard shows, by id."""
+    return {plot["id"]: plot["graph_object"] for plot in detail()["plotly_graph_objects"]}
 
 
 def test_what_is_published_is_served(folder: Path) -> None:
     study = run(folder / "quick.toml", URL, "search.trials=14", "score.pruner=percentile", "score.rungs=[32]")
     dashboard.publish(study, URL)
-    with serving(dashboard.make_app(study._storage, None)) as address:
-        detail = fetch(f"{address}/api/studies/{study._study_id}")
-    assert detail["objective_names"] == ["FD(pixels), 64 images, fewer where pruned"]
-    assert {plot["id"] for plot in detail["plotly_graph_objects"]} == {"timesteps", "history", "evaluations"}
-    assert all(json.loads(plot["graph_object"])["data"] for plot in detail["plotly_graph_objects"])
-    columns = {attr["key"] for attr in detail["union_user_attrs"]}
+    shown = detail()
+    assert shown["objective_names"] == ["FD(pixels), 64 images, fewer where pruned"]
+    assert {plot["id"] for plot in shown["plotly_graph_objects"]} == {"timesteps", "history", "evaluations"}
+    assert all(json.loads(plot["graph_object"])["data"] for plot in shown["plotly_graph_objects"])
+    columns = {attr["key"] for attr in shown["union_user_attrs"]}
     assert {GENERATION, STAGE, OPERATOR, COST, IMAGES} <= columns
     assert {PARENTS, rung_key(32)} <= columns
-    assert SCORE not in columns
     best = read_summary(study).best
     assert best is not None
-    assert " ".join(map(str, best.candidate.timesteps)) in detail["note"]["body"]
-    assert "adopt export --study quick\n" in detail["note"]["body"]
+    assert " ".join(map(str, best.candidate.timesteps)) in shown["note"]["body"]
+    assert "adopt export --study quick\n" in shown["note"]["body"]
 
 
 def test_the_note_keeps_what_the_user_wrote(folder: Path) -> None:
@@ -90,9 +69,9 @@ def test_the_note_keeps_what_the_user_wrote(folder: Path) -> None:
     dashboard.publish(study, URL)
     assert get_note(study).endswith(dashboard.SIGNATURE + "\n\nmine already")
     save_note(study, get_note(study) + "\nand more")
-    version = study._storage.get_study_system_attrs(study._study_id)["dashboard:note_ver"]
+    version = detail()["note"]["version"]
     dashboard.publish(study, URL)
-    assert study._storage.get_study_system_attrs(study._study_id)["dashboard:note_ver"] == version
+    assert detail()["note"]["version"] == version
     run(folder / "quick.toml", URL, "search.trials=4")
     dashboard.publish(study, URL)
     assert "4 of 4 candidates" in get_note(study)
@@ -102,22 +81,28 @@ def test_the_note_keeps_what_the_user_wrote(folder: Path) -> None:
 
 def test_a_figure_of_what_is_no_longer_so_is_replaced(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     study = run(folder / "quick.toml", URL, "search.trials=2")
-    skipping = long_report(60)
+    skipping = long_summary(60)
     monkeypatch.setattr(dashboard, "read_summary", lambda _: skipping)
     dashboard.publish(study, URL)
-    assert "heatmap" in plots(study)["masks"]
+    assert "heatmap" in plots()["masks"]
     assert skipping.best is not None
     plain = replace(skipping.best, candidate=Candidate(skipping.best.candidate.timesteps))
     monkeypatch.setattr(dashboard, "read_summary", lambda _: replace(skipping, best=plain))
     for _ in range(2):
         dashboard.publish(study, URL)
-        assert "heatmap" not in plots(study)["masks"]
-        assert "nothing to show now" in plots(study)["masks"]
+        assert "heatmap" not in plots()["masks"]
+        assert "nothing to show now" in plots()["masks"]
 
 
-def plots(study: optuna.Study) -> dict[str, str]:
-    """Figures as they are stored, by id."""
-    return get_plotly_graph_objects(study._storage.get_study_system_attrs(study._study_id))
+def test_a_figure_that_did_not_change_is_not_written_again(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    study = run(folder / "quick.toml", URL, "search.trials=2")
+    saved: list[str] = []
+    monkeypatch.setattr(
+        "optuna_dashboard.save_plotly_graph_object", lambda *_, graph_object_id: saved.append(graph_object_id)
+    )
+    dashboard.publish(study, URL)
+    dashboard.publish(study, URL)
+    assert saved == ["timesteps", "history", "evaluations"]
 
 
 @pytest.mark.parametrize("name", sorted(presets()))
@@ -127,17 +112,17 @@ def test_the_notes_settings_are_a_study_file(name: str) -> None:
     assert parse_config({**tomllib.loads(text), "name": config.name, "description": config.description}) == config
 
 
-def test_the_note_tells_searched_settings_and_skipped_layers() -> None:
-    report = long_report(60, units=14)
-    assert report.best is not None
-    plain = dashboard.note_text(report, URL)
+def test_the_note_names_searched_settings_and_skipped_layers() -> None:
+    summary = long_summary(60, units=14)
+    assert summary.best is not None
+    plain = dashboard.note_text(summary, URL)
     assert "| schedule | FD(digits), 256 images | held-out noise | cost | timesteps |" in plain
-    counts = [len(names) for names in report.best.candidate.skip_names(report.units)]
-    shown = [f"{t} ({count})" for t, count in zip(report.best.candidate.timesteps, counts, strict=True) if count]
+    counts = [len(names) for names in summary.best.candidate.skip_names(summary.units)]
+    shown = [f"{t} ({count})" for t, count in zip(summary.best.candidate.timesteps, counts, strict=True) if count]
     assert f"skips layers at timesteps (layers of 14): {', '.join(shown)}." in plain
 
-    chosen = Candidate(report.best.candidate.timesteps, settings=(("guidance", 1.5), ("solver", "heun")))
-    note = dashboard.note_text(replace(report, best=replace(report.best, candidate=chosen)), URL)
+    chosen = Candidate(summary.best.candidate.timesteps, settings=(("guidance", 1.5), ("solver", "heun")))
+    note = dashboard.note_text(replace(summary, best=replace(summary.best, candidate=chosen)), URL)
     table = [line for line in note.splitlines() if line.startswith("|")]
     assert "| cost | settings | timesteps |" in table[0]
     assert "| guidance 1.5, solver heun |" in table[2]
@@ -167,7 +152,7 @@ def test_a_new_generation_is_published_by_itself(folder: Path, monkeypatch: pyte
     assert troubles == []
 
 
-def test_trouble_is_told_once_in_one_line(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_trouble_is_reported_once_in_check_refused(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dashboard, "LOOK_SECONDS", 0.01)
     study = run(folder / "quick.toml", URL, "search.trials=2")
     troubles: list[str] = []
@@ -186,69 +171,9 @@ def test_of_a_deleted_study_it_is_said_that_it_was_deleted(folder: Path, monkeyp
     study = run(folder / "quick.toml", URL, "search.trials=2")
     troubles: list[str] = []
     with dashboard.published(study, URL, troubles.append):
-        open_storage(URL).delete_study(study._study_id)
+        delete_study(open_storage(URL), "quick")
         time.sleep(0.3)
     assert troubles == ["note and figures were not written: study 'quick' was deleted"]
-
-
-def trials_of_all_kinds() -> list[optuna.trial.FrozenTrial]:
-    """Numbered trials whose states, attributes and search spaces differ."""
-    choice = optuna.distributions.CategoricalDistribution(["x", "y"])
-    number, integer = optuna.distributions.FloatDistribution, optuna.distributions.IntDistribution
-    kinds: list[tuple[TrialState, dict[str, Any], dict[str, Any]]] = [
-        (TrialState.COMPLETE, {"a": (1.0, number(0, 2)), "b": (1, integer(0, 3))}, {"cost": 1.0}),
-        (TrialState.COMPLETE, {"a": (5.0, number(1, 9)), "b": (1, integer(0, 3))}, {"cost": "dear"}),
-        (TrialState.FAIL, {"z": (1, integer(0, 3))}, {"failure": "why"}),
-        (TrialState.PRUNED, {"a": (1.0, number(0, 2))}, {"generation": 3}),
-        (TrialState.COMPLETE, {"a": (1.0, number(0, 2)), "c": ("x", choice)}, {}),
-        (TrialState.WAITING, {}, {"baseline": "uniform"}),
-        (TrialState.COMPLETE, {"b": (1, integer(0, 3)), "a": (1.0, number(0, 2))}, {"cost": 2.0}),
-    ]  # fmt: skip
-    trials = []
-    for position, (state, params, attrs) in enumerate(kinds * 3):
-        trial = create_trial(
-            state=state,
-            params={name: value for name, (value, _) in params.items()},
-            distributions={name: distribution for name, (_, distribution) in params.items()},
-            user_attrs=attrs,
-            values=[1.0] if state == TrialState.COMPLETE else None,
-        )
-        trial.number = position
-        trials.append(trial)
-    return trials
-
-
-def test_columns_and_search_space_are_the_dashboards_own() -> None:
-    trials = trials_of_all_kinds()
-    ours = dashboard._columns_by_study().get(1)
-    for count in (0, 1, 3, 3, 8, len(trials), len(trials)):
-        theirs = _CachedExtraStudyProperty()
-        theirs.update(trials[:count])
-        ours.update(trials[:count])
-        assert ours.union_search_space == theirs.union_search_space, count
-        assert {name for name, _ in ours.intersection_search_space} == {
-            name for name, _ in theirs.intersection_search_space
-        }
-        assert sorted(ours.union_user_attrs) == sorted(theirs.union_user_attrs)
-
-
-def test_an_attribute_of_a_running_trial_appears_when_it_is_written() -> None:
-    columns = dashboard._columns_by_study().get(1)
-    trial = create_trial(state=TrialState.RUNNING)
-    columns.update([trial])
-    trial.user_attrs["cost"] = 1.0
-    columns.update([trial])
-    assert columns.union_user_attrs == [("cost", True)]
-
-
-def test_finished_trials_are_looked_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    looked: list[int] = []
-    columns = dashboard._columns_by_study().get(1)
-    monkeypatch.setattr(type(columns), "_update_user_attrs", lambda self, trial: looked.append(trial.number))
-    trials = [trial for trial in trials_of_all_kinds() if trial.state.is_finished()]
-    columns.update(trials[:-1])
-    columns.update(trials)
-    assert looked == [trial.number for trial in trials]
 
 
 @pytest.mark.parametrize(
@@ -280,9 +205,9 @@ def test_the_command_serves_the_study_and_ends_with_ctrl_c(folder: Path) -> None
     assert page.status == 200
     found = re.fullmatch(r"http://127\.0\.0\.1:(\d+)/dashboard/studies/(\d+)", address)
     assert found is not None
-    detail = fetch(f"http://127.0.0.1:{found[1]}/api/studies/{found[2]}")
-    assert detail["name"] == "quick"
-    assert len(detail["trials"]) >= 3
+    served = fetch(f"http://127.0.0.1:{found[1]}/api/studies/{found[2]}")
+    assert served["name"] == "quick"
+    assert len(served["trials"]) >= 3
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=30)
     assert process.returncode == 130
@@ -314,34 +239,28 @@ def test_another_host_than_loopback_is_warned_of(folder: Path) -> None:
     assert "the dashboard has no password" in process.communicate(timeout=30)[1]
 
 
-def one_line(result: Any, *words: str) -> None:
-    assert result.code == 1
-    assert result.err.startswith("error: ")
-    assert result.err.count("\n") == 1
-    for word in words:
-        assert word in result.err
-
-
-def test_a_port_in_use_is_one_line(folder: Path, adopt: Adopt) -> None:
+def test_a_port_in_use_is_check_refused(folder: Path, adopt: Adopt) -> None:
     run(folder / "quick.toml", URL, "search.trials=1")
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = str(taken.getsockname()[1])
-        one_line(adopt("dashboard", "--study", "quick", "--port", port), f"port {port}", "in use", "--port")
+        check_refused(adopt("dashboard", "--study", "quick", "--port", port), f"port {port}", "in use", "--port")
 
 
-def test_what_cannot_be_served_is_one_line(folder: Path, adopt: Adopt) -> None:
-    one_line(adopt("dashboard", "--study", "quick"), "no database")
+def test_what_cannot_be_served_is_check_refused(folder: Path, adopt: Adopt) -> None:
+    check_refused(adopt("dashboard", "--study", "quick"), "no database")
     run(folder / "quick.toml", URL, "search.trials=1")
-    one_line(adopt("dashboard", "--study", "quik"), "did you mean 'quick'")
-    one_line(adopt("dashboard", "--study", "quick", "--host", "no.such.host.invalid", "--port", "0"), "no.such.host")
-    one_line(adopt("dashboard", "--study", "quick", "--artifacts", "no/such/folder"), "no/such/folder")
+    check_refused(adopt("dashboard", "--study", "quik"), "did you mean 'quick'")
+    check_refused(
+        adopt("dashboard", "--study", "quick", "--host", "no.such.host.invalid", "--port", "0"), "no.such.host"
+    )
+    check_refused(adopt("dashboard", "--study", "quick", "--artifacts", "no/such/folder"), "no/such/folder")
 
 
 def test_a_missing_package_is_named(folder: Path, adopt: Adopt, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "optuna_dashboard", None)
-    one_line(adopt("dashboard", "--study", "quick"), 'pip install "autodiffusion-optuna[dashboard]"')
+    check_refused(adopt("dashboard", "--study", "quick"), 'pip install "autodiffusion-optuna[dashboard]"')
 
 
 def test_the_quick_study_is_what_the_note_says(folder: Path) -> None:

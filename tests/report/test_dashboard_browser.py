@@ -12,14 +12,16 @@ from typing import Any
 import numpy as np
 import optuna
 import pytest
+from dashboard_server import serving
 from optuna.artifacts import upload_artifact
+from optuna_dashboard import wsgi
 from PIL import Image
-from test_dashboard import serving
-from test_study import run
 
 from autodiffusion_optuna.report import dashboard
 from autodiffusion_optuna.storage.artifacts import open_store
 from autodiffusion_optuna.storage.attrs import ARTIFACTS, COST, GENERATION, NOTABLE, OPERATOR, STAGE
+from autodiffusion_optuna.storage.database import open_storage
+from studies import run
 
 webdriver = pytest.importorskip("selenium.webdriver")
 
@@ -90,8 +92,9 @@ def test_the_pages_show_what_we_wrote(folder: Path, browser: Any, shoot: Callabl
     study, pictured = study_with_a_picture(folder)
     dashboard.publish(study, URL)
     store = open_store(str(folder / "pictures"))
-    with serving(dashboard.make_app(study._storage, store)) as address:
-        page = f"{address}/dashboard/studies/{study._study_id}"
+    storage = open_storage(URL)
+    with serving(wsgi(storage, artifact_store=store)) as address:
+        page = f"{address}/dashboard/studies/{storage.get_study_id_from_name('quick')}"
 
         browser.get(page)
         wait("document.querySelectorAll('.js-plotly-plot .main-svg').length >= 2")

@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from long_study import POPULATION, long_report
+from long_study import POPULATION, long_summary
 from optuna.trial import TrialState
 
 from autodiffusion_optuna import noise
@@ -21,7 +21,7 @@ LARGEST = 60_000
 
 @pytest.fixture(scope="module")
 def short() -> StudySummary:
-    return long_report(60, units=14)
+    return long_summary(60, units=14)
 
 
 def named(figure: Any, name: str) -> Any:
@@ -31,7 +31,7 @@ def named(figure: Any, name: str) -> Any:
 
 @pytest.mark.parametrize("name", FIGURES)
 def test_a_figure_of_five_thousand_trials_is_small(name: str) -> None:
-    figure = FIGURES[name][1](long_report(5000))
+    figure = FIGURES[name][1](long_summary(5000))
     assert figure is not None
     size = len(figure.to_json())
     print(f"{name}: {size} bytes of JSON at 5,000 trials")
@@ -41,7 +41,7 @@ def test_a_figure_of_five_thousand_trials_is_small(name: str) -> None:
 @pytest.mark.parametrize("name", FIGURES)
 @pytest.mark.parametrize("trials", [0, 1, 2])
 def test_a_study_that_has_hardly_begun(name: str, trials: int) -> None:
-    figure = FIGURES[name][1](long_report(trials))
+    figure = FIGURES[name][1](long_summary(trials))
     assert (figure is None) == (trials == 0)
 
 
@@ -60,12 +60,6 @@ def test_timesteps_lie_at_their_log_snr_below_uniforms(short: StudySummary) -> N
     colours = [trace.marker.color for trace in figure.data[:-1]]
     assert len(set(colours)) == len(colours) == 3
     assert figure.layout.yaxis.range[0] > figure.layout.yaxis.range[1]  # uniform above
-
-
-def test_without_a_noise_schedule_the_axis_is_the_time_index(short: StudySummary) -> None:
-    figure = timesteps(replace(short, attrs={}))
-    assert named(figure, "uniform").x == tuple(range(-900, 1, 100))
-    assert "time index" in figure.layout.xaxis.title.text
 
 
 def test_masks_show_each_step_and_unit(short: StudySummary) -> None:
@@ -132,13 +126,13 @@ def test_the_history_shows_each_generations_median_and_the_best_so_far(short: St
 
 
 def test_new_bests_of_a_long_study_are_not_thinned_out() -> None:
-    report = long_report(5000)
-    figure = history(report)
-    assert report.best is not None
+    summary = long_summary(5000)
+    figure = history(summary)
+    assert summary.best is not None
     points = {n for trace in figure.data if trace.mode == "markers" for n in numbers(trace)}
-    assert report.best.trial in points
+    assert summary.best.trial in points
     assert len(points) < 1300
-    assert named(figure, "best so far").y[-1] == pytest.approx(report.best.value, rel=1e-4)
+    assert named(figure, "best so far").y[-1] == pytest.approx(summary.best.value, rel=1e-4)
     assert figure.layout.xaxis.dtick == 50
 
 
@@ -158,17 +152,13 @@ def test_evaluations_are_summed_by_generation(short: StudySummary) -> None:
     run, saved = named(figure, "run"), named(figure, "saved by the prefix cache")
     assert run.x == saved.x == ("0", "1", "2")
     assert saved.y == (500 * POPULATION,) * 3
-    assert sum(run.y) == report_total(short)
-
-
-def report_total(report: StudySummary) -> float:
-    return report.total("run")
+    assert sum(run.y) == short.total("run")
 
 
 def test_many_generations_share_bars() -> None:
-    report = long_report(5000)
-    figure = evaluations(report)
+    summary = long_summary(5000)
+    figure = evaluations(summary)
     run = named(figure, "run")
     assert len(run.x) <= 40
     assert run.x[0] == "0-6"
-    assert sum(run.y) == report_total(report)
+    assert sum(run.y) == summary.total("run")

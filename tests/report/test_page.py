@@ -15,11 +15,10 @@ from typing import Any
 import numpy as np
 import optuna
 import pytest
-from command import Adopt
+from command import Adopt, check_refused, listing
 from numpy.typing import NDArray
 from optuna.trial import create_trial
 from PIL import Image
-from test_cli_errors import check_refused, listing
 
 from autodiffusion_optuna.report.page import page
 from autodiffusion_optuna.results.summary import read_summary
@@ -78,17 +77,17 @@ def test_the_page_says_what_adopt_show_says(quick: optuna.Study, adopt: Adopt) -
     assert lines[0][:2] == ["best", "found"]
     for words in lines:
         assert " ".join(words).replace("- 1.00", "\u2013 1.00") in text, words
-    report = read_summary(quick)
-    assert report.best is not None
-    assert report.best.held_out is not None
-    uniform = next(k for k in report.baselines if k.name == "uniform").held_out
+    summary = read_summary(quick)
+    assert summary.best is not None
+    assert summary.best.held_out is not None
+    uniform = next(k for k in summary.baselines if k.name == "uniform").held_out
     assert uniform is not None
-    share = 1 - report.best.held_out.mean / uniform.mean
-    assert f"FD(pixels) {report.best.held_out.mean:.4g} (95 % interval" in text
+    share = 1 - summary.best.held_out.mean / uniform.mean
+    assert f"FD(pixels) {summary.best.held_out.mean:.4g} (95 % interval" in text
     assert f"{100 * abs(share):.0f} % {'lower' if share >= 0 else 'higher'}" in text
     assert "3 \u00d7 64 images from noise that the search never saw" in text
     assert quick.user_attrs["model"] in text
-    assert report.config.fingerprint() in text
+    assert summary.config.fingerprint() in text
 
 
 def test_everything_is_inside_the_page(quick: optuna.Study) -> None:
@@ -159,9 +158,11 @@ def test_what_users_write_is_not_html(quick: optuna.Study) -> None:
     quick.set_user_attr(CONFIG, config)
     quick.set_user_attr(METRIC, evil)
     quick.set_user_attr("extractor", evil)
-    known = {f"{name}{evil}" if name != "uniform" else name: key for name, key in quick.user_attrs["baselines"].items()}
-    quick.set_user_attr(BASELINE_COSTS, dict.fromkeys(known, 1.0))
-    quick.set_user_attr(BASELINES, known)
+    baselines = {
+        f"{name}{evil}" if name != "uniform" else name: key for name, key in quick.user_attrs["baselines"].items()
+    }
+    quick.set_user_attr(BASELINE_COSTS, dict.fromkeys(baselines, 1.0))
+    quick.set_user_attr(BASELINES, baselines)
     text = page(
         read_summary(quick), pictures=[(evil, images) for _, images in rows()], notes=[evil], tail=evil, written=evil
     )
@@ -173,9 +174,9 @@ def test_what_users_write_is_not_html(quick: optuna.Study) -> None:
 
 
 def test_overlapping_intervals_are_pointed_out(quick: optuna.Study) -> None:
-    report = read_summary(quick)
-    assert report.best is not None
-    key = held_out_key(report.best.candidate.key, 64, 3)
+    summary = read_summary(quick)
+    assert summary.best is not None
+    key = held_out_key(summary.best.candidate.key, 64, 3)
     quick.set_user_attr(key, {"images": 64, "values": [1.0, 2.0, 30000.0]})
     assert "intervals overlap" in text_of(page(read_summary(quick)))
     quick.set_user_attr(key, {"images": 64, "values": [1.0, 2.0, 3.0]})
@@ -186,21 +187,21 @@ def test_overlapping_intervals_are_pointed_out(quick: optuna.Study) -> None:
 def test_where_there_is_no_share_of_uniforms_value_none_is_named(
     quick: optuna.Study, best: float, uniform: float
 ) -> None:
-    report = read_summary(quick)
-    assert report.best is not None
-    assert report.best.held_out is not None
-    found = replace(report.best, held_out=replace(report.best.held_out, values=(best,) * 3))
-    known = [
+    summary = read_summary(quick)
+    assert summary.best is not None
+    assert summary.best.held_out is not None
+    found = replace(summary.best, held_out=replace(summary.best.held_out, values=(best,) * 3))
+    baselines = [
         replace(k, held_out=k.held_out and replace(k.held_out, values=(uniform,) * 3)) if k.name == "uniform" else k
-        for k in report.baselines
+        for k in summary.baselines
     ]
-    text = text_of(page(replace(report, baselines=known, best=found)))
+    text = text_of(page(replace(summary, baselines=baselines, best=found)))
     assert f"three uniform ones give {uniform:.4g} (95 % interval {uniform:.4g} to {uniform:.4g}) , measured on" in text
     assert "against uniform, 3 x 64 images \u2013" in text
     assert "That is" not in text
 
 
-def test_without_fresh_scores_the_page_says_so(folder: Path) -> None:
+def test_without_held_out_scores_the_page_says_so(folder: Path) -> None:
     from autodiffusion_optuna.config import load_config
     from autodiffusion_optuna.study import components, lifecycle, loop
 

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+import io
 import json
 from pathlib import Path
-from typing import Any
 
 import optuna
 import pytest
 from command import Adopt
+from rich.console import Console
 
+from autodiffusion_optuna.cli import output, run
 from autodiffusion_optuna.report.dashboard import note_text
 from autodiffusion_optuna.report.page import page
 from autodiffusion_optuna.results.held_out import HeldOut
 from autodiffusion_optuna.results.summary import read_summary
 from autodiffusion_optuna.storage.attrs import BASELINES, CANDIDATE, held_out_key
-from autodiffusion_optuna.study import components, lifecycle
+from autodiffusion_optuna.study import components, lifecycle, loop
 
 URL = "sqlite:///adopt.db"
 
@@ -44,8 +46,8 @@ def test_json_holds_the_warnings(doubtful: None, adopt: Adopt, command: str) -> 
 
 
 def test_the_page_and_the_dashboard_hold_the_warnings(doubtful: None, adopt: Adopt) -> None:
-    report = read_summary(optuna.load_study(study_name="quick", storage=URL))
-    assert "- a doubt about 64 images" in note_text(report, URL)
+    summary = read_summary(optuna.load_study(study_name="quick", storage=URL))
+    assert "- a doubt about 64 images" in note_text(summary, URL)
     assert adopt("report", "--study", "quick", "--out", "x.html", "--no-pictures").code == 0
     assert "a doubt about 64 images" in Path("x.html").read_text()
 
@@ -74,7 +76,7 @@ def test_several_workers_are_warned_of_at_the_start(folder: Path, adopt: Adopt) 
     assert "computed otherwise" not in result.err
 
 
-def test_too_few_images_on_fresh_noise_are_said(folder: Path, adopt: Adopt) -> None:
+def test_too_few_images_on_held_out_noise_are_said(folder: Path, adopt: Adopt) -> None:
     assert adopt("run", "--study", "quick.toml", "--set", "search.trials=8").code == 0
     assert "2 images for" not in adopt("show", "--study", "quick").err
     scored = adopt("score", "--study", "quick", "--images", "2")
@@ -90,10 +92,10 @@ def test_every_view_says_how_many_images_a_value_is_of(quick: optuna.Study, adop
     assert "(FD(pixels), 64 images)" in adopt("studies").out
     status = json.loads(adopt("status", "--study", "quick", "--json").out)
     assert (status["images"], status["bank"]) == (64, 0)
-    report = read_summary(quick)
-    assert "FD(pixels), 64 images" in note_text(report, URL)
-    assert "3 x 64 images" in note_text(report, URL)
-    text = page(report)
+    summary = read_summary(quick)
+    assert "FD(pixels), 64 images" in note_text(summary, URL)
+    assert "3 x 64 images" in note_text(summary, URL)
+    text = page(summary)
     assert "search, 64 images" in text
     assert "3&nbsp;&times;&nbsp;64 images" in text
     assert "FD(pixels), 64 images, lower is better" in text
@@ -112,8 +114,8 @@ def better(found: optuna.Study) -> None:
     assert best is not None
     trial = found.trials[best.trial]
     key = trial.user_attrs[CANDIDATE]
-    known = found.user_attrs[BASELINES].values()
-    other = next(t for t in found.trials if t.user_attrs[CANDIDATE] not in {key, *known})
+    baselines = found.user_attrs[BASELINES].values()
+    other = next(t for t in found.trials if t.user_attrs[CANDIDATE] not in {key, *baselines})
     attrs = {**trial.user_attrs, CANDIDATE: other.user_attrs[CANDIDATE]}
     found.add_trial(
         optuna.create_trial(
@@ -125,10 +127,10 @@ def better(found: optuna.Study) -> None:
 def test_the_most_images_win_and_smaller_counts_stand_beside_their_values(quick: optuna.Study, adopt: Adopt) -> None:
     assert adopt("score", "--study", "quick", "--images", "96").code == 0
     better(quick)
-    report = read_summary(quick)
-    assert report.held_out_size == (96, 3)
-    assert report.best is not None
-    key = report.best.candidate.key
+    summary = read_summary(quick)
+    assert summary.held_out_size == (96, 3)
+    assert summary.best is not None
+    key = summary.best.candidate.key
     quick.set_user_attr(held_out_key(key, 64, 3), HeldOut(64, (1.0, 2.0, 3.0)).to_json())
     shown = adopt("show", "--study", "quick")
     assert "3 x 96 images" in shown.out.splitlines()[1]
@@ -140,36 +142,33 @@ def test_the_most_images_win_and_smaller_counts_stand_beside_their_values(quick:
 
 
 def test_only_values_of_equal_counts_are_compared(quick: optuna.Study, adopt: Adopt) -> None:
-    uniform = next(known for known in read_summary(quick).baselines if known.name == "uniform")
+    uniform = next(row for row in read_summary(quick).baselines if row.name == "uniform")
     values = HeldOut(5000, (1e-6, 2e-6))
     quick.set_user_attr(held_out_key(uniform.candidate.key, 5000, 2), values.to_json())
-    report = read_summary(quick)
-    compared = report.compared()
+    summary = read_summary(quick)
+    compared = summary.compared()
     assert compared is not None
     assert [row.held_out and row.held_out.size for row in compared] == [(64, 3), (64, 3)]
     assert "2 x 5,000" in adopt("show", "--study", "quick").out
-    assert "images from noise that the search never saw" in page(report)
-    assert "measured on 3&nbsp;&times;&nbsp;64 images" in page(report)
+    assert "images from noise that the search never saw" in page(summary)
+    assert "measured on 3&nbsp;&times;&nbsp;64 images" in page(summary)
 
 
 def test_names_are_whole_in_a_narrow_terminal(quick: optuna.Study, monkeypatch: pytest.MonkeyPatch) -> None:
-    from rich.console import Console
-
-    from autodiffusion_optuna.cli import output
-
     narrow = Console(width=80, record=True, highlight=False, markup=False)
     monkeypatch.setattr(output, "out", narrow)
     output.print_table(read_summary(quick))
     text = narrow.export_text()
     assert "…" not in text
-    for known in read_summary(quick).baselines:
-        assert known.name in text
+    for baseline in read_summary(quick).baselines:
+        assert baseline.name in text
 
 
-def test_a_run_that_has_found_nothing_yet_says_so(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from autodiffusion_optuna.cli.run import _Board
-    from autodiffusion_optuna.config import load_config
-
-    opened: Any = lifecycle.open_run(load_config(folder / "quick.toml"), URL)
-    facts = dict(_Board(opened.parts.config, opened.study).facts())
-    assert facts["best FD(pixels)"] == "none yet"
+def test_a_run_that_has_found_nothing_yet_says_so(folder: Path, adopt: Adopt, monkeypatch: pytest.MonkeyPatch) -> None:
+    screen = io.StringIO()
+    monkeypatch.setattr(run, "out", Console(force_terminal=True, file=screen, width=100))
+    monkeypatch.setattr(loop, "work", lambda *_: None)
+    adopt("run", "--study", "quick.toml")
+    board = screen.getvalue()
+    assert "0 of 24" in board
+    assert "none yet" in board

@@ -8,23 +8,22 @@ from pathlib import Path
 import optuna
 import pytest
 from command import Adopt
-from long_study import long_report
+from long_study import long_summary
 from optuna.trial import TrialState
 from rich.console import Console
-from test_study import run
 
 from autodiffusion_optuna.cli import output
 from autodiffusion_optuna.report import dashboard
 from autodiffusion_optuna.results.held_out import HeldOut
 from autodiffusion_optuna.results.summary import read_summary
 from autodiffusion_optuna.storage.attrs import BASELINES, REFERENCE_IMAGES, held_out_key
+from studies import run
 
 URL = "sqlite:///adopt.db"
 
 
 def test_pruned_values_are_not_said_to_be_of_all_images(folder: Path) -> None:
     study = run(folder / "quick.toml", URL, "search.trials=2", "score.pruner=percentile", "score.rungs=[32]")
-    study.set_metric_names(["FD(pixels)"])  # as an older version wrote it
     dashboard.publish(study, URL)
     assert study.metric_names == ["FD(pixels), 64 images, fewer where pruned"]
     study.set_metric_names(["mine"])
@@ -33,23 +32,23 @@ def test_pruned_values_are_not_said_to_be_of_all_images(folder: Path) -> None:
 
 
 def test_before_the_first_complete_candidate_there_is_no_best(capsys: pytest.CaptureFixture[str]) -> None:
-    report = long_report(60)
-    pruned = [trial for trial in report.trials if trial.state == TrialState.PRUNED]
-    empty = replace(report, trials=pruned, best=None)
+    summary = long_summary(60)
+    pruned = [trial for trial in summary.trials if trial.state == TrialState.PRUNED]
+    empty = replace(summary, trials=pruned, best=None)
     assert [value for _, _, value in empty.best_by_generation()] == [None] * 3
     output.print_facts(empty)
     assert "inf" not in capsys.readouterr().out
 
 
 def test_long_names_stay_whole_beside_settings_and_many_timesteps(monkeypatch: pytest.MonkeyPatch) -> None:
-    report = long_report(60)
-    assert report.best is not None
+    summary = long_summary(60)
+    assert summary.best is not None
     narrow = Console(width=80, record=True, highlight=False, markup=False)
     monkeypatch.setattr(output, "out", narrow)
     settings = (("final", "zero"), ("guidance", 1.5), ("solver", "dpmpp_2m"))
-    best = replace(report.best, candidate=replace(report.best.candidate, skips=(), settings=settings))
-    known = [replace(report.baselines[0], name=name) for name in ("uniform, solver dpmpp_2m", "uniform-trailing")]
-    output.print_table(replace(report, best=best, baselines=known))
+    best = replace(summary.best, candidate=replace(summary.best.candidate, skips=(), settings=settings))
+    baselines = [replace(summary.baselines[0], name=name) for name in ("uniform, solver dpmpp_2m", "uniform-trailing")]
+    output.print_table(replace(summary, best=best, baselines=baselines))
     text = narrow.export_text()
     assert "uniform, solver dpmpp_2m " in text
     assert "uniform-trailing " in text

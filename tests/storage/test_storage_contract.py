@@ -15,7 +15,8 @@ from optuna.testing.pytest_storages import StorageTestCase
 from optuna.trial import FrozenTrial, TrialState
 
 from autodiffusion_optuna.storage.attrs import OWNER
-from autodiffusion_optuna.storage.database import StudyStorage, open_storage
+from autodiffusion_optuna.storage.database import open_storage
+from autodiffusion_optuna.storage.study_storage import StudyStorage
 
 
 class TestOnSQLite(StorageTestCase):

@@ -11,7 +11,7 @@ import torch
 
 from autodiffusion_optuna.config import StudyConfig, load_config
 from autodiffusion_optuna.evaluation import evaluator
-from autodiffusion_optuna.results.held_out import runtime_warnings
+from autodiffusion_optuna.results.summary import runtime_warnings
 from autodiffusion_optuna.storage.attrs import RUNTIME
 from autodiffusion_optuna.storage.studies import stored_batch
 from autodiffusion_optuna.study import components, lifecycle, loop, validation
