@@ -100,7 +100,7 @@ def open_storage(url: str, *, create: bool = True, known: bool = False) -> Study
     """
     parsed = parse_url(url)
     sqlite = parsed.get_backend_name() == "sqlite"
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    optuna.logging.set_verbosity(optuna.logging.ERROR)  # what the database says is said here, in one line
     try:
         if sqlite:
             _check_sqlite(parsed, create)

@@ -27,6 +27,7 @@ from sqlalchemy.exc import (
     IntegrityError,
     InterfaceError,
     OperationalError,
+    PendingRollbackError,
     SQLAlchemyError,
 )
 
@@ -297,6 +298,8 @@ NOT_AWAY = ("disk", "readonly", "read-only", "no such table", "no such column", 
 
 def is_away(error: BaseException | None) -> bool:
     """Whether a database error is of a lost or refused connection, or of a lock, rather than of what was asked."""
+    if isinstance(error, PendingRollbackError):
+        return True  # Optuna asks for trials once more, in the session whose connection was lost
     if not isinstance(error, DBAPIError):
         return False
     if error.connection_invalidated:

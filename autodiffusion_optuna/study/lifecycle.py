@@ -64,7 +64,6 @@ def open_study(parts: StudyComponents, storage: StudyStorage, pictures: str | No
     ``pictures``: where a new study keeps them, as it is stored. Raises StudyError with the differences where it
     does not.
     """
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
     study = optuna.create_study(
         study_name=parts.config.name,
         storage=storage,
