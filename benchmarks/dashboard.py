@@ -83,7 +83,6 @@ def synthetic(space: SearchSpace, number: int) -> FrozenTrial:
         SHARE: 0.3,
         COST: space.cost(candidate) / STEPS,
         IMAGES: 256,
-        SCORE: {"rungs": {"256": 1.0}, "run": 2560, "saved": 900, "seconds_network": 1.0, "trace_ratio": -0.1},
         OWNER: f"host/{number}/123456",
     }
     started = datetime(2026, 1, 1) + timedelta(seconds=number)
@@ -92,6 +91,9 @@ def synthetic(space: SearchSpace, number: int) -> FrozenTrial:
         params=space.encode(candidate),
         distributions=space.distributions(),
         user_attrs=attrs,
+        system_attrs={
+            SCORE: {"rungs": {"256": 1.0}, "run": 2560, "saved": 900, "seconds_network": 1.0, "trace_ratio": -0.1}
+        },
         values=[5 + 20 * rng.random()],
     )
     trial.datetime_start, trial.datetime_complete = started, started + timedelta(seconds=1)

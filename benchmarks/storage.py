@@ -115,7 +115,7 @@ def fill(storage: StudyStorage, study: optuna.Study, parts: components.StudyComp
         models.TrialModel.trial_id, sort_by_parameter_order=True
     )
     finite = models.TrialValueModel.TrialValueType.FINITE
-    params, attrs, results = [], [], []
+    params, attrs, scores, results = [], [], [], []
     with storage.engine.begin() as connection:
         ids = connection.execute(created, [{**fixed, "number": number} for number in range(begun, trials)]).scalars()
         for number, trial_id, candidate, score in zip(range(begun, trials), ids, candidates, values, strict=True):
@@ -132,12 +132,13 @@ def fill(storage: StudyStorage, study: optuna.Study, parts: components.StudyComp
                 SHARE: MAX_SKIP,
                 PARENTS: [],
                 IMAGES: 1000,
-                SCORE: score.to_json(),
             }
+            scores.append({**at, "key": SCORE, "value_json": json.dumps(score.to_json())})
             attrs += [{**at, "key": key, "value_json": json.dumps(value)} for key, value in facts.items()]
             results.append({**at, "objective": 0, "value": score.value, "value_type": finite})
         connection.execute(sqlalchemy.insert(models.TrialParamModel.__table__), params)
         connection.execute(sqlalchemy.insert(models.TrialUserAttributeModel.__table__), attrs)
+        connection.execute(sqlalchemy.insert(models.TrialSystemAttributeModel.__table__), scores)
         connection.execute(sqlalchemy.insert(models.TrialValueModel.__table__), results)
 
 

@@ -48,11 +48,11 @@ def _trial(rng: np.random.Generator, number: int, trials: int, units: int) -> Fr
         STAGE: 1 if number < trials // 3 else 2,
         OPERATOR: OPERATORS[number % 3],
         COST: 0.8,
-        SCORE: {"run": 1000 + number % 7, "saved": 500},
     }
     pruned = number % 10 == 9
     value = None if pruned else 70 - 40 * number / trials + float(rng.exponential(2.0))
     trial = create_trial(state=TrialState.PRUNED if pruned else TrialState.COMPLETE, value=value, user_attrs=attrs)
+    trial.system_attrs = {SCORE: {"run": 1000 + number % 7, "saved": 500}}
     trial.number = number
     return trial
 

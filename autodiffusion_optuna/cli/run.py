@@ -341,11 +341,14 @@ class _Board:
 
     def on_trial(self, progress: Progress) -> None:
         """Take in and show one trial of this process."""
+        from autodiffusion_optuna.storage.trials import stored_score
+
         attrs, values = progress.trial.user_attrs, progress.trial.values
         self.finished = progress.finished
         self.origin = {key: attrs.get(key, value) for key, value in self.origin.items()}
-        self.run += attrs.get("score", {}).get("run", 0)
-        self.saved += attrs.get("score", {}).get("saved", 0)
+        said = stored_score(progress.trial)
+        self.run += said.get("run", 0)
+        self.saved += said.get("saved", 0)
         better = progress.trial.state.name == "COMPLETE" and bool(values) and values[0] < self.best
         if better:
             self.best, self.key = values[0], str(attrs.get("candidate", ""))

@@ -68,7 +68,9 @@ IMAGES = "images"
 """Images that its value was measured on."""
 NOTABLE = "notable"
 """Why the trial has a picture: baseline, new best, or best of its generation."""
-SCORE = "score"
+
+# Trial system attr: the dashboard draws user attrs as columns, and this is a table.
+SCORE = "adopt:score"
 """{rungs, run, saved, seconds_…}, see ``evaluation.evaluator.Score.to_json``."""
 
 

@@ -53,5 +53,5 @@ def generation_of(trial: FrozenTrial) -> int:
 
 def stored_score(trial: FrozenTrial) -> Mapping[str, Any]:
     """What the evaluator says of a trial's value; empty for one that was not scored here."""
-    said = trial.user_attrs.get(SCORE)
+    said = trial.system_attrs.get(SCORE)
     return said if isinstance(said, dict) else {}

@@ -236,7 +236,8 @@ def finish(study: optuna.Study, lease: Lease, outcome: Outcome, storage_seconds:
     if score is not None:
         attrs |= {rung_key(images): value for images, value in score.rungs[:-1]}
         attrs[IMAGES] = score.images
-        attrs[SCORE] = {**score.to_json(), "seconds_storage": round(storage_seconds, 4)}
+        said = {**score.to_json(), "seconds_storage": round(storage_seconds, 4)}
+        lease.trial.storage.set_trial_system_attr(lease.id, SCORE, said)
     for name, value in attrs.items():
         lease.trial.set_user_attr(name, value)
     complete = outcome.state == TrialState.COMPLETE

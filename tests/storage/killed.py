@@ -24,7 +24,7 @@ from optuna.trial import FrozenTrial
 from sqlalchemy.engine import Engine, make_url
 
 from autodiffusion_optuna.cli.main import main
-from autodiffusion_optuna.storage.attrs import OWNER, RETRIES, SCORE
+from autodiffusion_optuna.storage.attrs import OWNER, RETRIES
 from autodiffusion_optuna.storage.database import open_storage
 from autodiffusion_optuna.storage.studies import load_study
 
@@ -34,7 +34,7 @@ SETTINGS = (
     "search.warm_starts=['uniform', 'quadratic', 'cosine', 'log-snr']",
 )
 WRITE = re.compile(r"\s*(CREATE|ALTER|DROP|(?:INSERT INTO|UPDATE|DELETE FROM) \S+)", re.IGNORECASE)
-CHANGING = {SCORE, OWNER, RETRIES}
+CHANGING = {OWNER, RETRIES}
 """Trial user attrs that say who measured a value and when."""
 
 

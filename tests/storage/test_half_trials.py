@@ -110,8 +110,8 @@ def test_every_view_bears_it_and_the_search_goes_on(quick: optuna.Study, folder:
     trials = quick.get_trials(deepcopy=False)
     assert sum(t.state in FINISHED for t in trials) == 40
     ours = [t for t in trials if t.state == TrialState.COMPLETE and OWNER in t.user_attrs]
-    named = {CANDIDATE, COST, GENERATION, STAGE, OPERATOR, SCORE}
-    assert all(named <= t.user_attrs.keys() for t in ours)
+    named = {CANDIDATE, COST, GENERATION, STAGE, OPERATOR}
+    assert all(named <= t.user_attrs.keys() and SCORE in t.system_attrs for t in ours)
     assert all(len(t.params) == 3 for t in ours)
 
 

@@ -243,7 +243,7 @@ def test_pruning_repeats_exactly_and_counts_towards_the_budget(folder: Path) -> 
     for trial in whole.trials:
         if trial.state == TrialState.PRUNED:
             assert max(trial.intermediate_values) < 64
-            assert trial.user_attrs[SCORE]["rungs"][-1][0] == max(trial.intermediate_values)
+            assert trial.system_attrs[SCORE]["rungs"][-1][0] == max(trial.intermediate_values)
 
 
 @pytest.mark.parametrize("moment", ["set_trial_state_values", "create_new_trial", "end_trial"])
