@@ -101,16 +101,10 @@ def study_names(storage: StudyStorage) -> list[str]:
     return sorted(study.study_name for study in storage.get_all_studies())
 
 
-def storage_of(study: optuna.Study) -> StudyStorage:
-    """The storage that a study was opened from, which must be ours."""
-    storage = study._storage
-    assert isinstance(storage, StudyStorage)
-    return storage
-
-
 def current_name(study: optuna.Study) -> str:
     """The study's name as it is now: others may have renamed it since it was opened (KeyError where it is deleted)."""
-    return storage_of(study).current_name(study._study_id)
+    storage = study._storage  # of a study that Optuna opened by itself, its own
+    return storage.current_name(study._study_id) if isinstance(storage, StudyStorage) else study.study_name
 
 
 def is_deleted(study: optuna.Study) -> bool:
