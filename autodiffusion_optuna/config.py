@@ -44,7 +44,7 @@ Images = Annotated[int, Field(ge=2, le=BANK_SIZE)]
 class Section(BaseModel):
     """A frozen table that refuses unknown keys and values of another type."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, ser_json_inf_nan="constants")
 
 
 class ModelConfig(Section):
