@@ -202,7 +202,7 @@ def _launch(
 
     scores = engine != "local"
     command = _resume_command(storage=False)
-    job = Job.of(config, url, workers=workers, trust=trust, artifacts=artifacts, scores=scores, command=command)
+    job = Job(config=config, url=url, workers=workers, trust=trust, artifacts=artifacts, scores=scores, command=command)
     started = "1 worker" if workers == 1 else f"{workers} workers"
     say(f"study {config.name}: {started} by engine {engine}, starting. Ctrl-C stops them safely.")
     boards: list[_Board] = []
