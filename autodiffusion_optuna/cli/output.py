@@ -96,10 +96,10 @@ def load_components(
     return found, parts
 
 
-def print_result(study: optuna.Study, url: str, *, said_before: bool = True) -> None:
+def print_result(study: optuna.Study, url: str, *, warned: bool = True) -> None:
     """What a finished run prints: the table, and the commands that come next.
 
-    ``said_before``: whether it printed the study's stored warnings when it began.
+    ``warned``: whether it printed the study's stored warnings when it began.
     """
     from autodiffusion_optuna.results.summary import read_summary
     from autodiffusion_optuna.storage.url import storage_option
@@ -107,7 +107,7 @@ def print_result(study: optuna.Study, url: str, *, said_before: bool = True) -> 
     report = read_summary(study)
     print_table(report)
     tail = storage_option(url)
-    warn(report.found_doubtful(tail) if said_before else report.warnings(tail))
+    warn(report.found_doubtful(tail) if warned else report.warnings(tail))
     name, more = report.config.name, report.config.search.trials * 2
     say("\nnext:")
     for command, why in (

@@ -167,9 +167,9 @@ def test_names_are_whole_in_a_narrow_terminal(quick: optuna.Study, monkeypatch: 
 
 
 def test_a_run_that_has_found_nothing_yet_says_so(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from autodiffusion_optuna.cli.run import _Board
+    from autodiffusion_optuna.cli.run import Board
     from autodiffusion_optuna.config import load_config
 
     opened: Any = lifecycle.open_run(load_config(folder / "quick.toml"), URL)
-    facts = dict(_Board(opened.parts.config, opened.study).facts())
+    facts = dict(Board(opened.parts.config, opened.study).facts())
     assert facts["best FD(pixels)"] == "none yet"
