@@ -284,7 +284,7 @@ def load_config(path: Path, overrides: Iterable[str] = (), folder: Path | None =
         reason = getattr(error, "strerror", None) or str(error)
         raise ConfigError(f"cannot read study file {str(path)!r}: {reason}") from None
     except tomllib.TOMLDecodeError as error:
-        raise ConfigError(f"{path.name} is not valid TOML: {error}; mend that line and run again") from None
+        raise ConfigError(f"{path.name} is not valid TOML: {error}; fix that line and run again") from None
     table.setdefault("name", path.stem)
     locate_files(table, folder or path.parent)
     return parse_config(table, overrides)

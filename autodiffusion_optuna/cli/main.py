@@ -1,4 +1,4 @@
-"""The command line. Typer and rich live here and in ``commands``, and only here errors are caught and printed."""
+"""The command ``adopt``: its subcommands, and the only place where errors are caught and printed."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ app = typer.Typer(
     rich_markup_mode=None,
     help="Search the timesteps and skipped layers of a frozen diffusion model.\n\n"
     "\b\nadopt run --study digits-4             search, resume, or say that it is finished\n"
-    "adopt show --study digits-4            the best schedule beside the known ones\n"
+    "adopt show --study digits-4            the best found beside the baselines\n"
     "adopt sample --study digits-4 --out grid.png",
 )
 app.command()(run)
@@ -63,7 +63,7 @@ def show(
     storage: StorageUrl = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object, for scripts.")] = False,
 ) -> None:
-    """The best schedule, the known ones beside it, evaluations run and saved, and the history."""
+    """The best schedule, the baselines beside it, evaluations run and saved, and the history."""
     from autodiffusion_optuna.results.summary import read_summary
     from autodiffusion_optuna.storage.url import storage_option, storage_url
 

@@ -193,7 +193,7 @@ def thread_limits(workers: int) -> dict[str, str]:
     """Environment that gives each of ``workers`` its share of this host's cores.
 
     Libraries of linear algebra start a thread for each core; where several do, they spend their time waiting for each
-    other. PyTorch can be told later, NumPy's and SciPy's library only here.
+    other. PyTorch's number can be set later, that of NumPy's and SciPy's library only here.
     """
     return dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), str(share_of_cores(workers)))
 
