@@ -305,18 +305,13 @@ def main() -> None:
         err.print("stopped")
         sys.exit(EXIT_INTERRUPTED)
     except Exception as error:
-        _fail(_database_failure(error))
+        from autodiffusion_optuna.storage.database import failure
+
+        reason = failure(error)
+        if reason is None:
+            raise  # ours
+        _fail(reason)
     sys.exit(code if isinstance(code, int) else 0)
-
-
-def _database_failure(error: Exception) -> str:
-    """One line for a database that failed meanwhile; any other error is ours and is raised again."""
-    from autodiffusion_optuna.storage.database import failure
-
-    reason = failure(error)
-    if reason is None:
-        raise error
-    return reason
 
 
 def _fail(message: str) -> None:

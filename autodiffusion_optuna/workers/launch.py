@@ -138,16 +138,16 @@ class Process:
 
     def __init__(self, job: Job, warned: set[str]) -> None:
         self.warned, self.unread = warned, ""
-        self.said = tempfile.NamedTemporaryFile()  # noqa: SIM115 (closed by ``join``)
-        self.reader = Path(self.said.name).open(errors="replace")  # noqa: SIM115
-        # In a session of its own Ctrl-C reaches the launcher alone, which then stops its workers one way.
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", "autodiffusion_optuna.workers.worker"],
-            stdin=subprocess.PIPE,
-            stderr=self.said,
-            start_new_session=True,
-            env={**thread_limits(job.workers), **os.environ},
-        )
+        with tempfile.NamedTemporaryFile() as stderr:  # a pipe would have to be read all the time
+            self.said = Path(stderr.name).open(errors="replace")  # noqa: SIM115 (closed by ``join``)
+            # In a session of its own Ctrl-C reaches the launcher alone, which then stops its workers one way.
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "autodiffusion_optuna.workers.worker"],
+                stdin=subprocess.PIPE,
+                stderr=stderr,
+                start_new_session=True,
+                env={**thread_limits(job.workers), **os.environ},
+            )
         assert self.process.stdin is not None
         self.input = self.process.stdin
         with contextlib.suppress(BrokenPipeError):
@@ -160,14 +160,14 @@ class Process:
         self._pass_warnings_on()
         if not code:
             return code == 0
-        said = Path(self.said.name).read_text(errors="replace").strip().splitlines()
-        last_words = said[-1] if said else "it said nothing"
+        self.said.seek(0)
+        last_words = self.said.read().strip().rpartition("\n")[2] or "it said nothing"
         if code == USER_ERROR:
             raise StudyError(last_words.removeprefix("error: "))
         raise Died(f"was killed by signal {-code}" if code < 0 else f"ended with code {code}", last_words)
 
     def _pass_warnings_on(self) -> None:
-        *lines, self.unread = (self.unread + self.reader.read()).split("\n")
+        *lines, self.unread = (self.unread + self.said.read()).split("\n")
         for line in lines:
             if line.startswith(WARNING) and line not in self.warned:
                 self.warned.add(line)
@@ -185,7 +185,6 @@ class Process:
         except subprocess.TimeoutExpired:
             self.process.kill()
             self.process.wait()
-        self.reader.close()
         self.said.close()
 
 

@@ -173,7 +173,7 @@ def test_an_unknown_engine_of_the_library(folder: Path) -> None:
         launch.launch("cloud", job(folder), 1, {}, lambda: None)
 
 
-def test_a_process_that_crashes_is_started_again_and_its_last_words_are_told(
+def test_a_process_that_crashes_is_started_again_and_its_last_words_are_reported(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A worker whose module cannot be imported crashes with a traceback, every time."""
@@ -205,7 +205,7 @@ def test_workers_share_the_cores_of_their_host(folder: Path, monkeypatch: pytest
     assert given == [4]
 
 
-def test_what_workers_warn_of_is_told_once(
+def test_what_workers_warn_of_is_reported_once(
     folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     script = "echo 'noise of a library' >&2; echo 'warning: pictures are not kept' >&2; sleep 0.3"
@@ -292,7 +292,7 @@ def test_without_sbatch_both_ways_out_are_named(folder: Path, adopt: Adopt) -> N
         assert text in result.err
 
 
-def test_a_folder_for_pictures_of_other_hosts_is_whole_and_told(
+def test_a_folder_for_pictures_of_other_hosts_is_whole_and_reported(
     folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(launch, "find_study", lambda *given, **options: None)
