@@ -189,11 +189,9 @@ class Process:
 
 
 def thread_limits(workers: int) -> dict[str, str]:
-    """Environment that gives each of ``workers`` its share of this host's cores.
-
-    Libraries of linear algebra start a thread for each core; where several do, they spend their time waiting for each
-    other. PyTorch's number can be set later, that of NumPy's and SciPy's library only here.
-    """
+    """Environment that gives each of ``workers`` its share of this host's cores."""
+    # Libraries of linear algebra start a thread for each core, and then wait for each other. PyTorch's number can be
+    # set later, that of NumPy's and SciPy's library only here.
     return dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), str(share_of_cores(workers)))
 
 
@@ -227,22 +225,20 @@ def ray_tasks(job: Job, workers: int, options: Options) -> Iterator[Start]:
     ray: Any = _extra("ray", "ray")
     _refuse(options, "ray", ("address", "gpus", "cpus"))
     gpus, cpus, address = _number(options, "gpus"), _number(options, "cpus"), options.get("address")
-    started, here = not ray.is_initialized(), is_of_this_host(storage_url(job.url))
+    here = is_of_this_host(storage_url(job.url))
     advice = "check --engine-option address"
-    if here and (not started or (address != "local" and (address or os.environ.get("RAY_ADDRESS")))):
+    if here and address != "local" and (address or os.environ.get("RAY_ADDRESS")):
         with _cluster_at(address, f"{advice}, and give --storage {SERVER}"):
             raise StorageError(_needs_server(job, "ray"))
     changes = {} if here else full_artifacts(job)
-    if started:
-        # Without an address Ray joins whatever cluster this host was last part of.
-        address = "local" if here else address
-        with _cluster_at(address, advice):
-            ray.init(address=address, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    address = "local" if here else address  # without one Ray joins whatever cluster this host was last part of
+    with _cluster_at(address, advice):
+        ray.init(address=address, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
     try:
         if gpus is None:
             gpus = 1.0 if ray.cluster_resources().get("GPU") else 0.0
         hosts = max(sum(node["Alive"] for node in ray.nodes()), 1)
-        changes |= {"workers": math.ceil(workers / hosts)}
+        changes["workers"] = math.ceil(workers / hosts)
         # A worker that asked for a whole core would never start where there are fewer cores than workers.
         task = ray.remote(num_gpus=gpus, num_cpus=cpus or 0.0, max_retries=0)(run_for_engine)
 
@@ -251,8 +247,7 @@ def ray_tasks(job: Job, workers: int, options: Options) -> Iterator[Start]:
 
         yield start
     finally:
-        if started:
-            ray.shutdown()
+        ray.shutdown()
 
 
 @contextmanager

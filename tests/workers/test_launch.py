@@ -41,6 +41,32 @@ def test_a_worker_that_dies_is_given_up_only_where_the_study_stands_still() -> N
     assert [restarts.died() for _ in range(launch.MAX_RESTARTS)] == [2.0, 4.0, 8.0, 16.0, None]
 
 
+def test_the_first_worker_begins_the_study_and_those_that_die_are_started_again(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Under any engine; the second of three workers dies once."""
+    started: list[tuple[int, bool]] = []
+    looks: list[list[int]] = []
+
+    def start(job: Job) -> launch.Look:
+        started.append((job.index, job.known))
+        ends_at, dies = len(looks) + 4, started == [(0, False), (1, True)]
+
+        def is_done() -> bool:
+            if dies:
+                raise launch.Died("was unplugged", "")
+            return len(looks) >= ends_at
+
+        return is_done
+
+    monkeypatch.setattr(launch, "has_begun", lambda job: len(looks) >= 2)
+    monkeypatch.setattr(launch, "finished_trials", lambda job: 0)
+    monkeypatch.setattr(launch, "LOOK_SECONDS", 0.0)
+    launch.supervise(start, job(folder), 3, lambda: looks.append([index for index, _ in started]))
+    assert looks[:4] == [[0], [0], [0], [0, 1, 2]]
+    assert started == [(0, False), (1, True), (2, True), (1, True)]
+
+
 def test_an_error_of_ours_is_another_exit_code_than_the_users(
     folder: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
