@@ -68,13 +68,13 @@ def show(
     from autodiffusion_optuna.storage.url import storage_option, storage_url
 
     url = storage_url(storage)
-    report = read_summary(existing(study, url)[1])
+    summary = read_summary(existing(study, url)[1])
     if as_json:
-        print(json.dumps(report.to_json(storage_option(url)), indent=2))
+        print(json.dumps(summary.to_json(storage_option(url)), indent=2))
         return
-    print_table(report)
-    print_facts(report)
-    warn(report.warnings(storage_option(url)))
+    print_table(summary)
+    print_facts(summary)
+    warn(summary.warnings(storage_option(url)))
 
 
 @app.command()

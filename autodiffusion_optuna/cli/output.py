@@ -102,11 +102,11 @@ def print_result(study: optuna.Study, url: str, *, warned: bool = True) -> None:
     """
     from autodiffusion_optuna.results.summary import read_summary
 
-    report = read_summary(study)
-    print_table(report)
+    summary = read_summary(study)
+    print_table(summary)
     tail = storage_option(url)
-    warn(report.found_doubtful(tail) if warned else report.warnings(tail))
-    name, more = report.config.name, report.config.search.trials * 2
+    warn(summary.found_doubtful(tail) if warned else summary.warnings(tail))
+    name, more = summary.config.name, summary.config.search.trials * 2
     say("\nnext:")
     for command, why in (
         (f"adopt show --study {name}{tail}", "history, evaluations saved, seconds by phase"),
@@ -117,21 +117,21 @@ def print_result(study: optuna.Study, url: str, *, warned: bool = True) -> None:
         say(f"  {command}    # {why}")
 
 
-def print_table(report: StudySummary) -> None:
+def print_table(summary: StudySummary) -> None:
     """The best found and the baselines: value on the search's noise, value on held-out noise, cost and timesteps.
 
     A value of another number of images than its column's carries its own.
     """
     from autodiffusion_optuna.results.summary import banks_of
 
-    if report.best is None:
-        say(f"study {report.config.name}: no candidate is finished yet")
+    if summary.best is None:
+        say(f"study {summary.config.name}: no candidate is finished yet")
         return
-    rows, size, best = report.rows(), report.held_out_size, report.best.candidate
+    rows, size, best = summary.rows(), summary.held_out_size, summary.best.candidate
     table = Table(box=None, pad_edge=False)
     table.add_column("schedule", overflow="fold", min_width=min(max(len(row.name) for row in rows), NAME_WIDTH))
     for column in (
-        f"{report.metric}, search\n{report.config.score.images:,} images",
+        f"{summary.metric}, search\n{summary.config.score.images:,} images",
         f"held-out noise, 95 %\n{banks_of(size)} images" if size else "held-out noise",
         "cost",
     ):
@@ -149,23 +149,23 @@ def print_table(report: StudySummary) -> None:
     out.print(table)
     if any(best.skips):
         say("\nlayers skipped by the best schedule:")
-        for timestep, skipped in zip(best.timesteps, best.skip_names(report.units), strict=True):
+        for timestep, skipped in zip(best.timesteps, best.skip_names(summary.units), strict=True):
             say(f"  {timestep:>5}  {', '.join(skipped) or '-'}")
 
 
-def print_facts(report: StudySummary) -> None:
+def print_facts(summary: StudySummary) -> None:
     """Numbers of a study and its history, line by line."""
-    data = report.to_json()
+    data = summary.to_json()
     run, saved, seconds = data["evaluations"]["run"], data["evaluations"]["saved"], data["seconds"]
-    solver = ", ".join(report.solver) if isinstance(report.solver, list) else report.solver
+    solver = ", ".join(summary.solver) if isinstance(summary.solver, list) else summary.solver
     say(
         f"\n{data['finished']} of {data['budget']} candidates finished, generation {data['generation']}, "
         f"stage {data['stage']}, solver {solver}, {data['images']:,} images a candidate, "
-        f"reference {report.reference_name}",
+        f"reference {summary.reference_name}",
     )
     say(f"network evaluations (an image each): {run:,} run, {saved:,} saved ({saved / max(run + saved, 1):.0%})")
     phases = ", ".join(f"{phase} {value:.1f}" for phase, value in seconds.items() if phase != "total")
     say(f"seconds: {phases}, total {seconds['total']:.1f}")
-    say(f"\ngeneration  stage  best so far, search noise ({report.value_name})")
-    for generation, stage, value in report.best_by_generation():
+    say(f"\ngeneration  stage  best so far, search noise ({summary.value_name})")
+    for generation, stage, value in summary.best_by_generation():
         say(f"{generation:>10}  {stage:>5}  {'-' if value is None else f'{value:.4g}'}")

@@ -138,8 +138,8 @@ def _complete(study: optuna.Study, config: StudyConfig) -> bool:
     """Whether the budget is met and the winner has its held-out score."""
     from autodiffusion_optuna.results.summary import read_summary
 
-    report = read_summary(study, (config.score.held_out_images, config.score.held_out_banks))
-    return len(report.finished) >= config.search.trials and bool(report.best and report.best.held_out)
+    summary = read_summary(study, (config.score.held_out_images, config.score.held_out_banks))
+    return len(summary.finished) >= config.search.trials and bool(summary.best and summary.best.held_out)
 
 
 def _search(job: Job) -> optuna.Study:
@@ -213,8 +213,8 @@ def _known_doubts(study: optuna.Study) -> list[str]:
     """What is known to be doubtful as a run begins; what it finds itself is said at its end."""
     from autodiffusion_optuna.results.summary import read_summary
 
-    report = read_summary(study)
-    return [line for line in report.warnings() if line not in report.found_doubtful()]
+    summary = read_summary(study)
+    return [line for line in summary.warnings() if line not in summary.found_doubtful()]
 
 
 def resume_command(*, storage: bool = True) -> str:
@@ -272,8 +272,8 @@ class Board:
         self.live: Live | None = None
         self.started = self.looked = time.monotonic()
         self.read = partial(read_summary, study)
-        self.report = self.read()
-        self.first = self.printed = len(self.report.finished)
+        self.summary = self.read()
+        self.first = self.printed = len(self.summary.finished)
         self.lines = 0
 
     def on_look(self) -> None:
@@ -290,11 +290,11 @@ class Board:
 
     def show(self) -> None:
         """Read the study; draw the table again, or print a line for a new best and one every so often."""
-        before, self.report = self.report.best, self.read()
+        before, self.summary = self.summary.best, self.read()
         if self.live is not None:
             self.live.update(self.table())
             return
-        best, finished = self.report.best, len(self.report.finished)
+        best, finished = self.summary.best, len(self.summary.finished)
         better = best is not None and (before is None or best.value < before.value)
         due = finished // self.EVERY > self.printed // self.EVERY
         last = finished >= self.config.search.trials and finished > self.printed
@@ -305,15 +305,15 @@ class Board:
 
     def facts(self) -> list[tuple[str, str]]:
         """Name and value of everything shown."""
-        report, budget = self.report, self.config.search.trials
-        best = best_so_far(report.best.value if report.best else None, self.config.score.images)
-        finished, run, saved = len(report.finished), report.total("run"), report.total("saved")
+        summary, budget = self.summary, self.config.search.trials
+        best = best_so_far(summary.best.value if summary.best else None, self.config.score.images)
+        finished, run, saved = len(summary.finished), summary.total("run"), summary.total("saved")
         pace = (time.monotonic() - self.started) / max(finished - self.first, 1)
         facts = [
             ("candidates", f"{finished} of {budget}"),
-            ("generation", str(report.last_origin["generation"])),
-            ("stage", "layers and timesteps" if report.last_origin["stage"] == 2 else "timesteps"),
-            (f"best {report.metric}", best),
+            ("generation", str(summary.last_origin["generation"])),
+            ("stage", "layers and timesteps" if summary.last_origin["stage"] == 2 else "timesteps"),
+            (f"best {summary.metric}", best),
             ("seconds a trial", f"{pace:.2f}"),
             ("evaluations saved", f"{saved / max(run + saved, 1):.0%}"),
             ("time left", clock(pace * max(budget - finished, 0))),
@@ -325,7 +325,7 @@ class Board:
         grid = Table.grid(padding=(0, 2))
         for name, value in self.facts():
             grid.add_row(name, value)
-        return Group(grid, ProgressBar(total=self.config.search.trials, completed=len(self.report.finished), width=50))
+        return Group(grid, ProgressBar(total=self.config.search.trials, completed=len(self.summary.finished), width=50))
 
 
 def best_so_far(value: float | None, images: int) -> str:
