@@ -10,7 +10,7 @@ import os
 import tomllib
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from pydantic_core import ErrorDetails
@@ -44,7 +44,7 @@ Images = Annotated[int, Field(ge=2, le=BANK_SIZE)]
 class Section(BaseModel):
     """A frozen table that refuses unknown keys and values of another type."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, ser_json_inf_nan="constants")
 
 
 class ModelConfig(Section):
@@ -249,17 +249,9 @@ class StudyConfig(Section):
 
 
 MAY_CHANGE = {
+    *OF_THIS_HOST,
     "name",
     "description",
-    "folder",
-    "model.device",
-    "model.source",
-    "score.reference",
-    "score.weights",
-    "model.prefix_cache_mb",
-    "model.classifier",
-    "model.prompts",
-    "model.config",
     "model.check",
     "search.trials",
     "search.grace",
@@ -284,7 +276,7 @@ def load_config(path: Path, overrides: Iterable[str] = (), folder: Path | None =
         reason = getattr(error, "strerror", None) or str(error)
         raise ConfigError(f"cannot read study file {str(path)!r}: {reason}") from None
     except tomllib.TOMLDecodeError as error:
-        raise ConfigError(f"{path.name} is not valid TOML: {error}; mend that line and run again") from None
+        raise ConfigError(f"{path.name} is not valid TOML: {error}; fix that line and run again") from None
     table.setdefault("name", path.stem)
     locate_files(table, folder or path.parent)
     return parse_config(table, overrides)
@@ -303,25 +295,30 @@ def parse_config(table: Mapping[str, Any], overrides: Iterable[str] = ()) -> Stu
 
 def apply_override(table: dict[str, Any], override: str) -> None:
     """Set the dotted key of ``key=value`` in ``table``; the value is read as TOML, else as a string."""
-    key, equals, text = override.partition("=")
-    if not equals or not key.strip():
+    key, equals, text = (part.strip() for part in override.partition("="))
+    if not equals or not key:
         raise ConfigError(f"--set {override!r} has no '='; write --set key=value, for example --set search.trials=100")
-    path = key.strip().split(".")
-    known = known_keys()
-    open_ended = key.strip().startswith("model.fields.")
-    if not open_ended and key.strip() not in known and not any(k.startswith(key.strip() + ".") for k in known):
-        raise ConfigError("--set: " + unknown_key(key.strip()))
-    given: dict[str, Any] = {path[-1]: toml_value(text.strip())}
-    for part in reversed(path[:-1]):
+    if not key.startswith("model.fields.") and not any(f"{known}.".startswith(f"{key}.") for known in known_keys()):
+        raise ConfigError("--set: " + unknown_key(key))
+    *path, name = key.split(".")
+    given: dict[str, Any] = {name: _toml_value(text)}
+    for part in reversed(path):
         given = {part: given}
     locate_files(given, Path.cwd())
     if "folder" in given:
         table["folder"] = given.pop("folder")
-    for part in path[:-1]:
+    for part in path:
         table, given = table.setdefault(part, {}), given[part]
         if not isinstance(table, dict):
             raise ConfigError(f"--set {override!r}: {part!r} is a value, not a table; set it as a whole")
     table.update(given)
+
+
+def _toml_value(text: str) -> Any:
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return text
 
 
 def locate_files(table: dict[str, Any], folder: Path) -> None:
@@ -366,23 +363,15 @@ def missing_files(config: StudyConfig) -> list[str]:
     return [key for key, path in paths.items() if os.path.isabs(path) and not os.path.exists(path)]
 
 
-def toml_value(text: str) -> Any:
-    """``text`` read as a TOML value, or itself where it is none."""
-    try:
-        return tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
-        return text
-
-
-def known_keys() -> set[str]:
+def known_keys(section: type[BaseModel] = StudyConfig) -> set[str]:
     """Dotted names of all settings."""
-    keys = {"name", "description", "folder"}
-    keys |= {f"sampling.{key}.{end}" for key in ("steps", "guidance", "eta") for end in ("min", "max")}
-    for section in ("model", "sampling", "search", "score"):
-        kind = StudyConfig.model_fields[section].annotation
-        assert isinstance(kind, type)
-        assert issubclass(kind, BaseModel)
-        keys |= {f"{section}.{field}" for field in kind.model_fields}
+    keys = set()
+    for name, field in section.model_fields.items():
+        kinds = (field.annotation, *get_args(field.annotation))
+        tables = [kind for kind in kinds if isinstance(kind, type) and issubclass(kind, Section)]
+        keys |= {f"{name}.{key}" for table in tables for key in known_keys(table)}
+        if field.annotation not in tables:
+            keys.add(name)
     return keys
 
 
@@ -400,7 +389,8 @@ def explain(error: ValidationError) -> str:
     """First problem of a config as one line: the setting, what was given, what is allowed."""
     first = _most_telling(error.errors())
     # A union of an int and a table puts the member's name in the location.
-    where = ".".join(str(part) for part in first["loc"] if isinstance(part, int) or part in _location_parts())
+    parts = {part for key in known_keys() for part in key.split(".")}
+    where = ".".join(str(part) for part in first["loc"] if isinstance(part, int) or part in parts)
     if first["type"] == "extra_forbidden":
         return unknown_key(".".join(str(part) for part in first["loc"]))
     if first["type"] == "missing":
@@ -426,10 +416,6 @@ def _most_telling(problems: Sequence[ErrorDetails]) -> ErrorDetails:
     return (fitting or problems)[0]
 
 
-def _location_parts() -> set[str]:
-    return {part for key in known_keys() for part in key.split(".")}
-
-
 def flatten(table: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """``{"a": {"b": 1}}`` as ``{"a.b": 1}``."""
     flat: dict[str, Any] = {}
@@ -451,21 +437,17 @@ def differences(old: StudyConfig, new: StudyConfig) -> list[str]:
     ]
 
 
-def preset_folder() -> Path:
-    """Folder of the study files: inside an installed package, beside it in a checkout."""
-    package = Path(__file__).parent
-    shipped = package / "studies"
-    return shipped if shipped.is_dir() else package.parent / "studies"
-
-
 def presets() -> dict[str, Path]:
     """Shipped study files by name."""
-    return {path.stem: path for path in sorted(preset_folder().glob("*.toml"))}
+    package = Path(__file__).parent
+    folders = package / "studies", package.parent / "studies"  # of an installed package, and of a checkout
+    folder = next(folder for folder in folders if folder.is_dir())
+    return {path.stem: path for path in sorted(folder.glob("*.toml"))}
 
 
 def load_preset(name: str, overrides: Iterable[str] = ()) -> StudyConfig:
     """Shipped study by name (ConfigError listing what exists)."""
-    known = presets()
-    if name not in known:
-        raise ConfigError(choose_from("study preset", name, known))
-    return load_config(known[name], overrides, folder=Path.cwd())  # its files are the user's
+    shipped = presets()
+    if name not in shipped:
+        raise ConfigError(choose_from("study preset", name, shipped))
+    return load_config(shipped[name], overrides, folder=Path.cwd())  # its files are the user's

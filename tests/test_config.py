@@ -111,13 +111,10 @@ def test_a_file_is_named_after_itself(tmp_path: Path) -> None:
     assert c.load_config(path).name == "mine"
 
 
-def test_an_older_study_without_the_new_settings_measures_the_same() -> None:
+def test_clipping_is_on_where_nothing_is_said_of_it() -> None:
     config = c.parse_config(TABLE)
-    old = config.model_dump(mode="json")
-    old["model"] = {"source": "digits", "device": "auto", "precision": "float32", "batch": 64, "clip": True}
-    old["sampling"] = {"solver": "ddim", "steps": 4, "final": "zero", "min_gap": 1}
-    del old["score"]["mode"]
-    assert c.differences(c.parse_config(old), config) == []
+    assert c.differences(config, c.parse_config(TABLE, ["model.clip=true"])) == []
+    assert c.differences(config, c.parse_config(TABLE, ["model.clip=false"])) == ["model.clip: True -> False"]
 
 
 def test_settings_of_the_solver_may_be_lists_and_ranges() -> None:

@@ -31,7 +31,7 @@ def start(folder: Path, url: str, *settings: str) -> subprocess.Popen[bytes]:
     command = [sys.executable, "-m", "autodiffusion_optuna.workers.worker"]
     worker = subprocess.Popen(command, cwd=folder, stdin=subprocess.PIPE, stderr=subprocess.PIPE, env=environment)
     assert worker.stdin is not None
-    worker.stdin.write(Job.of(config, url, workers=4).dumps().encode() + b"\n")
+    worker.stdin.write(Job(config=config, url=url, workers=4).model_dump_json().encode() + b"\n")
     worker.stdin.flush()
     return worker
 

@@ -1,4 +1,4 @@
-"""The command line. Typer and rich live here and in ``commands``, and only here errors are caught and printed."""
+"""The command ``adopt``: its subcommands, and the only place where errors are caught and printed."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ app = typer.Typer(
     rich_markup_mode=None,
     help="Search the timesteps and skipped layers of a frozen diffusion model.\n\n"
     "\b\nadopt run --study digits-4             search, resume, or say that it is finished\n"
-    "adopt show --study digits-4            the best schedule beside the known ones\n"
+    "adopt show --study digits-4            the best found beside the baselines\n"
     "adopt sample --study digits-4 --out grid.png",
 )
 app.command()(run)
@@ -63,18 +63,18 @@ def show(
     storage: StorageUrl = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object, for scripts.")] = False,
 ) -> None:
-    """The best schedule, the known ones beside it, evaluations run and saved, and the history."""
+    """The best schedule, the baselines beside it, evaluations run and saved, and the history."""
     from autodiffusion_optuna.results.summary import read_summary
     from autodiffusion_optuna.storage.url import storage_option, storage_url
 
     url = storage_url(storage)
-    report = read_summary(existing(study, url)[1])
+    summary = read_summary(existing(study, url)[1])
     if as_json:
-        print(json.dumps(report.to_json(storage_option(url)), indent=2))
+        print(json.dumps(summary.to_json(storage_option(url)), indent=2))
         return
-    print_table(report)
-    print_facts(report)
-    warn(report.warnings(storage_option(url)))
+    print_table(summary)
+    print_facts(summary)
+    warn(summary.warnings(storage_option(url)))
 
 
 @app.command()
@@ -305,18 +305,13 @@ def main() -> None:
         err.print("stopped")
         sys.exit(EXIT_INTERRUPTED)
     except Exception as error:
-        _fail(_database_failure(error))
+        from autodiffusion_optuna.storage.database import failure
+
+        reason = failure(error)
+        if reason is None:
+            raise  # ours
+        _fail(reason)
     sys.exit(code if isinstance(code, int) else 0)
-
-
-def _database_failure(error: Exception) -> str:
-    """One line for a database that failed meanwhile; any other error is ours and is raised again."""
-    from autodiffusion_optuna.storage.database import failure
-
-    reason = failure(error)
-    if reason is None:
-        raise error
-    return reason
 
 
 def _fail(message: str) -> None:

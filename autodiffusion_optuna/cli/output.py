@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from autodiffusion_optuna.errors import ConfigError
+from autodiffusion_optuna.storage.url import storage_option
 
 if TYPE_CHECKING:
     import optuna
@@ -73,12 +74,11 @@ def existing(name: str, url: str) -> tuple[StudyStorage, optuna.Study]:
 def load_components(
     name: str, url: str, trust: bool, places: list[str] | None = None, overrides: list[str] | None = None
 ) -> tuple[optuna.Study, StudyComponents]:
-    """A study of the database with its parts built from the config it was run with (AdoptError children).
+    """A study of the database with its components, built from the config it was run with (AdoptError children).
 
     ``places``: what the user set, ``OF_THIS_HOST`` alone. ``overrides``: of the command's own.
     """
     from autodiffusion_optuna.config import OF_THIS_HOST, parse_config
-    from autodiffusion_optuna.evaluation.allocator import keep_freed_memory
     from autodiffusion_optuna.storage.studies import require_files, stored_batch, stored_config, stored_unit_costs
     from autodiffusion_optuna.study import components, lifecycle
 
@@ -87,28 +87,26 @@ def load_components(
             raise ConfigError(
                 f"--set {place!r}: a study keeps its own settings; here --set takes {', '.join(OF_THIS_HOST)}"
             )
-    keep_freed_memory()
-    found = existing(name, url)[1]
-    config = parse_config(stored_config(found).model_dump(mode="json"), [*(places or []), *(overrides or [])])
-    require_files(found, config)
-    parts = components.build(config, trust=trust, unit_costs=stored_unit_costs(found), batch=stored_batch(found))
-    lifecycle.check_same(parts, found)
-    return found, parts
+    study = existing(name, url)[1]
+    config = parse_config(stored_config(study).model_dump(mode="json"), [*(places or []), *(overrides or [])])
+    require_files(study, config)
+    built = components.build(config, trust=trust, unit_costs=stored_unit_costs(study), batch=stored_batch(study))
+    lifecycle.check_same(built, study)
+    return study, built
 
 
-def print_result(study: optuna.Study, url: str, *, said_before: bool = True) -> None:
+def print_result(study: optuna.Study, url: str, *, warned: bool = True) -> None:
     """What a finished run prints: the table, and the commands that come next.
 
-    ``said_before``: whether it printed the study's stored warnings when it began.
+    ``warned``: whether it printed the study's stored warnings when it began.
     """
     from autodiffusion_optuna.results.summary import read_summary
-    from autodiffusion_optuna.storage.url import storage_option
 
-    report = read_summary(study)
-    print_table(report)
+    summary = read_summary(study)
+    print_table(summary)
     tail = storage_option(url)
-    warn(report.found_doubtful(tail) if said_before else report.warnings(tail))
-    name, more = report.config.name, report.config.search.trials * 2
+    warn(summary.found_doubtful(tail) if warned else summary.warnings(tail))
+    name, more = summary.config.name, summary.config.search.trials * 2
     say("\nnext:")
     for command, why in (
         (f"adopt show --study {name}{tail}", "history, evaluations saved, seconds by phase"),
@@ -119,66 +117,55 @@ def print_result(study: optuna.Study, url: str, *, said_before: bool = True) -> 
         say(f"  {command}    # {why}")
 
 
-def print_table(report: StudySummary) -> None:
-    """Schedules from best to worst: timesteps, value on the search's noise, value on held-out noise.
+def print_table(summary: StudySummary) -> None:
+    """The best found and the baselines: value on the search's noise, value on held-out noise, cost and timesteps.
 
     A value of another number of images than its column's carries its own.
     """
     from autodiffusion_optuna.results.summary import banks_of
 
-    if report.best is None:
-        say(f"study {report.config.name}: no candidate is finished yet")
+    if summary.best is None:
+        say(f"study {summary.config.name}: no candidate is finished yet")
         return
-    size, best = report.held_out_size, report.best
-    table = Table(box=None, pad_edge=False, title_justify="left")
-    names = [len(row.name) for row in report.rows()]
-    table.add_column("schedule", overflow="fold", min_width=min(max(names), NAME_WIDTH))
+    rows, size, best = summary.rows(), summary.held_out_size, summary.best.candidate
+    table = Table(box=None, pad_edge=False)
+    table.add_column("schedule", overflow="fold", min_width=min(max(len(row.name) for row in rows), NAME_WIDTH))
     for column in (
-        f"{report.metric}, search\n{report.config.score.images:,} images",
+        f"{summary.metric}, search\n{summary.config.score.images:,} images",
         f"held-out noise, 95 %\n{banks_of(size)} images" if size else "held-out noise",
         "cost",
     ):
         table.add_column(column, justify="right", no_wrap=True)
-    searched = bool(best.candidate.settings)
-    if searched:
-        table.add_column("settings", overflow="fold")
-    table.add_column("timesteps", overflow="fold")
-    for row in report.rows():
-        shown = "-" if row.value is None else f"{row.value:.4g}"
+    for column in ("settings", "timesteps") if best.settings else ("timesteps",):
+        table.add_column(column, overflow="fold")
+    for row in rows:
         interval = "-" if row.held_out is None else f"{row.held_out.mean:.4g} ± {row.held_out.half_width:.2g}"
         if row.held_out is not None and row.held_out.size != size:
             interval += f" ({banks_of(row.held_out.size)})"
-        timesteps = " ".join(str(t) for t in row.candidate.timesteps)
-        chosen = [", ".join(f"{name} {value}" for name, value in row.candidate.settings)] if searched else []
-        table.add_row(row.name, shown, interval, f"{row.cost:.2f}", *chosen, timesteps)
+        cells = [row.name, "-" if row.value is None else f"{row.value:.4g}", interval, f"{row.cost:.2f}"]
+        if best.settings:
+            cells.append(", ".join(f"{name} {value}" for name, value in row.candidate.settings))
+        table.add_row(*cells, " ".join(map(str, row.candidate.timesteps)))
     out.print(table)
-    if any(best.candidate.skips):
-        _print_skips(report)
+    if any(best.skips):
+        say("\nlayers skipped by the best schedule:")
+        for timestep, skipped in zip(best.timesteps, best.skip_names(summary.units), strict=True):
+            say(f"  {timestep:>5}  {', '.join(skipped) or '-'}")
 
 
-def _print_skips(report: StudySummary) -> None:
-    assert report.best is not None
-    say("\nlayers skipped by the best schedule:")
-    names = report.best.candidate.skip_names(report.units)
-    for timestep, skipped in zip(report.best.candidate.timesteps, names, strict=True):
-        say(f"  {timestep:>5}  {', '.join(skipped) or '-'}")
-
-
-def print_facts(report: StudySummary) -> None:
+def print_facts(summary: StudySummary) -> None:
     """Numbers of a study and its history, line by line."""
-    data = report.to_json()
-    run_count, saved = data["evaluations"]["run"], data["evaluations"]["saved"]
-    share = saved / max(run_count + saved, 1)
-    seconds = data["seconds"]
-    solver = ", ".join(report.solver) if isinstance(report.solver, list) else report.solver
+    data = summary.to_json()
+    run, saved, seconds = data["evaluations"]["run"], data["evaluations"]["saved"], data["seconds"]
+    solver = ", ".join(summary.solver) if isinstance(summary.solver, list) else summary.solver
     say(
         f"\n{data['finished']} of {data['budget']} candidates finished, generation {data['generation']}, "
         f"stage {data['stage']}, solver {solver}, {data['images']:,} images a candidate, "
-        f"reference {report.reference_name}",
+        f"reference {summary.reference_name}",
     )
-    say(f"network evaluations (an image each): {run_count:,} run, {saved:,} saved ({share:.0%})")
-    phases = ", ".join(f"{phase} {seconds[phase]:.1f}" for phase in ("network", "features", "distance", "storage"))
+    say(f"network evaluations (an image each): {run:,} run, {saved:,} saved ({saved / max(run + saved, 1):.0%})")
+    phases = ", ".join(f"{phase} {value:.1f}" for phase, value in seconds.items() if phase != "total")
     say(f"seconds: {phases}, total {seconds['total']:.1f}")
-    say(f"\ngeneration  stage  best so far, search noise ({report.value_name})")
-    for generation, stage, value in report.best_by_generation():
+    say(f"\ngeneration  stage  best so far, search noise ({summary.value_name})")
+    for generation, stage, value in summary.best_by_generation():
         say(f"{generation:>10}  {stage:>5}  {'-' if value is None else f'{value:.4g}'}")

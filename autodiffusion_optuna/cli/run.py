@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import json
-import math
 import shlex
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Group
@@ -33,13 +33,15 @@ from autodiffusion_optuna.cli.output import (
     warn,
 )
 from autodiffusion_optuna.errors import ConfigError, StorageError, StudyError, choose_from
+from autodiffusion_optuna.storage.url import hide_password, storage_option, storage_url
 
 if TYPE_CHECKING:
     import optuna
 
     from autodiffusion_optuna.config import StudyConfig
     from autodiffusion_optuna.study.components import StudyComponents
-    from autodiffusion_optuna.study.loop import Progress
+    from autodiffusion_optuna.study.lifecycle import Run
+    from autodiffusion_optuna.workers.worker import Job
 
 
 SLOW_SECONDS = 10.0
@@ -73,7 +75,7 @@ def run(
     """
     from autodiffusion_optuna.storage.studies import find_study, require_same, still_there
     from autodiffusion_optuna.storage.trials import count_finished
-    from autodiffusion_optuna.storage.url import storage_url
+    from autodiffusion_optuna.workers.worker import Job
 
     if workers < 1:
         raise ConfigError(f"--workers {workers}: give 1 or more")
@@ -81,39 +83,29 @@ def run(
     config = _resolve(study, overrides or [], url)
     options = _options(engine_options or [])
     begun = find_study(url, config.name)
+    done = 0 if begun is None else count_finished(begun)
     if begun is not None:
         require_same(begun, config)
         if _complete(begun, config):
-            done = count_finished(begun)
             say(f"study {config.name} is finished: {done} candidates for a budget of {config.search.trials}.")
-            print_result(begun, url, said_before=False)
+            print_result(begun, url, warned=False)
             return
-    done = 0 if begun is None else count_finished(begun)
+    job = Job(config=config, url=url, trust=trust, artifacts=artifacts, workers=workers)
     try:
         if workers > 1 or engine != "local":
-            found = _launch(config, url, engine, workers, options, trust=trust, artifacts=artifacts)
-            if engine == "local":  # this host may have no GPU where the workers are elsewhere: they have done it
-                found = _score(_as_named_now(config, found), url, workers, trust, artifacts)
+            found = _launch(job, engine, options)
+        elif options:
+            raise ConfigError(f"--engine-option {next(iter(options))!r} needs --engine ray or --engine slurm")
         else:
-            _refuse_options(options)
-            found = _search(config, url, trust, artifacts)
+            found = _search(job)
     except KeyboardInterrupt:
-        err.print(f"stopped; {_kept(url, config.name, done)} candidates are kept. Go on with: {_resume_command()}")
+        with suppress(StorageError):  # else as many as before, or more
+            stopped = find_study(url, config.name)
+            done = done if stopped is None else count_finished(stopped)
+        err.print(f"stopped; {done} candidates are kept. Go on with: {resume_command()}")
         raise typer.Exit(EXIT_INTERRUPTED) from None
     with still_there(found):
         print_result(found, url)
-
-
-def _kept(url: str, name: str, known: int) -> int:
-    """Finished candidates of a study that was stopped; ``known`` of them where the database does not answer."""
-    from autodiffusion_optuna.storage.studies import find_study
-    from autodiffusion_optuna.storage.trials import count_finished
-
-    try:
-        begun = find_study(url, name)
-    except StorageError:
-        return known
-    return known if begun is None else count_finished(begun)
 
 
 def _options(given: list[str]) -> dict[str, str]:
@@ -125,11 +117,6 @@ def _options(given: list[str]) -> dict[str, str]:
             raise ConfigError(f"--engine-option {option!r} has no '='; write --engine-option name=value")
         options[name] = value
     return options
-
-
-def _refuse_options(options: dict[str, str]) -> None:
-    if options:
-        raise ConfigError(f"--engine-option {next(iter(options))!r} needs --engine ray or --engine slurm")
 
 
 def _resolve(name: str, overrides: list[str], url: str) -> StudyConfig:
@@ -149,68 +136,47 @@ def _resolve(name: str, overrides: list[str], url: str) -> StudyConfig:
 
 def _complete(study: optuna.Study, config: StudyConfig) -> bool:
     """Whether the budget is met and the winner has its held-out score."""
-    from autodiffusion_optuna.results.held_out import stored_held_out
     from autodiffusion_optuna.results.summary import read_summary
-    from autodiffusion_optuna.storage.trials import count_finished
 
-    best = read_summary(study).best
-    if best is None or count_finished(study) < config.search.trials:
-        return False
-    size = config.score.held_out_images, config.score.held_out_banks
-    return stored_held_out(study.user_attrs, best.candidate.key, *size) is not None
+    summary = read_summary(study, (config.score.held_out_images, config.score.held_out_banks))
+    return len(summary.finished) >= config.search.trials and bool(summary.best and summary.best.held_out)
 
 
-def _as_named_now(config: StudyConfig, study: optuna.Study) -> StudyConfig:
-    """The config under the name that others may have given the study meanwhile."""
-    from autodiffusion_optuna.storage.studies import current_name, still_there
-
-    with still_there(study):
-        return config.model_copy(update={"name": current_name(study)})
-
-
-def _search(config: StudyConfig, url: str, trust: bool, artifacts: str | None) -> optuna.Study:
+def _search(job: Job) -> optuna.Study:
     """Work on the study in this process, and score its winner."""
-    from autodiffusion_optuna.evaluation.allocator import keep_freed_memory
     from autodiffusion_optuna.storage.studies import still_there
-    from autodiffusion_optuna.study import lifecycle, loop
+    from autodiffusion_optuna.storage.trials import count_finished
+    from autodiffusion_optuna.study import loop
 
-    keep_freed_memory()
-    opened = lifecycle.open_run(config, url, trust=trust, artifacts=artifacts)
-    _say_begin(config, opened.study)
+    opened, config = _open(job), job.config
+    done = count_finished(opened.study)
+    verb = "going on" if done else "starting"
+    say(f"study {config.name}: {done} of {config.search.trials} candidates finished, {verb}. Ctrl-C stops it safely.")
     warn(_known_doubts(opened.study))
     with still_there(opened.study):
-        with _watched(_Board(config, opened.study)) as board:
-            loop.work(opened.parts, opened.study, opened.storage, board.on_trial, opened.store)
+        with _watched(Board(config, opened.study)) as board:
+            loop.work(opened.parts, opened.study, opened.storage, lambda _: board.show(), opened.store)
         _validate(opened.parts, opened.study)
     return opened.study
 
 
-def _launch(
-    config: StudyConfig,
-    url: str,
-    engine: str,
-    workers: int,
-    options: dict[str, str],
-    *,
-    trust: bool,
-    artifacts: str | None,
-) -> optuna.Study:
+def _launch(job: Job, engine: str, options: dict[str, str]) -> optuna.Study:
     """Start workers and show what they do together, whoever else works on the study, which is returned."""
-    from autodiffusion_optuna.storage.studies import find_study, still_there
+    from autodiffusion_optuna.storage.studies import current_name, find_study, still_there
     from autodiffusion_optuna.workers.launch import launch
-    from autodiffusion_optuna.workers.worker import Job
+    from autodiffusion_optuna.workers.worker import limit_threads
 
-    scores = engine != "local"
-    command = _resume_command(storage=False)
-    job = Job.of(config, url, workers=workers, trust=trust, artifacts=artifacts, scores=scores, command=command)
+    config, workers, url = job.config, job.workers, storage_url(job.url)
+    here = engine == "local"  # else this host may have no GPU, and a worker scores the winner
+    job = job.model_copy(update={"scores": not here, "command": resume_command(storage=False)})
     started = "1 worker" if workers == 1 else f"{workers} workers"
     say(f"study {config.name}: {started} by engine {engine}, starting. Ctrl-C stops them safely.")
-    boards: list[_Board] = []
+    boards: list[Board] = []
 
     def look() -> None:
         if not boards and (begun := find_study(url, config.name, known=True)) is not None:
             warn(_known_doubts(begun))
-            boards.append(watch.enter_context(_watched(_Board(config, begun, workers))))
+            boards.append(watch.enter_context(_watched(Board(config, begun, workers))))
         for board in boards:
             with still_there(board.study):
                 board.on_look()
@@ -218,47 +184,41 @@ def _launch(
     with ExitStack() as watch:
         launch(engine, job, workers, options, look)
         look()
-        for board in boards:
-            with still_there(board.study):
-                board.end()
-    found = boards[0].study if boards else find_study(url, config.name, known=True)
-    if found is None:
-        raise StudyError(f"study {config.name!r} was deleted or renamed meanwhile; see adopt studies list")
-    return found
+        if not boards:
+            raise StudyError(f"study {config.name!r} was deleted or renamed meanwhile; see adopt studies list")
+        study = boards[0].study
+        with still_there(study):
+            boards[0].end()
+    if here:
+        limit_threads(workers)  # as many as each of the workers had
+        with still_there(study):  # others may have renamed it
+            config = config.model_copy(update={"name": current_name(study)})
+        opened = _open(job.model_copy(update={"config": config, "known": True}))
+        study = opened.study
+        with still_there(study):
+            _validate(opened.parts, study)
+    return study
 
 
-def _score(config: StudyConfig, url: str, workers: int, trust: bool, artifacts: str | None) -> optuna.Study:
-    """Score the winner of a study whose budget is met by other processes, on as many threads as each of them had."""
-    from autodiffusion_optuna.storage.studies import still_there
+def _open(job: Job) -> Run:
+    """The study of a job with all that works on it, in this process."""
     from autodiffusion_optuna.study import lifecycle
-    from autodiffusion_optuna.workers.worker import limit_threads
 
-    limit_threads(workers)
-    opened = lifecycle.open_run(config, url, trust=trust, artifacts=artifacts, known=True)
-    with still_there(opened.study):
-        _validate(opened.parts, opened.study)
-    return opened.study
+    return lifecycle.open_run(
+        job.config, storage_url(job.url), trust=job.trust, artifacts=job.artifacts, known=job.known
+    )
 
 
 def _known_doubts(study: optuna.Study) -> list[str]:
     """What is known to be doubtful as a run begins; what it finds itself is said at its end."""
     from autodiffusion_optuna.results.summary import read_summary
 
-    report = read_summary(study)
-    return [line for line in report.warnings() if line not in report.found_doubtful()]
+    summary = read_summary(study)
+    return [line for line in summary.warnings() if line not in summary.found_doubtful()]
 
 
-def _say_begin(config: StudyConfig, study: optuna.Study) -> None:
-    from autodiffusion_optuna.storage.trials import count_finished
-
-    done = count_finished(study)
-    verb = "going on" if done else "starting"
-    say(f"study {config.name}: {done} of {config.search.trials} candidates finished, {verb}. Ctrl-C stops it safely.")
-
-
-def _resume_command(*, storage: bool = True) -> str:
+def resume_command(*, storage: bool = True) -> str:
     """What the user typed, without a password: the same command resumes. ``storage``: whether with the database."""
-    from autodiffusion_optuna.storage.url import hide_password
 
     def shown(word: str) -> str:
         option, equals, value = word.partition("=") if word.startswith("--") else ("", "", word)
@@ -272,11 +232,12 @@ def _resume_command(*, storage: bool = True) -> str:
     return shlex.join(["adopt", *map(shown, words)])
 
 
-def _validate(parts: StudyComponents, study: optuna.Study) -> None:
+def _validate(components: StudyComponents, study: optuna.Study) -> None:
     from autodiffusion_optuna.study import validation
 
-    images, banks = parts.config.score.held_out_images, parts.config.score.held_out_banks
-    say(f"scoring {', '.join(validation.to_validate(parts, study))} on {banks} held-out banks of {images} images …")
+    images, banks = components.config.score.held_out_images, components.config.score.held_out_banks
+    names = ", ".join(validation.to_validate(components, study))
+    say(f"scoring {names} on {banks} held-out banks of {images} images …")
     started = time.monotonic()
 
     def scored(name: str, done: int, all_of_them: int) -> None:
@@ -284,11 +245,11 @@ def _validate(parts: StudyComponents, study: optuna.Study) -> None:
         if left >= SLOW_SECONDS:
             say(f"scored {name}, time left {clock(left)}; Ctrl-C keeps what is done")
 
-    validation.validate(parts, study, scored)
+    validation.validate(components, study, scored)
 
 
 @contextmanager
-def _watched(board: _Board) -> Iterator[_Board]:
+def _watched(board: Board) -> Iterator[Board]:
     """The board: a live table on a terminal, plain lines elsewhere."""
     if not out.is_terminal:
         yield board
@@ -298,105 +259,78 @@ def _watched(board: _Board) -> Iterator[_Board]:
         yield board
 
 
-class _Board:
+class Board:
     """What the progress view shows: of this process's trials, or of all workers' through the database."""
 
     EVERY = 20  # plain output: a line every so many trials, and for every new best
     LOOK_SECONDS = 1.0
 
     def __init__(self, config: StudyConfig, study: optuna.Study, workers: int = 1) -> None:
+        from autodiffusion_optuna.results.summary import read_summary
+
         self.config, self.study, self.workers = config, study, workers
         self.live: Live | None = None
         self.started = self.looked = time.monotonic()
-        self.best, self.key, self.finished, self.lines = float("inf"), "", 0, 0
-        self.read()
-        self.first = self.said = self.finished
-
-    def read(self) -> bool:
-        """Take in the whole study; whether it has a new best."""
-        from autodiffusion_optuna.results.summary import read_summary
-
-        report = read_summary(self.study)
-        self.metric, self.finished = report.metric, len(report.finished)
-        self.run, self.saved = report.total("run"), report.total("saved")
-        self.origin: dict[str, Any] = report.last_origin
-        better = report.best is not None and report.best.value < self.best
-        if report.best is not None:
-            self.best, self.key = report.best.value, report.best.candidate.key
-        return better
+        self.read = partial(read_summary, study)
+        self.summary = self.read()
+        self.first = self.printed = len(self.summary.finished)
+        self.lines = 0
 
     def on_look(self) -> None:
         """Show where the study stands, about once a second."""
-        if time.monotonic() - self.looked < self.LOOK_SECONDS:
-            return
-        self.looked = time.monotonic()
-        self.show(self.read())
+        if time.monotonic() - self.looked >= self.LOOK_SECONDS:
+            self.looked = time.monotonic()
+            self.show()
 
     def end(self) -> None:
         """Show where the study stands at last: workers may have been faster than the last look, or than all of them."""
-        better = self.read()
         if not self.lines:
-            self.said = -1
-        self.show(better)
+            self.printed = -1
+        self.show()
 
-    def on_trial(self, progress: Progress) -> None:
-        """Take in and show one trial of this process."""
-        from autodiffusion_optuna.storage.trials import stored_score
-
-        attrs, values = progress.trial.user_attrs, progress.trial.values
-        self.finished = progress.finished
-        self.origin = {key: attrs.get(key, value) for key, value in self.origin.items()}
-        said = stored_score(progress.trial)
-        self.run += said.get("run", 0)
-        self.saved += said.get("saved", 0)
-        better = progress.trial.state.name == "COMPLETE" and bool(values) and values[0] < self.best
-        if better:
-            self.best, self.key = values[0], str(attrs.get("candidate", ""))
-        self.show(better)
-
-    def show(self, better: bool) -> None:
-        """Draw the table again, or print a line for a new best and one every so often."""
+    def show(self) -> None:
+        """Read the study; draw the table again, or print a line for a new best and one every so often."""
+        before, self.summary = self.summary.best, self.read()
         if self.live is not None:
             self.live.update(self.table())
             return
-        due = self.finished // self.EVERY > self.said // self.EVERY
-        last = self.finished >= self.config.search.trials and self.finished > self.said
+        best, finished = self.summary.best, len(self.summary.finished)
+        better = best is not None and (before is None or best.value < before.value)
+        due = finished // self.EVERY > self.printed // self.EVERY
+        last = finished >= self.config.search.trials and finished > self.printed
         if better or due or last:
             line = ", ".join(f"{name} {value}" for name, value in self.facts())
-            print(line + (f"  <- {self.key}" if better else ""), flush=True)
-            self.said, self.lines = self.finished, self.lines + 1
+            print(line + (f"  <- {best.candidate.key}" if best and better else ""), flush=True)
+            self.printed, self.lines = finished, self.lines + 1
 
     def facts(self) -> list[tuple[str, str]]:
         """Name and value of everything shown."""
-        made = max(self.finished - self.first, 1)
-        pace = (time.monotonic() - self.started) / made
-        left = pace * max(self.config.search.trials - self.finished, 0)
-        share = self.saved / max(self.run + self.saved, 1)
+        summary, budget = self.summary, self.config.search.trials
+        best = best_so_far(summary.best.value if summary.best else None, self.config.score.images)
+        finished, run, saved = len(summary.finished), summary.total("run"), summary.total("saved")
+        pace = (time.monotonic() - self.started) / max(finished - self.first, 1)
         facts = [
-            ("candidates", f"{self.finished} of {self.config.search.trials}"),
-            ("generation", str(self.origin["generation"])),
-            ("stage", "layers and timesteps" if self.origin["stage"] == 2 else "timesteps"),
-            (f"best {self.metric}", self.best_so_far()),
+            ("candidates", f"{finished} of {budget}"),
+            ("generation", str(summary.last_origin["generation"])),
+            ("stage", "layers and timesteps" if summary.last_origin["stage"] == 2 else "timesteps"),
+            (f"best {summary.metric}", best),
             ("seconds a trial", f"{pace:.2f}"),
-            ("evaluations saved", f"{share:.0%}"),
-            ("time left", clock(left)),
+            ("evaluations saved", f"{saved / max(run + saved, 1):.0%}"),
+            ("time left", clock(pace * max(budget - finished, 0))),
         ]
         return facts if self.workers == 1 else [*facts, ("workers", str(self.workers))]
-
-    def best_so_far(self) -> str:
-        """The best value with its number of images."""
-        return (
-            f"{self.best:.4g} of {self.config.score.images:,} images, search noise"
-            if math.isfinite(self.best)
-            else "none yet"
-        )
 
     def table(self) -> Group:
         """The live view."""
         grid = Table.grid(padding=(0, 2))
         for name, value in self.facts():
             grid.add_row(name, value)
-        return Group(grid, ProgressBar(total=self.config.search.trials, completed=self.finished, width=50))
+        return Group(grid, ProgressBar(total=self.config.search.trials, completed=len(self.summary.finished), width=50))
+
+
+def best_so_far(value: float | None, images: int) -> str:
+    """The best value with its number of images."""
+    return "none yet" if value is None else f"{value:.4g} of {images:,} images, search noise"
 
 
 def status(
@@ -406,7 +340,6 @@ def status(
 ) -> None:
     """Workers that are alive, trials by state, generation, stage, rate and time left."""
     from autodiffusion_optuna.results.status import read_status
-    from autodiffusion_optuna.storage.url import storage_option, storage_url
 
     url = storage_url(storage)
     database, found = existing(study, url)
@@ -416,7 +349,7 @@ def status(
         return
     counts = ", ".join(f"{count} {name}" for name, count in state.states.items() if count)
     say(f"study {study}: {state.finished} of {state.budget} candidates finished ({counts or 'none begun'})")
-    best = "none yet" if state.best is None else f"{state.best:.4g} of {state.images:,} images, search noise"
+    best = best_so_far(state.best, state.images)
     say(f"generation {state.generation}, stage {state.stage}, best {state.metric} {best}")
     alive = [worker for worker in state.workers if worker.alive]
     for worker in state.workers:

@@ -12,6 +12,7 @@ from rich.table import Table
 
 from autodiffusion_optuna.cli.output import StorageUrl, StudyName, err, existing, out, say, warn
 from autodiffusion_optuna.errors import ConfigError
+from autodiffusion_optuna.storage.url import hide_password, storage_url
 
 NewName = Annotated[str, typer.Option("--to", help="The new name.")]
 Force = Annotated[bool, typer.Option("--force", help="Also where workers seem to be running it.")]
@@ -35,7 +36,6 @@ def list_all(storage: StorageUrl = None) -> None:
     """List the presets that ship with adopt and the studies in the database."""
     from autodiffusion_optuna.results.status import list_studies
     from autodiffusion_optuna.storage.studies import find_storage
-    from autodiffusion_optuna.storage.url import storage_url
 
     table = Table(box=None, pad_edge=False)
     for column in ("study", "preset", "finished", "best, search noise", "what it is"):
@@ -52,7 +52,6 @@ def rename(study: StudyName, new: NewName, storage: StorageUrl = None, force: Fo
     """Give a study another name; its trials, pictures, notes and plots stay as they are."""
     from autodiffusion_optuna.storage.database import open_storage
     from autodiffusion_optuna.storage.manage import rename_study
-    from autodiffusion_optuna.storage.url import storage_url
 
     rename_study(open_storage(storage_url(storage), create=False), study, new, force=force)
     say(f"renamed {study} to {new}")
@@ -71,7 +70,6 @@ def copy(
     """Copy a study with its pictures, within the database or to another; the copy goes on like the original."""
     from autodiffusion_optuna.storage.database import open_storage
     from autodiffusion_optuna.storage.manage import copy_study
-    from autodiffusion_optuna.storage.url import hide_password, storage_url
 
     source = open_storage(storage_url(storage), create=False)
     url = None if target is None else storage_url(target)
@@ -101,7 +99,6 @@ def delete(
     """Delete a study with its trials, and the pictures that are its alone."""
     from autodiffusion_optuna.storage.manage import delete_study
     from autodiffusion_optuna.storage.trials import count_finished
-    from autodiffusion_optuna.storage.url import storage_url
 
     database, found = existing(study, storage_url(storage))
     if not yes:
@@ -118,6 +115,5 @@ def delete(
 def upgrade(storage: StorageUrl = None) -> None:
     """Bring the database's tables to the version that the installed Optuna needs."""
     from autodiffusion_optuna.storage.database import upgrade_storage
-    from autodiffusion_optuna.storage.url import storage_url
 
     out.print(upgrade_storage(storage_url(storage)))

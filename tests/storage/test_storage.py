@@ -128,7 +128,7 @@ def test_no_secret_of_a_url_is_shown(url: str) -> None:
 def test_the_command_that_resumes_shows_no_secret(monkeypatch: pytest.MonkeyPatch) -> None:
     words = ["adopt", "run", "--study=x", "--storage=postgresql://me:secret@h/db?password=secret", "--set", "name=a"]
     monkeypatch.setattr("sys.argv", words)
-    shown = run_command._resume_command()
+    shown = run_command.resume_command()
     assert "secret" not in shown
     assert shown.startswith("adopt run --study=x '--storage=postgresql://me:***@h/db?password=***'")
     assert shown.endswith("--set name=a")

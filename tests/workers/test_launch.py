@@ -9,6 +9,7 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from threading import Barrier
+from typing import Any
 
 import pytest
 import torch
@@ -26,28 +27,50 @@ from studies import begin, config_with
 URL = "sqlite:///adopt.db"
 
 
-def job(folder: Path, **changes: object) -> Job:
-    return Job.of(config_with(folder / "quick.toml"), URL, workers=2, **changes)  # type: ignore[arg-type]
+def job(folder: Path, **changes: Any) -> Job:
+    given: dict[str, Any] = {"config": config_with(folder / "quick.toml"), "url": URL, "workers": 2}
+    return Job(**{**given, **changes})
 
 
-def test_a_worker_that_dies_is_given_up_only_where_the_study_stands_still(
+def test_a_worker_that_dies_is_given_up_only_where_the_study_stands_still() -> None:
+    finished = [0]
+    restarts = launch.Restarts(lambda: finished[0])
+    assert [restarts.died() for _ in range(4)] == [0.0, 2.0, 4.0, 8.0]
+    finished[0] = 1
+    assert restarts.died() == 0.0
+    assert [restarts.died() for _ in range(launch.MAX_RESTARTS)] == [2.0, 4.0, 8.0, 16.0, None]
+
+
+def test_the_first_worker_begins_the_study_and_those_that_die_are_started_again(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    finished = [0]
-    monkeypatch.setattr(launch, "_finished", lambda job: finished[0])
-    restarts = launch.Restarts(job(folder))
-    assert [restarts.died() for _ in range(4)] == [True] * 4
-    assert restarts.pause == 8.0
-    finished[0] = 1
-    assert restarts.died()
-    assert (restarts.count, restarts.pause) == (1, 0.0)
-    assert [restarts.died() for _ in range(launch.MAX_RESTARTS)] == [True] * (launch.MAX_RESTARTS - 1) + [False]
+    """Under any engine; the second of three workers dies once."""
+    started: list[tuple[int, bool]] = []
+    looks: list[list[int]] = []
+
+    def start(job: Job) -> launch.Look:
+        started.append((job.index, job.known))
+        ends_at, dies = len(looks) + 4, started == [(0, False), (1, True)]
+
+        def is_done() -> bool:
+            if dies:
+                raise launch.Died("was unplugged", "")
+            return len(looks) >= ends_at
+
+        return is_done
+
+    monkeypatch.setattr(launch, "has_begun", lambda job: len(looks) >= 2)
+    monkeypatch.setattr(launch, "finished_trials", lambda job: 0)
+    monkeypatch.setattr(launch, "LOOK_SECONDS", 0.0)
+    launch.supervise(start, job(folder), 3, lambda: looks.append([index for index, _ in started]))
+    assert looks[:4] == [[0], [0], [0], [0, 1, 2]]
+    assert started == [(0, False), (1, True), (2, True), (1, True)]
 
 
 def test_an_error_of_ours_is_another_exit_code_than_the_users(
     folder: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """Only what the user must mend ends the launch at once; a device's hiccup is worth another start."""
+    """Only what the user must fix ends the launch at once; a device's hiccup is worth another start."""
 
     def fails_with(error: Exception) -> int:
         def run(job: Job) -> None:
@@ -63,11 +86,11 @@ def test_an_error_of_ours_is_another_exit_code_than_the_users(
         monkeypatch.setattr(sys, "stdin", given)
         for error, code, said in (
             (RuntimeError("CUDA error"), worker.CRASHED, "Traceback"),
-            (StudyError("mend this"), worker.USER_ERROR, "error: mend this\n"),
+            (StudyError("fix this"), worker.USER_ERROR, "error: fix this\n"),
         ):
-            given.write(job(folder).dumps() + "\n")
+            given.write(job(folder).model_dump_json() + "\n")
             given.seek(0)
-            monkeypatch.setattr(worker, "_stop_with_input", lambda: None)
+            monkeypatch.setattr(worker, "stop_with_input", lambda: None)
             assert fails_with(error) == code
             assert said in capfd.readouterr().err
             given.seek(0)
@@ -88,7 +111,7 @@ def test_a_worker_stops_with_its_launcher_though_ctrl_c_is_ignored(folder: Path)
     finally:
         signal.signal(signal.SIGINT, before)
     assert started.stdin is not None
-    started.stdin.write(Job.of(config, URL, workers=1).dumps().encode() + b"\n")
+    started.stdin.write(Job(config=config, url=URL).model_dump_json().encode() + b"\n")
     started.stdin.close()
     assert started.wait(120) == worker.INTERRUPTED
 
@@ -115,14 +138,11 @@ def test_a_workers_own_device_is_not_the_studys(folder: Path) -> None:
     opened = lifecycle.open_run(config, URL, device="cpu")
     assert opened.parts.model.device.type == "cpu"
     assert opened.study.user_attrs[CONFIG]["model"]["device"] == "auto"
-    several = Job.of(config, URL, workers=4)
-    assert [worker._device(Job(**{**several.__dict__, "index": i}), 2) for i in range(3)] == [
-        "cuda:0",
-        "cuda:1",
-        "cuda:0",
-    ]
-    assert worker._device(several, 1) is None
-    assert worker._device(Job.of(config_with(folder / "quick.toml", "model.device=cpu"), URL, workers=4), 2) is None
+    several = job(folder, config=config)
+    devices = [worker.own_device(several.model_copy(update={"index": index}), 2) for index in range(3)]
+    assert devices == ["cuda:0", "cuda:1", "cuda:0"]
+    assert worker.own_device(several, 1) is None
+    assert worker.own_device(job(folder, config=config_with(folder / "quick.toml", "model.device=cpu")), 2) is None
 
 
 def test_with_an_engine_the_first_worker_scores_the_winner(folder: Path) -> None:
@@ -130,8 +150,8 @@ def test_with_an_engine_the_first_worker_scores_the_winner(folder: Path) -> None
     settings = ["search.trials=4", "score.held_out_banks=2"]
     config = config_with(folder / "quick.toml", *settings)
     for index, scored in ((1, False), (0, True)):
-        made = Job.of(config, URL, workers=1, scores=True)
-        assert worker.run_for_engine(Job(**{**made.__dict__, "index": index}).dumps()) is None
+        given = job(folder, config=config, index=index, workers=1, scores=True)
+        assert worker.run_for_engine(given.model_dump_json()) is None
         attrs = begin(folder, URL, *settings).user_attrs
         assert any(key.startswith("held_out:") for key in attrs) == scored
 
@@ -146,7 +166,7 @@ def test_with_an_engine_the_first_worker_scores_the_winner(folder: Path) -> None
     ids=str,
 )
 def test_what_slurm_is_asked_for(given: dict[str, str], expected: dict[str, object]) -> None:
-    assert launch._slurm_parameters(given, local=False) == expected
+    assert launch.slurm_parameters(given, local=False) == expected
 
 
 @pytest.mark.parametrize(
@@ -179,7 +199,7 @@ def test_an_unknown_engine_of_the_library(folder: Path) -> None:
         launch.launch("cloud", job(folder), 1, {}, lambda: None)
 
 
-def test_a_process_that_crashes_is_started_again_and_its_last_words_are_told(
+def test_a_process_that_crashes_is_started_again_and_its_last_words_are_reported(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A worker whose module cannot be imported crashes with a traceback, every time."""
@@ -195,46 +215,46 @@ def test_a_process_that_crashes_is_started_again_and_its_last_words_are_told(
     monkeypatch.setattr(launch, "PAUSE", 0.01)
     monkeypatch.setattr(launch, "LOOK_SECONDS", 0.02)
     with pytest.raises(StudyError, match=r"worker 0 ended with code 70 6 times: no such device"):
-        launch.run_local(job(folder), 1, {}, lambda: None)
+        launch.launch("local", job(folder), 1, {}, lambda: None)
     assert len(starts) == launch.MAX_RESTARTS + 1
 
 
 def test_workers_share_the_cores_of_their_host(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(16)))
-    assert set(launch._thread_limits(4).values()) == {"4"}
-    assert set(launch._thread_limits(64).values()) == {"1"}
+    assert set(launch.thread_limits(4).values()) == {"4"}
+    assert set(launch.thread_limits(64).values()) == {"1"}
     monkeypatch.setattr(torch, "get_num_threads", lambda: 4)  # as the launcher's environment makes it
     given: list[int] = []
     monkeypatch.setattr(torch, "set_num_threads", given.append)
     with pytest.raises(ModelError, match="unknown model"):
-        worker.run_job(Job.of(config_with(folder / "quick.toml", "model.source=none"), URL, workers=4))
+        worker.run_job(job(folder, config=config_with(folder / "quick.toml", "model.source=none"), workers=4))
     assert given == [4]
 
 
-def test_what_workers_warn_of_is_told_once(
+def test_what_workers_warn_of_is_reported_once(
     folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     script = "echo 'noise of a library' >&2; echo 'warning: pictures are not kept' >&2; sleep 0.3"
     popen = subprocess.Popen
     monkeypatch.setattr(subprocess, "Popen", lambda command, **options: popen(["sh", "-c", script], **options))
     monkeypatch.setattr(launch, "LOOK_SECONDS", 0.02)
-    monkeypatch.setattr(launch, "_has_begun", lambda job: True)
-    launch.run_local(job(folder), 3, {}, lambda: None)
+    monkeypatch.setattr(launch, "has_begun", lambda job: True)
+    launch.launch("local", job(folder), 3, {}, lambda: None)
     assert [record.message for record in caplog.records] == ["pictures are not kept"]
 
 
-def test_a_progress_bar_does_not_hide_what_follows(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_progress_bar_does_not_hide_what_follows(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     script = "head -c 200000 /dev/zero | tr '\\0' '#' >&2; echo >&2; echo 'warning: at last' >&2"
     popen = subprocess.Popen
     monkeypatch.setattr(subprocess, "Popen", lambda command, **options: popen(["sh", "-c", script], **options))
-    process = launch.Process(job(folder))
-    process.process.wait()
-    assert [process.warnings() for _ in range(5)] == [[], [], [], ["at last"], []]
-    process.join(0.0)
+    launch.launch("local", job(folder), 1, {}, lambda: None)
+    assert [record.message for record in caplog.records] == ["at last"]
 
 
 def test_a_worker_marks_its_warnings(capfd: pytest.CaptureFixture[str]) -> None:
-    code = "import logging\nfrom autodiffusion_optuna.workers import worker\nworker._mark_warnings()\n"
+    code = "import logging\nfrom autodiffusion_optuna.workers import worker\nworker.mark_warnings()\n"
     code += "logging.getLogger('autodiffusion_optuna').warning('away')"
     subprocess.run([sys.executable, "-c", code], check=True)
     assert capfd.readouterr().err == "warning: away\n"
@@ -298,12 +318,12 @@ def test_without_sbatch_both_ways_out_are_named(folder: Path, adopt: Adopt) -> N
         assert text in result.err
 
 
-def test_a_folder_for_pictures_of_other_hosts_is_whole_and_told(
+def test_a_folder_for_pictures_of_other_hosts_is_whole_and_reported(
     folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(launch, "find_study", lambda *given, **options: None)
-    assert launch._for_other_hosts(job(folder)).artifacts is None
-    assert launch._for_other_hosts(job(folder, artifacts="s3://bucket/a")).artifacts == "s3://bucket/a"
+    assert launch.full_artifacts(job(folder)) == {}
+    assert launch.full_artifacts(job(folder, artifacts="s3://bucket/a")) == {}
     assert caplog.records == []
-    assert launch._for_other_hosts(job(folder, artifacts="pictures")).artifacts == str(folder / "pictures")
+    assert launch.full_artifacts(job(folder, artifacts="pictures")) == {"artifacts": str(folder / "pictures")}
     assert "unless all share it" in caplog.text

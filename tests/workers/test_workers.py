@@ -23,7 +23,7 @@ from command import Adopt
 from optuna.trial import TrialState
 from worker_processes import check_whole, control, end, freeze, names, start, wait_for
 
-from autodiffusion_optuna.cli.run import _Board
+from autodiffusion_optuna.cli.run import Board
 from autodiffusion_optuna.results import status
 from autodiffusion_optuna.results.status import read_status
 from autodiffusion_optuna.storage import artifacts, lease
@@ -211,7 +211,7 @@ def test_the_end_of_a_launch_is_shown_however_fast_it_was(
     if seen:
         run(folder / "quick.toml", "sqlite:///adopt.db", f"search.trials={seen}")
     database = open_storage("sqlite:///adopt.db")
-    board = _Board(config_with(folder / "quick.toml", *settings), load_study(database, "quick"), workers=4)
+    board = Board(config_with(folder / "quick.toml", *settings), load_study(database, "quick"), workers=4)
     run(folder / "quick.toml", "sqlite:///adopt.db", *settings)
     board.on_look()
     board.end()
