@@ -78,7 +78,6 @@ def load_components(
     ``places``: what the user set, ``OF_THIS_HOST`` alone. ``overrides``: of the command's own.
     """
     from autodiffusion_optuna.config import OF_THIS_HOST, parse_config
-    from autodiffusion_optuna.evaluation.allocator import keep_freed_memory
     from autodiffusion_optuna.storage.studies import require_files, stored_batch, stored_config, stored_unit_costs
     from autodiffusion_optuna.study import components, lifecycle
 
@@ -87,7 +86,6 @@ def load_components(
             raise ConfigError(
                 f"--set {place!r}: a study keeps its own settings; here --set takes {', '.join(OF_THIS_HOST)}"
             )
-    keep_freed_memory()
     found = existing(name, url)[1]
     config = parse_config(stored_config(found).model_dump(mode="json"), [*(places or []), *(overrides or [])])
     require_files(found, config)

@@ -170,11 +170,9 @@ def _as_named_now(config: StudyConfig, study: optuna.Study) -> StudyConfig:
 
 def _search(config: StudyConfig, url: str, trust: bool, artifacts: str | None) -> optuna.Study:
     """Work on the study in this process, and score its winner."""
-    from autodiffusion_optuna.evaluation.allocator import keep_freed_memory
     from autodiffusion_optuna.storage.studies import still_there
     from autodiffusion_optuna.study import lifecycle, loop
 
-    keep_freed_memory()
     opened = lifecycle.open_run(config, url, trust=trust, artifacts=artifacts)
     _say_begin(config, opened.study)
     warn(_known_doubts(opened.study))

@@ -103,12 +103,10 @@ def run_job(job: Job) -> None:
     """Evaluate candidates beside the other workers until the budget is met (AdoptError children)."""
     import torch
 
-    from autodiffusion_optuna.evaluation.allocator import keep_freed_memory
     from autodiffusion_optuna.study import lifecycle, loop, validation
 
     if Path(job.folder).is_dir():
         os.chdir(job.folder)
-    keep_freed_memory()
     limit_threads(job.workers)
     opened = lifecycle.open_run(
         parse_config(job.config),
