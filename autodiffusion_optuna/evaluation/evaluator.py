@@ -21,7 +21,7 @@ from autodiffusion_optuna.evaluation.prefix_cache import NfeCounter, PrefixCache
 from autodiffusion_optuna.evaluation.references.reference import Reference, log_trace_ratio
 from autodiffusion_optuna.evaluation.sampling import Sampling
 from autodiffusion_optuna.evaluation.seeds import Bank
-from autodiffusion_optuna.evaluation.solvers import times
+from autodiffusion_optuna.evaluation.solvers import evaluations, times
 
 KEPT_NOISE = 2**28
 """Bytes of noise that are kept on the device; the rest is drawn anew, which costs less than one network evaluation."""
@@ -89,7 +89,7 @@ class Evaluator:
     metric: Literal["frechet", "kid"] = "frechet"
     seed: int = 0
     batch: int = 64
-    memory: PrefixCache | None = None
+    prefix_cache: PrefixCache | None = None
     _noise: dict[tuple[int, ...], Tensor] = field(default_factory=dict, repr=False)
     _fits: list[int] = field(default_factory=list, repr=False)
 
@@ -113,12 +113,12 @@ class Evaluator:
         Raises StatisticsError where images or features are not finite.
         """
         self.prepare(0, rungs[-1], bank)
-        seconds, tally = Seconds(), NfeCounter()
+        seconds, counter = Seconds(), NfeCounter()
         moments, kept, reached = Moments(self.extractor.dim), [], []
         shown: list[Tensor] = []
         start = 0
         for count in rungs:
-            for images in self._batches(candidate, start, count, bank, seconds, tally):
+            for images in self._batches(candidate, start, count, bank, seconds, counter):
                 if sum(map(len, shown)) < preview:
                     shown.append(images[: preview - sum(map(len, shown))].cpu())
                 with _timed(seconds, "features", self.model.device):
@@ -138,7 +138,9 @@ class Evaluator:
         ratio = log_trace_ratio(moments, self.reference)
         variety = round(ratio, 6) if math.isfinite(ratio) else None  # JSON has no infinity
         first = torch.cat(shown) if shown else None
-        return Score(value, images_scored, tuple(reached), complete, tally.run, tally.saved, seconds, variety, first)
+        return Score(
+            value, images_scored, tuple(reached), complete, counter.run, counter.saved, seconds, variety, first
+        )
 
     def sample(self, candidate: Candidate, start: int, stop: int, bank: int = SEARCH_BANK) -> Tensor:
         """Images ``start`` to ``stop`` of a bank, uint8 [stop - start, C, H, W]."""
@@ -153,33 +155,38 @@ class Evaluator:
             conditions.prepare(row.conditions(start, stop, conditions.count, conditions.draw))
 
     def _batches(
-        self, candidate: Candidate, start: int, stop: int, bank: int, seconds: Seconds, tally: NfeCounter
+        self, candidate: Candidate, start: int, stop: int, bank: int, seconds: Seconds, counter: NfeCounter
     ) -> Iterator[Tensor]:
         first = start
         while first < stop:
             last = min(first + self.fitting_batch, stop)
             try:
                 with _timed(seconds, "network", self.model.device):
-                    images = self._draw(candidate, first, last, bank, tally)
+                    images = self._draw(candidate, first, last, bank, counter)
             except torch.OutOfMemoryError:
                 self._shrink(last - first)
                 continue
             yield images
             first = last
 
-    def _draw(self, candidate: Candidate, first: int, last: int, bank: int, tally: NfeCounter) -> Tensor:
+    def _draw(self, candidate: Candidate, first: int, last: int, bank: int, counter: NfeCounter) -> Tensor:
         """Images ``first`` to ``last`` - 1 of a bank in one batch."""
         sampling = self.sampling.of(candidate)
         nodes = times(self.model.schedule, candidate.timesteps, sampling.final)
         row = Bank(self.seed, bank, self.model.shape)
         solve = sampling.find_solver(lambda step: row.step_noise(first, last, step).to(self.model.device))
-        # All that decides an x0 besides the queries before it; a solver may treat its last steps
-        # differently, so candidates of different lengths share nothing.
-        root = (sampling, candidate.steps, self.seed, bank, first, last)
-        memory = self.memory if bank == SEARCH_BANK else None
         conditions = self.model.conditions
         chosen = row.conditions(first, last, conditions.count, conditions.draw) if conditions else []
-        denoise = cached_denoise(self.model.bind(chosen, sampling.guidance), candidate, memory, root, tally)
+        denoise = cached_denoise(
+            self.model.bind(chosen, sampling.guidance),
+            candidate,
+            self.prefix_cache if bank == SEARCH_BANK else None,
+            # All that decides an x0 besides the queries before it; a solver may treat its last steps
+            # differently, so candidates of different lengths share nothing.
+            (sampling, candidate.steps, self.seed, bank, first, last),
+            counter,
+            evaluations(sampling.solver, candidate.steps, sampling.final),
+        )
         return self.model.to_images(solve(denoise, self._bank_noise(bank, first, last), nodes))
 
     def _shrink(self, failed: int) -> None:
@@ -191,8 +198,8 @@ class Evaluator:
 
     def _make_room(self) -> None:
         """Free what is kept for speed alone; it may be what filled the device."""
-        if self.memory is not None:
-            self.memory.clear()
+        if self.prefix_cache is not None:
+            self.prefix_cache.clear()
         self._noise.clear()
         _empty_cache(self.model.device)
 
