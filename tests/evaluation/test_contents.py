@@ -45,9 +45,7 @@ IMAGES = RNG.integers(0, 256, (7, 2, 2, 3), dtype=np.uint8)
 
 def extractor(name: str = "inception", mode: Mode | None = None) -> Extractor:
     """Stands for a published network: twelve pixels are its features, its name and mode decide what it reads."""
-    metric: Any = "FID" if name == "inception" else "FD"
-    fingerprint = f"{name}-{mode or 'clean'}"
-    return Extractor(name, fingerprint, 12, metric, torch.device("cpu"), mode=mode, network=PIXELS.network)
+    return Extractor(name, f"{name}-{mode or 'clean'}", 12, torch.device("cpu"), PIXELS.network, mode=mode)
 
 
 CLEAN, PYTORCH, TENSORFLOW = (extractor(mode=mode) for mode in MODES)

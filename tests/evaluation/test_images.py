@@ -218,7 +218,7 @@ def test_doubtful_references_are_told() -> None:
 def test_few_images_show_where_a_file_does_not_say_how_many(tmp_path: Path) -> None:
     features = RNG.normal(size=(3, 4))
     inception = PIXELS.__class__(
-        "inception", "0" * 16, 4, "FID", torch.device("cpu"), mode="clean", network=lambda images: images.float()
+        "inception", "0" * 16, 4, torch.device("cpu"), lambda images: images.float(), mode="clean"
     )
     np.savez(tmp_path / "few.npz", mu=features.mean(0), sigma=np.cov(features, rowvar=False))
     lines = doubts(load_reference(tmp_path / "few.npz", inception), (3, 4, 4), "frechet")

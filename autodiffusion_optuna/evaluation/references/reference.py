@@ -16,7 +16,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from autodiffusion_optuna.errors import StatisticsError
-from autodiffusion_optuna.evaluation.features import Extractor, efficientnet_side
+from autodiffusion_optuna.evaluation.features import Extractor
+from autodiffusion_optuna.evaluation.features.efficientnet import efficientnet_side
 from autodiffusion_optuna.evaluation.frechet import Moments, covariance_factor
 from autodiffusion_optuna.evaluation.references.formats import (
     FORMAT,
