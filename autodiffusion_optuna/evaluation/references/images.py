@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 import os
 import re
 import warnings
@@ -12,7 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import IO
+from typing import IO, Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -96,7 +97,7 @@ def zip_images(path: Path) -> Images:
         infos = {PurePosixPath(i.filename).parts: i for i in archive.infolist() if not i.is_dir()}
         for parts, info in infos.items():
             if _is_image(parts):
-                check_member(path, info, limit=SUSPICIOUS_SIZE)
+                _check_member(path, info, SUSPICIOUS_SIZE)
 
     @contextmanager
     def session() -> Iterator[Read]:
@@ -117,7 +118,7 @@ def array_images(array: npt.NDArray[np.uint8]) -> Images:
     return Images(len(array), (channels, height, width), batches)
 
 
-def stream_images(opened: Callable[[], IO[bytes]], shape: tuple[int, int, int, int], path: Path) -> Images:
+def stream_images(opened: Callable[[], IO[bytes]], shape: tuple[int, ...], path: Path) -> Images:
     """The images [N, H, W, C] = ``shape`` of a stream of raw uint8 that ``opened`` starts anew, never held whole."""
     total, height, width, channels = shape
     bytes_each = height * width * channels
@@ -137,11 +138,40 @@ def stream_images(opened: Callable[[], IO[bytes]], shape: tuple[int, int, int, i
     return Images(total, (channels, height, width), batches)
 
 
-def check_member(path: Path, info: zipfile.ZipInfo, limit: int = MAX_MEMBER) -> None:
-    """StatisticsError where a zip's member would unpack to more than ``limit`` bytes or looks like a zip bomb.
+class NpyHeader(NamedTuple):
+    """Of an array in numpy's format."""
 
-    Sizes are those of the zip's headers, beyond which nothing is unpacked.
-    """
+    shape: tuple[int, ...]
+    fortran: bool
+    dtype: np.dtype[Any]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the whole array."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+def npy_header(stream: IO[bytes]) -> NpyHeader:
+    """The header of a npy stream, which then stands at its data; ValueError where it has none."""
+    version = np.lib.format.read_magic(stream)
+    if version == (1, 0):
+        return NpyHeader(*np.lib.format.read_array_header_1_0(stream))
+    if version == (2, 0):
+        return NpyHeader(*np.lib.format.read_array_header_2_0(stream))
+    raise ValueError(f"array format {version[0]}.{version[1]}")
+
+
+def zip_members(path: Path) -> list[zipfile.ZipInfo]:
+    """All files of a zip; StatisticsError where one claims to be too large to be unpacked, BAD_ZIP for no zip."""
+    with zipfile.ZipFile(path) as archive:
+        infos = archive.infolist()
+    for info in infos:
+        _check_member(path, info, MAX_MEMBER)
+    return [info for info in infos if not info.is_dir()]
+
+
+def _check_member(path: Path, info: zipfile.ZipInfo, limit: int) -> None:
+    """Sizes are those of the zip's headers, beyond which nothing is unpacked."""
     ratio = info.file_size / max(info.compress_size, 1)
     bomb = ratio > SUSPICIOUS_RATIO and info.file_size > SUSPICIOUS_SIZE
     if bomb or info.file_size > limit:
@@ -250,9 +280,7 @@ def _npy_header(file: IO[bytes], path: Path) -> _Header | None:
         raise StatisticsError(f"{path}: {told}")
     file.seek(0)
     try:
-        version = np.lib.format.read_magic(file)
-        reader = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-        shape, _, dtype = reader(file)
+        shape, _, dtype = npy_header(file)
     except (ValueError, OSError, SyntaxError) as error:
         raise StatisticsError(f"{path} is not a readable array; remove or replace it") from error
     if dtype != np.uint8 or len(shape) not in (2, 3) or 0 in shape or shape[2:] not in ((), (1,), (3,)):

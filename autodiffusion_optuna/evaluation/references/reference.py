@@ -23,10 +23,10 @@ from autodiffusion_optuna.evaluation.references.formats import (
     FORMAT,
     MODES,
     Array,
-    Contents,
     Meta,
+    ReferenceData,
     Statistics,
-    read_contents,
+    read_reference_data,
 )
 from autodiffusion_optuna.evaluation.references.images import Images
 
@@ -80,7 +80,7 @@ class Reference:
 
 
 def load_reference(path: Path, extractor: Extractor, on_images: OnImages | None = None) -> Reference:
-    """Reference statistics for ``extractor`` from a file or a folder in any format of ``contents.read_contents``.
+    """Reference statistics for ``extractor`` from a file or a folder in any format of ``formats.read_reference_data``.
 
     Statistics are compared only with features of the same network and resize. In order:
 
@@ -96,25 +96,25 @@ def load_reference(path: Path, extractor: Extractor, on_images: OnImages | None 
 
     StatisticsError for all else. ``on_images`` is told of every batch of images embedded.
     """
-    contents = read_contents(path)
-    if contents.meta is not None:
-        return _own(path, contents.meta, contents.statistics[0], extractor)
-    for statistics in contents.statistics:
+    data = read_reference_data(path)
+    if data.meta is not None:
+        return _own(path, data, data.meta, extractor)
+    for statistics in data.statistics:
         if statistics.extractor == extractor.name and statistics.mode == _mode(extractor):
-            return _foreign(path, statistics, extractor, contents.images)
-    if contents.images is not None:
-        return _build_from(contents.images, extractor, path.stem, on_images)
-    return _foreign(path, _as_stated(path, contents, extractor), extractor)
+            return _foreign(path, statistics, extractor, data.images)
+    if data.images is not None:
+        return _build_from(data.images, extractor, path.stem, on_images)
+    return _foreign(path, _as_stated(path, data, extractor), extractor)
 
 
 def build_reference_from(
     path: Path, extractor: Extractor, dataset: str | None = None, on_images: OnImages | None = None
 ) -> Reference:
     """Reference of the images in a folder, zip, npz or npy; StatisticsError where it holds none."""
-    contents = read_contents(path)
-    if contents.images is None:
-        raise StatisticsError(f"{path}: holds {contents.what}, no images; give a folder, zip or array of images")
-    return _build_from(contents.images, extractor, dataset or path.stem, on_images)
+    data = read_reference_data(path)
+    if data.images is None:
+        raise StatisticsError(f"{path}: holds {data.what}, no images; give a folder, zip or array of images")
+    return _build_from(data.images, extractor, dataset or path.stem, on_images)
 
 
 def build_reference(images: Tensor, extractor: Extractor, dataset: str) -> Reference:
@@ -128,16 +128,7 @@ def save_reference(path: Path, reference: Reference) -> None:
 
     StatisticsError where the file cannot be written.
     """
-    meta = {
-        "version": FORMAT,
-        "extractor": reference.extractor,
-        "fingerprint": reference.fingerprint,
-        "n": reference.n,
-        "dataset": reference.dataset,
-        "channels": reference.channels,
-        "size": reference.size,
-        "notes": reference.notes,
-    }
+    meta = {"version": FORMAT, **{name: getattr(reference, name) for name in Meta.model_fields if name != "version"}}
     arrays = {"mu": reference.mu.cpu().numpy(), "sigma": reference.sigma.cpu().numpy()}
     if reference.features is not None:
         arrays["features"] = reference.features.cpu().numpy()
@@ -342,43 +333,43 @@ def _mode(extractor: Extractor) -> str | None:
     return (extractor.mode or "clean") if extractor.name == "inception" else None
 
 
-def _own(path: Path, meta: Meta, statistics: Statistics, extractor: Extractor) -> Reference:
+def _own(path: Path, data: ReferenceData, meta: Meta, extractor: Extractor) -> Reference:
     if meta.fingerprint != extractor.fingerprint:
         raise StatisticsError(
             f"{path}: was made with extractor {meta.extractor!r} ({meta.fingerprint}), the study uses "
             f"{extractor.name!r} ({extractor.fingerprint}); use the same extractor, mode and weights, or build the "
             "reference again"
         )
+    (statistics,) = data.statistics
     features = None if statistics.features is None else torch.from_numpy(statistics.features)
     mu, sigma = _mu_sigma(path, statistics.mu, statistics.sigma)
-    images = None if meta.images is None else torch.from_numpy(meta.images)
-    facts = meta.n, meta.fingerprint, meta.extractor, meta.dataset
-    reference = Reference(mu, sigma, *facts, features, meta.channels, meta.size, meta.notes, images)
-    return _validated(path, reference, extractor)
+    images = None if data.shown is None else torch.from_numpy(data.shown)
+    facts = meta.model_dump(exclude={"version"})
+    return _validated(path, Reference(mu, sigma, features=features, images=images, **facts), extractor)
 
 
-def _as_stated(path: Path, contents: Contents, extractor: Extractor) -> Statistics:
+def _as_stated(path: Path, data: ReferenceData, extractor: Extractor) -> Statistics:
     """The statistics of unknown make, which the extractor's mode speaks for; StatisticsError where it does not."""
-    unknown = [part for part in contents.statistics if _is_unknown(part)]
+    unknown = [part for part in data.statistics if _is_unknown(part)]
     if not unknown:
-        known = contents.statistics[0]
+        known = data.statistics[0]
         if known.extractor != extractor.name:
             raise StatisticsError(
-                f"{path}: holds {contents.what}, made with extractor {known.extractor!r}, the study uses "
+                f"{path}: holds {data.what}, made with extractor {known.extractor!r}, the study uses "
                 f"{extractor.name!r}; use the same extractor, or build the reference from images"
             )
         raise StatisticsError(
-            f"{path}: holds {contents.what}, made in mode {known.mode}, the study's extractor uses "
+            f"{path}: holds {data.what}, made in mode {known.mode}, the study's extractor uses "
             f"{_mode(extractor)}; set the mode to {known.mode}, or build the reference from images"
         )
     if extractor.name != "inception":
         raise StatisticsError(
-            f"{path}: holds {contents.what}; without a fingerprint they are taken for Inception's, the study uses "
+            f"{path}: holds {data.what}; without a fingerprint they are taken for Inception's, the study uses "
             f"{extractor.name!r}: build the reference from images"
         )
     if extractor.mode is None:
         raise StatisticsError(
-            f"{path}: holds {contents.what}, which do not say how their images were resized; state it as the mode "
+            f"{path}: holds {data.what}, which do not say how their images were resized; state it as the mode "
             f"({', '.join(MODES)}): legacy_pytorch for pytorch-fid's, legacy_tensorflow for TTUR's and EDM's"
         )
     return unknown[0]

@@ -23,7 +23,7 @@ from autodiffusion_optuna.errors import StatisticsError
 from autodiffusion_optuna.evaluation.features import Extractor, load_extractor
 from autodiffusion_optuna.evaluation.frechet import Moments
 from autodiffusion_optuna.evaluation.references import formats as module
-from autodiffusion_optuna.evaluation.references.formats import MODES, Mode, read_contents
+from autodiffusion_optuna.evaluation.references.formats import MODES, Mode, read_reference_data
 from autodiffusion_optuna.evaluation.references.pickles import FIDStatistics, read_pickle
 from autodiffusion_optuna.evaluation.references.reference import (
     Reference,
@@ -225,7 +225,7 @@ def test_arrays_of_images(tmp_path: Path, fortran: bool) -> None:
 def test_images_of_an_array_are_read_batch_by_batch(tmp_path: Path) -> None:
     images = RNG.integers(0, 256, (250, 3, 4, 1), dtype=np.uint8)
     path = npz(tmp_path / "samples.npz", arr_0=images)
-    found = read_contents(path).images
+    found = read_reference_data(path).images
     assert found is not None
     batches = list(found.batches(100))
     assert [len(batch) for batch in batches] == [100, 100, 50]
