@@ -94,7 +94,7 @@ def load_reference(path: Path, extractor: Extractor, on_images: OnImages | None 
        (``load_extractor(mode=...)``), which is then taken to be how they were made: legacy_pytorch for
        pytorch-fid, legacy_tensorflow for TTUR, EDM and torch-fidelity.
 
-    StatisticsError for all else. ``on_images`` is told of every batch of images embedded.
+    StatisticsError for all else. ``on_images`` is called after every batch of images embedded.
     """
     data = read_reference_data(path)
     if data.meta is not None:
@@ -208,7 +208,7 @@ def doubts(reference: Reference, shape: tuple[int, int, int], metric: str) -> li
 
 
 def _few_images(reference: Reference) -> str | None:
-    """Of unknown numbers of images, the rank of the covariance tells when they are few."""
+    """Where a file does not say how many there are, the rank of the covariance shows when they are few."""
     dim = len(reference.mu)
     seems = "" if reference.n is not None else "seemingly "
     n = reference.n if reference.n is not None else reference.factor.shape[1] + 1
@@ -239,13 +239,12 @@ def _build_from(images: Images, extractor: Extractor, dataset: str, on_images: O
         resized = "resizes no images" if extractor.seen is None else "sees them in several sizes"
         raise StatisticsError(f"{images.odd}, and extractor {extractor.name!r} {resized}; give images of one size")
     batches = (torch.from_numpy(batch) for batch in images.batches(BATCH))
-    notes = list(images.notes)
-    if images.others:
-        notes.append(
-            f"reference {dataset!r}: its images have {1 + len(images.others):,} sizes ({images.odd}); the extractor "
-            "resizes each to one, whatever its aspect ratio"
-        )
-    return _build(batches, images.total, images.shape, extractor, dataset, on_images, tuple(notes))
+    reference = _build(batches, images.total, images.shape, extractor, dataset, on_images)
+    several = (
+        f"reference {dataset!r}: its images have {1 + len(images.others):,} sizes ({images.odd}); the extractor "
+        "resizes each to one, whatever its aspect ratio"
+    )
+    return replace(reference, notes=(*images.notes, *([several] if images.others else [])))
 
 
 def _build(
@@ -255,7 +254,6 @@ def _build(
     extractor: Extractor,
     dataset: str,
     on_images: OnImages | None = None,
-    notes: tuple[str, ...] = (),
 ) -> Reference:
     if total < 2:
         raise StatisticsError(f"reference {dataset!r} has {total} image(s); statistics need at least 2")
@@ -273,26 +271,12 @@ def _build(
     assert moments.n == total
     mu, sigma = moments.mean.cpu(), moments.covariance.cpu()
     _check_variance(mu, sigma, f"reference {dataset!r}")
-    return Reference(
-        mu=mu,
-        sigma=sigma,
-        n=total,
-        fingerprint=extractor.fingerprint,
-        extractor=extractor.name,
-        dataset=dataset,
-        features=torch.cat(kept),
-        channels=shape[0],
-        size=shape[1:],
-        notes=notes,
-        images=shown.images,
-    )
+    made = total, extractor.fingerprint, extractor.name, dataset
+    return Reference(mu, sigma, *made, torch.cat(kept), shape[0], shape[1:], images=shown.images)
 
 
 class _Shown:
-    """Keeps a few images, evenly spaced among ``total``: of ``shape``, to which those of another size are brought.
-
-    Large ones are kept smaller, by a whole number of pixels.
-    """
+    """Keeps a few images, evenly spaced among ``total`` and all of one size; large ones are reduced."""
 
     def __init__(self, total: int, shape: tuple[int, int, int]) -> None:
         less = math.ceil(math.sqrt(KEPT_IMAGES * math.prod(shape) / KEPT_BYTES))
@@ -350,7 +334,7 @@ def _own(path: Path, data: ReferenceData, meta: Meta, extractor: Extractor) -> R
 
 def _as_stated(path: Path, data: ReferenceData, extractor: Extractor) -> Statistics:
     """The statistics of unknown make, which the extractor's mode speaks for; StatisticsError where it does not."""
-    unknown = [part for part in data.statistics if _is_unknown(part)]
+    unknown = [part for part in data.statistics if part.extractor is None]
     if not unknown:
         known = data.statistics[0]
         if known.extractor != extractor.name:
@@ -373,10 +357,6 @@ def _as_stated(path: Path, data: ReferenceData, extractor: Extractor) -> Statist
             f"({', '.join(MODES)}): legacy_pytorch for pytorch-fid's, legacy_tensorflow for TTUR's and EDM's"
         )
     return unknown[0]
-
-
-def _is_unknown(statistics: Statistics) -> bool:
-    return statistics.extractor is None
 
 
 def _foreign(path: Path, statistics: Statistics, extractor: Extractor, images: Images | None = None) -> Reference:
