@@ -1,7 +1,7 @@
 """Samplers, each a function of (denoise, x, times).
 
 A solver asks ``denoise`` for the clean image at its noisy states, in order, and combines states and answers
-linearly. Everything else a run needs (which units are skipped, what is remembered, what is counted) lives
+linearly. Everything else a run needs (which units are skipped, what is cached, what is counted) lives
 inside ``denoise``. Coefficients are float64 on the host; the state keeps the dtype of ``x``. No solver writes
 into a tensor it was given.
 
@@ -12,112 +12,48 @@ States are ``x = alpha x0 + sigma eps``. Between nodes s and t, with x0 or eps h
 
 Both are exact where x0 or eps stands for its mean over the step, in alpha / sigma or in sigma / alpha. A higher
 order is a better mean: a row of weights with sum 1 over the answers at hand, most of them the means of Lagrange
-polynomials. What sets solvers apart is the answer they weigh (x0 or eps), the coordinate of the polynomials
-(lambda = log(alpha / sigma), rho = sigma / alpha, or t) and where they ask.
-
-Weights grow without bound where steps are uneven, and amplify whatever noise the answers carry by the sum of
-their magnitudes. Where it exceeds ``LIMIT``, or a solver's lower ``cap``, the step takes a lower order.
+polynomials (``solver_weights``). What sets solvers apart is the answer they weigh (x0 or eps), the coordinate of
+the polynomials (lambda = log(alpha / sigma), rho = sigma / alpha, or t) and where they ask.
 """
 
 from __future__ import annotations
 
 import bisect
 import functools
-import itertools
 import math
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from autodiffusion_optuna.errors import ConfigError, choose_from
-from autodiffusion_optuna.noise import Final, NoiseSchedule, linear
+from autodiffusion_optuna.evaluation.solver_nodes import Node
+from autodiffusion_optuna.evaluation.solver_nodes import Times as Times
+from autodiffusion_optuna.evaluation.solver_nodes import times as times
+from autodiffusion_optuna.evaluation.solver_weights import (
+    LIMIT,
+    Row,
+    Rule,
+    exact_by_data,
+    exact_by_noise,
+    exact_or_mean,
+    half,
+    half_or_exact,
+    highest,
+    lagrange,
+    published_by_data,
+    published_by_noise,
+    rows,
+)
+from autodiffusion_optuna.noise import Final, linear
 
 Denoise = Callable[[Tensor, float], Tensor]
 """(x float [B, ...], time index t) -> expected clean image, of x's shape and dtype."""
 
-
-class Node(NamedTuple):
-    """A point of a run: time index, signal level, noise level."""
-
-    t: float
-    alpha: float
-    sigma: float
-
-
-@dataclass(frozen=True)
-class Times:
-    """The nodes of one sampling run: K timesteps, then the final point.
-
-    ``timesteps``: K time indices, strictly descending (a fraction lies between two indices).
-    ``alpha``, ``sigma``, ``lam``: K + 1 floats, levels and log(alpha / sigma) at the timesteps and the final
-    point; ``lam`` ends in infinity where sigma ends in 0.
-    ``final``: ``"zero"`` ends at alpha = 1, sigma = 0; ``"sigma_min"`` ends at index 0 of the schedule.
-    ``schedule``: what the levels were taken from.
-    """
-
-    timesteps: tuple[float, ...]
-    alpha: tuple[float, ...]
-    sigma: tuple[float, ...]
-    lam: tuple[float, ...]
-    final: Final
-    schedule: NoiseSchedule
-
-    @property
-    def steps(self) -> int:
-        """K, the number of timesteps."""
-        return len(self.timesteps)
-
-    @property
-    def rho(self) -> tuple[float, ...]:
-        """sigma / alpha at the K + 1 nodes."""
-        return tuple(s / a for a, s in zip(self.alpha, self.sigma, strict=True))
-
-    def time(self, node: int) -> float:
-        """Time index of a node; the final point counts as index 0."""
-        return self.timesteps[node] if node < self.steps else 0
-
-    def node(self, node: int) -> Node:
-        """Node 0 to K."""
-        return Node(self.time(node), self.alpha[node], self.sigma[node])
-
-    def middle(self, node: int) -> Node:
-        """The point halfway in lambda from ``node`` to the next, whose sigma is not 0; its time is a fraction."""
-        t = _time_between(self.schedule, self.time(node), self.time(node + 1))
-        return Node(t, self.schedule.alpha(t), self.schedule.sigma(t))
-
-
 Solver = Callable[[Denoise, Tensor, Times], Tensor]
-Row = tuple[float, ...]
-"""Weights with sum 1 of the newest answers, newest first."""
-
-LIMIT = 1e6
-"""Sum of magnitudes of a row above which a float32 answer would be rounding noise; no row exceeds it."""
 CAP = 8.0
 """Default cap of ``plms_ab``, a little above the 6.7 of evenly spaced steps."""
-
-
-def times(schedule: NoiseSchedule, timesteps: Sequence[float], final: Final) -> Times:
-    """Nodes of ``timesteps`` (strictly descending, in [0, T - 1]) on ``schedule``.
-
-    ``ConfigError`` where the list is empty, not descending or leaves the schedule, or ``final`` is unknown.
-    """
-    listed = tuple(timesteps)
-    if not listed or any(s <= t for s, t in itertools.pairwise(listed)):
-        raise ConfigError(f"timesteps must be strictly descending and not empty, got {list(listed)}")
-    if listed[0] > schedule.T - 1 or listed[-1] < 0:
-        raise ConfigError(f"timesteps must lie in [0, {schedule.T - 1}], got {listed[0]} to {listed[-1]}")
-    if final not in ("zero", "sigma_min"):
-        raise ConfigError(choose_from("final", final, ["zero", "sigma_min"]))
-    end = (1.0, 0.0) if final == "zero" else (schedule.alpha(0), schedule.sigma(0))
-    alpha = (*(schedule.alpha(t) for t in listed), end[0])
-    sigma = (*(schedule.sigma(t) for t in listed), end[1])
-    lam = tuple(math.log(a / s) if s > 0 else math.inf for a, s in zip(alpha, sigma, strict=True))
-    return Times(listed, alpha, sigma, lam, final, schedule)
 
 
 # First order
@@ -128,99 +64,85 @@ def ddim(
 ) -> Tensor:
     """DDIM (arXiv 2010.02502, eq. 12 and 16). K evaluations, first order.
 
-    ``eta`` in (0, 1] adds held-out noise: step i adds ``noise(i)``, standard normal of x's shape and dtype, times
+    ``eta`` in (0, 1] adds fresh noise: step i adds ``noise(i)``, standard normal of x's shape and dtype, times
     ``eta sigma_t sqrt(1 - exp(-2 h))`` with h the step in lambda, eq. 16 for any schedule. 1 is DDPM's sampler.
     A step that ends at sigma = 0 adds none.
     """
     for i, t in enumerate(times.timesteps):
         here, there = times.node(i), times.node(i + 1)
         x0 = denoise(x, t)
-        held_out = eta * there.sigma * math.sqrt(-math.expm1(-2 * (times.lam[i + 1] - times.lam[i])))
-        if held_out == 0:
+        added = eta * there.sigma * math.sqrt(-math.expm1(-2 * (times.lam[i + 1] - times.lam[i])))
+        if added == 0:
             x = _move_by_data(x, x0, here, there)
         else:
             assert noise is not None
-            ratio = math.sqrt(there.sigma**2 - held_out**2) / here.sigma
-            x = _combine((ratio, x), (there.alpha - ratio * here.alpha, x0), (held_out, noise(i)))
+            ratio = math.sqrt(there.sigma**2 - added**2) / here.sigma
+            x = _combine((ratio, x), (there.alpha - ratio * here.alpha, x0), (added, noise(i)))
     return x
 
 
 def euler(denoise: Denoise, x: Tensor, times: Times) -> Tensor:
-    """Euler's method in sigma / alpha (arXiv 2206.00364, algorithm 1 without line 6). K evaluations.
-
-    First order, and DDIM but for rounding.
-    """
+    """Euler's method in sigma / alpha (arXiv 2206.00364, algorithm 1 without line 6): DDIM but for rounding."""
     return _multistep(denoise, x, times, [(1.0,)] * times.steps, NOISE)
 
 
 # Multistep, weighing clean images
 
 
-def dpmpp_2m(denoise: Denoise, x: Tensor, times: Times, lower_order_final: bool | None = None) -> Tensor:
+def dpmpp_2m(denoise: Denoise, x: Tensor, times: Times) -> Tensor:
     """DPM-Solver++(2M) (arXiv 2211.01095, algorithm 2). K evaluations, second order.
 
     The last step is first order below 10 steps, as in the authors' code, and whenever it ends at sigma = 0,
-    where it returns the last clean image. ``lower_order_final`` says otherwise: see ``_orders``.
+    where it returns the last clean image.
     """
-    rows = _rows(times.lam, _orders(times, 2, lower_order_final), _published_by_data)
-    return _multistep(denoise, x, times, rows, DATA)
+    return _in_lambda(denoise, x, times, 2, published_by_data, DATA)
 
 
-def dpmpp_3m(denoise: Denoise, x: Tensor, times: Times, lower_order_final: bool | None = None) -> Tensor:
+def dpmpp_3m(denoise: Denoise, x: Tensor, times: Times) -> Tensor:
     """DPM-Solver++(3M) as in the authors' code, the multistep form of arXiv 2211.01095. K evaluations.
 
     Its second difference has half the weight of the exact integral, which leaves it second order; at few steps
     it often does better than ``dpmpp_3m_exact`` all the same. The last steps are those of ``dpmpp_2m``.
     """
-    rows = _rows(times.lam, _orders(times, 3, lower_order_final), _published_by_data)
-    return _multistep(denoise, x, times, rows, DATA)
+    return _in_lambda(denoise, x, times, 3, published_by_data, DATA)
 
 
-def dpmpp_3m_exact(denoise: Denoise, x: Tensor, times: Times, lower_order_final: bool | None = None) -> Tensor:
+def dpmpp_3m_exact(denoise: Denoise, x: Tensor, times: Times) -> Tensor:
     """``dpmpp_3m`` with the exact integrals of the interpolated clean image. K evaluations, third order."""
-    rows = _rows(times.lam, _orders(times, 3, lower_order_final), _exact_by_data)
-    return _multistep(denoise, x, times, rows, DATA)
+    return _in_lambda(denoise, x, times, 3, exact_by_data, DATA)
 
 
 # Multistep, weighing noise
 
 
-def dpm_solver_2(denoise: Denoise, x: Tensor, times: Times, lower_order_final: bool | None = None) -> Tensor:
+def dpm_solver_2(denoise: Denoise, x: Tensor, times: Times) -> Tensor:
     """DPM-Solver-2, multistep (arXiv 2206.00927 in the authors' code). K evaluations, second order.
 
     The last steps are those of ``dpmpp_2m``.
     """
-    rows = _rows(times.lam, _orders(times, 2, lower_order_final), _published_by_noise)
-    return _multistep(denoise, x, times, rows, NOISE)
+    return _in_lambda(denoise, x, times, 2, published_by_noise, NOISE)
 
 
-def dpm_solver_3(denoise: Denoise, x: Tensor, times: Times, lower_order_final: bool | None = None) -> Tensor:
+def dpm_solver_3(denoise: Denoise, x: Tensor, times: Times) -> Tensor:
     """DPM-Solver-3, multistep (arXiv 2206.00927 in the authors' code). K evaluations.
 
     Second order, for the reason given at ``dpmpp_3m``. The last steps are those of ``dpmpp_2m``.
     """
-    rows = _rows(times.lam, _orders(times, 3, lower_order_final), _published_by_noise)
-    return _multistep(denoise, x, times, rows, NOISE)
+    return _in_lambda(denoise, x, times, 3, published_by_noise, NOISE)
 
 
-def deis_2(
-    denoise: Denoise, x: Tensor, times: Times, cap: float = LIMIT, lower_order_final: bool | None = None
-) -> Tensor:
+def deis_2(denoise: Denoise, x: Tensor, times: Times, cap: float = LIMIT) -> Tensor:
     """DEIS with polynomials of degree 1 in log rho (arXiv 2204.13902, eq. 15). K evaluations, second order.
 
     ``cap``: the order is lowered until the weights' magnitudes sum to no more. The last steps are those of
     ``dpmpp_2m``.
     """
-    rows = _rows(times.lam, _orders(times, 2, lower_order_final), _exact_by_noise, cap)
-    return _multistep(denoise, x, times, rows, NOISE)
+    return _in_lambda(denoise, x, times, 2, exact_by_noise, NOISE, cap)
 
 
-def deis_3(
-    denoise: Denoise, x: Tensor, times: Times, cap: float = LIMIT, lower_order_final: bool | None = None
-) -> Tensor:
+def deis_3(denoise: Denoise, x: Tensor, times: Times, cap: float = LIMIT) -> Tensor:
     """``deis_2`` with polynomials of degree 2. K evaluations, third order."""
-    rows = _rows(times.lam, _orders(times, 3, lower_order_final), _exact_by_noise, cap)
-    return _multistep(denoise, x, times, rows, NOISE)
+    return _in_lambda(denoise, x, times, 3, exact_by_noise, NOISE, cap)
 
 
 def lms(denoise: Denoise, x: Tensor, times: Times, cap: float = LIMIT) -> Tensor:
@@ -228,8 +150,7 @@ def lms(denoise: Denoise, x: Tensor, times: Times, cap: float = LIMIT) -> Tensor
 
     ``cap``: the order is lowered until the weights' magnitudes sum to no more.
     """
-    rows = _rows(times.rho, [min(4, i + 1) for i in range(times.steps)], _lagrange, cap)
-    return _multistep(denoise, x, times, rows, NOISE)
+    return _adams_bashforth(denoise, x, times, times.rho, cap)
 
 
 def plms_ab(denoise: Denoise, x: Tensor, times: Times, cap: float = CAP) -> Tensor:
@@ -240,8 +161,7 @@ def plms_ab(denoise: Denoise, x: Tensor, times: Times, cap: float = CAP) -> Tens
     more; without it uneven lists amplify a hundredfold.
     """
     t = [times.time(node) for node in range(times.steps + 1)]
-    rows = _rows(t, [min(4, i + 1) for i in range(times.steps)], _lagrange, cap)
-    return _multistep(denoise, x, times, rows, NOISE)
+    return _adams_bashforth(denoise, x, times, t, cap)
 
 
 ADAMS_BASHFORTH: tuple[Row, ...] = (
@@ -277,10 +197,7 @@ def plms(denoise: Denoise, x: Tensor, times: Times) -> Tensor:
 
 
 def unipc_2(denoise: Denoise, x: Tensor, times: Times) -> Tensor:
-    """UniPC-2, variant B2, predicting clean images (arXiv 2302.04867, algorithm 1). K evaluations.
-
-    The corrector makes the error fall with the third power of the step, until the last step's first order shows.
-    """
+    """UniPC-2, variant B2, predicting clean images (arXiv 2302.04867, algorithm 1). K evaluations."""
     return _unipc(denoise, x, times, 2)
 
 
@@ -302,10 +219,10 @@ def _unipc(denoise: Denoise, x: Tensor, times: Times, order: int) -> Tensor:
         if i > 0:
             known = min(order, i, times.steps - i + 1)  # the order with which the step was predicted
             points = times.lam[i - known : i + 1][::-1]
-            row = _highest(_exact_or_mean, points, times.lam[i - 1], times.lam[i], LIMIT)
+            row = highest(exact_or_mean, points, times.lam[i - 1], times.lam[i], LIMIT)
             x = _move_by_data(before, _weighted(row, history), times.node(i - 1), here)
         points = times.lam[max(0, i + 1 - min(order, times.steps - i)) : i + 1][::-1]
-        row = _highest(_half_or_exact, points, times.lam[i], times.lam[i + 1], LIMIT)
+        row = highest(half_or_exact, points, times.lam[i], times.lam[i + 1], LIMIT)
         before = x
         x = _move_by_data(x, _weighted(row, history), here, there)
     return x
@@ -373,7 +290,7 @@ def _singlestep(denoise: Denoise, x: Tensor, times: Times, form: Form) -> Tensor
             x = guess
             continue
         second = form.answer(guess, denoise(guess, inner.t), inner)
-        row = _highest(_half, times.lam[i : i + 2], times.lam[i], times.lam[i + 2], LIMIT)
+        row = highest(half, times.lam[i : i + 2], times.lam[i], times.lam[i + 2], LIMIT)
         x = form.move(x, _weighted(row, (first, second)), here, times.node(i + 2))
         next(nodes)
     return x
@@ -424,12 +341,9 @@ def solver_names(name: str, order: int | None) -> str:
     """
     if name in ORDERS:
         orders = ORDERS[name]
-        chosen = min(orders) if order is None else order
-        if chosen not in orders:
-            raise ConfigError(
-                f"solver {name!r} has no order {order}; choose from {', '.join(map(str, sorted(orders)))}"
-            )
-        return orders[chosen]
+        if order is not None and order not in orders:
+            raise ConfigError(f"solver {name!r} has no order {order}; choose from {', '.join(map(str, orders))}")
+        return orders[order or min(orders)]
     if name not in SOLVERS:
         raise ConfigError(choose_from("solver", name, [*SOLVERS, *ORDERS]))
     if order is not None:
@@ -444,8 +358,8 @@ def find_solver(
 ) -> Solver:
     """The solver of that name, ``SOLVERS[name]`` itself where nothing else is given.
 
-    ``eta`` in [0, 1]: share of held-out noise, ``ddim`` only; ``noise(i)`` is then the standard normal of x's shape
-    and dtype for step i, and must depend on nothing that a remembered run would not share. ``cap``, at least 1:
+    ``eta`` in [0, 1]: share of fresh noise, ``ddim`` only; ``noise(i)`` is then the standard normal of x's shape
+    and dtype for step i, and must depend on nothing that a cached run would not share. ``cap``, at least 1:
     largest sum of a step's weights' magnitudes, for the solvers in ``CAPPED``.
 
     ``ConfigError`` for an unknown solver and for a setting it does not have.
@@ -564,113 +478,22 @@ def _multistep(denoise: Denoise, x: Tensor, times: Times, rows: Sequence[Row], f
     return x
 
 
-# Weights
+def _in_lambda(
+    denoise: Denoise, x: Tensor, times: Times, order: int, rule: Rule, form: Form, cap: float = LIMIT
+) -> Tensor:
+    """Multistep in lambda: the order rises from 1, and falls again as the authors' code has it.
 
-Rule = Callable[[Sequence[float], float, float], Row]
-"""(coordinates of the answers, newest first; start and end of the step) -> row of as many weights."""
-
-
-def _orders(times: Times, order: int, lower_order_final: bool | None) -> list[int]:
-    """Order of each step: rising from 1, and 1 for a last step that ends at sigma = 0, where lambda is infinite.
-
-    ``lower_order_final``: whether the order also falls to 1 over the steps that end above sigma = 0. None is the
-    authors' rule for ``final="sigma_min"``, below 10 steps, and no for ``"zero"``.
+    To 1 for a last step to sigma = 0, where lambda is infinite; step by step at the end of fewer than 10 steps that
+    end above it.
     """
     finite = times.steps - (times.sigma[-1] == 0)
-    lower = times.sigma[-1] > 0 and times.steps < 10 if lower_order_final is None else lower_order_final
+    lower = times.sigma[-1] > 0 and times.steps < 10
     rising = (min(order, i + 1, finite - i if lower else order) for i in range(finite))
-    return [*rising, *[1] * (times.steps - finite)]
+    orders = [*rising, *[1] * (times.steps - finite)]
+    return _multistep(denoise, x, times, rows(times.lam, orders, rule, cap), form)
 
 
-def _rows(u: Sequence[float], orders: Sequence[int], rule: Rule, cap: float = LIMIT) -> list[Row]:
-    """Row of each step by ``rule`` in the coordinate ``u`` of the K + 1 nodes, at most of the order given."""
-    return [_highest(rule, u[i + 1 - order : i + 1][::-1], u[i], u[i + 1], cap) for i, order in enumerate(orders)]
-
-
-def _highest(rule: Rule, points: Sequence[float], start: float, end: float, cap: float) -> Row:
-    """Row over as many of the newest points as keep the sum of the weights' magnitudes within ``cap``.
-
-    Points that coincide in float64 give infinite weights or none, and go the same way.
-    """
-    with np.errstate(all="ignore"):
-        for count in range(len(points), 1, -1):
-            row = rule(points[:count], start, end)
-            if sum(map(abs, row)) <= min(cap, LIMIT):
-                return row
-    return (1.0,)
-
-
-NODES, GAUSS = np.polynomial.legendre.leggauss(32)
-
-
-def _lagrange(points: Sequence[float], start: float, end: float, tilt: float = 0.0) -> Row:
-    """Mean of each point's Lagrange polynomial from ``start`` to ``end``, with density exp(tilt u).
-
-    By Gauss-Legendre quadrature, exact for tilt 0 and to rounding for steps up to 30 in lambda. A step of no
-    length gives the polynomials' values there.
-    """
-    u = start + (NODES + 1) / 2 * (end - start)
-    density = GAUSS * np.exp(tilt * u - np.max(tilt * u))
-    means = (np.average(product, weights=density) for product in _polynomials(points, u))
-    return tuple(float(mean) for mean in means)
-
-
-def _polynomials(points: Sequence[float], u: NDArray[np.float64]) -> Iterator[NDArray[np.float64]]:
-    """Each point's Lagrange polynomial at ``u``: 1 at its own point, 0 at the others."""
-    for j, point in enumerate(points):
-        product = np.ones_like(u)
-        for k, other in enumerate(points):
-            if k != j:
-                product = product * ((u - other) / (point - other))
-        yield product
-
-
-def _half(points: Sequence[float], start: float, end: float) -> Row:
-    """Two points, the first at ``start``: half the slope, as published for second order.
-
-    ``x0 + (x0 - x0_previous) / (2 r)`` with r = h_i / h_{i+1}. Written without r, because a final step from
-    index 0 to index 0 has h_{i+1} = 0.
-    """
-    extra = float(np.float64(end - start) / (2 * (start - points[1])))
-    return (1 + extra, -extra)
-
-
-def _published(points: Sequence[float], start: float, end: float, tilt: float) -> Row:
-    """As in the code of DPM-Solver: ``_half`` or, over three points, half the second difference it should be."""
-    if len(points) == 2:
-        return _half(points, start, end)
-    exact = _lagrange(points, start, end, tilt)
-    square = sum(weight * (point - start) ** 2 for weight, point in zip(exact, points, strict=True))
-    a, b, c = (np.float64(point) for point in points)
-    second = (1 / ((a - b) * (a - c)), 1 / ((b - a) * (b - c)), 1 / ((c - a) * (c - b)))
-    return tuple(float(weight - square / 2 * part) for weight, part in zip(exact, second, strict=True))
-
-
-# A mean in alpha / sigma = exp(lambda) has density exp(lambda) over lambda, one in sigma / alpha exp(-lambda).
-_exact_by_data: Rule = functools.partial(_lagrange, tilt=1.0)
-_exact_by_noise: Rule = functools.partial(_lagrange, tilt=-1.0)
-_published_by_data: Rule = functools.partial(_published, tilt=1.0)
-_published_by_noise: Rule = functools.partial(_published, tilt=-1.0)
-
-
-def _half_or_exact(points: Sequence[float], start: float, end: float) -> Row:
-    """UniPC's predictor: of two points ``_half``, of three the exact integral."""
-    return _half(points, start, end) if len(points) == 2 else _exact_by_data(points, start, end)
-
-
-def _exact_or_mean(points: Sequence[float], start: float, end: float) -> Row:
-    """UniPC's corrector: of two points their mean, of more the exact integral."""
-    return (0.5, 0.5) if len(points) == 2 else _exact_by_data(points, start, end)
-
-
-@functools.lru_cache(maxsize=4096)
-def _time_between(schedule: NoiseSchedule, high: float, low: float) -> float:
-    """Time index halfway in lambda from index ``high`` to ``low``, by bisection to the last bit."""
-    target = (schedule.lambda_(high) + schedule.lambda_(low)) / 2
-    k = int(np.searchsorted(-schedule.lambdas, -target, side="right").clip(1, schedule.T - 1)) - 1
-    pair = slice(k, k + 2)  # the two indices around it; a schedule of two is quick to read
-    near = NoiseSchedule(schedule.alphas[pair], schedule.sigmas[pair], schedule.model_times[pair])
-    low, high = max(low, k), min(high, k + 1)
-    while low < (t := (low + high) / 2) < high:
-        low, high = (t, high) if near.lambda_(t - k) > target else (low, t)
-    return t
+def _adams_bashforth(denoise: Denoise, x: Tensor, times: Times, u: Sequence[float], cap: float) -> Tensor:
+    """Multistep of order 4 in the coordinate ``u``."""
+    orders = [min(4, i + 1) for i in range(times.steps)]
+    return _multistep(denoise, x, times, rows(u, orders, lagrange, cap), NOISE)
