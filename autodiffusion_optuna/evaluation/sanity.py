@@ -6,13 +6,13 @@ of any weight. They show in what the network makes of noised images, at three no
 1. A network that was trained leaves far less error than the best linear filter does, which knows no more than the mean
    and the power spectrum of the images (Wiener's).
 2. The expected clean image is uncorrelated with its own error, so that nothing is gained by rescaling it, or by adding
-   a multiple of the noisy image (the orthogonality principle). What is gained tells levels or weights that are off.
+   a multiple of the noisy image (the orthogonality principle). What is gained shows levels or weights that are off.
 
-``benchmarks/sanity.py`` shows what both tell apart and what they do not: noise levels that are off by little, weights
+``benchmarks/sanity.py`` shows what both find and what they do not: noise levels that are off by little, weights
 rounded to 8 bits, attention with the wrong number of heads and any fault that hardly matters pass. On its own samples
-even a wrong model is at home: wrong weights and most prediction types are told, betas, attention and scales of latents
-mostly not. Labels are dealt out to the images, whatever they show, where none means no class. A model distilled to few
-steps gives samples instead of expectations, and may be told though it is right.
+even a wrong model is at home: wrong weights and most prediction types are reported, betas, attention and scales of
+latents mostly not. A model distilled to few steps gives samples instead of expectations, and may be reported though it
+is right.
 """
 
 from __future__ import annotations
@@ -46,13 +46,12 @@ LEAST_SIGNAL = 0.1
 """alpha / sigma from which own samples are drawn; below, small errors of right models that do not clip grow large."""
 SEED = 0x5A17
 
+FLOW = "the scheduler's shift, the decoder's scaling_factor and shift_factor, scales beside the weights"
 SUSPECTS = {
     "adm": "use_new_attention_order, num_head_channels, noise_schedule and predict_xstart in model.fields",
     "plugin": "the plug-in's prediction, schedule and weights",
-    "FluxPipeline": "the scheduler's shift, the decoder's scaling_factor and shift_factor, scales beside the weights",
-    "StableDiffusion3Pipeline": (
-        "the scheduler's shift, the decoder's scaling_factor and shift_factor, scales beside the weights"
-    ),
+    "FluxPipeline": FLOW,
+    "StableDiffusion3Pipeline": FLOW,
 }
 LATENT = "prediction_type and betas of the scheduler, the decoder's scaling_factor, scales beside the weights"
 PLAIN = "prediction_type and betas of the scheduler, scales beside the weights"
@@ -87,7 +86,7 @@ def check_model(model: Model, images: Tensor | None, batch: int) -> list[str]:
     """A line where ``model`` seems to be put together wrongly, or could not be checked; none where it is sound.
 
     ``images``: uint8 [N, C, H, W] like those it was trained on, of its size or larger; without them, or for latents
-    that cannot be encoded, its own samples take their place, which tells less apart. ``batch``: images that fit in one
+    that cannot be encoded, its own samples take their place, which finds less. ``batch``: images that fit in one
     evaluation. Takes 3 evaluations of 4 to 16 images, and 20 more for own samples; draws from no shared randomness.
     """
     try:

@@ -77,7 +77,7 @@ def running_out(evaluator: Evaluator, most: int) -> Evaluator:
             raise torch.OutOfMemoryError
         return denoiser(x, t, skip)
 
-    return replace(evaluator, model=replace(evaluator.model, denoiser=denoise), _fits=[], _noise={})
+    return replace(evaluator, model=replace(evaluator.model, denoiser=denoise))
 
 
 def test_a_batch_that_does_not_fit_is_halved_and_changes_nothing_but_rounding(evaluator: Evaluator) -> None:
@@ -113,10 +113,10 @@ def test_features_that_do_not_fit_are_taken_in_halves(evaluator: Evaluator) -> N
 def test_noise_is_kept_within_bounds(evaluator: Evaluator, monkeypatch: pytest.MonkeyPatch) -> None:
     batch = 32 * 16 * 4
     monkeypatch.setattr("autodiffusion_optuna.evaluation.evaluator.KEPT_NOISE", 2 * batch)
-    anew = replace(evaluator, _noise={})
-    assert anew.score(CANDIDATE, [128]).value == evaluator.score(CANDIDATE, [128]).value
-    assert sum(noise.nbytes for noise in anew._noise.values()) == 2 * batch
-    assert anew.score(CANDIDATE, [128]).value == evaluator.score(CANDIDATE, [128]).value
+    other = replace(evaluator)  # has kept nothing yet
+    for _ in range(2):
+        assert other.score(CANDIDATE, [128]).value == evaluator.score(CANDIDATE, [128]).value
+        assert other.noise_bytes == 2 * batch
 
 
 @pytest.mark.parametrize(("most", "batch"), [(0, None), (1, 1), (9, 8)])

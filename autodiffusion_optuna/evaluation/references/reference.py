@@ -166,14 +166,13 @@ def check_images(reference: Reference, shape: tuple[int, int, int]) -> None:
             )
 
 
-def log_trace_ratio(generated: Moments | Tensor, reference: Reference) -> float:
-    """log(tr S / tr R) of features float [N, D] or their moments: below 0 where their variety is the smaller.
+def log_trace_ratio(generated: Moments, reference: Reference) -> float:
+    """log(tr S / tr R) of the moments of features: below 0 where their variety is the smaller.
 
     A Fréchet distance over few images can prefer images of less variety; this shows it. -inf where all images
     have the same features. StatisticsError for fewer than two images or a reference without variance.
     """
-    moments = Moments.of(generated) if isinstance(generated, Tensor) else generated
-    spread, wanted = float(moments.covariance.trace()), float(reference.sigma.trace())
+    spread, wanted = float(generated.covariance.trace()), float(reference.sigma.trace())
     if wanted <= 0:
         raise StatisticsError(f"reference {reference.dataset!r} has no variance; build it from more images")
     return math.log(spread / wanted) if spread > 0 else -math.inf
