@@ -19,9 +19,9 @@ the polynomials (lambda = log(alpha / sigma), rho = sigma / alpha, or t) and whe
 from __future__ import annotations
 
 import bisect
-import functools
 import math
 from collections.abc import Callable, Sequence
+from functools import cache, partial
 from typing import NamedTuple
 
 import torch
@@ -52,370 +52,6 @@ Denoise = Callable[[Tensor, float], Tensor]
 """(x float [B, ...], time index t) -> expected clean image, of x's shape and dtype."""
 
 Solver = Callable[[Denoise, Tensor, Times], Tensor]
-CAP = 8.0
-"""Default cap of ``plms_ab``, a little above the 6.7 of evenly spaced steps."""
-
-
-# First order
-
-
-def ddim(
-    denoise: Denoise, x: Tensor, times: Times, eta: float = 0.0, noise: Callable[[int], Tensor] | None = None
-) -> Tensor:
-    """DDIM (arXiv 2010.02502, eq. 12 and 16). K evaluations, first order.
-
-    ``eta`` in (0, 1] adds fresh noise: step i adds ``noise(i)``, standard normal of x's shape and dtype, times
-    ``eta sigma_t sqrt(1 - exp(-2 h))`` with h the step in lambda, eq. 16 for any schedule. 1 is DDPM's sampler.
-    A step that ends at sigma = 0 adds none.
-    """
-    for i, t in enumerate(times.timesteps):
-        here, there = times.node(i), times.node(i + 1)
-        x0 = denoise(x, t)
-        added = eta * there.sigma * math.sqrt(-math.expm1(-2 * (times.lam[i + 1] - times.lam[i])))
-        if added == 0:
-            x = _move_by_data(x, x0, here, there)
-        else:
-            assert noise is not None
-            ratio = math.sqrt(there.sigma**2 - added**2) / here.sigma
-            x = _combine((ratio, x), (there.alpha - ratio * here.alpha, x0), (added, noise(i)))
-    return x
-
-
-def euler(denoise: Denoise, x: Tensor, times: Times) -> Tensor:
-    """Euler's method in sigma / alpha (arXiv 2206.00364, algorithm 1 without line 6): DDIM but for rounding."""
-    return _multistep(denoise, x, times, [(1.0,)] * times.steps, NOISE)
-
-
-# Multistep, weighing clean images
-
-
-def dpmpp_2m(denoise: Denoise, x: Tensor, times: Times) -> Tensor:
-    """DPM-Solver++(2M) (arXiv 2211.01095, algorithm 2). K evaluations, second order.
-
-    The last step is first order below 10 steps, as in the authors' code, and whenever it ends at sigma = 0,
-    where it returns the last clean image.
-    """
-    return _in_lambda(denoise, x, times, 2, published_by_data, DATA)
-
-
-def dpmpp_3m(denoise: Denoise, x: Tensor, times: Times) -> Tensor:
-    """DPM-Solver++(3M) as in the authors' code, the multistep form of arXiv 2211.01095. K evaluations.
-
-    Its second difference has half the weight of the exact integral, which leaves it second order; at few steps
-    it often does better than ``dpmpp_3m_exact`` all the same. The last steps are those of ``dpmpp_2m``.
-    """
-    return _in_lambda(denoise, x, times, 3, published_by_data, DATA)
-
-
-def dpmpp_3m_exact(denoise: Denoise, x: Tensor, times: Times) -> Tensor:
-    """``dpmpp_3m`` with the exact integrals of the interpolated clean image. K evaluations, third order."""
-    return _in_lambda(denoise, x, times, 3, exact_by_data, DATA)
-
-
-# Multistep, weighing noise
-
-
-def dpm_solver_2(denoise: Denoise, x: Tensor, times: Times) -> Tensor:
-    """DPM-Solver-2, multistep (arXiv 2206.00927 in the authors' code). K evaluations, second order.
-
-    The last steps are those of ``dpmpp_2m``.
-    """
-    return _in_lambda(denoise, x, times, 2, published_by_noise, NOISE)
-
-
-def dpm_solver_3(denoise: Denoise, x: Tensor, times: Times) -> Tensor:
-    """DPM-Solver-3, multistep (arXiv 2206.00927 in the authors' code). K evaluations.
-
-    Second order, for the reason given at ``dpmpp_3m``. The last steps are those of ``dpmpp_2m``.
-    """
-    return _in_lambda(denoise, x, times, 3, published_by_noise, NOISE)
-
-
-def deis_2(denoise: Denoise, x: Tensor, times: Times, cap: float = LIMIT) -> Tensor:
-    """DEIS with polynomials of degree 1 in log rho (arXiv 2204.13902, eq. 15). K evaluations, second order.
-
-    ``cap``: the order is lowered until the weights' magnitudes sum to no more. The last steps are those of
-    ``dpmpp_2m``.
-    """
-    return _in_lambda(denoise, x, times, 2, exact_by_noise, NOISE, cap)
-
-
-def deis_3(denoise: Denoise, x: Tensor, times: Times, cap: float = LIMIT) -> Tensor:
-    """``deis_2`` with polynomials of degree 2. K evaluations, third order."""
-    return _in_lambda(denoise, x, times, 3, exact_by_noise, NOISE, cap)
-
-
-def lms(denoise: Denoise, x: Tensor, times: Times, cap: float = LIMIT) -> Tensor:
-    """Adams-Bashforth of order 4 in rho = sigma / alpha, the linear multistep of k-diffusion. K evaluations.
-
-    ``cap``: the order is lowered until the weights' magnitudes sum to no more.
-    """
-    return _adams_bashforth(denoise, x, times, times.rho, cap)
-
-
-def plms_ab(denoise: Denoise, x: Tensor, times: Times, cap: float = CAP) -> Tensor:
-    """``plms`` with the Adams-Bashforth weights of the list itself, uneven as it is. K evaluations.
-
-    The polynomials are in t, of degree 3, and start from one point. Second order, since they average over t
-    what the step integrates over rho. ``cap``: the order is lowered until the weights' magnitudes sum to no
-    more; without it uneven lists amplify a hundredfold.
-    """
-    t = [times.time(node) for node in range(times.steps + 1)]
-    return _adams_bashforth(denoise, x, times, t, cap)
-
-
-ADAMS_BASHFORTH: tuple[Row, ...] = (
-    (1.0,),
-    (3 / 2, -1 / 2),
-    (23 / 12, -16 / 12, 5 / 12),
-    (55 / 24, -59 / 24, 37 / 24, -9 / 24),
-)
-
-
-def plms(denoise: Denoise, x: Tensor, times: Times) -> Tensor:
-    """Pseudo linear multistep as in latent diffusion (PNDM, arXiv 2202.09778). K + 1 evaluations.
-
-    The weights are those of evenly spaced timesteps whatever the list, as in the published code. The first
-    step averages the noise at both of its ends; a single step has no second end on the list and is DDIM's.
-    """
-    history: list[Tensor] = []
-    for i, t in enumerate(times.timesteps):
-        here, there = times.node(i), times.node(i + 1)
-        x0 = denoise(x, t)
-        history = [_noise(x, x0, here), *history[:3]]
-        if i == 0 and times.steps > 1:
-            guess = _move_by_data(x, x0, here, there)
-            ahead = _noise(guess, denoise(guess, there.t), there)
-            noise = _combine((0.5, history[0]), (0.5, ahead))
-        else:
-            noise = _combine(*zip(ADAMS_BASHFORTH[len(history) - 1], history, strict=True))
-        x = _move_by_noise(x, noise, here, there)
-    return x
-
-
-# Predictor and corrector
-
-
-def unipc_2(denoise: Denoise, x: Tensor, times: Times) -> Tensor:
-    """UniPC-2, variant B2, predicting clean images (arXiv 2302.04867, algorithm 1). K evaluations."""
-    return _unipc(denoise, x, times, 2)
-
-
-def unipc_3(denoise: Denoise, x: Tensor, times: Times) -> Tensor:
-    """UniPC-3, variant B2, predicting clean images (arXiv 2302.04867, algorithm 1). K evaluations."""
-    return _unipc(denoise, x, times, 3)
-
-
-def _unipc(denoise: Denoise, x: Tensor, times: Times, order: int) -> Tensor:
-    """At each node, the step that led there is taken again with the answer found there; nothing is asked twice.
-
-    Orders rise from 1 and fall to 1 at the end whatever the number of steps, as in the authors' code.
-    """
-    history: list[Tensor] = []
-    before = x
-    for i, t in enumerate(times.timesteps):
-        here, there = times.node(i), times.node(i + 1)
-        history = [denoise(x, t), *history[:order]]
-        if i > 0:
-            known = min(order, i, times.steps - i + 1)  # the order with which the step was predicted
-            points = times.lam[i - known : i + 1][::-1]
-            row = highest(exact_or_mean, points, times.lam[i - 1], times.lam[i], LIMIT)
-            x = _move_by_data(before, _weighted(row, history), times.node(i - 1), here)
-        points = times.lam[max(0, i + 1 - min(order, times.steps - i)) : i + 1][::-1]
-        row = highest(half_or_exact, points, times.lam[i], times.lam[i + 1], LIMIT)
-        before = x
-        x = _move_by_data(x, _weighted(row, history), here, there)
-    return x
-
-
-# Singlestep
-
-
-def heun(denoise: Denoise, x: Tensor, times: Times) -> Tensor:
-    """Heun's method in sigma / alpha (arXiv 2206.00364, algorithm 1). Second order.
-
-    2K - 1 evaluations with ``final="zero"``, whose last step is Euler's; 2K with ``"sigma_min"``, the last at
-    index 0.
-    """
-    for i, t in enumerate(times.timesteps):
-        here, there = times.node(i), times.node(i + 1)
-        x0 = denoise(x, t)
-        guess = _move_by_data(x, x0, here, there)
-        if there.sigma == 0:
-            return guess
-        before = _noise(x, x0, here)
-        ahead = _noise(guess, denoise(guess, there.t), there)
-        x = _move_by_noise(x, _combine((0.5, before), (0.5, ahead)), here, there)
-    return x
-
-
-def dpm_solver_2s(denoise: Denoise, x: Tensor, times: Times) -> Tensor:
-    """DPM-Solver-2 (arXiv 2206.00927, algorithm 4), both points of each step taken from the list. K evaluations.
-
-    Second order, in K / 2 steps: from the first node of each pair over the second to the third. First order where
-    no pair is left, and over a pair that would end at sigma = 0.
-    """
-    return _singlestep(denoise, x, times, NOISE)
-
-
-def dpmpp_2s(denoise: Denoise, x: Tensor, times: Times) -> Tensor:
-    """DPM-Solver++(2S) (arXiv 2211.01095, algorithm 1), its points taken from the list as in ``dpm_solver_2s``."""
-    return _singlestep(denoise, x, times, DATA)
-
-
-def dpmpp_2s_mid(denoise: Denoise, x: Tensor, times: Times) -> Tensor:
-    """DPM-Solver++(2S) (arXiv 2211.01095, algorithm 1), inner points halfway in lambda. Second order.
-
-    2K - 1 evaluations with ``final="zero"``, whose last step is first order; 2K with ``"sigma_min"``. Every second one
-    is at a time between two of the list.
-    """
-    for i, t in enumerate(times.timesteps):
-        here, there = times.node(i), times.node(i + 1)
-        x0 = denoise(x, t)
-        if there.sigma > 0:
-            inner = times.middle(i)
-            x0 = denoise(_move_by_data(x, x0, here, inner), inner.t)
-        x = _move_by_data(x, x0, here, there)
-    return x
-
-
-def _singlestep(denoise: Denoise, x: Tensor, times: Times, form: Form) -> Tensor:
-    """Second order over pairs of listed nodes."""
-    nodes = iter(range(times.steps))
-    for i in nodes:
-        here, inner = times.node(i), times.node(i + 1)
-        first = form.answer(x, denoise(x, here.t), here)
-        guess = form.move(x, first, here, inner)
-        if i + 1 == times.steps or times.sigma[i + 2] == 0:
-            x = guess
-            continue
-        second = form.answer(guess, denoise(guess, inner.t), inner)
-        row = highest(half, times.lam[i : i + 2], times.lam[i], times.lam[i + 2], LIMIT)
-        x = form.move(x, _weighted(row, (first, second)), here, times.node(i + 2))
-        next(nodes)
-    return x
-
-
-# By name
-
-SOLVERS: dict[str, Solver] = {
-    "ddim": ddim,
-    "euler": euler,
-    "heun": heun,
-    "lms": lms,
-    "plms": plms,
-    "plms_ab": plms_ab,
-    "dpm_solver_2": dpm_solver_2,
-    "dpm_solver_3": dpm_solver_3,
-    "dpm_solver_2s": dpm_solver_2s,
-    "dpmpp_2s": dpmpp_2s,
-    "dpmpp_2s_mid": dpmpp_2s_mid,
-    "dpmpp_2m": dpmpp_2m,
-    "dpmpp_3m": dpmpp_3m,
-    "dpmpp_3m_exact": dpmpp_3m_exact,
-    "unipc_2": unipc_2,
-    "unipc_3": unipc_3,
-    "deis_2": deis_2,
-    "deis_3": deis_3,
-}
-
-ORDERS: dict[str, dict[int, str]] = {
-    "dpm_solver": {2: "dpm_solver_2", 3: "dpm_solver_3"},
-    "dpmpp": {2: "dpmpp_2m", 3: "dpmpp_3m"},
-    "unipc": {2: "unipc_2", 3: "unipc_3"},
-    "deis": {2: "deis_2", 3: "deis_3"},
-}
-"""Family -> order -> registered solver."""
-
-CAPPED: dict[str, Callable[..., Tensor]] = {"plms_ab": plms_ab, "lms": lms, "deis_2": deis_2, "deis_3": deis_3}
-"""Solvers that take a cap on their amplification."""
-
-
-def solver_names(name: str, order: int | None) -> str:
-    """The registered name of a solver, or of a family at one of its orders; None is its lowest.
-
-    >>> solver_names("deis", 3)
-    'deis_3'
-
-    ``ConfigError`` for an unknown name, an order the family lacks, or an order given to a single solver.
-    """
-    if name in ORDERS:
-        orders = ORDERS[name]
-        if order is not None and order not in orders:
-            raise ConfigError(f"solver {name!r} has no order {order}; choose from {', '.join(map(str, orders))}")
-        return orders[order or min(orders)]
-    if name not in SOLVERS:
-        raise ConfigError(choose_from("solver", name, [*SOLVERS, *ORDERS]))
-    if order is not None:
-        raise ConfigError(
-            f"solver {name!r} takes no order, got {order}; leave it out or name one of {', '.join(sorted(ORDERS))}"
-        )
-    return name
-
-
-def find_solver(
-    name: str, *, eta: float = 0.0, noise: Callable[[int], Tensor] | None = None, cap: float | None = None
-) -> Solver:
-    """The solver of that name, ``SOLVERS[name]`` itself where nothing else is given.
-
-    ``eta`` in [0, 1]: share of fresh noise, ``ddim`` only; ``noise(i)`` is then the standard normal of x's shape
-    and dtype for step i, and must depend on nothing that a cached run would not share. ``cap``, at least 1:
-    largest sum of a step's weights' magnitudes, for the solvers in ``CAPPED``.
-
-    ``ConfigError`` for an unknown solver and for a setting it does not have.
-    """
-    if name not in SOLVERS:
-        raise ConfigError(choose_from("solver", name, SOLVERS))
-    if not 0 <= eta <= 1:
-        raise ConfigError(f"eta must lie in [0, 1], got {eta}")
-    if eta > 0 and name != "ddim":
-        raise ConfigError(f"solver {name!r} adds no noise, got eta = {eta}; leave it at 0 or use 'ddim'")
-    if eta > 0 and noise is None:
-        raise ConfigError(f"eta = {eta} needs noise for every step; give it, or leave eta at 0")
-    if cap is not None and name not in CAPPED:
-        raise ConfigError(
-            f"solver {name!r} has no cap, got {cap}; leave it out or use one of {', '.join(sorted(CAPPED))}"
-        )
-    if cap is not None and not cap >= 1:
-        raise ConfigError(f"cap must be at least 1, the amplification of a first-order step, got {cap}")
-    if eta > 0:
-        return functools.partial(ddim, eta=eta, noise=noise)
-    return SOLVERS[name] if cap is None else functools.partial(CAPPED[name], cap=cap)
-
-
-@functools.cache
-def query_steps(solver: str, steps: int, final: Final) -> tuple[int, ...]:
-    """The step, in [0, steps), to which each network evaluation of a run belongs, in order; see ``step_of``.
-
-    Found by running the solver once on a single number, so it cannot disagree with the solver. ``ConfigError``
-    for an unknown solver.
-    """
-    nodes = times(linear(steps + 1), range(steps, 0, -1), final)
-    asked: list[float] = []
-
-    def record(x: Tensor, t: float) -> Tensor:
-        asked.append(t)
-        return x
-
-    find_solver(solver)(record, torch.zeros(1, 1, 1, 1, dtype=torch.float64), nodes)
-    return tuple(step_of(nodes.timesteps, t) for t in asked)
-
-
-def evaluations(solver: str, steps: int, final: Final) -> int:
-    """Network evaluations of a run of ``steps`` steps. ``ConfigError`` for an unknown solver."""
-    return len(query_steps(solver, steps, final))
-
-
-def step_of(timesteps: Sequence[float], t: float) -> int:
-    """The step to which a query at time index ``t`` belongs.
-
-    ``timesteps``: strictly descending. A time between two of the list belongs to the step that crosses it, a time
-    below all, such as the final index 0, to the last step.
-
-    >>> [step_of((50, 20), t) for t in (50, 33.3, 20, 0)]
-    [0, 0, 1, 1]
-    """
-    return max(0, bisect.bisect_right(timesteps, -t, key=lambda s: -s) - 1)
 
 
 # Moves
@@ -468,6 +104,88 @@ DATA = Form(_data, _move_by_data)
 NOISE = Form(_noise, _move_by_noise)
 
 
+# One step after the other
+
+
+def ddim(
+    denoise: Denoise, x: Tensor, times: Times, eta: float = 0.0, noise: Callable[[int], Tensor] | None = None
+) -> Tensor:
+    """DDIM (arXiv 2010.02502, eq. 12 and 16). K evaluations, first order.
+
+    ``eta`` in (0, 1] adds fresh noise: step i adds ``noise(i)``, standard normal of x's shape and dtype, times
+    ``eta sigma_t sqrt(1 - exp(-2 h))`` with h the step in lambda, eq. 16 for any schedule. 1 is DDPM's sampler.
+    A step that ends at sigma = 0 adds none.
+    """
+    for i, t in enumerate(times.timesteps):
+        here, there = times.node(i), times.node(i + 1)
+        x0 = denoise(x, t)
+        added = eta * there.sigma * math.sqrt(-math.expm1(-2 * (times.lam[i + 1] - times.lam[i])))
+        if added == 0:
+            x = _move_by_data(x, x0, here, there)
+        else:
+            assert noise is not None
+            ratio = math.sqrt(there.sigma**2 - added**2) / here.sigma
+            x = _combine((ratio, x), (there.alpha - ratio * here.alpha, x0), (added, noise(i)))
+    return x
+
+
+def heun(denoise: Denoise, x: Tensor, times: Times) -> Tensor:
+    """Heun's method in sigma / alpha (arXiv 2206.00364, algorithm 1). Second order.
+
+    2K - 1 evaluations with ``final="zero"``, whose last step is Euler's; 2K with ``"sigma_min"``, the last at
+    index 0.
+    """
+    for i, t in enumerate(times.timesteps):
+        here, there = times.node(i), times.node(i + 1)
+        x0 = denoise(x, t)
+        guess = _move_by_data(x, x0, here, there)
+        if there.sigma == 0:
+            return guess
+        before = _noise(x, x0, here)
+        ahead = _noise(guess, denoise(guess, there.t), there)
+        x = _move_by_noise(x, _combine((0.5, before), (0.5, ahead)), here, there)
+    return x
+
+
+def dpmpp_2s_mid(denoise: Denoise, x: Tensor, times: Times) -> Tensor:
+    """DPM-Solver++(2S) (arXiv 2211.01095, algorithm 1), inner points halfway in lambda. Second order.
+
+    2K - 1 evaluations with ``final="zero"``, whose last step is first order; 2K with ``"sigma_min"``. Every second one
+    is at a time between two of the list.
+    """
+    for i, t in enumerate(times.timesteps):
+        here, there = times.node(i), times.node(i + 1)
+        x0 = denoise(x, t)
+        if there.sigma > 0:
+            inner = times.middle(i)
+            x0 = denoise(_move_by_data(x, x0, here, inner), inner.t)
+        x = _move_by_data(x, x0, here, there)
+    return x
+
+
+def _singlestep(denoise: Denoise, x: Tensor, times: Times, *, form: Form) -> Tensor:
+    """Second order in K / 2 steps: from the first node of each pair of the list over the second to the third.
+
+    First order where no pair is left, and over a pair that would end at sigma = 0.
+    """
+    nodes = iter(range(times.steps))
+    for i in nodes:
+        here, inner = times.node(i), times.node(i + 1)
+        first = form.answer(x, denoise(x, here.t), here)
+        guess = form.move(x, first, here, inner)
+        if i + 1 == times.steps or times.sigma[i + 2] == 0:
+            x = guess
+            continue
+        second = form.answer(guess, denoise(guess, inner.t), inner)
+        row = highest(half, times.lam[i : i + 2], times.lam[i], times.lam[i + 2], LIMIT)
+        x = form.move(x, _weighted(row, (first, second)), here, times.node(i + 2))
+        next(nodes)
+    return x
+
+
+# Multistep
+
+
 def _multistep(denoise: Denoise, x: Tensor, times: Times, rows: Sequence[Row], form: Form) -> Tensor:
     """One evaluation a step; step i weighs the newest answers with ``rows[i]``."""
     history: list[Tensor] = []
@@ -478,22 +196,226 @@ def _multistep(denoise: Denoise, x: Tensor, times: Times, rows: Sequence[Row], f
     return x
 
 
-def _in_lambda(
-    denoise: Denoise, x: Tensor, times: Times, order: int, rule: Rule, form: Form, cap: float = LIMIT
-) -> Tensor:
-    """Multistep in lambda: the order rises from 1, and falls again as the authors' code has it.
+def _in_lambda(order: int, rule: Rule, form: Form, cap: float = LIMIT) -> Solver:
+    """Multistep in lambda, the order rising from 1 and falling again as the authors' code has it.
 
-    To 1 for a last step to sigma = 0, where lambda is infinite; step by step at the end of fewer than 10 steps that
-    end above it.
+    To 1 for a last step to sigma = 0, where lambda is infinite and the last answer is the image; by one a step at the
+    end of fewer than 10 steps that end above it. ``cap``: largest sum of the magnitudes of a step's weights.
     """
-    finite = times.steps - (times.sigma[-1] == 0)
-    lower = times.sigma[-1] > 0 and times.steps < 10
-    rising = (min(order, i + 1, finite - i if lower else order) for i in range(finite))
-    orders = [*rising, *[1] * (times.steps - finite)]
-    return _multistep(denoise, x, times, rows(times.lam, orders, rule, cap), form)
+
+    def solve(denoise: Denoise, x: Tensor, times: Times) -> Tensor:
+        finite = times.steps - (times.sigma[-1] == 0)
+        lower = times.sigma[-1] > 0 and times.steps < 10
+        rising = (min(order, i + 1, finite - i if lower else order) for i in range(finite))
+        orders = [*rising, *[1] * (times.steps - finite)]
+        return _multistep(denoise, x, times, rows(times.lam, orders, rule, cap), form)
+
+    return solve
 
 
-def _adams_bashforth(denoise: Denoise, x: Tensor, times: Times, u: Sequence[float], cap: float) -> Tensor:
-    """Multistep of order 4 in the coordinate ``u``."""
-    orders = [min(4, i + 1) for i in range(times.steps)]
-    return _multistep(denoise, x, times, rows(u, orders, lagrange, cap), NOISE)
+def _adams_bashforth(coordinate: Callable[[Times], Sequence[float]], cap: float = LIMIT) -> Solver:
+    """Multistep of order 4, rising from 1, over the noise in a coordinate of the K + 1 nodes."""
+
+    def solve(denoise: Denoise, x: Tensor, times: Times) -> Tensor:
+        orders = [min(4, i + 1) for i in range(times.steps)]
+        return _multistep(denoise, x, times, rows(coordinate(times), orders, lagrange, cap), NOISE)
+
+    return solve
+
+
+def _rho(times: Times) -> Sequence[float]:
+    return times.rho
+
+
+def _time(times: Times) -> Sequence[float]:
+    return [times.time(node) for node in range(times.steps + 1)]
+
+
+ADAMS_BASHFORTH: tuple[Row, ...] = (
+    (1.0,),
+    (3 / 2, -1 / 2),
+    (23 / 12, -16 / 12, 5 / 12),
+    (55 / 24, -59 / 24, 37 / 24, -9 / 24),
+)
+
+
+def plms(denoise: Denoise, x: Tensor, times: Times) -> Tensor:
+    """Pseudo linear multistep as in latent diffusion (PNDM, arXiv 2202.09778). K + 1 evaluations.
+
+    The weights are those of evenly spaced timesteps whatever the list, as in the published code. The first
+    step averages the noise at both of its ends; a single step has no second end on the list and is DDIM's.
+    """
+    history: list[Tensor] = []
+    for i, t in enumerate(times.timesteps):
+        here, there = times.node(i), times.node(i + 1)
+        x0 = denoise(x, t)
+        history = [_noise(x, x0, here), *history[:3]]
+        if i == 0 and times.steps > 1:
+            guess = _move_by_data(x, x0, here, there)
+            ahead = _noise(guess, denoise(guess, there.t), there)
+            noise = _combine((0.5, history[0]), (0.5, ahead))
+        else:
+            noise = _combine(*zip(ADAMS_BASHFORTH[len(history) - 1], history, strict=True))
+        x = _move_by_noise(x, noise, here, there)
+    return x
+
+
+def _unipc(denoise: Denoise, x: Tensor, times: Times, *, order: int) -> Tensor:
+    """UniPC, variant B2, predicting clean images (arXiv 2302.04867, algorithm 1).
+
+    At each node, the step that led there is taken again with the answer found there; nothing is asked twice.
+
+    Orders rise from 1 and fall to 1 at the end whatever the number of steps, as in the authors' code.
+    """
+    history: list[Tensor] = []
+    before = x
+    for i, t in enumerate(times.timesteps):
+        here, there = times.node(i), times.node(i + 1)
+        history = [denoise(x, t), *history[:order]]
+        if i > 0:
+            known = min(order, i, times.steps - i + 1)  # the order with which the step was predicted
+            points = times.lam[i - known : i + 1][::-1]
+            row = highest(exact_or_mean, points, times.lam[i - 1], times.lam[i], LIMIT)
+            x = _move_by_data(before, _weighted(row, history), times.node(i - 1), here)
+        points = times.lam[max(0, i + 1 - min(order, times.steps - i)) : i + 1][::-1]
+        row = highest(half_or_exact, points, times.lam[i], times.lam[i + 1], LIMIT)
+        before = x
+        x = _move_by_data(x, _weighted(row, history), here, there)
+    return x
+
+
+# By name
+
+CAPPED: dict[str, Callable[..., Solver]] = {
+    "lms": partial(_adams_bashforth, _rho),
+    "plms_ab": partial(_adams_bashforth, _time),
+    "deis_2": partial(_in_lambda, 2, exact_by_noise, NOISE),
+    "deis_3": partial(_in_lambda, 3, exact_by_noise, NOISE),
+}
+"""Solvers that take a cap on their amplification, by it."""
+
+CAP = 8.0
+"""Default cap of ``plms_ab``, a little above the 6.7 of evenly spaced steps; uneven ones come to hundreds."""
+
+SOLVERS: dict[str, Solver] = {
+    "ddim": ddim,
+    "euler": _in_lambda(1, exact_by_noise, NOISE),  # DDIM but for rounding
+    "heun": heun,
+    "lms": CAPPED["lms"](),  # of k-diffusion, in rho
+    "plms": plms,
+    # plms with the true weights of the list, in t: second order, since they average over t what is integrated over rho
+    "plms_ab": CAPPED["plms_ab"](cap=CAP),
+    # DPM-Solver (arXiv 2206.00927): multistep as in the authors' code, singlestep as algorithm 4
+    "dpm_solver_2": _in_lambda(2, published_by_noise, NOISE),
+    "dpm_solver_3": _in_lambda(3, published_by_noise, NOISE),
+    "dpm_solver_2s": partial(_singlestep, form=NOISE),
+    # DPM-Solver++ (arXiv 2211.01095): algorithm 1 over the nodes of the list, and halfway in lambda; algorithm 2
+    "dpmpp_2s": partial(_singlestep, form=DATA),
+    "dpmpp_2s_mid": dpmpp_2s_mid,
+    "dpmpp_2m": _in_lambda(2, published_by_data, DATA),
+    # Its second difference has half the weight of the exact integral, which leaves it second order; at few steps
+    # it often does better than the exact one all the same. dpm_solver_3 is the same in this.
+    "dpmpp_3m": _in_lambda(3, published_by_data, DATA),
+    "dpmpp_3m_exact": _in_lambda(3, exact_by_data, DATA),
+    "unipc_2": partial(_unipc, order=2),
+    "unipc_3": partial(_unipc, order=3),
+    # DEIS, polynomials in log rho (arXiv 2204.13902, eq. 15)
+    "deis_2": CAPPED["deis_2"](),
+    "deis_3": CAPPED["deis_3"](),
+}
+"""Name -> solver. All take K evaluations but heun, plms and dpmpp_2s_mid."""
+
+ORDERS: dict[str, dict[int, str]] = {
+    "dpm_solver": {2: "dpm_solver_2", 3: "dpm_solver_3"},
+    "dpmpp": {2: "dpmpp_2m", 3: "dpmpp_3m"},
+    "unipc": {2: "unipc_2", 3: "unipc_3"},
+    "deis": {2: "deis_2", 3: "deis_3"},
+}
+"""Family -> order -> registered solver."""
+
+
+def solver_names(name: str, order: int | None) -> str:
+    """The registered name of a solver, or of a family at one of its orders; None is its lowest.
+
+    >>> solver_names("deis", 3)
+    'deis_3'
+
+    ``ConfigError`` for an unknown name, an order the family lacks, or an order given to a single solver.
+    """
+    if name in ORDERS:
+        orders = ORDERS[name]
+        if order is not None and order not in orders:
+            raise ConfigError(f"solver {name!r} has no order {order}; choose from {', '.join(map(str, orders))}")
+        return orders[order or min(orders)]
+    if name not in SOLVERS:
+        raise ConfigError(choose_from("solver", name, [*SOLVERS, *ORDERS]))
+    if order is not None:
+        raise ConfigError(
+            f"solver {name!r} takes no order, got {order}; leave it out or name one of {', '.join(sorted(ORDERS))}"
+        )
+    return name
+
+
+def find_solver(
+    name: str, *, eta: float = 0.0, noise: Callable[[int], Tensor] | None = None, cap: float | None = None
+) -> Solver:
+    """The solver of that name, ``SOLVERS[name]`` itself where nothing else is given.
+
+    ``eta`` in [0, 1]: share of fresh noise, ``ddim`` only; ``noise(i)`` is then the standard normal of x's shape
+    and dtype for step i, and must depend on nothing that a cached run would not share. ``cap``, at least 1:
+    largest sum of a step's weights' magnitudes, for the solvers in ``CAPPED``.
+
+    ``ConfigError`` for an unknown solver and for a setting it does not have.
+    """
+    if name not in SOLVERS:
+        raise ConfigError(choose_from("solver", name, SOLVERS))
+    if not 0 <= eta <= 1:
+        raise ConfigError(f"eta must lie in [0, 1], got {eta}")
+    if eta > 0 and name != "ddim":
+        raise ConfigError(f"solver {name!r} adds no noise, got eta = {eta}; leave it at 0 or use 'ddim'")
+    if eta > 0 and noise is None:
+        raise ConfigError(f"eta = {eta} needs noise for every step; give it, or leave eta at 0")
+    if cap is not None and name not in CAPPED:
+        raise ConfigError(
+            f"solver {name!r} has no cap, got {cap}; leave it out or use one of {', '.join(sorted(CAPPED))}"
+        )
+    if cap is not None and not cap >= 1:
+        raise ConfigError(f"cap must be at least 1, the amplification of a first-order step, got {cap}")
+    if eta > 0:
+        return partial(ddim, eta=eta, noise=noise)
+    return SOLVERS[name] if cap is None else CAPPED[name](cap=cap)
+
+
+@cache
+def query_steps(solver: str, steps: int, final: Final) -> tuple[int, ...]:
+    """The step, in [0, steps), to which each network evaluation of a run belongs, in order; see ``step_of``.
+
+    Found by running the solver once on a single number, so it cannot disagree with the solver. ``ConfigError``
+    for an unknown solver.
+    """
+    nodes = times(linear(steps + 1), range(steps, 0, -1), final)
+    asked: list[float] = []
+
+    def record(x: Tensor, t: float) -> Tensor:
+        asked.append(t)
+        return x
+
+    find_solver(solver)(record, torch.zeros(1, 1, 1, 1, dtype=torch.float64), nodes)
+    return tuple(step_of(nodes.timesteps, t) for t in asked)
+
+
+def evaluations(solver: str, steps: int, final: Final) -> int:
+    """Network evaluations of a run of ``steps`` steps. ``ConfigError`` for an unknown solver."""
+    return len(query_steps(solver, steps, final))
+
+
+def step_of(timesteps: Sequence[float], t: float) -> int:
+    """The step to which a query at time index ``t`` belongs.
+
+    ``timesteps``: strictly descending. A time between two of the list belongs to the step that crosses it, a time
+    below all, such as the final index 0, to the last step.
+
+    >>> [step_of((50, 20), t) for t in (50, 33.3, 20, 0)]
+    [0, 0, 1, 1]
+    """
+    return max(0, bisect.bisect_right(timesteps, -t, key=lambda s: -s) - 1)
