@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from autodiffusion_optuna.cli.output import err, out
-from autodiffusion_optuna.errors import ConfigError, choose_from
+from autodiffusion_optuna.errors import ConfigError
 
 if TYPE_CHECKING:
     from autodiffusion_optuna.evaluation.references.formats import Mode, ReferenceData
@@ -41,7 +41,7 @@ def build(
     from autodiffusion_optuna.evaluation.models import find_device
     from autodiffusion_optuna.evaluation.references.reference import build_reference_from, save_reference, too_few
 
-    loaded = load_extractor(extractor, find_device(device), weights, trust, mode=_mode(mode))
+    loaded = load_extractor(extractor, find_device(device), weights, trust, mode=cast("Mode", mode))
     with _progress() as on_images:
         reference = build_reference_from(images, loaded, on_images=on_images)
     save_reference(path, reference)
@@ -87,15 +87,6 @@ def _check_out(path: Path, force: bool) -> None:
         raise ConfigError(f"{str(path)!r} is a folder; give a file as --out")
     if path.exists() and not force:
         raise ConfigError(f"{str(path)!r} exists; pass --force to overwrite it, or give another --out")
-
-
-def _mode(given: str) -> Mode:
-    from autodiffusion_optuna.evaluation.references.formats import MODES
-
-    for mode in MODES:
-        if given == mode:
-            return mode
-    raise ConfigError(choose_from("mode", given, MODES))
 
 
 @contextmanager

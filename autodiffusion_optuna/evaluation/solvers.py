@@ -19,18 +19,18 @@ the polynomials (lambda = log(alpha / sigma), rho = sigma / alpha, or t) and whe
 from __future__ import annotations
 
 import bisect
+import itertools
 import math
 from collections.abc import Callable, Sequence
-from functools import cache, partial
+from dataclasses import dataclass
+from functools import cache, lru_cache, partial
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from autodiffusion_optuna.errors import ConfigError, choose_from
-from autodiffusion_optuna.evaluation.solver_nodes import Node
-from autodiffusion_optuna.evaluation.solver_nodes import Times as Times
-from autodiffusion_optuna.evaluation.solver_nodes import times as times
 from autodiffusion_optuna.evaluation.solver_weights import (
     LIMIT,
     Row,
@@ -46,10 +46,96 @@ from autodiffusion_optuna.evaluation.solver_weights import (
     published_by_noise,
     rows,
 )
-from autodiffusion_optuna.noise import Final, linear
+from autodiffusion_optuna.noise import Final, NoiseSchedule, linear
 
 Denoise = Callable[[Tensor, float], Tensor]
 """(x float [B, ...], time index t) -> expected clean image, of x's shape and dtype."""
+
+
+# Nodes
+
+
+class Node(NamedTuple):
+    """A point of a run: time index, signal level, noise level."""
+
+    t: float
+    alpha: float
+    sigma: float
+
+
+@dataclass(frozen=True)
+class Times:
+    """The nodes of one sampling run: K timesteps, then the final point.
+
+    ``timesteps``: K time indices, strictly descending (a fraction lies between two indices).
+    ``alpha``, ``sigma``, ``lam``: K + 1 floats, levels and log(alpha / sigma) at the timesteps and the final
+    point; ``lam`` ends in infinity where sigma ends in 0.
+    ``final``: ``"zero"`` ends at alpha = 1, sigma = 0; ``"sigma_min"`` ends at index 0 of the schedule.
+    ``schedule``: what the levels were taken from.
+    """
+
+    timesteps: tuple[float, ...]
+    alpha: tuple[float, ...]
+    sigma: tuple[float, ...]
+    lam: tuple[float, ...]
+    final: Final
+    schedule: NoiseSchedule
+
+    @property
+    def steps(self) -> int:
+        """K, the number of timesteps."""
+        return len(self.timesteps)
+
+    @property
+    def rho(self) -> tuple[float, ...]:
+        """sigma / alpha at the K + 1 nodes."""
+        return tuple(s / a for a, s in zip(self.alpha, self.sigma, strict=True))
+
+    def time(self, node: int) -> float:
+        """Time index of a node; the final point counts as index 0."""
+        return self.timesteps[node] if node < self.steps else 0
+
+    def node(self, node: int) -> Node:
+        """Node 0 to K."""
+        return Node(self.time(node), self.alpha[node], self.sigma[node])
+
+    def middle(self, node: int) -> Node:
+        """The point halfway in lambda from ``node`` to the next, whose sigma is not 0; its time is a fraction."""
+        t = _time_between(self.schedule, self.time(node), self.time(node + 1))
+        return Node(t, self.schedule.alpha(t), self.schedule.sigma(t))
+
+
+def times(schedule: NoiseSchedule, timesteps: Sequence[float], final: Final) -> Times:
+    """Nodes of ``timesteps`` (strictly descending, in [0, T - 1]) on ``schedule``.
+
+    ``ConfigError`` where the list is empty, not descending or leaves the schedule, or ``final`` is unknown.
+    """
+    listed = tuple(timesteps)
+    if not listed or any(s <= t for s, t in itertools.pairwise(listed)):
+        raise ConfigError(f"timesteps must be strictly descending and not empty, got {list(listed)}")
+    if listed[0] > schedule.T - 1 or listed[-1] < 0:
+        raise ConfigError(f"timesteps must lie in [0, {schedule.T - 1}], got {listed[0]} to {listed[-1]}")
+    if final not in ("zero", "sigma_min"):
+        raise ConfigError(choose_from("final", final, ["zero", "sigma_min"]))
+    end = (1.0, 0.0) if final == "zero" else (schedule.alpha(0), schedule.sigma(0))
+    alpha = (*(schedule.alpha(t) for t in listed), end[0])
+    sigma = (*(schedule.sigma(t) for t in listed), end[1])
+    lam = tuple(math.log(a / s) if s > 0 else math.inf for a, s in zip(alpha, sigma, strict=True))
+    return Times(listed, alpha, sigma, lam, final, schedule)
+
+
+@lru_cache(maxsize=4096)
+def _time_between(schedule: NoiseSchedule, high: float, low: float) -> float:
+    """Time index halfway in lambda from index ``high`` to ``low``, by bisection to the last bit."""
+    target = (schedule.lambda_(high) + schedule.lambda_(low)) / 2
+    k = int(np.searchsorted(-schedule.lambdas, -target, side="right").clip(1, schedule.T - 1)) - 1
+    pair = slice(k, k + 2)  # the two indices around it; a schedule of two is quick to read
+    near = NoiseSchedule(schedule.alphas[pair], schedule.sigmas[pair], schedule.model_times[pair])
+    low, high = max(low, k), min(high, k + 1)
+    while low < (t := (low + high) / 2) < high:
+        low, high = (t, high) if near.lambda_(t - k) > target else (low, t)
+    return t
+
 
 Solver = Callable[[Denoise, Tensor, Times], Tensor]
 
@@ -76,11 +162,6 @@ def _noise(x: Tensor, x0: Tensor, here: Node) -> Tensor:
     return _combine((1 / here.sigma, x), (-here.alpha / here.sigma, x0))
 
 
-def _data(x: Tensor, x0: Tensor, here: Node) -> Tensor:
-    """x0 itself, in the place of ``_noise``."""
-    return x0
-
-
 def _move_by_data(x: Tensor, x0: Tensor, here: Node, there: Node) -> Tensor:
     """State at ``there``, with the clean image constant in between."""
     ratio = there.sigma / here.sigma
@@ -100,7 +181,7 @@ class Form(NamedTuple):
     move: Callable[[Tensor, Tensor, Node, Node], Tensor]
 
 
-DATA = Form(_data, _move_by_data)
+DATA = Form(lambda x, x0, here: x0, _move_by_data)
 NOISE = Form(_noise, _move_by_noise)
 
 
@@ -112,7 +193,7 @@ def ddim(
 ) -> Tensor:
     """DDIM (arXiv 2010.02502, eq. 12 and 16). K evaluations, first order.
 
-    ``eta`` in (0, 1] adds fresh noise: step i adds ``noise(i)``, standard normal of x's shape and dtype, times
+    ``eta`` in (0, 1] adds noise: step i adds ``noise(i)``, standard normal of x's shape and dtype, times
     ``eta sigma_t sqrt(1 - exp(-2 h))`` with h the step in lambda, eq. 16 for any schedule. 1 is DDPM's sampler.
     A step that ends at sigma = 0 adds none.
     """
@@ -264,7 +345,6 @@ def _unipc(denoise: Denoise, x: Tensor, times: Times, *, order: int) -> Tensor:
     """UniPC, variant B2, predicting clean images (arXiv 2302.04867, algorithm 1).
 
     At each node, the step that led there is taken again with the answer found there; nothing is asked twice.
-
     Orders rise from 1 and fall to 1 at the end whatever the number of steps, as in the authors' code.
     """
     history: list[Tensor] = []
@@ -361,10 +441,8 @@ def find_solver(
 ) -> Solver:
     """The solver of that name, ``SOLVERS[name]`` itself where nothing else is given.
 
-    ``eta`` in [0, 1]: share of fresh noise, ``ddim`` only; ``noise(i)`` is then the standard normal of x's shape
-    and dtype for step i, and must depend on nothing that a cached run would not share. ``cap``, at least 1:
-    largest sum of a step's weights' magnitudes, for the solvers in ``CAPPED``.
-
+    ``eta`` in [0, 1]: share of added noise, ``ddim`` only; ``noise(i)``, as there, must depend on nothing that a cached
+    run would not share. ``cap``, at least 1: largest sum of a step's weights' magnitudes, for those in ``CAPPED``.
     ``ConfigError`` for an unknown solver and for a setting it does not have.
     """
     if name not in SOLVERS:

@@ -79,7 +79,7 @@ class Reference:
         return digest.hexdigest()[:16]
 
 
-def load_reference(path: Path, extractor: Extractor, on_images: OnImages | None = None) -> Reference:
+def load_reference(path: Path, extractor: Extractor) -> Reference:
     """Reference statistics for ``extractor`` from a file or a folder in any format of ``formats.read_reference_data``.
 
     Statistics are compared only with features of the same network and resize. In order:
@@ -94,7 +94,7 @@ def load_reference(path: Path, extractor: Extractor, on_images: OnImages | None 
        (``load_extractor(mode=...)``), which is then taken to be how they were made: legacy_pytorch for
        pytorch-fid, legacy_tensorflow for TTUR, EDM and torch-fidelity.
 
-    StatisticsError for all else. ``on_images`` is called after every batch of images embedded.
+    StatisticsError for all else.
     """
     data = read_reference_data(path)
     if data.meta is not None:
@@ -103,18 +103,19 @@ def load_reference(path: Path, extractor: Extractor, on_images: OnImages | None 
         if statistics.extractor == extractor.name and statistics.mode == _mode(extractor):
             return _foreign(path, statistics, extractor, data.images)
     if data.images is not None:
-        return _build_from(data.images, extractor, path.stem, on_images)
+        return _build_from(data.images, extractor, path.stem)
     return _foreign(path, _as_stated(path, data, extractor), extractor)
 
 
-def build_reference_from(
-    path: Path, extractor: Extractor, dataset: str | None = None, on_images: OnImages | None = None
-) -> Reference:
-    """Reference of the images in a folder, zip, npz or npy; StatisticsError where it holds none."""
+def build_reference_from(path: Path, extractor: Extractor, on_images: OnImages | None = None) -> Reference:
+    """Reference of the images in a folder, zip, npz or npy; StatisticsError where it holds none.
+
+    ``on_images`` is called after every batch.
+    """
     data = read_reference_data(path)
     if data.images is None:
         raise StatisticsError(f"{path}: holds {data.what}, no images; give a folder, zip or array of images")
-    return _build_from(data.images, extractor, dataset or path.stem, on_images)
+    return _build_from(data.images, extractor, path.stem, on_images)
 
 
 def build_reference(images: Tensor, extractor: Extractor, dataset: str) -> Reference:
@@ -232,7 +233,7 @@ def _few_features(reference: Reference) -> str | None:
 # Building
 
 
-def _build_from(images: Images, extractor: Extractor, dataset: str, on_images: OnImages | None) -> Reference:
+def _build_from(images: Images, extractor: Extractor, dataset: str, on_images: OnImages | None = None) -> Reference:
     seen = {(size if extractor.seen is None else extractor.seen(*size)) for size in (images.shape[1:], *images.others)}
     if len(seen) > 1:
         resized = "resizes no images" if extractor.seen is None else "sees them in several sizes"
