@@ -194,7 +194,8 @@ def doubts(reference: Reference, shape: tuple[int, int, int], metric: str) -> li
 
     ``metric``: "frechet" or "kid".
     """
-    lines: list[str | None] = [_few_images(reference) if metric == "frechet" else _few_features(reference)]
+    few = _few_images(reference) if metric == "frechet" else _few_features(reference)
+    lines = [few] if few else []
     name, size = f"reference {reference.dataset!r}", reference.size
     if size is not None and size != shape[1:]:
         distorted = " and of another aspect ratio" if size[0] * shape[2] != size[1] * shape[1] else ""
@@ -204,7 +205,7 @@ def doubts(reference: Reference, shape: tuple[int, int, int], metric: str) -> li
         )
     if shape[0] == 3 and _is_grey(reference):
         lines.append(f"{name} seems to have grey images only, saved as colour; the model's are in colour")
-    return [line for line in lines if line]
+    return lines
 
 
 def _few_images(reference: Reference) -> str | None:
@@ -326,7 +327,7 @@ def _own(path: Path, data: ReferenceData, meta: Meta, extractor: Extractor) -> R
         )
     (statistics,) = data.statistics
     features = None if statistics.features is None else torch.from_numpy(statistics.features)
-    mu, sigma = _mu_sigma(path, statistics.mu, statistics.sigma)
+    mu, sigma = _float64(path, "mu", statistics.mu), _float64(path, "sigma", statistics.sigma)
     images = None if data.shown is None else torch.from_numpy(data.shown)
     facts = meta.model_dump(exclude={"version"})
     return _validated(path, Reference(mu, sigma, features=features, images=images, **facts), extractor)
@@ -363,7 +364,7 @@ def _foreign(path: Path, statistics: Statistics, extractor: Extractor, images: I
     """Statistics that others wrote; ``images``: those beside them in the file, some of the dataset's."""
     features = None if statistics.features is None else _float32(path, statistics.features)
     if statistics.mu is not None and statistics.sigma is not None:
-        mu, sigma = _mu_sigma(path, statistics.mu, statistics.sigma)
+        mu, sigma = _float64(path, "mu", statistics.mu), _float64(path, "sigma", statistics.sigma)
     else:
         assert features is not None
         moments = Moments.of(features)
@@ -393,13 +394,10 @@ def _float32(path: Path, features: Array) -> Tensor:
     return tensor
 
 
-def _mu_sigma(path: Path, mu: Array | None, sigma: Array | None) -> tuple[Tensor, Tensor]:
-    for key, array in (("mu", mu), ("sigma", sigma)):
-        if array is None or not np.issubdtype(array.dtype, np.floating):
-            raise StatisticsError(f"{path}: {key} is missing or no float array; build the reference again")
-    assert mu is not None
-    assert sigma is not None
-    return torch.from_numpy(mu.astype(np.float64)), torch.from_numpy(sigma.astype(np.float64))
+def _float64(path: Path, key: str, array: Array | None) -> Tensor:
+    if array is None or not np.issubdtype(array.dtype, np.floating):
+        raise StatisticsError(f"{path}: {key} is missing or no float array; build the reference again")
+    return torch.from_numpy(array.astype(np.float64))
 
 
 def _validated(path: Path, reference: Reference, extractor: Extractor) -> Reference:
@@ -421,7 +419,7 @@ def _validated(path: Path, reference: Reference, extractor: Extractor) -> Refere
     if reference.n is not None and reference.n < 2:
         raise StatisticsError(f"{path}: was made from {reference.n} image(s); statistics need at least 2")
     try:
-        _ = reference.factor  # kept: whatever is wrong with it shows before a study is written
+        _ = reference.factor  # cached: whatever is wrong with it shows before a study is written
     except StatisticsError as error:
         raise StatisticsError(f"{path}: sigma is no covariance ({error}); build it again") from error
     return reference
