@@ -18,7 +18,7 @@ is right.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -27,10 +27,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from autodiffusion_optuna.evaluation.denoiser import Denoiser, SkippingDenoise
+from autodiffusion_optuna.evaluation.denoiser import Denoiser
 from autodiffusion_optuna.evaluation.models.base import Model
 from autodiffusion_optuna.evaluation.seeds import Bank
-from autodiffusion_optuna.evaluation.solvers import SOLVERS, times
+from autodiffusion_optuna.evaluation.solvers import SOLVERS, Denoise, times
 from autodiffusion_optuna.noise import NoiseSchedule
 
 LEVELS = (4.0, 1.0, 0.25)
@@ -179,19 +179,16 @@ def _count(model: Model) -> int:
     return min(max(NUMBERS // math.prod(model.shape), FEWEST), IMAGES)
 
 
-def _denoise(model: Model, x: Tensor) -> Callable[[Tensor, float], Tensor]:
+def _denoise(model: Model, x: Tensor) -> Denoise:
     """The model for ``x``, without guidance, which would lead away from the expected clean image."""
     conditions, scales = model.conditions, {"none": None, "free": 1.0, "classifier": 0.0, "embedded": 1.0}
     if model.guidance == "free" and conditions is not None and conditions.negative is not None:
         assert isinstance(model.denoiser, Denoiser)
-        return partial(_plain, partial(model.denoiser, condition=conditions.negative(len(x)), scale=1.0))
-    labels = model.conditions.count if model.conditions and model.conditions.kind == "labels" else 1
+        return partial(model.denoiser, condition=conditions.negative(len(x)), scale=1.0)
+    # Labels are dealt out to the images, whatever they show, where none means no class.
+    labels = conditions.count if conditions and conditions.kind == "labels" else 1
     denoise = model.bind([i * labels // len(x) for i in range(len(x))], scales[model.guidance])
-    return partial(_plain, denoise)
-
-
-def _plain(denoise: SkippingDenoise, x: Tensor, t: float) -> Tensor:
-    return denoise(x, t, 0)
+    return lambda x, t: denoise(x, t, 0)
 
 
 def _time_of(schedule: NoiseSchedule, ratio: float) -> int | None:

@@ -59,13 +59,9 @@ def _transformer(model: Any) -> Forward | None:
     return shortcut
 
 
-def _block(block: Any) -> Forward:
-    """BasicTransformerBlock: the sequence as it came."""
-
-    def shortcut(hidden_states: Tensor, *args: object, **kwargs: object) -> Tensor:
-        return hidden_states
-
-    return shortcut
+def _sequence(hidden_states: Tensor, *args: object, **kwargs: object) -> Tensor:
+    """What a skipped BasicTransformerBlock returns: the sequence as it came."""
+    return hidden_states
 
 
 def _joint_block(block: Any) -> Forward:
@@ -85,7 +81,7 @@ RULES: dict[str, Callable[[Any], Forward | None]] = {
     "ResnetBlock2D": _resnet,
     "Attention": _attention,
     "Transformer2DModel": _transformer,
-    "BasicTransformerBlock": _block,
+    "BasicTransformerBlock": lambda block: _sequence,
     "JointTransformerBlock": _joint_block,
     "FluxTransformerBlock": _joint_block,
     "FluxSingleTransformerBlock": _joint_block,
