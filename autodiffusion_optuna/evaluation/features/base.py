@@ -59,7 +59,7 @@ class Extractor:
     def __call__(self, images: Tensor) -> Tensor:
         """Features float32 [B, D] of ``images`` uint8 [B, 1 or 3, H, W], on the images' device.
 
-        StatisticsError where the images have another dtype or shape, or the network fails or gives no [B, D].
+        StatisticsError where the images have another dtype or shape, or the network gives no [B, D].
         """
         dtype = str(images.dtype).removeprefix("torch.")
         given = f"extractor {self.name!r} was given images {dtype} {list(images.shape)}; it takes uint8"
@@ -74,20 +74,14 @@ class Extractor:
         return features.to(images.device, torch.float32)
 
     def _run(self, images: Tensor) -> Tensor:
-        given = f"extractor {self.name!r} was given images {list(images.shape)}"
-        try:
-            features: Any = self.network(images)
-        except (torch.OutOfMemoryError, StatisticsError):
-            raise
-        except Exception as error:  # code of the user's can raise anything
-            last = (str(error).strip().splitlines() or [type(error).__name__])[-1]
-            raise StatisticsError(f"{given} and failed ({last}); it must take such images") from error
+        features: Any = self.network(images)
         if isinstance(features, Tensor) and self._fits(features, len(images)):
             return features
         tensor = isinstance(features, Tensor)
         gave = f"{features.dtype} {list(features.shape)}" if tensor else f"a {type(features).__name__}"
         raise StatisticsError(
-            f"{given} and gave {gave}; it must give a float tensor [{len(images)}, {self.dim or 'D'}]"
+            f"extractor {self.name!r} was given images {list(images.shape)} and gave {gave}; "
+            f"it must give a float tensor [{len(images)}, {self.dim or 'D'}]"
         )
 
     def _fits(self, features: Tensor, images: int) -> bool:
@@ -154,6 +148,21 @@ class Wanted:
             if isinstance(error, pickle.UnpicklingError) or "weights_only" in reason:
                 reason = "it is no pickle of plain tensors"  # torch's own line advises to run what it asks for
             raise ModelError(f"extractor {self.name!r}: {str(weights)!r} {fault} ({reason}); {advice}") from error
+
+    def guard(self, network: Network) -> Network:
+        """``network``, with whatever it raises as one StatisticsError: a user's can raise anything."""
+
+        def run(images: Tensor) -> Tensor:
+            try:
+                return network(images)
+            except torch.OutOfMemoryError:
+                raise
+            except Exception as error:
+                given = f"extractor {self.name!r} was given images {list(images.shape)}"
+                last = (str(error).strip().splitlines() or [type(error).__name__])[-1]
+                raise StatisticsError(f"{given} and failed ({last}); it must take such images") from error
+
+        return run
 
     def extractor(
         self,

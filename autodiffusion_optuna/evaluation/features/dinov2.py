@@ -39,7 +39,7 @@ def load_dinov2(wanted: Wanted) -> Extractor:
         resized = F.interpolate(images.float(), (SIZE, SIZE), mode="bicubic", antialias=True, align_corners=False)
         return net((resized / 255 - mean) / std)
 
-    extractor = wanted.extractor(network, None, digest, "bicubic", SIZE)
+    extractor = wanted.extractor(wanted.guard(network), None, digest, "bicubic", SIZE)
     return replace(extractor, dim=extractor(torch.zeros(1, 3, 8, 8, dtype=torch.uint8)).shape[1])
 
 

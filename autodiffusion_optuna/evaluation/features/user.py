@@ -17,7 +17,7 @@ from autodiffusion_optuna.evaluation.features.base import Extractor, Network, Wa
 def load_torchscript(wanted: Wanted) -> Extractor:
     """A TorchScript file of uint8 [B, C, H, W] to float [B, D]."""
     weights = wanted.require("a TorchScript file of uint8 [B, C, H, W] to float [B, D]")
-    return wanted.extractor(read_torchscript(wanted, weights), None, weights, "own", None)
+    return wanted.extractor(wanted.guard(read_torchscript(wanted, weights)), None, weights, "own", None)
 
 
 def read_torchscript(wanted: Wanted, weights: Path) -> Network:
@@ -51,4 +51,4 @@ def load_python(wanted: Wanted) -> Extractor:
     if not callable(network):
         raise ConfigError(f"extractor {wanted.name!r} is a {type(network).__name__}; it must be callable")
     source = getattr(module, "__file__", None)
-    return wanted.extractor(network, None, Path(source) if source else None, "own", None)
+    return wanted.extractor(wanted.guard(network), None, Path(source) if source else None, "own", None)
