@@ -16,6 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from pydantic_core import ErrorDetails
 
 from autodiffusion_optuna.errors import ConfigError, choose_from
+from autodiffusion_optuna.noise import Final
 
 BANK_SIZE = 100_000
 """Images in one bank of noise; the largest ``score.images`` and ``score.held_out_images``."""
@@ -112,7 +113,6 @@ class Range(Section):
         return self
 
 
-Final = Literal["zero", "sigma_min"]
 Scale = Annotated[float, Field(ge=0)]
 Eta = Annotated[float, Field(ge=0, le=1)]
 Choices = Field(min_length=1)

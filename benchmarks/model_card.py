@@ -14,7 +14,6 @@ import torch
 from common import record
 
 from autodiffusion_optuna.candidate import Candidate
-from autodiffusion_optuna.evaluation.allocator import keep_freed_memory
 from autodiffusion_optuna.evaluation.evaluator import Evaluator
 from autodiffusion_optuna.evaluation.features import load_extractor
 from autodiffusion_optuna.evaluation.models import DIGITS, load_model
@@ -36,13 +35,13 @@ It exists so that `adopt` can be tried, tested and measured without downloading 
 | recipe | `benchmarks/train_digits.py`: AdamW, lr 1e-3 with 200 iterations of warm-up and a cosine to 0, {iterations:,} iterations of batch {batch}, EMA 0.999, seed {seed}, float32 |
 | training time | {minutes:.0f} minutes on two CPU cores, torch {torch} |
 | weights | float32 safetensors, {megabytes:.1f} MB |
-| speed | {milliseconds:.2f} ms an image and evaluation, batch {eval_batch}, {threads} threads ({cpu}); {unkept:.2f} ms where freed memory is given back (`evaluation/allocator.py`) |
+| speed | {milliseconds:.2f} ms an image and evaluation, batch {eval_batch}, {threads} threads ({cpu}) |
 
 The first 3,000 iterations ran with the learning rate of a 9,000-iteration cosine; then the length was cut to {iterations:,}.
 
 ## Extractor
 
-A classifier of the same digits (`evaluation/digits_net.py`), 64 features before its last layer, {extractor_kb:.0f} kB.
+A classifier of the same digits (`evaluation/features/digits_net.py`), 64 features before its last layer, {extractor_kb:.0f} kB.
 Accuracy on the 1,000 digits that neither network saw: **{accuracy:.2%}**. `reference.npz` holds mean and covariance of
 the 9,000 training digits' features. The 1,000 held-out digits themselves are at a distance of {floor:.2f} from it.
 
@@ -84,8 +83,6 @@ def main() -> None:
     extractor = load_extractor("digits", model.device)
     assert model.reference is not None
     evaluator = Evaluator(model, Sampling(), extractor, model.reference(extractor), batch=BATCH)
-    unkept = speed(model)
-    keep_freed_memory()
     distances = {}
     for steps in STEPS:
         candidate = Candidate(BASELINES["uniform"](model.schedule, steps))
@@ -96,7 +93,6 @@ def main() -> None:
         "frechet": distances,
         "images": IMAGES,
         "milliseconds": speed(model),
-        "milliseconds without keep_freed_memory": unkept,
         "held_out_distance": held_out_distance(evaluator),
         "macs": model.costs("macs").full,
         "units": len(model.units),
@@ -115,7 +111,6 @@ def main() -> None:
         torch=training["model"]["torch"],
         megabytes=(DIGITS / "unet" / "diffusion_pytorch_model.safetensors").stat().st_size / 1e6,
         milliseconds=result["milliseconds"],
-        unkept=unkept,
         eval_batch=BATCH,
         threads=torch.get_num_threads(),
         cpu=machine["cpu"],

@@ -15,7 +15,6 @@ import time
 from common import record
 
 from autodiffusion_optuna.config import load_preset
-from autodiffusion_optuna.evaluation.allocator import keep_freed_memory
 from autodiffusion_optuna.evaluation.seeds import Bank
 from autodiffusion_optuna.results.summary import read_summary
 from autodiffusion_optuna.storage.database import open_storage
@@ -51,7 +50,6 @@ def bare_seconds(evaluations: int) -> float:
 
 
 def main() -> None:
-    keep_freed_memory()  # as adopt run does
     walls, bares, phases = 0.0, 0.0, {}
     for seed in range(ROUNDS):
         wall, evaluations, seconds = search_seconds(seed)

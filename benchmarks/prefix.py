@@ -3,7 +3,7 @@
     python benchmarks/studies.py digits-4 digits-4-paper    # first: makes the searches
     python benchmarks/prefix.py
 
-The ``digits-4`` search goes on to 200 candidates, and each of them is scored again without the memory.
+The ``digits-4`` search goes on to 200 candidates, and each of them is scored again without the prefix cache.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def main() -> None:
     study = load_study(open_storage(f"sqlite:///{database('digits-4')}", create=False), "digits-4")
     searched = values_by_key(study)
     config = load_preset("digits-4")
-    plain = replace(components.build(config).evaluator, memory=None)
+    plain = replace(components.build(config).evaluator, prefix_cache=None)
     differ = 0
     for key, value in searched.items():
         differ += plain.score(Candidate.from_key(key), [config.score.images]).value != value

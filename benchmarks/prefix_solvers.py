@@ -3,7 +3,7 @@
     OMP_NUM_THREADS=1 python benchmarks/prefix_solvers.py
 
 A small random UNet2DModel, lists of eight timesteps. A walk of 60 candidates, each a one-gene change of the one before
-(a timestep or one unit of a skip set), is run with and without the memory. Prints and writes
+(a timestep or one unit of a skip set), is run with and without the prefix cache. Prints and writes
 ``benchmarks/results/prefix_solvers.json``.
 """
 
@@ -22,7 +22,7 @@ from diffusers import DDIMScheduler, UNet2DModel
 from autodiffusion_optuna.candidate import Candidate
 from autodiffusion_optuna.evaluation.models import Model, load_model
 from autodiffusion_optuna.evaluation.prefix_cache import NfeCounter, PrefixCache, cached_denoise
-from autodiffusion_optuna.evaluation.solvers import SOLVERS, times
+from autodiffusion_optuna.evaluation.solvers import SOLVERS, evaluations, times
 
 CANDIDATES, BATCH = 60, 2
 START = (960, 840, 700, 560, 420, 280, 140, 30)
@@ -55,18 +55,19 @@ def mutated(candidate: Candidate, rng: random.Random, units: int) -> Candidate:
 
 def walk(model: Model, solver: str) -> dict[str, Any]:
     rng = random.Random(0)
-    memory, tally = PrefixCache(2**28), NfeCounter()
+    cache, counter = PrefixCache(2**28), NfeCounter()
     x = torch.randn(BATCH, *model.shape, generator=torch.Generator().manual_seed(1))
     candidate, differ = Candidate(START), 0
     for _ in range(CANDIDATES):
         nodes = times(model.schedule, candidate.timesteps, "zero")
-        remembered, plain = (
-            SOLVERS[solver](cached_denoise(model.denoiser, candidate, kept, (), count), x, nodes)
-            for kept, count in ((memory, tally), (None, NfeCounter()))
+        queries = evaluations(solver, candidate.steps, "zero")
+        cached, plain = (
+            SOLVERS[solver](cached_denoise(model.denoiser, candidate, kept, (), count, queries), x, nodes)
+            for kept, count in ((cache, counter), (None, NfeCounter()))
         )
-        differ += not torch.equal(remembered, plain)
+        differ += not torch.equal(cached, plain)
         candidate = mutated(candidate, rng, len(model.units))
-    return {"differ": differ, "saved": tally.saved / (tally.saved + tally.run)}
+    return {"differ": differ, "saved": counter.saved / (counter.saved + counter.run)}
 
 
 def main() -> None:

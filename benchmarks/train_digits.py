@@ -26,7 +26,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from autodiffusion_optuna.evaluation.features import load_extractor
-from autodiffusion_optuna.evaluation.features.digits_net import DigitsNet, accuracy
+from autodiffusion_optuna.evaluation.features.digits_net import DigitsNet
 from autodiffusion_optuna.evaluation.frechet import frechet_distance
 from autodiffusion_optuna.evaluation.references.reference import build_reference, save_reference
 
@@ -102,7 +102,8 @@ def train_extractor(data: Path) -> None:
             schedule.step()
         print(f"epoch {epoch + 1}: loss {loss.item():.4f}, {time.monotonic() - started:.0f} s", flush=True)
     net.eval()
-    score = accuracy(net, held_images, held_labels)
+    with torch.inference_mode():
+        score = float((net(held_images.float() / 255).argmax(1) == held_labels).float().mean())
     save_file(net.state_dict(), ASSETS / "extractor.safetensors")
     record("extractor", accuracy=score, held_out=HELD_OUT, seconds=time.monotonic() - started)
     print(f"held-out accuracy {score:.4f}")

@@ -121,11 +121,9 @@ def _score_study(study: str, places: list[str] | None, settings: list[str], stor
 
 
 def _score_schedule(path: Path, overrides: list[str], trust: bool) -> None:
-    from autodiffusion_optuna.evaluation.allocator import keep_freed_memory
     from autodiffusion_optuna.export.schedule import Result
     from autodiffusion_optuna.study import components, transfer
 
-    keep_freed_memory()
     opened = transfer.open_result(Result.read(path), overrides, trust=trust)
     warn([opened.other] if opened.other else [])
     settings = opened.parts.config.score
@@ -176,7 +174,6 @@ def sample(
     trust: Trust = False,
 ) -> None:
     """Draw the same noises with uniform steps and with the best schedule; of a study also with many steps."""
-    from autodiffusion_optuna.evaluation.allocator import keep_freed_memory
     from autodiffusion_optuna.export.schedule import Result
     from autodiffusion_optuna.images import draw_grid
     from autodiffusion_optuna.storage.url import storage_url
@@ -189,7 +186,6 @@ def sample(
         )
     if from_file:
         assert schedule is not None
-        keep_freed_memory()
         opened = transfer.open_result(Result.read(schedule), overrides or [], trust=trust)
         warn([opened.other] if opened.other else [])
         parts, rows = opened.parts, transfer.sample_compared(opened, images)

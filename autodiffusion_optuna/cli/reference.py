@@ -5,17 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from autodiffusion_optuna.cli.output import err, out
-from autodiffusion_optuna.errors import ConfigError, choose_from
+from autodiffusion_optuna.errors import ConfigError
 
 if TYPE_CHECKING:
-    from autodiffusion_optuna.evaluation.references.formats import Contents, Mode
+    from autodiffusion_optuna.evaluation.references.formats import Mode, ReferenceData
 
 reference_app = typer.Typer(
     no_args_is_help=True, rich_markup_mode=None, help="Build and inspect what generated images are compared with."
@@ -41,7 +41,7 @@ def build(
     from autodiffusion_optuna.evaluation.models import find_device
     from autodiffusion_optuna.evaluation.references.reference import build_reference_from, save_reference, too_few
 
-    loaded = load_extractor(extractor, find_device(device), weights, trust, mode=_mode(mode))
+    loaded = load_extractor(extractor, find_device(device), weights, trust, mode=cast("Mode", mode))
     with _progress() as on_images:
         reference = build_reference_from(images, loaded, on_images=on_images)
     save_reference(path, reference)
@@ -54,12 +54,12 @@ def build(
 @reference_app.command()
 def show(file: Annotated[Path, typer.Argument(help="Statistics in any format, or images.")]) -> None:
     """What a file of statistics or images holds, and what made it."""
-    from autodiffusion_optuna.evaluation.references.formats import read_contents
+    from autodiffusion_optuna.evaluation.references.formats import read_reference_data
 
     table = Table(box=None, show_header=False, pad_edge=False)
     table.add_column()
     table.add_column(overflow="fold")
-    for name, value in [("file", str(file)), *_facts(read_contents(file))]:
+    for name, value in [("file", str(file)), *_facts(read_reference_data(file))]:
         table.add_row(name, value)
     out.print(table)
 
@@ -89,15 +89,6 @@ def _check_out(path: Path, force: bool) -> None:
         raise ConfigError(f"{str(path)!r} exists; pass --force to overwrite it, or give another --out")
 
 
-def _mode(given: str) -> Mode:
-    from autodiffusion_optuna.evaluation.references.formats import MODES
-
-    for mode in MODES:
-        if given == mode:
-            return mode
-    raise ConfigError(choose_from("mode", given, MODES))
-
-
 @contextmanager
 def _progress() -> Iterator[Callable[[int, int], None]]:
     """A callback for every batch: a bar on a terminal, a line every tenth elsewhere, both on stderr."""
@@ -118,14 +109,14 @@ def _progress() -> Iterator[Callable[[int, int], None]]:
         yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
-def _facts(contents: Contents) -> list[tuple[str, str]]:
+def _facts(data: ReferenceData) -> list[tuple[str, str]]:
     """Name and value of everything known."""
-    facts = [("holds", contents.what)]
-    if contents.meta is not None:
-        meta = contents.meta
+    facts = [("holds", data.what)]
+    if data.meta is not None:
+        meta = data.meta
         facts += [("extractor", meta.extractor), ("fingerprint", meta.fingerprint), ("dataset", meta.dataset)]
-    for part in contents.statistics:
-        if contents.meta is None:
+    for part in data.statistics:
+        if data.meta is None:
             made_by = f"{part.extractor}{f', mode {part.mode}' if part.mode else ''}" if part.extractor else "not said"
             facts.append(("extractor", made_by))
         facts.append(("n", "not said" if part.n is None else f"{part.n:,}"))
@@ -134,14 +125,14 @@ def _facts(contents: Contents) -> list[tuple[str, str]]:
             facts.append(("trace", f"{part.sigma.trace():.6g}" if part.sigma.ndim == 2 else "none"))
         if part.features is not None:
             facts.append(("features", " x ".join(f"{length:,}" for length in part.features.shape)))
-    if contents.meta is not None:
+    if data.meta is not None:
         facts.append(("channels", str(meta.channels or "not said")))
         facts.append(("size", f"{meta.size[1]}x{meta.size[0]}" if meta.size else "not said"))
         facts += [("note", note) for note in meta.notes]
-    if contents.images is not None:
-        channels, height, width = contents.images.shape
-        more = f" and {len(contents.images.others):,} others" if contents.images.others else ""
-        facts += [("images", f"{contents.images.total:,}"), ("channels", str(channels))]
+    if data.images is not None:
+        channels, height, width = data.images.shape
+        more = f" and {len(data.images.others):,} others" if data.images.others else ""
+        facts += [("images", f"{data.images.total:,}"), ("channels", str(channels))]
         facts.append(("size", f"{width}x{height}{more}"))
-        facts += [("note", note) for note in contents.images.notes]
+        facts += [("note", note) for note in data.images.notes]
     return facts

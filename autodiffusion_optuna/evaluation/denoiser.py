@@ -38,28 +38,13 @@ SkippingDenoise = Callable[[Tensor, float, int], Tensor]
 """(x float [B, C, H, W], time index t, skip set) -> expected clean image, of x's shape and dtype."""
 
 
-def _from_epsilon(alpha: float, sigma: float) -> tuple[float, float]:
-    return 1 / alpha, -sigma / alpha
-
-
-def _from_sample(alpha: float, sigma: float) -> tuple[float, float]:
-    return 0.0, 1.0
-
-
-def _from_v(alpha: float, sigma: float) -> tuple[float, float]:
-    power = alpha**2 + sigma**2
-    return alpha / power, -sigma / power
-
-
-def _from_flow(alpha: float, sigma: float) -> tuple[float, float]:
-    return 1 / (alpha + sigma), -sigma / (alpha + sigma)
-
-
 PREDICTIONS: dict[str, Callable[[float, float], tuple[float, float]]] = {
-    "epsilon": _from_epsilon,  # eps
-    "sample": _from_sample,  # x0
-    "v_prediction": _from_v,  # alpha eps - sigma x0 (arXiv 2202.00512, appendix D)
-    "flow_prediction": _from_flow,  # eps - x0 (arXiv 2403.03206, section 2)
+    "epsilon": lambda alpha, sigma: (1 / alpha, -sigma / alpha),  # eps
+    "sample": lambda alpha, sigma: (0.0, 1.0),  # x0
+    # alpha eps - sigma x0 (arXiv 2202.00512, appendix D)
+    "v_prediction": lambda alpha, sigma: (alpha / (alpha**2 + sigma**2), -sigma / (alpha**2 + sigma**2)),
+    # eps - x0 (arXiv 2403.03206, section 2)
+    "flow_prediction": lambda alpha, sigma: (1 / (alpha + sigma), -sigma / (alpha + sigma)),
 }
 """Prediction type -> (alpha, sigma) -> (a, b) with x0 = a x + b prediction."""
 
@@ -146,10 +131,11 @@ class Denoiser:
 
     def _run(self, x: Tensor, model_times: Tensor, skip: int, condition: Condition) -> Tensor:
         """The network's prediction in x's shape and dtype."""
+        if skip and not self.units:
+            raise ModelError(f"skip set {skip:#x} was given, but this model has no units that can be skipped; use 0")
         dtype = PRECISIONS[self.precision]
         reduced = torch.autocast(self.device.type, dtype, enabled=dtype != torch.float32)
-        skipped = skipping(self.units, skip) if self.units else _nothing_to_skip(skip)
-        with reduced, skipped:
+        with reduced, skipping(self.units, skip) if self.units else contextlib.nullcontext():
             prediction = self.network(x.float(), model_times, condition)
         if prediction.shape[1] == 2 * x.shape[1]:
             prediction = prediction[:, : x.shape[1]]
@@ -175,13 +161,13 @@ def store_reduced(network: nn.Module, precision: str) -> None:
 
 
 SAMPLED = 12
-"""Matrices, and as many vectors, by which networks are told apart."""
+"""Matrices, and as many vectors, that distinguish networks."""
 
 
 def weights_sample(network: nn.Module) -> dict[str, float]:
     """One element each of ``SAMPLED`` matrices and kernels and ``SAMPLED`` norms and biases of a network, by name.
 
-    They are spread evenly over those with names in order. Tells, all but surely, whether two networks in memory have
+    They are spread evenly over those with names in order. Shows, all but surely, whether two networks in memory have
     the same weights, in whatever precisions.
     """
     names: dict[bool, list[str]] = {True: [], False: []}
@@ -201,9 +187,3 @@ def weights_of(network: nn.Module, names: Iterable[str]) -> dict[str, float]:
 def model_time(schedule: NoiseSchedule, t: float) -> float:
     """What the network takes as its timestep at time index t, interpolated linearly between indices."""
     return float(np.interp(t, np.arange(schedule.T), schedule.model_times))
-
-
-def _nothing_to_skip(skip: int) -> contextlib.AbstractContextManager[None]:
-    if skip:
-        raise ModelError(f"skip set {skip:#x} was given, but this model has no units that can be skipped; use 0")
-    return contextlib.nullcontext()

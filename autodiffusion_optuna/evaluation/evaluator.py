@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -21,10 +22,10 @@ from autodiffusion_optuna.evaluation.prefix_cache import NfeCounter, PrefixCache
 from autodiffusion_optuna.evaluation.references.reference import Reference, log_trace_ratio
 from autodiffusion_optuna.evaluation.sampling import Sampling
 from autodiffusion_optuna.evaluation.seeds import Bank
-from autodiffusion_optuna.evaluation.solvers import times
+from autodiffusion_optuna.evaluation.solvers import evaluations, times
 
 KEPT_NOISE = 2**28
-"""Bytes of noise that are kept on the device; the rest is drawn anew, which costs less than one network evaluation."""
+"""Bytes of noise that are kept on the device; drawing the rest again costs less than one network evaluation."""
 
 OnRung = Callable[[int, float], bool]
 """(images, value) -> whether to go on to the next rung."""
@@ -89,14 +90,19 @@ class Evaluator:
     metric: Literal["frechet", "kid"] = "frechet"
     seed: int = 0
     batch: int = 64
-    memory: PrefixCache | None = None
-    _noise: dict[tuple[int, ...], Tensor] = field(default_factory=dict, repr=False)
-    _fits: list[int] = field(default_factory=list, repr=False)
+    prefix_cache: PrefixCache | None = None
+    _noise: dict[tuple[int, ...], Tensor] = field(default_factory=dict, init=False, repr=False)
+    _fits: list[int] = field(default_factory=list, init=False, repr=False)
 
     @property
     def fitting_batch(self) -> int:
         """Images that share a network evaluation now: ``batch``, or fewer once the device ran out of memory."""
         return self._fits[-1] if self._fits else self.batch
+
+    @property
+    def noise_bytes(self) -> int:
+        """Bytes of noise that are kept on the device."""
+        return sum(noise.nbytes for noise in self._noise.values())
 
     def score(
         self,
@@ -106,19 +112,18 @@ class Evaluator:
         on_rung: OnRung | None = None,
         preview: int = 0,
     ) -> Score:
-        """Distance to the reference at each of ``rungs`` (increasing image counts; the last one is the value).
+        """Distance to the reference at each of ``rungs``, increasing counts of images of which one extends the other.
 
-        A rung extends the images of the one before it. ``on_rung`` may end the evaluation by returning False.
-        ``preview``: how many of the first images the score keeps.
-        Raises StatisticsError where images or features are not finite.
+        ``on_rung`` may end the evaluation by returning False. ``preview``: how many of the first images the score
+        keeps. StatisticsError where images or features are not finite.
         """
         self.prepare(0, rungs[-1], bank)
-        seconds, tally = Seconds(), NfeCounter()
+        seconds, counter = Seconds(), NfeCounter()
         moments, kept, reached = Moments(self.extractor.dim), [], []
         shown: list[Tensor] = []
         start = 0
         for count in rungs:
-            for images in self._batches(candidate, start, count, bank, seconds, tally):
+            for images in self._batches(candidate, start, count, bank, seconds, counter):
                 if sum(map(len, shown)) < preview:
                     shown.append(images[: preview - sum(map(len, shown))].cpu())
                 with _timed(seconds, "features", self.model.device):
@@ -131,14 +136,20 @@ class Evaluator:
                 value = self._distance(moments, kept)
             reached.append((count, value))
             start = count
-            if on_rung is not None and not on_rung(count, value) and count != rungs[-1]:
+            if on_rung is not None and not on_rung(count, value):
                 break
-        images_scored, value = reached[-1]
-        complete = images_scored == rungs[-1]
         ratio = log_trace_ratio(moments, self.reference)
-        variety = round(ratio, 6) if math.isfinite(ratio) else None  # JSON has no infinity
-        first = torch.cat(shown) if shown else None
-        return Score(value, images_scored, tuple(reached), complete, tally.run, tally.saved, seconds, variety, first)
+        return Score(
+            value,
+            count,
+            tuple(reached),
+            complete=count == rungs[-1],
+            run=counter.run,
+            saved=counter.saved,
+            seconds=seconds,
+            trace_ratio=round(ratio, 6) if math.isfinite(ratio) else None,  # JSON has no infinity
+            preview=torch.cat(shown) if shown else None,
+        )
 
     def sample(self, candidate: Candidate, start: int, stop: int, bank: int = SEARCH_BANK) -> Tensor:
         """Images ``start`` to ``stop`` of a bank, uint8 [stop - start, C, H, W]."""
@@ -149,38 +160,45 @@ class Evaluator:
         """Encode the prompts of images ``start`` to ``stop`` - 1 of a bank, those that are not yet."""
         conditions = self.model.conditions
         if conditions is not None and conditions.prepare is not None:
-            row = Bank(self.seed, bank, self.model.shape)
-            conditions.prepare(row.conditions(start, stop, conditions.count, conditions.draw))
+            conditions.prepare(self._bank(bank).conditions(start, stop, conditions.count, conditions.draw))
 
     def _batches(
-        self, candidate: Candidate, start: int, stop: int, bank: int, seconds: Seconds, tally: NfeCounter
+        self, candidate: Candidate, start: int, stop: int, bank: int, seconds: Seconds, counter: NfeCounter
     ) -> Iterator[Tensor]:
         first = start
         while first < stop:
             last = min(first + self.fitting_batch, stop)
             try:
                 with _timed(seconds, "network", self.model.device):
-                    images = self._draw(candidate, first, last, bank, tally)
+                    images = self._draw(candidate, first, last, bank, counter)
             except torch.OutOfMemoryError:
                 self._shrink(last - first)
                 continue
             yield images
             first = last
 
-    def _draw(self, candidate: Candidate, first: int, last: int, bank: int, tally: NfeCounter) -> Tensor:
+    def _draw(self, candidate: Candidate, first: int, last: int, bank: int, counter: NfeCounter) -> Tensor:
         """Images ``first`` to ``last`` - 1 of a bank in one batch."""
         sampling = self.sampling.of(candidate)
         nodes = times(self.model.schedule, candidate.timesteps, sampling.final)
-        row = Bank(self.seed, bank, self.model.shape)
+        row = self._bank(bank)
         solve = sampling.find_solver(lambda step: row.step_noise(first, last, step).to(self.model.device))
-        # All that decides an x0 besides the queries before it; a solver may treat its last steps
-        # differently, so candidates of different lengths share nothing.
-        root = (sampling, candidate.steps, self.seed, bank, first, last)
-        memory = self.memory if bank == SEARCH_BANK else None
         conditions = self.model.conditions
         chosen = row.conditions(first, last, conditions.count, conditions.draw) if conditions else []
-        denoise = cached_denoise(self.model.bind(chosen, sampling.guidance), candidate, memory, root, tally)
+        denoise = cached_denoise(
+            self.model.bind(chosen, sampling.guidance),
+            candidate,
+            self.prefix_cache if bank == SEARCH_BANK else None,
+            # All that decides an x0 besides the queries before it; a solver may treat its last steps
+            # differently, so candidates of different lengths share nothing.
+            (sampling, candidate.steps, self.seed, bank, first, last),
+            counter,
+            evaluations(sampling.solver, candidate.steps, sampling.final),
+        )
         return self.model.to_images(solve(denoise, self._bank_noise(bank, first, last), nodes))
+
+    def _bank(self, bank: int) -> Bank:
+        return Bank(self.seed, bank, self.model.shape)
 
     def _shrink(self, failed: int) -> None:
         """Go on with half of a batch that did not fit; ``ModelError`` where it was a single image."""
@@ -191,10 +209,11 @@ class Evaluator:
 
     def _make_room(self) -> None:
         """Free what is kept for speed alone; it may be what filled the device."""
-        if self.memory is not None:
-            self.memory.clear()
+        if self.prefix_cache is not None:
+            self.prefix_cache.clear()
         self._noise.clear()
-        _empty_cache(self.model.device)
+        if self.model.device.type == "cuda":
+            torch.cuda.empty_cache()
 
     def _extract(self, images: Tensor) -> Tensor:
         """Features float32 [B, D] of uint8 [B, C, H, W]; of half a batch at a time where the extractor needs it."""
@@ -210,10 +229,9 @@ class Evaluator:
         key = (self.seed, bank, first, last)
         if key in self._noise:
             return self._noise[key]
-        noise = Bank(self.seed, bank, self.model.shape).noise(first, last).to(self.model.device)
-        kept = sum(tensor.nbytes for tensor in self._noise.values())
+        noise = self._bank(bank).noise(first, last).to(self.model.device)
         # Held-out banks are used a few times at the end, and not worth keeping.
-        if bank == SEARCH_BANK and kept + noise.nbytes <= KEPT_NOISE:
+        if bank == SEARCH_BANK and self.noise_bytes + noise.nbytes <= KEPT_NOISE:
             self._noise[key] = noise
         return noise
 
@@ -271,11 +289,6 @@ def _too_small() -> ModelError:
     )
 
 
-def _empty_cache(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-
-
 def _peak_bytes(model: Model, images: int) -> int | None:
     """Bytes that one evaluation takes on a GPU at its peak, beyond what was there before; None where it has fewer."""
     torch.cuda.reset_peak_memory_stats(model.device)
@@ -288,17 +301,13 @@ def _peak_bytes(model: Model, images: int) -> int | None:
     return int(torch.cuda.max_memory_allocated(model.device) - before)
 
 
-class _timed:
+@contextmanager
+def _timed(seconds: Seconds, phase: str, device: torch.device) -> Iterator[None]:
     """Adds the wall seconds of a block to one phase; on a GPU it waits for the work of the block."""
-
-    def __init__(self, seconds: Seconds, phase: str, device: torch.device) -> None:
-        self.seconds, self.phase, self.device = seconds, phase, device
-
-    def __enter__(self) -> None:
-        self.started = time.perf_counter()
-
-    def __exit__(self, *exc: object) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-        spent = getattr(self.seconds, self.phase) + time.perf_counter() - self.started
-        setattr(self.seconds, self.phase, spent)
+    started = time.perf_counter()
+    try:
+        yield
+    finally:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        setattr(seconds, phase, getattr(seconds, phase) + time.perf_counter() - started)

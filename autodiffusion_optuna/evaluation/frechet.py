@@ -2,40 +2,26 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from autodiffusion_optuna.errors import StatisticsError
 
+if TYPE_CHECKING:
+    from autodiffusion_optuna.evaluation.references.reference import Reference
+
 NEGATIVE = 1e-3  # how far below 0, relative to the largest, an eigenvalue counts as round-off
 CHUNK = 2048  # rows handled at once where a sum over all rows would need too much memory
-
-
-class Target(Protocol):
-    """What a Fréchet distance is measured to; ``reference.Reference`` is one."""
-
-    @property
-    def mu(self) -> Tensor:
-        """Mean, float64 [D]."""
-
-    @property
-    def sigma(self) -> Tensor:
-        """Covariance, float64 [D, D]."""
-
-    @property
-    def factor(self) -> Tensor:
-        """L with L L^T = sigma, float64 [D, r]."""
 
 
 class Moments:
     """Running mean and covariance of features, in float64.
 
-    Features may come in batches of any size, and moments of separate parts can be merged: the statistics
-    of a longer prefix of the image bank extend those of a shorter one. Deviations are summed around the mean
-    of their batch (Chan, Golub and LeVeque 1979), so a large mean costs no digits.
+    Features may come in batches of any size: the statistics of a longer prefix of the image bank extend those of a
+    shorter one. Deviations are summed around the mean of their batch (Chan, Golub and LeVeque 1979), so a large mean
+    costs no digits.
     """
 
     def __init__(self, dim: int | None = None) -> None:
@@ -56,27 +42,17 @@ class Moments:
     def add(self, features: Tensor) -> None:
         """Take in ``features`` float [B, D]; StatisticsError where they are not finite or D differs."""
         rows = _checked(features, "features").to(torch.float64)
-        self._agree(rows.shape[1])
-        if len(rows):
-            mean = rows.mean(dim=0)
-            centred = rows - mean
-            self._combine(len(rows), mean, centred.T @ centred)
-
-    def merge(self, other: Moments) -> None:
-        """Take in all that ``other`` has seen; StatisticsError where D differs."""
-        if other.n:
-            self._agree(len(other._mean))
-            self._combine(other.n, other._mean, other._scatter)
-
-    def _agree(self, dim: int) -> None:
-        if self.dim is None:
-            self.dim = dim
-        if dim != self.dim:
+        n, dim = rows.shape
+        if self.dim not in (None, dim):
             raise StatisticsError(f"features of {dim} dimensions cannot join those of {self.dim}: use one extractor")
-
-    def _combine(self, n: int, mean: Tensor, scatter: Tensor) -> None:
+        self.dim = dim
+        if not n:
+            return
+        mean = rows.mean(dim=0)
+        centred = rows - mean
+        scatter = centred.T @ centred
         if not self.n:
-            self.n, self._mean, self._scatter = n, mean.clone(), scatter.clone()
+            self.n, self._mean, self._scatter = n, mean, scatter
             return
         mean, scatter = mean.to(self._mean.device), scatter.to(self._mean.device)
         total = self.n + n
@@ -118,7 +94,7 @@ def covariance_factor(sigma: Tensor) -> Tensor:
     return scaled
 
 
-def frechet_distance(generated: Tensor | Moments, reference: Target) -> float:
+def frechet_distance(generated: Tensor | Moments, reference: Reference) -> float:
     """Squared Fréchet distance between the normal distributions of two sets of features.
 
     ``generated``: features float [N, D], N >= 2 and possibly below D, or their moments.
@@ -145,29 +121,6 @@ def frechet_distance(generated: Tensor | Moments, reference: Target) -> float:
     offset = (mean - reference.mu.to(mean.device)).square().sum()
     overlap = torch.linalg.eigvalsh(gram).clamp(min=0).sqrt().sum()
     return float(offset + spread + reference.sigma.trace().to(mean.device) - 2 * overlap)
-
-
-def kernel_distance(
-    generated: Tensor,
-    reference: Tensor,
-    rng: np.random.Generator | np.random.RandomState,
-    subsets: int = 100,
-    subset_size: int = 1000,
-) -> float:
-    """Kernel distance (KID) as clean-fid computes it: the mean over random subsets.
-
-    ``generated`` float [N, D], ``reference`` float [M, D]; each subset draws min(N, M, subset_size) rows of
-    the reference, then of generated features, without replacement. A legacy ``RandomState(s)`` repeats the
-    draws of clean-fid after ``numpy.random.seed(s)``. Source: arXiv 1801.01401, section 4; clean-fid 0.1.35.
-    """
-    x, y = _kernel_pair(generated, reference)
-    size = min(len(x), len(y), subset_size)
-    total = 0.0
-    for _ in range(subsets):
-        of_y = torch.from_numpy(rng.choice(len(y), size, replace=False))
-        of_x = torch.from_numpy(rng.choice(len(x), size, replace=False))
-        total += _mmd2(x[of_x.to(x.device)], y[of_y.to(y.device)])
-    return total / subsets
 
 
 def mmd2_unbiased(generated: Tensor, reference: Tensor) -> float:

@@ -1,4 +1,4 @@
-"""Remembered network outputs, so that candidates that begin alike pay for their common beginning once.
+"""The prefix cache: candidates that begin alike pay for their common beginning once.
 
 With fixed noise and a deterministic solver, the network's i-th output depends on the queries up to the i-th
 and on nothing later: solvers combine states with coefficients of nodes they have already queried, and a
@@ -24,7 +24,7 @@ Path = tuple[Hashable, ...]
 class NfeCounter:
     """Network evaluations in units of images: a query of a batch of B counts B.
 
-    ``run``: evaluated. ``saved``: answered from memory.
+    ``run``: evaluated. ``saved``: answered from the prefix cache.
     """
 
     run: int = 0
@@ -70,38 +70,45 @@ class PrefixCache:
         self.nbytes += tensor.nbytes
 
     def clear(self) -> None:
-        """Forget everything; ``hits`` goes on counting."""
+        """Drop all tensors; ``hits`` goes on counting."""
         self._kept.clear()
         self.nbytes = 0
 
 
 def cached_denoise(
-    denoiser: SkippingDenoise, candidate: Candidate, memory: PrefixCache | None, root: Hashable, tally: NfeCounter
+    denoiser: SkippingDenoise,
+    candidate: Candidate,
+    prefix_cache: PrefixCache | None = None,
+    root: Hashable = (),
+    counter: NfeCounter | None = None,
+    queries: int | None = None,
 ) -> Denoise:
     """``denoise(x, t)`` for one run of a solver over one batch, skipping what ``candidate`` skips at t.
 
     A query at a time that is not on the list takes the skip set of the step it belongs to (``step_of``).
-    ``memory`` None remembers nothing.
+    Each run and each batch needs a function of its own.
 
     ``root`` must hold all that decides the result besides the queries: model, precision, clip, conditions and
     guidance scale; solver and its settings; ``final``; K, since the updates near the end may depend on the
-    number of steps; and the batch, by image bank and position, since bits depend on the batch size too. The path
-    starts anew with each call of this function, so a second run or another batch needs its own.
+    number of steps; and the batch, by image bank and position, since bits depend on the batch size too.
+    ``queries``: of a whole run (``solvers.evaluations``). The last one is not cached, since nothing follows that
+    another candidate could share; None caches all.
     """
     path: Path = (root,)
+    counted = counter or NfeCounter()
 
     def denoise(x: Tensor, t: float) -> Tensor:
         nonlocal path
         skip = candidate.skips[step_of(candidate.timesteps, t)]
         path = (*path, (t, skip))
-        x0 = memory.get(path) if memory is not None else None
+        x0 = prefix_cache.get(path) if prefix_cache is not None else None
         if x0 is not None:
-            tally.saved += len(x)
+            counted.saved += len(x)
             return x0
         x0 = denoiser(x, t, skip)
-        tally.run += len(x)
-        if memory is not None:
-            memory.put(path, x0)
+        counted.run += len(x)
+        if prefix_cache is not None and len(path) - 1 != queries:
+            prefix_cache.put(path, x0)
         return x0
 
     return denoise

@@ -6,19 +6,19 @@ of any weight. They show in what the network makes of noised images, at three no
 1. A network that was trained leaves far less error than the best linear filter does, which knows no more than the mean
    and the power spectrum of the images (Wiener's).
 2. The expected clean image is uncorrelated with its own error, so that nothing is gained by rescaling it, or by adding
-   a multiple of the noisy image (the orthogonality principle). What is gained tells levels or weights that are off.
+   a multiple of the noisy image (the orthogonality principle). What is gained shows levels or weights that are off.
 
-``benchmarks/sanity.py`` shows what both tell apart and what they do not: noise levels that are off by little, weights
+``benchmarks/sanity.py`` shows what both find and what they do not: noise levels that are off by little, weights
 rounded to 8 bits, attention with the wrong number of heads and any fault that hardly matters pass. On its own samples
-even a wrong model is at home: wrong weights and most prediction types are told, betas, attention and scales of latents
-mostly not. Labels are dealt out to the images, whatever they show, where none means no class. A model distilled to few
-steps gives samples instead of expectations, and may be told though it is right.
+even a wrong model is at home: wrong weights and most prediction types are reported, betas, attention and scales of
+latents mostly not. A model distilled to few steps gives samples instead of expectations, and may be reported though it
+is right.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -27,10 +27,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from autodiffusion_optuna.evaluation.denoiser import Denoiser, SkippingDenoise
+from autodiffusion_optuna.evaluation.denoiser import Denoiser
 from autodiffusion_optuna.evaluation.models.base import Model
 from autodiffusion_optuna.evaluation.seeds import Bank
-from autodiffusion_optuna.evaluation.solvers import SOLVERS, times
+from autodiffusion_optuna.evaluation.solvers import SOLVERS, Denoise, times
 from autodiffusion_optuna.noise import NoiseSchedule
 
 LEVELS = (4.0, 1.0, 0.25)
@@ -46,13 +46,12 @@ LEAST_SIGNAL = 0.1
 """alpha / sigma from which own samples are drawn; below, small errors of right models that do not clip grow large."""
 SEED = 0x5A17
 
+FLOW = "the scheduler's shift, the decoder's scaling_factor and shift_factor, scales beside the weights"
 SUSPECTS = {
     "adm": "use_new_attention_order, num_head_channels, noise_schedule and predict_xstart in model.fields",
     "plugin": "the plug-in's prediction, schedule and weights",
-    "FluxPipeline": "the scheduler's shift, the decoder's scaling_factor and shift_factor, scales beside the weights",
-    "StableDiffusion3Pipeline": (
-        "the scheduler's shift, the decoder's scaling_factor and shift_factor, scales beside the weights"
-    ),
+    "FluxPipeline": FLOW,
+    "StableDiffusion3Pipeline": FLOW,
 }
 LATENT = "prediction_type and betas of the scheduler, the decoder's scaling_factor, scales beside the weights"
 PLAIN = "prediction_type and betas of the scheduler, scales beside the weights"
@@ -87,7 +86,7 @@ def check_model(model: Model, images: Tensor | None, batch: int) -> list[str]:
     """A line where ``model`` seems to be put together wrongly, or could not be checked; none where it is sound.
 
     ``images``: uint8 [N, C, H, W] like those it was trained on, of its size or larger; without them, or for latents
-    that cannot be encoded, its own samples take their place, which tells less apart. ``batch``: images that fit in one
+    that cannot be encoded, its own samples take their place, which finds less. ``batch``: images that fit in one
     evaluation. Takes 3 evaluations of 4 to 16 images, and 20 more for own samples; draws from no shared randomness.
     """
     try:
@@ -180,19 +179,16 @@ def _count(model: Model) -> int:
     return min(max(NUMBERS // math.prod(model.shape), FEWEST), IMAGES)
 
 
-def _denoise(model: Model, x: Tensor) -> Callable[[Tensor, float], Tensor]:
+def _denoise(model: Model, x: Tensor) -> Denoise:
     """The model for ``x``, without guidance, which would lead away from the expected clean image."""
     conditions, scales = model.conditions, {"none": None, "free": 1.0, "classifier": 0.0, "embedded": 1.0}
     if model.guidance == "free" and conditions is not None and conditions.negative is not None:
         assert isinstance(model.denoiser, Denoiser)
-        return partial(_plain, partial(model.denoiser, condition=conditions.negative(len(x)), scale=1.0))
-    labels = model.conditions.count if model.conditions and model.conditions.kind == "labels" else 1
+        return partial(model.denoiser, condition=conditions.negative(len(x)), scale=1.0)
+    # Labels are dealt out to the images, whatever they show, where none means no class.
+    labels = conditions.count if conditions and conditions.kind == "labels" else 1
     denoise = model.bind([i * labels // len(x) for i in range(len(x))], scales[model.guidance])
-    return partial(_plain, denoise)
-
-
-def _plain(denoise: SkippingDenoise, x: Tensor, t: float) -> Tensor:
-    return denoise(x, t, 0)
+    return lambda x, t: denoise(x, t, 0)
 
 
 def _time_of(schedule: NoiseSchedule, ratio: float) -> int | None:

@@ -68,7 +68,7 @@ class Bank:
     def conditions(self, start: int, stop: int, count: int, draw: Draw = "balanced") -> list[int]:
         """Which of ``count`` labels or prompts images ``start`` to ``stop`` - 1 have.
 
-        ``"balanced"``: every ``count`` images in a row have each exactly once, in an order drawn anew for each such
+        ``"balanced"``: every ``count`` images in a row have each exactly once, in an order of its own for each such
         row, so any prefix of a bank is as balanced as it can be. ``"random"``: independent and uniform. Depends on
         (seed, bank, image) only.
         """

@@ -7,7 +7,7 @@ would be added to, so skipping equals zeroing that branch.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Container, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -59,13 +59,9 @@ def _transformer(model: Any) -> Forward | None:
     return shortcut
 
 
-def _block(block: Any) -> Forward:
-    """BasicTransformerBlock: the sequence as it came."""
-
-    def shortcut(hidden_states: Tensor, *args: object, **kwargs: object) -> Tensor:
-        return hidden_states
-
-    return shortcut
+def _sequence(hidden_states: Tensor, *args: object, **kwargs: object) -> Tensor:
+    """What a skipped BasicTransformerBlock returns: the sequence as it came."""
+    return hidden_states
 
 
 def _joint_block(block: Any) -> Forward:
@@ -85,7 +81,7 @@ RULES: dict[str, Callable[[Any], Forward | None]] = {
     "ResnetBlock2D": _resnet,
     "Attention": _attention,
     "Transformer2DModel": _transformer,
-    "BasicTransformerBlock": _block,
+    "BasicTransformerBlock": lambda block: _sequence,
     "JointTransformerBlock": _joint_block,
     "FluxTransformerBlock": _joint_block,
     "FluxSingleTransformerBlock": _joint_block,
@@ -100,7 +96,6 @@ class _Switch:
         self.forward = forward
         self.shortcut = shortcut
         self.skip = False
-
         self.compiled = False
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -188,32 +183,22 @@ def find_units(network: nn.Module, run: Callable[[], object]) -> Units:
     A unit inside another unit is none. Each unit's ``forward`` is replaced on the instance by a switch, once however
     often this is called.
     """
-    found = {name: shortcut for name, module in network.named_modules() if (shortcut := _shortcut(module))}
-    shortcuts = {name: shortcut for name, shortcut in found.items() if not _inside(name, found)}
-    order = _execution_order(network, shortcuts, run)
-    modules = {name: network.get_submodule(name) for name in order}
-    switches = tuple(_switch(modules[name], shortcuts[name]) for name in order)
-    return Units(tuple(order), tuple(type(modules[name]).__name__ for name in order), switches)
+    found: dict[nn.Module, tuple[str, Forward]] = {}
+    for name, module in network.named_modules():  # a module comes before those inside it
+        rule = RULES.get(type(module).__name__)
+        inside = any(name.startswith(f"{unit}.") for unit, _ in found.values())
+        if rule and not inside and (shortcut := rule(module)):
+            found[module] = name, shortcut
+    order = _execution_order(found, run)
+    names, shortcuts = [found[module][0] for module in order], [found[module][1] for module in order]
+    switches = tuple(map(_switch, order, shortcuts))
+    return Units(tuple(names), tuple(type(module).__name__ for module in order), switches)
 
 
-def _shortcut(module: nn.Module) -> Forward | None:
-    rule = RULES.get(type(module).__name__)
-    return rule(module) if rule else None
-
-
-def _inside(name: str, units: Container[str]) -> bool:
-    """Whether the module ``name`` is part of one of ``units``."""
-    parts = name.split(".")
-    return any(".".join(parts[:depth]) in units for depth in range(1, len(parts)))
-
-
-def _execution_order(network: nn.Module, names: dict[str, Forward], run: Callable[[], object]) -> list[str]:
-    """``names`` in the order of their first call; those never called are left out."""
-    order: dict[str, None] = {}
-    hooks = [
-        network.get_submodule(name).register_forward_pre_hook(lambda *_, name=name: order.setdefault(name))
-        for name in names
-    ]
+def _execution_order(modules: Iterable[nn.Module], run: Callable[[], object]) -> list[nn.Module]:
+    """``modules`` in the order of their first call; those never called are left out."""
+    order: dict[nn.Module, None] = {}
+    hooks = [module.register_forward_pre_hook(lambda module, _: order.setdefault(module)) for module in modules]
     try:
         with torch.inference_mode():
             run()

@@ -1,7 +1,7 @@
 """Samplers, each a function of (denoise, x, times).
 
 A solver asks ``denoise`` for the clean image at its noisy states, in order, and combines states and answers
-linearly. Everything else a run needs (which units are skipped, what is remembered, what is counted) lives
+linearly. Everything else a run needs (which units are skipped, what is cached, what is counted) lives
 inside ``denoise``. Coefficients are float64 on the host; the state keeps the dtype of ``x``. No solver writes
 into a tensor it was given.
 
@@ -12,33 +12,47 @@ States are ``x = alpha x0 + sigma eps``. Between nodes s and t, with x0 or eps h
 
 Both are exact where x0 or eps stands for its mean over the step, in alpha / sigma or in sigma / alpha. A higher
 order is a better mean: a row of weights with sum 1 over the answers at hand, most of them the means of Lagrange
-polynomials. What sets solvers apart is the answer they weigh (x0 or eps), the coordinate of the polynomials
-(lambda = log(alpha / sigma), rho = sigma / alpha, or t) and where they ask.
-
-Weights grow without bound where steps are uneven, and amplify whatever noise the answers carry by the sum of
-their magnitudes. Where it exceeds ``LIMIT``, or a solver's lower ``cap``, the step takes a lower order.
+polynomials (``solver_weights``). What sets solvers apart is the answer they weigh (x0 or eps), the coordinate of
+the polynomials (lambda = log(alpha / sigma), rho = sigma / alpha, or t) and where they ask.
 """
 
 from __future__ import annotations
 
 import bisect
-import functools
 import itertools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache, lru_cache, partial
 from typing import NamedTuple
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from autodiffusion_optuna.errors import ConfigError, choose_from
+from autodiffusion_optuna.evaluation.solver_weights import (
+    LIMIT,
+    Row,
+    Rule,
+    exact_by_data,
+    exact_by_noise,
+    exact_or_mean,
+    half,
+    half_or_exact,
+    highest,
+    lagrange,
+    published_by_data,
+    published_by_noise,
+    rows,
+)
 from autodiffusion_optuna.noise import Final, NoiseSchedule, linear
 
 Denoise = Callable[[Tensor, float], Tensor]
 """(x float [B, ...], time index t) -> expected clean image, of x's shape and dtype."""
+
+
+# Nodes
 
 
 class Node(NamedTuple):
@@ -91,16 +105,6 @@ class Times:
         return Node(t, self.schedule.alpha(t), self.schedule.sigma(t))
 
 
-Solver = Callable[[Denoise, Tensor, Times], Tensor]
-Row = tuple[float, ...]
-"""Weights with sum 1 of the newest answers, newest first."""
-
-LIMIT = 1e6
-"""Sum of magnitudes of a row above which a float32 answer would be rounding noise; no row exceeds it."""
-CAP = 8.0
-"""Default cap of ``plms_ab``, a little above the 6.7 of evenly spaced steps."""
-
-
 def times(schedule: NoiseSchedule, timesteps: Sequence[float], final: Final) -> Times:
     """Nodes of ``timesteps`` (strictly descending, in [0, T - 1]) on ``schedule``.
 
@@ -120,7 +124,68 @@ def times(schedule: NoiseSchedule, timesteps: Sequence[float], final: Final) -> 
     return Times(listed, alpha, sigma, lam, final, schedule)
 
 
-# First order
+@lru_cache(maxsize=4096)
+def _time_between(schedule: NoiseSchedule, high: float, low: float) -> float:
+    """Time index halfway in lambda from index ``high`` to ``low``, by bisection to the last bit."""
+    target = (schedule.lambda_(high) + schedule.lambda_(low)) / 2
+    k = int(np.searchsorted(-schedule.lambdas, -target, side="right").clip(1, schedule.T - 1)) - 1
+    pair = slice(k, k + 2)  # the two indices around it; a schedule of two is quick to read
+    near = NoiseSchedule(schedule.alphas[pair], schedule.sigmas[pair], schedule.model_times[pair])
+    low, high = max(low, k), min(high, k + 1)
+    while low < (t := (low + high) / 2) < high:
+        low, high = (t, high) if near.lambda_(t - k) > target else (low, t)
+    return t
+
+
+Solver = Callable[[Denoise, Tensor, Times], Tensor]
+
+
+# Moves
+
+
+def _combine(*terms: tuple[float, Tensor]) -> Tensor:
+    """Sum of coefficient * tensor, in a new tensor."""
+    (coefficient, tensor), *rest = terms
+    total = coefficient * tensor
+    for coefficient, tensor in rest:
+        total = total + coefficient * tensor
+    return total
+
+
+def _weighted(row: Row, history: Sequence[Tensor]) -> Tensor:
+    """The newest answers weighed by ``row``; older ones than it has weights for are left out."""
+    return _combine(*zip(row, history, strict=False))
+
+
+def _noise(x: Tensor, x0: Tensor, here: Node) -> Tensor:
+    """eps of the state ``x`` whose clean image is ``x0``."""
+    return _combine((1 / here.sigma, x), (-here.alpha / here.sigma, x0))
+
+
+def _move_by_data(x: Tensor, x0: Tensor, here: Node, there: Node) -> Tensor:
+    """State at ``there``, with the clean image constant in between."""
+    ratio = there.sigma / here.sigma
+    return _combine((ratio, x), (there.alpha - ratio * here.alpha, x0))
+
+
+def _move_by_noise(x: Tensor, noise: Tensor, here: Node, there: Node) -> Tensor:
+    """State at ``there``, with the noise constant in between."""
+    ratio = there.alpha / here.alpha
+    return _combine((ratio, x), (there.sigma - ratio * here.sigma, noise))
+
+
+class Form(NamedTuple):
+    """What a solver weighs: how it follows from (x, x0, node), and how it moves a state between two nodes."""
+
+    answer: Callable[[Tensor, Tensor, Node], Tensor]
+    move: Callable[[Tensor, Tensor, Node, Node], Tensor]
+
+
+DATA = Form(lambda x, x0, here: x0, _move_by_data)
+NOISE = Form(_noise, _move_by_noise)
+
+
+# One step after the other
 
 
 def ddim(
@@ -128,120 +193,123 @@ def ddim(
 ) -> Tensor:
     """DDIM (arXiv 2010.02502, eq. 12 and 16). K evaluations, first order.
 
-    ``eta`` in (0, 1] adds held-out noise: step i adds ``noise(i)``, standard normal of x's shape and dtype, times
+    ``eta`` in (0, 1] adds noise: step i adds ``noise(i)``, standard normal of x's shape and dtype, times
     ``eta sigma_t sqrt(1 - exp(-2 h))`` with h the step in lambda, eq. 16 for any schedule. 1 is DDPM's sampler.
     A step that ends at sigma = 0 adds none.
     """
     for i, t in enumerate(times.timesteps):
         here, there = times.node(i), times.node(i + 1)
         x0 = denoise(x, t)
-        held_out = eta * there.sigma * math.sqrt(-math.expm1(-2 * (times.lam[i + 1] - times.lam[i])))
-        if held_out == 0:
+        added = eta * there.sigma * math.sqrt(-math.expm1(-2 * (times.lam[i + 1] - times.lam[i])))
+        if added == 0:
             x = _move_by_data(x, x0, here, there)
         else:
             assert noise is not None
-            ratio = math.sqrt(there.sigma**2 - held_out**2) / here.sigma
-            x = _combine((ratio, x), (there.alpha - ratio * here.alpha, x0), (held_out, noise(i)))
+            ratio = math.sqrt(there.sigma**2 - added**2) / here.sigma
+            x = _combine((ratio, x), (there.alpha - ratio * here.alpha, x0), (added, noise(i)))
     return x
 
 
-def euler(denoise: Denoise, x: Tensor, times: Times) -> Tensor:
-    """Euler's method in sigma / alpha (arXiv 2206.00364, algorithm 1 without line 6). K evaluations.
+def heun(denoise: Denoise, x: Tensor, times: Times) -> Tensor:
+    """Heun's method in sigma / alpha (arXiv 2206.00364, algorithm 1). Second order.
 
-    First order, and DDIM but for rounding.
+    2K - 1 evaluations with ``final="zero"``, whose last step is Euler's; 2K with ``"sigma_min"``, the last at
+    index 0.
     """
-    return _multistep(denoise, x, times, [(1.0,)] * times.steps, NOISE)
+    for i, t in enumerate(times.timesteps):
+        here, there = times.node(i), times.node(i + 1)
+        x0 = denoise(x, t)
+        guess = _move_by_data(x, x0, here, there)
+        if there.sigma == 0:
+            return guess
+        before = _noise(x, x0, here)
+        ahead = _noise(guess, denoise(guess, there.t), there)
+        x = _move_by_noise(x, _combine((0.5, before), (0.5, ahead)), here, there)
+    return x
 
 
-# Multistep, weighing clean images
+def dpmpp_2s_mid(denoise: Denoise, x: Tensor, times: Times) -> Tensor:
+    """DPM-Solver++(2S) (arXiv 2211.01095, algorithm 1), inner points halfway in lambda. Second order.
 
-
-def dpmpp_2m(denoise: Denoise, x: Tensor, times: Times, lower_order_final: bool | None = None) -> Tensor:
-    """DPM-Solver++(2M) (arXiv 2211.01095, algorithm 2). K evaluations, second order.
-
-    The last step is first order below 10 steps, as in the authors' code, and whenever it ends at sigma = 0,
-    where it returns the last clean image. ``lower_order_final`` says otherwise: see ``_orders``.
+    2K - 1 evaluations with ``final="zero"``, whose last step is first order; 2K with ``"sigma_min"``. Every second one
+    is at a time between two of the list.
     """
-    rows = _rows(times.lam, _orders(times, 2, lower_order_final), _published_by_data)
-    return _multistep(denoise, x, times, rows, DATA)
+    for i, t in enumerate(times.timesteps):
+        here, there = times.node(i), times.node(i + 1)
+        x0 = denoise(x, t)
+        if there.sigma > 0:
+            inner = times.middle(i)
+            x0 = denoise(_move_by_data(x, x0, here, inner), inner.t)
+        x = _move_by_data(x, x0, here, there)
+    return x
 
 
-def dpmpp_3m(denoise: Denoise, x: Tensor, times: Times, lower_order_final: bool | None = None) -> Tensor:
-    """DPM-Solver++(3M) as in the authors' code, the multistep form of arXiv 2211.01095. K evaluations.
+def _singlestep(denoise: Denoise, x: Tensor, times: Times, *, form: Form) -> Tensor:
+    """Second order in K / 2 steps: from the first node of each pair of the list over the second to the third.
 
-    Its second difference has half the weight of the exact integral, which leaves it second order; at few steps
-    it often does better than ``dpmpp_3m_exact`` all the same. The last steps are those of ``dpmpp_2m``.
+    First order where no pair is left, and over a pair that would end at sigma = 0.
     """
-    rows = _rows(times.lam, _orders(times, 3, lower_order_final), _published_by_data)
-    return _multistep(denoise, x, times, rows, DATA)
+    nodes = iter(range(times.steps))
+    for i in nodes:
+        here, inner = times.node(i), times.node(i + 1)
+        first = form.answer(x, denoise(x, here.t), here)
+        guess = form.move(x, first, here, inner)
+        if i + 1 == times.steps or times.sigma[i + 2] == 0:
+            x = guess
+            continue
+        second = form.answer(guess, denoise(guess, inner.t), inner)
+        row = highest(half, times.lam[i : i + 2], times.lam[i], times.lam[i + 2], LIMIT)
+        x = form.move(x, _weighted(row, (first, second)), here, times.node(i + 2))
+        next(nodes)
+    return x
 
 
-def dpmpp_3m_exact(denoise: Denoise, x: Tensor, times: Times, lower_order_final: bool | None = None) -> Tensor:
-    """``dpmpp_3m`` with the exact integrals of the interpolated clean image. K evaluations, third order."""
-    rows = _rows(times.lam, _orders(times, 3, lower_order_final), _exact_by_data)
-    return _multistep(denoise, x, times, rows, DATA)
+# Multistep
 
 
-# Multistep, weighing noise
+def _multistep(denoise: Denoise, x: Tensor, times: Times, rows: Sequence[Row], form: Form) -> Tensor:
+    """One evaluation a step; step i weighs the newest answers with ``rows[i]``."""
+    history: list[Tensor] = []
+    for i, (t, row) in enumerate(zip(times.timesteps, rows, strict=True)):
+        here, there = times.node(i), times.node(i + 1)
+        history = [form.answer(x, denoise(x, t), here), *history[:3]]
+        x = form.move(x, _weighted(row, history), here, there)
+    return x
 
 
-def dpm_solver_2(denoise: Denoise, x: Tensor, times: Times, lower_order_final: bool | None = None) -> Tensor:
-    """DPM-Solver-2, multistep (arXiv 2206.00927 in the authors' code). K evaluations, second order.
+def _in_lambda(order: int, rule: Rule, form: Form, cap: float = LIMIT) -> Solver:
+    """Multistep in lambda, the order rising from 1 and falling again as the authors' code has it.
 
-    The last steps are those of ``dpmpp_2m``.
+    To 1 for a last step to sigma = 0, where lambda is infinite and the last answer is the image; by one a step at the
+    end of fewer than 10 steps that end above it. ``cap``: largest sum of the magnitudes of a step's weights.
     """
-    rows = _rows(times.lam, _orders(times, 2, lower_order_final), _published_by_noise)
-    return _multistep(denoise, x, times, rows, NOISE)
+
+    def solve(denoise: Denoise, x: Tensor, times: Times) -> Tensor:
+        finite = times.steps - (times.sigma[-1] == 0)
+        lower = times.sigma[-1] > 0 and times.steps < 10
+        rising = (min(order, i + 1, finite - i if lower else order) for i in range(finite))
+        orders = [*rising, *[1] * (times.steps - finite)]
+        return _multistep(denoise, x, times, rows(times.lam, orders, rule, cap), form)
+
+    return solve
 
 
-def dpm_solver_3(denoise: Denoise, x: Tensor, times: Times, lower_order_final: bool | None = None) -> Tensor:
-    """DPM-Solver-3, multistep (arXiv 2206.00927 in the authors' code). K evaluations.
+def _adams_bashforth(coordinate: Callable[[Times], Sequence[float]], cap: float = LIMIT) -> Solver:
+    """Multistep of order 4, rising from 1, over the noise in a coordinate of the K + 1 nodes."""
 
-    Second order, for the reason given at ``dpmpp_3m``. The last steps are those of ``dpmpp_2m``.
-    """
-    rows = _rows(times.lam, _orders(times, 3, lower_order_final), _published_by_noise)
-    return _multistep(denoise, x, times, rows, NOISE)
+    def solve(denoise: Denoise, x: Tensor, times: Times) -> Tensor:
+        orders = [min(4, i + 1) for i in range(times.steps)]
+        return _multistep(denoise, x, times, rows(coordinate(times), orders, lagrange, cap), NOISE)
 
-
-def deis_2(
-    denoise: Denoise, x: Tensor, times: Times, cap: float = LIMIT, lower_order_final: bool | None = None
-) -> Tensor:
-    """DEIS with polynomials of degree 1 in log rho (arXiv 2204.13902, eq. 15). K evaluations, second order.
-
-    ``cap``: the order is lowered until the weights' magnitudes sum to no more. The last steps are those of
-    ``dpmpp_2m``.
-    """
-    rows = _rows(times.lam, _orders(times, 2, lower_order_final), _exact_by_noise, cap)
-    return _multistep(denoise, x, times, rows, NOISE)
+    return solve
 
 
-def deis_3(
-    denoise: Denoise, x: Tensor, times: Times, cap: float = LIMIT, lower_order_final: bool | None = None
-) -> Tensor:
-    """``deis_2`` with polynomials of degree 2. K evaluations, third order."""
-    rows = _rows(times.lam, _orders(times, 3, lower_order_final), _exact_by_noise, cap)
-    return _multistep(denoise, x, times, rows, NOISE)
+def _rho(times: Times) -> Sequence[float]:
+    return times.rho
 
 
-def lms(denoise: Denoise, x: Tensor, times: Times, cap: float = LIMIT) -> Tensor:
-    """Adams-Bashforth of order 4 in rho = sigma / alpha, the linear multistep of k-diffusion. K evaluations.
-
-    ``cap``: the order is lowered until the weights' magnitudes sum to no more.
-    """
-    rows = _rows(times.rho, [min(4, i + 1) for i in range(times.steps)], _lagrange, cap)
-    return _multistep(denoise, x, times, rows, NOISE)
-
-
-def plms_ab(denoise: Denoise, x: Tensor, times: Times, cap: float = CAP) -> Tensor:
-    """``plms`` with the Adams-Bashforth weights of the list itself, uneven as it is. K evaluations.
-
-    The polynomials are in t, of degree 3, and start from one point. Second order, since they average over t
-    what the step integrates over rho. ``cap``: the order is lowered until the weights' magnitudes sum to no
-    more; without it uneven lists amplify a hundredfold.
-    """
-    t = [times.time(node) for node in range(times.steps + 1)]
-    rows = _rows(t, [min(4, i + 1) for i in range(times.steps)], _lagrange, cap)
-    return _multistep(denoise, x, times, rows, NOISE)
+def _time(times: Times) -> Sequence[float]:
+    return [times.time(node) for node in range(times.steps + 1)]
 
 
 ADAMS_BASHFORTH: tuple[Row, ...] = (
@@ -273,25 +341,10 @@ def plms(denoise: Denoise, x: Tensor, times: Times) -> Tensor:
     return x
 
 
-# Predictor and corrector
+def _unipc(denoise: Denoise, x: Tensor, times: Times, *, order: int) -> Tensor:
+    """UniPC, variant B2, predicting clean images (arXiv 2302.04867, algorithm 1).
 
-
-def unipc_2(denoise: Denoise, x: Tensor, times: Times) -> Tensor:
-    """UniPC-2, variant B2, predicting clean images (arXiv 2302.04867, algorithm 1). K evaluations.
-
-    The corrector makes the error fall with the third power of the step, until the last step's first order shows.
-    """
-    return _unipc(denoise, x, times, 2)
-
-
-def unipc_3(denoise: Denoise, x: Tensor, times: Times) -> Tensor:
-    """UniPC-3, variant B2, predicting clean images (arXiv 2302.04867, algorithm 1). K evaluations."""
-    return _unipc(denoise, x, times, 3)
-
-
-def _unipc(denoise: Denoise, x: Tensor, times: Times, order: int) -> Tensor:
-    """At each node, the step that led there is taken again with the answer found there; nothing is asked twice.
-
+    At each node, the step that led there is taken again with the answer found there; nothing is asked twice.
     Orders rise from 1 and fall to 1 at the end whatever the number of steps, as in the authors' code.
     """
     history: list[Tensor] = []
@@ -302,105 +355,55 @@ def _unipc(denoise: Denoise, x: Tensor, times: Times, order: int) -> Tensor:
         if i > 0:
             known = min(order, i, times.steps - i + 1)  # the order with which the step was predicted
             points = times.lam[i - known : i + 1][::-1]
-            row = _highest(_exact_or_mean, points, times.lam[i - 1], times.lam[i], LIMIT)
+            row = highest(exact_or_mean, points, times.lam[i - 1], times.lam[i], LIMIT)
             x = _move_by_data(before, _weighted(row, history), times.node(i - 1), here)
         points = times.lam[max(0, i + 1 - min(order, times.steps - i)) : i + 1][::-1]
-        row = _highest(_half_or_exact, points, times.lam[i], times.lam[i + 1], LIMIT)
+        row = highest(half_or_exact, points, times.lam[i], times.lam[i + 1], LIMIT)
         before = x
         x = _move_by_data(x, _weighted(row, history), here, there)
     return x
 
 
-# Singlestep
-
-
-def heun(denoise: Denoise, x: Tensor, times: Times) -> Tensor:
-    """Heun's method in sigma / alpha (arXiv 2206.00364, algorithm 1). Second order.
-
-    2K - 1 evaluations with ``final="zero"``, whose last step is Euler's; 2K with ``"sigma_min"``, the last at
-    index 0.
-    """
-    for i, t in enumerate(times.timesteps):
-        here, there = times.node(i), times.node(i + 1)
-        x0 = denoise(x, t)
-        guess = _move_by_data(x, x0, here, there)
-        if there.sigma == 0:
-            return guess
-        before = _noise(x, x0, here)
-        ahead = _noise(guess, denoise(guess, there.t), there)
-        x = _move_by_noise(x, _combine((0.5, before), (0.5, ahead)), here, there)
-    return x
-
-
-def dpm_solver_2s(denoise: Denoise, x: Tensor, times: Times) -> Tensor:
-    """DPM-Solver-2 (arXiv 2206.00927, algorithm 4), both points of each step taken from the list. K evaluations.
-
-    Second order, in K / 2 steps: from the first node of each pair over the second to the third. First order where
-    no pair is left, and over a pair that would end at sigma = 0.
-    """
-    return _singlestep(denoise, x, times, NOISE)
-
-
-def dpmpp_2s(denoise: Denoise, x: Tensor, times: Times) -> Tensor:
-    """DPM-Solver++(2S) (arXiv 2211.01095, algorithm 1), its points taken from the list as in ``dpm_solver_2s``."""
-    return _singlestep(denoise, x, times, DATA)
-
-
-def dpmpp_2s_mid(denoise: Denoise, x: Tensor, times: Times) -> Tensor:
-    """DPM-Solver++(2S) (arXiv 2211.01095, algorithm 1), inner points halfway in lambda. Second order.
-
-    2K - 1 evaluations with ``final="zero"``, whose last step is first order; 2K with ``"sigma_min"``. Every second one
-    is at a time between two of the list.
-    """
-    for i, t in enumerate(times.timesteps):
-        here, there = times.node(i), times.node(i + 1)
-        x0 = denoise(x, t)
-        if there.sigma > 0:
-            inner = times.middle(i)
-            x0 = denoise(_move_by_data(x, x0, here, inner), inner.t)
-        x = _move_by_data(x, x0, here, there)
-    return x
-
-
-def _singlestep(denoise: Denoise, x: Tensor, times: Times, form: Form) -> Tensor:
-    """Second order over pairs of listed nodes."""
-    nodes = iter(range(times.steps))
-    for i in nodes:
-        here, inner = times.node(i), times.node(i + 1)
-        first = form.answer(x, denoise(x, here.t), here)
-        guess = form.move(x, first, here, inner)
-        if i + 1 == times.steps or times.sigma[i + 2] == 0:
-            x = guess
-            continue
-        second = form.answer(guess, denoise(guess, inner.t), inner)
-        row = _highest(_half, times.lam[i : i + 2], times.lam[i], times.lam[i + 2], LIMIT)
-        x = form.move(x, _weighted(row, (first, second)), here, times.node(i + 2))
-        next(nodes)
-    return x
-
-
 # By name
+
+CAPPED: dict[str, Callable[..., Solver]] = {
+    "lms": partial(_adams_bashforth, _rho),
+    "plms_ab": partial(_adams_bashforth, _time),
+    "deis_2": partial(_in_lambda, 2, exact_by_noise, NOISE),
+    "deis_3": partial(_in_lambda, 3, exact_by_noise, NOISE),
+}
+"""Solvers that take a cap on their amplification, by it."""
+
+CAP = 8.0
+"""Default cap of ``plms_ab``, a little above the 6.7 of evenly spaced steps; uneven ones come to hundreds."""
 
 SOLVERS: dict[str, Solver] = {
     "ddim": ddim,
-    "euler": euler,
+    "euler": _in_lambda(1, exact_by_noise, NOISE),  # DDIM but for rounding
     "heun": heun,
-    "lms": lms,
+    "lms": CAPPED["lms"](),  # of k-diffusion, in rho
     "plms": plms,
-    "plms_ab": plms_ab,
-    "dpm_solver_2": dpm_solver_2,
-    "dpm_solver_3": dpm_solver_3,
-    "dpm_solver_2s": dpm_solver_2s,
-    "dpmpp_2s": dpmpp_2s,
+    # plms with the true weights of the list, in t: second order, since they average over t what is integrated over rho
+    "plms_ab": CAPPED["plms_ab"](cap=CAP),
+    # DPM-Solver (arXiv 2206.00927): multistep as in the authors' code, singlestep as algorithm 4
+    "dpm_solver_2": _in_lambda(2, published_by_noise, NOISE),
+    "dpm_solver_3": _in_lambda(3, published_by_noise, NOISE),
+    "dpm_solver_2s": partial(_singlestep, form=NOISE),
+    # DPM-Solver++ (arXiv 2211.01095): algorithm 1 over the nodes of the list, and halfway in lambda; algorithm 2
+    "dpmpp_2s": partial(_singlestep, form=DATA),
     "dpmpp_2s_mid": dpmpp_2s_mid,
-    "dpmpp_2m": dpmpp_2m,
-    "dpmpp_3m": dpmpp_3m,
-    "dpmpp_3m_exact": dpmpp_3m_exact,
-    "unipc_2": unipc_2,
-    "unipc_3": unipc_3,
-    "deis_2": deis_2,
-    "deis_3": deis_3,
+    "dpmpp_2m": _in_lambda(2, published_by_data, DATA),
+    # Its second difference has half the weight of the exact integral, which leaves it second order; at few steps
+    # it often does better than the exact one all the same. dpm_solver_3 is the same in this.
+    "dpmpp_3m": _in_lambda(3, published_by_data, DATA),
+    "dpmpp_3m_exact": _in_lambda(3, exact_by_data, DATA),
+    "unipc_2": partial(_unipc, order=2),
+    "unipc_3": partial(_unipc, order=3),
+    # DEIS, polynomials in log rho (arXiv 2204.13902, eq. 15)
+    "deis_2": CAPPED["deis_2"](),
+    "deis_3": CAPPED["deis_3"](),
 }
+"""Name -> solver. All take K evaluations but heun, plms and dpmpp_2s_mid."""
 
 ORDERS: dict[str, dict[int, str]] = {
     "dpm_solver": {2: "dpm_solver_2", 3: "dpm_solver_3"},
@@ -409,9 +412,6 @@ ORDERS: dict[str, dict[int, str]] = {
     "deis": {2: "deis_2", 3: "deis_3"},
 }
 """Family -> order -> registered solver."""
-
-CAPPED: dict[str, Callable[..., Tensor]] = {"plms_ab": plms_ab, "lms": lms, "deis_2": deis_2, "deis_3": deis_3}
-"""Solvers that take a cap on their amplification."""
 
 
 def solver_names(name: str, order: int | None) -> str:
@@ -424,12 +424,9 @@ def solver_names(name: str, order: int | None) -> str:
     """
     if name in ORDERS:
         orders = ORDERS[name]
-        chosen = min(orders) if order is None else order
-        if chosen not in orders:
-            raise ConfigError(
-                f"solver {name!r} has no order {order}; choose from {', '.join(map(str, sorted(orders)))}"
-            )
-        return orders[chosen]
+        if order is not None and order not in orders:
+            raise ConfigError(f"solver {name!r} has no order {order}; choose from {', '.join(map(str, orders))}")
+        return orders[order or min(orders)]
     if name not in SOLVERS:
         raise ConfigError(choose_from("solver", name, [*SOLVERS, *ORDERS]))
     if order is not None:
@@ -444,10 +441,8 @@ def find_solver(
 ) -> Solver:
     """The solver of that name, ``SOLVERS[name]`` itself where nothing else is given.
 
-    ``eta`` in [0, 1]: share of held-out noise, ``ddim`` only; ``noise(i)`` is then the standard normal of x's shape
-    and dtype for step i, and must depend on nothing that a remembered run would not share. ``cap``, at least 1:
-    largest sum of a step's weights' magnitudes, for the solvers in ``CAPPED``.
-
+    ``eta`` in [0, 1]: share of added noise, ``ddim`` only; ``noise(i)``, as there, must depend on nothing that a cached
+    run would not share. ``cap``, at least 1: largest sum of a step's weights' magnitudes, for those in ``CAPPED``.
     ``ConfigError`` for an unknown solver and for a setting it does not have.
     """
     if name not in SOLVERS:
@@ -465,11 +460,11 @@ def find_solver(
     if cap is not None and not cap >= 1:
         raise ConfigError(f"cap must be at least 1, the amplification of a first-order step, got {cap}")
     if eta > 0:
-        return functools.partial(ddim, eta=eta, noise=noise)
-    return SOLVERS[name] if cap is None else functools.partial(CAPPED[name], cap=cap)
+        return partial(ddim, eta=eta, noise=noise)
+    return SOLVERS[name] if cap is None else CAPPED[name](cap=cap)
 
 
-@functools.cache
+@cache
 def query_steps(solver: str, steps: int, final: Final) -> tuple[int, ...]:
     """The step, in [0, steps), to which each network evaluation of a run belongs, in order; see ``step_of``.
 
@@ -502,175 +497,3 @@ def step_of(timesteps: Sequence[float], t: float) -> int:
     [0, 0, 1, 1]
     """
     return max(0, bisect.bisect_right(timesteps, -t, key=lambda s: -s) - 1)
-
-
-# Moves
-
-
-def _combine(*terms: tuple[float, Tensor]) -> Tensor:
-    """Sum of coefficient * tensor, in a new tensor."""
-    (coefficient, tensor), *rest = terms
-    total = coefficient * tensor
-    for coefficient, tensor in rest:
-        total = total + coefficient * tensor
-    return total
-
-
-def _weighted(row: Row, history: Sequence[Tensor]) -> Tensor:
-    """The newest answers weighed by ``row``; older ones than it has weights for are left out."""
-    return _combine(*zip(row, history, strict=False))
-
-
-def _noise(x: Tensor, x0: Tensor, here: Node) -> Tensor:
-    """eps of the state ``x`` whose clean image is ``x0``."""
-    return _combine((1 / here.sigma, x), (-here.alpha / here.sigma, x0))
-
-
-def _data(x: Tensor, x0: Tensor, here: Node) -> Tensor:
-    """x0 itself, in the place of ``_noise``."""
-    return x0
-
-
-def _move_by_data(x: Tensor, x0: Tensor, here: Node, there: Node) -> Tensor:
-    """State at ``there``, with the clean image constant in between."""
-    ratio = there.sigma / here.sigma
-    return _combine((ratio, x), (there.alpha - ratio * here.alpha, x0))
-
-
-def _move_by_noise(x: Tensor, noise: Tensor, here: Node, there: Node) -> Tensor:
-    """State at ``there``, with the noise constant in between."""
-    ratio = there.alpha / here.alpha
-    return _combine((ratio, x), (there.sigma - ratio * here.sigma, noise))
-
-
-class Form(NamedTuple):
-    """What a solver weighs: how it follows from (x, x0, node), and how it moves a state between two nodes."""
-
-    answer: Callable[[Tensor, Tensor, Node], Tensor]
-    move: Callable[[Tensor, Tensor, Node, Node], Tensor]
-
-
-DATA = Form(_data, _move_by_data)
-NOISE = Form(_noise, _move_by_noise)
-
-
-def _multistep(denoise: Denoise, x: Tensor, times: Times, rows: Sequence[Row], form: Form) -> Tensor:
-    """One evaluation a step; step i weighs the newest answers with ``rows[i]``."""
-    history: list[Tensor] = []
-    for i, (t, row) in enumerate(zip(times.timesteps, rows, strict=True)):
-        here, there = times.node(i), times.node(i + 1)
-        history = [form.answer(x, denoise(x, t), here), *history[:3]]
-        x = form.move(x, _weighted(row, history), here, there)
-    return x
-
-
-# Weights
-
-Rule = Callable[[Sequence[float], float, float], Row]
-"""(coordinates of the answers, newest first; start and end of the step) -> row of as many weights."""
-
-
-def _orders(times: Times, order: int, lower_order_final: bool | None) -> list[int]:
-    """Order of each step: rising from 1, and 1 for a last step that ends at sigma = 0, where lambda is infinite.
-
-    ``lower_order_final``: whether the order also falls to 1 over the steps that end above sigma = 0. None is the
-    authors' rule for ``final="sigma_min"``, below 10 steps, and no for ``"zero"``.
-    """
-    finite = times.steps - (times.sigma[-1] == 0)
-    lower = times.sigma[-1] > 0 and times.steps < 10 if lower_order_final is None else lower_order_final
-    rising = (min(order, i + 1, finite - i if lower else order) for i in range(finite))
-    return [*rising, *[1] * (times.steps - finite)]
-
-
-def _rows(u: Sequence[float], orders: Sequence[int], rule: Rule, cap: float = LIMIT) -> list[Row]:
-    """Row of each step by ``rule`` in the coordinate ``u`` of the K + 1 nodes, at most of the order given."""
-    return [_highest(rule, u[i + 1 - order : i + 1][::-1], u[i], u[i + 1], cap) for i, order in enumerate(orders)]
-
-
-def _highest(rule: Rule, points: Sequence[float], start: float, end: float, cap: float) -> Row:
-    """Row over as many of the newest points as keep the sum of the weights' magnitudes within ``cap``.
-
-    Points that coincide in float64 give infinite weights or none, and go the same way.
-    """
-    with np.errstate(all="ignore"):
-        for count in range(len(points), 1, -1):
-            row = rule(points[:count], start, end)
-            if sum(map(abs, row)) <= min(cap, LIMIT):
-                return row
-    return (1.0,)
-
-
-NODES, GAUSS = np.polynomial.legendre.leggauss(32)
-
-
-def _lagrange(points: Sequence[float], start: float, end: float, tilt: float = 0.0) -> Row:
-    """Mean of each point's Lagrange polynomial from ``start`` to ``end``, with density exp(tilt u).
-
-    By Gauss-Legendre quadrature, exact for tilt 0 and to rounding for steps up to 30 in lambda. A step of no
-    length gives the polynomials' values there.
-    """
-    u = start + (NODES + 1) / 2 * (end - start)
-    density = GAUSS * np.exp(tilt * u - np.max(tilt * u))
-    means = (np.average(product, weights=density) for product in _polynomials(points, u))
-    return tuple(float(mean) for mean in means)
-
-
-def _polynomials(points: Sequence[float], u: NDArray[np.float64]) -> Iterator[NDArray[np.float64]]:
-    """Each point's Lagrange polynomial at ``u``: 1 at its own point, 0 at the others."""
-    for j, point in enumerate(points):
-        product = np.ones_like(u)
-        for k, other in enumerate(points):
-            if k != j:
-                product = product * ((u - other) / (point - other))
-        yield product
-
-
-def _half(points: Sequence[float], start: float, end: float) -> Row:
-    """Two points, the first at ``start``: half the slope, as published for second order.
-
-    ``x0 + (x0 - x0_previous) / (2 r)`` with r = h_i / h_{i+1}. Written without r, because a final step from
-    index 0 to index 0 has h_{i+1} = 0.
-    """
-    extra = float(np.float64(end - start) / (2 * (start - points[1])))
-    return (1 + extra, -extra)
-
-
-def _published(points: Sequence[float], start: float, end: float, tilt: float) -> Row:
-    """As in the code of DPM-Solver: ``_half`` or, over three points, half the second difference it should be."""
-    if len(points) == 2:
-        return _half(points, start, end)
-    exact = _lagrange(points, start, end, tilt)
-    square = sum(weight * (point - start) ** 2 for weight, point in zip(exact, points, strict=True))
-    a, b, c = (np.float64(point) for point in points)
-    second = (1 / ((a - b) * (a - c)), 1 / ((b - a) * (b - c)), 1 / ((c - a) * (c - b)))
-    return tuple(float(weight - square / 2 * part) for weight, part in zip(exact, second, strict=True))
-
-
-# A mean in alpha / sigma = exp(lambda) has density exp(lambda) over lambda, one in sigma / alpha exp(-lambda).
-_exact_by_data: Rule = functools.partial(_lagrange, tilt=1.0)
-_exact_by_noise: Rule = functools.partial(_lagrange, tilt=-1.0)
-_published_by_data: Rule = functools.partial(_published, tilt=1.0)
-_published_by_noise: Rule = functools.partial(_published, tilt=-1.0)
-
-
-def _half_or_exact(points: Sequence[float], start: float, end: float) -> Row:
-    """UniPC's predictor: of two points ``_half``, of three the exact integral."""
-    return _half(points, start, end) if len(points) == 2 else _exact_by_data(points, start, end)
-
-
-def _exact_or_mean(points: Sequence[float], start: float, end: float) -> Row:
-    """UniPC's corrector: of two points their mean, of more the exact integral."""
-    return (0.5, 0.5) if len(points) == 2 else _exact_by_data(points, start, end)
-
-
-@functools.lru_cache(maxsize=4096)
-def _time_between(schedule: NoiseSchedule, high: float, low: float) -> float:
-    """Time index halfway in lambda from index ``high`` to ``low``, by bisection to the last bit."""
-    target = (schedule.lambda_(high) + schedule.lambda_(low)) / 2
-    k = int(np.searchsorted(-schedule.lambdas, -target, side="right").clip(1, schedule.T - 1)) - 1
-    pair = slice(k, k + 2)  # the two indices around it; a schedule of two is quick to read
-    near = NoiseSchedule(schedule.alphas[pair], schedule.sigmas[pair], schedule.model_times[pair])
-    low, high = max(low, k), min(high, k + 1)
-    while low < (t := (low + high) / 2) < high:
-        low, high = (t, high) if near.lambda_(t - k) > target else (low, t)
-    return t

@@ -88,7 +88,7 @@ def build(
         metric=config.score.metric,
         seed=config.score.seed,
         batch=batch,
-        memory=PrefixCache(config.model.prefix_cache_mb * 2**20) if config.model.prefix_cache_mb else None,
+        prefix_cache=PrefixCache(config.model.prefix_cache_mb * 2**20) if config.model.prefix_cache_mb else None,
     )
     check_images(reference, model.picture_shape)
     _check_features(evaluator)

@@ -77,7 +77,7 @@ def running_out(evaluator: Evaluator, most: int) -> Evaluator:
             raise torch.OutOfMemoryError
         return denoiser(x, t, skip)
 
-    return replace(evaluator, model=replace(evaluator.model, denoiser=denoise), _fits=[], _noise={})
+    return replace(evaluator, model=replace(evaluator.model, denoiser=denoise))
 
 
 def test_a_batch_that_does_not_fit_is_halved_and_changes_nothing_but_rounding(evaluator: Evaluator) -> None:
@@ -102,7 +102,7 @@ def test_features_that_do_not_fit_are_taken_in_halves(evaluator: Evaluator) -> N
             raise torch.OutOfMemoryError
         return network(images)
 
-    small = replace(evaluator, extractor=replace(evaluator.extractor, network=extract), memory=PrefixCache(2**24))
+    small = replace(evaluator, extractor=replace(evaluator.extractor, network=extract), prefix_cache=PrefixCache(2**24))
     assert small.score(CANDIDATE, [64]).value == evaluator.score(CANDIDATE, [64]).value
     assert small.fitting_batch == evaluator.batch
     most = 0
@@ -113,10 +113,10 @@ def test_features_that_do_not_fit_are_taken_in_halves(evaluator: Evaluator) -> N
 def test_noise_is_kept_within_bounds(evaluator: Evaluator, monkeypatch: pytest.MonkeyPatch) -> None:
     batch = 32 * 16 * 4
     monkeypatch.setattr("autodiffusion_optuna.evaluation.evaluator.KEPT_NOISE", 2 * batch)
-    anew = replace(evaluator, _noise={})
-    assert anew.score(CANDIDATE, [128]).value == evaluator.score(CANDIDATE, [128]).value
-    assert sum(noise.nbytes for noise in anew._noise.values()) == 2 * batch
-    assert anew.score(CANDIDATE, [128]).value == evaluator.score(CANDIDATE, [128]).value
+    other = replace(evaluator)  # has kept nothing yet
+    for _ in range(2):
+        assert other.score(CANDIDATE, [128]).value == evaluator.score(CANDIDATE, [128]).value
+        assert other.noise_bytes == 2 * batch
 
 
 @pytest.mark.parametrize(("most", "batch"), [(0, None), (1, 1), (9, 8)])
@@ -157,20 +157,20 @@ def test_noise_of_a_stochastic_solver_belongs_to_the_image(evaluator: Evaluator)
     values = [replace(noisy, batch=batch).score(CANDIDATE, [64]).value for batch in (7, 64)]
     assert values == pytest.approx([values[0]] * 2, rel=1e-5)
     assert values[0] != pytest.approx(evaluator.score(CANDIDATE, [64]).value, rel=1e-3)
-    cached_denoise = replace(noisy, memory=PrefixCache(2**24))
+    cached = replace(noisy, prefix_cache=PrefixCache(2**24))
     other = Candidate((900, 500, 90))
-    assert cached_denoise.score(CANDIDATE, [64]).value == replace(noisy, memory=None).score(CANDIDATE, [64]).value
-    score = cached_denoise.score(other, [64])
+    assert cached.score(CANDIDATE, [64]).value == replace(noisy, prefix_cache=None).score(CANDIDATE, [64]).value
+    score = cached.score(other, [64])
     assert score.value == noisy.score(other, [64]).value
     assert score.saved == 2 * 64
 
 
 def test_a_candidate_chooses_its_solver(evaluator: Evaluator) -> None:
-    cached_denoise = replace(evaluator, memory=PrefixCache(2**24))
+    cached = replace(evaluator, prefix_cache=PrefixCache(2**24))
     for solver in ("ddim", "heun", "dpmpp_2m", "ddim"):
         chosen = Candidate(CANDIDATE.timesteps, settings=(("final", "sigma_min"), ("solver", solver)))
         fixed = replace(evaluator, sampling=Sampling(solver, "sigma_min")).score(CANDIDATE, [64])
-        assert cached_denoise.score(chosen, [64]).value == fixed.value
+        assert cached.score(chosen, [64]).value == fixed.value
 
 
 def test_guidance_of_an_unconditional_model_is_refused(evaluator: Evaluator) -> None:
@@ -179,28 +179,28 @@ def test_guidance_of_an_unconditional_model_is_refused(evaluator: Evaluator) -> 
 
 
 @pytest.mark.parametrize("solver", sorted(SOLVERS))
-def test_scores_are_bit_equal_with_and_without_the_memory(evaluator: Evaluator, solver: str) -> None:
-    """A search-like walk: one-gene changes of good candidates, several lengths, a memory that has to forget."""
+def test_scores_are_bit_equal_with_and_without_the_prefix_cache(evaluator: Evaluator, solver: str) -> None:
+    """A search-like walk: one-gene changes of good candidates, several lengths, a cache that has to drop some."""
     space = SearchSpace(T=1000, min_steps=2, max_steps=5)
     rng = np.random.default_rng(0)
     budget = 40 * 32 * 16 * 4  # forty of the batches' tensors
-    cached_denoise = replace(evaluator, sampling=Sampling(solver), memory=PrefixCache(budget))
-    plain = replace(evaluator, sampling=Sampling(solver), memory=None)
+    cached = replace(evaluator, sampling=Sampling(solver), prefix_cache=PrefixCache(budget))
+    plain = replace(evaluator, sampling=Sampling(solver), prefix_cache=None)
     candidate, saved = random_candidate(rng, space, 0.0), 0
     for _ in range(40):
-        score = cached_denoise.score(candidate, [48])
+        score = cached.score(candidate, [48])
         assert score.value == plain.score(candidate, [48]).value
-        assert cached_denoise.memory is not None
-        assert cached_denoise.memory.nbytes <= budget
+        assert cached.prefix_cache is not None
+        assert cached.prefix_cache.nbytes <= budget
         saved += score.saved
         candidate = mutate_local(rng, space, candidate, 0.0)
     assert saved > 0
 
 
-def test_fresh_banks_leave_the_memory_alone(evaluator: Evaluator) -> None:
-    memory = PrefixCache(2**20)
-    replace(evaluator, memory=memory).score(CANDIDATE, [32], bank=1)
-    assert len(memory) == 0
+def test_held_out_banks_leave_the_prefix_cache_alone(evaluator: Evaluator) -> None:
+    cache = PrefixCache(2**20)
+    replace(evaluator, prefix_cache=cache).score(CANDIDATE, [32], bank=1)
+    assert len(cache) == 0
 
 
 def test_the_kernel_distance_needs_features(evaluator: Evaluator) -> None:

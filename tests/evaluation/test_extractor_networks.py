@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from autodiffusion_optuna.errors import ConfigError, ModelError, StatisticsError
-from autodiffusion_optuna.evaluation import features
-from autodiffusion_optuna.evaluation.features import efficientnet_side, load_extractor, resize_clean, weights
+from autodiffusion_optuna.evaluation.features import efficientnet, load_extractor, resize_clean, weights
+from autodiffusion_optuna.evaluation.features.clip import resize_clip
 from autodiffusion_optuna.evaluation.frechet import Moments, frechet_distance
 from autodiffusion_optuna.evaluation.references.reference import Reference
 
@@ -82,7 +82,7 @@ def test_efficientnet_figures_rise_with_noise() -> None:
 
 @pytest.mark.parametrize(("size", "side"), [((28, 28), 64), ((32, 100), 100), ((256, 256), 224), ((64, 64), 64)])
 def test_efficientnet_side(size: tuple[int, int], side: int) -> None:
-    assert efficientnet_side(*size) == side
+    assert efficientnet.efficientnet_side(*size) == side
 
 
 def test_efficientnet_with_other_weights_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -90,7 +90,7 @@ def test_efficientnet_with_other_weights_is_refused(tmp_path: Path, monkeypatch:
     torch.save({"a": torch.zeros(1)}, path)
     with pytest.raises(ModelError, match="does not hold its network"):
         load_extractor("efficientnet-lite0", "cpu", path)
-    monkeypatch.setattr(features, "EFFICIENTNET_SHA256", "0" * 64)
+    monkeypatch.setattr(efficientnet, "SHA256", "0" * 64)
     with pytest.raises(ModelError, match="not the file that was published"):
         load_extractor("efficientnet-lite0", "cpu")
 
@@ -169,7 +169,7 @@ def test_clip_is_clean_fids(clip: Any, tmp_path: Path, size: tuple[int, int]) ->
     embedded = extractor(images)
     assert (extractor.dim, extractor.metric, embedded.dtype) == (6, "FD", torch.float32)
     assert float((embedded - expected).norm() / expected.norm()) < 2e-3
-    resized = features._resize_clip(images).permute(0, 2, 3, 1).numpy()
+    resized = resize_clip(images).permute(0, 2, 3, 1).numpy()
     assert np.abs(resized - pixels.astype(float)).max() <= 2
 
 

@@ -17,7 +17,7 @@ from autodiffusion_optuna.errors import AdoptError
 from autodiffusion_optuna.evaluation.features import load_extractor
 from autodiffusion_optuna.evaluation.models import Options, load_model
 from autodiffusion_optuna.evaluation.models.prompts import read_prompts
-from autodiffusion_optuna.evaluation.references.formats import read_contents
+from autodiffusion_optuna.evaluation.references.formats import read_reference_data
 
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"4d" * 32 + b"\nsize 334643276\n"
 STANDINS = {
@@ -51,7 +51,7 @@ def pipeline(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_references_and_prompts(tmp_path: Path, name: str, content: bytes) -> None:
     path = tmp_path / name
     path.write_bytes(content)
-    read = read_prompts if name.startswith("prompts") else read_contents
+    read = read_prompts if name.startswith("prompts") else read_reference_data
     words = "" if name.startswith("prompts") and not content else STANDINS[content]  # no prompts: told as before
     assert told(lambda: read(path)).startswith(f"{path}: {words}")
 
@@ -61,10 +61,10 @@ def test_references_and_prompts(tmp_path: Path, name: str, content: bytes) -> No
 def test_images_of_a_folder_or_zip(tmp_path: Path, name: str, content: bytes) -> None:
     (tmp_path / "images").mkdir()
     (tmp_path / "images" / name).write_bytes(content)
-    assert f"{name} {STANDINS[content]}" in told(lambda: read_contents(tmp_path / "images"))
+    assert f"{name} {STANDINS[content]}" in told(lambda: read_reference_data(tmp_path / "images"))
     with zipfile.ZipFile(tmp_path / "images.zip", "w") as archive:
         archive.writestr(name, content)
-    assert f"{name} {STANDINS[content]}" in told(lambda: read_contents(tmp_path / "images.zip"))
+    assert f"{name} {STANDINS[content]}" in told(lambda: read_reference_data(tmp_path / "images.zip"))
 
 
 @pytest.mark.parametrize("content", STANDINS, ids=["pointer", "page", "xml", "empty"])
@@ -77,7 +77,7 @@ def test_weights_of_extractors(tmp_path: Path, extractor: str, content: bytes) -
 
 
 def told_of(content: bytes, path: Path) -> str:
-    return told(lambda: read_contents(path)).removeprefix(f"{path}: ")
+    return told(lambda: read_reference_data(path)).removeprefix(f"{path}: ")
 
 
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors"])

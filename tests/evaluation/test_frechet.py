@@ -16,7 +16,6 @@ from autodiffusion_optuna.evaluation.frechet import (
     Moments,
     covariance_factor,
     frechet_distance,
-    kernel_distance,
     mmd2_unbiased,
 )
 from autodiffusion_optuna.evaluation.references.reference import Reference
@@ -48,25 +47,9 @@ def test_golden_frechet_distance(pair: dict[str, Any], kind: Callable[[Tensor], 
 
 
 @PAIRS
-def test_golden_kernel_distance_with_clean_fids_draws(pair: dict[str, Any]) -> None:
-    generated, reference = FEATURES[pair["generated"]], FEATURES[pair["reference"]]
-    draws = np.random.RandomState(FACTS["kid_numpy_seed"])
-    value = kernel_distance(generated, reference, draws, subsets=20, subset_size=100)
-    assert value == pytest.approx(pair["kid_20_subsets_of_100_float64"], rel=1e-9)
-    draws = np.random.RandomState(FACTS["kid_numpy_seed"])
-    assert kernel_distance(generated, reference, draws) == pytest.approx(pair["kid_default_float64"], rel=1e-9)
-
-
-@PAIRS
 def test_golden_unbiased_mmd(pair: dict[str, Any]) -> None:
     value = mmd2_unbiased(FEATURES[pair["generated"]], FEATURES[pair["reference"]])
     assert value == pytest.approx(pair["check_kid_all_samples_unbiased_float64"], rel=1e-9)
-
-
-def test_kernel_distance_repeats_with_its_seed() -> None:
-    x, y = FEATURES["gen64_300"], FEATURES["ref64"]
-    first, again, other = (kernel_distance(x, y, np.random.default_rng(seed), 5, 50) for seed in (1, 1, 2))
-    assert first == again != other
 
 
 def test_golden_moments() -> None:
@@ -104,28 +87,18 @@ def test_diagonal_normals_have_the_closed_form() -> None:
 def test_moments_do_not_depend_on_batches(n: int, cuts: list[int], offset: float, seed: int) -> None:
     features = _normal(n, 3, seed) + offset
     parts = torch.tensor_split(features, sorted(min(cut, n) for cut in cuts))
-    added, merged = Moments(3), Moments()
+    moments = Moments(3)
     for part in parts:
-        added.add(part)
-        merged.merge(Moments.of(part))
+        moments.add(part)
     expected = np.cov(features.numpy(), rowvar=False)
-    for moments in (added, merged):
-        assert moments.n == n
-        np.testing.assert_allclose(moments.mean, features.mean(0), rtol=1e-12, atol=1e-14)
-        np.testing.assert_allclose(moments.covariance, expected, rtol=1e-9, atol=1e-10)
+    assert moments.n == n
+    np.testing.assert_allclose(moments.mean, features.mean(0), rtol=1e-12, atol=1e-14)
+    np.testing.assert_allclose(moments.covariance, expected, rtol=1e-9, atol=1e-10)
 
 
 def test_moments_are_summed_in_float64() -> None:
     features = torch.full((20_000, 1), 5.1, dtype=torch.float32)
     assert float(Moments.of(features).mean) == pytest.approx(float(features[0]), rel=1e-14)
-
-
-def test_merging_does_not_share_memory() -> None:
-    first, total = Moments.of(_normal(5, 2)), Moments()
-    total.merge(first)
-    before = first.mean
-    total.add(_normal(5, 2, seed=1))
-    assert torch.equal(first.mean, before)
 
 
 @pytest.mark.parametrize("n", [2, 5, 16, 100])
@@ -176,7 +149,6 @@ def test_features_that_are_not_finite_are_refused(bad: float) -> None:
         lambda: frechet_distance(features, _reference(fine)),
         lambda: Moments.of(features),
         lambda: mmd2_unbiased(features, fine),
-        lambda: kernel_distance(fine, features, np.random.default_rng(0)),
     ):
         with pytest.raises(StatisticsError, match="NaN or infinity"):
             measure()
@@ -194,7 +166,6 @@ def test_misuse_is_named() -> None:
         (lambda: mmd2_unbiased(other, fine), "5 dimensions, the reference 4"),
         (lambda: mmd2_unbiased(fine[:1], fine), "at least 2 images"),
         (lambda: Moments(5).add(fine), "use one extractor"),
-        (lambda: Moments.of(fine).merge(Moments.of(other)), "use one extractor"),
     ):
         with pytest.raises(StatisticsError, match=words):
             measure()

@@ -17,7 +17,7 @@ from PIL import Image
 
 from autodiffusion_optuna.errors import StatisticsError
 from autodiffusion_optuna.evaluation.features import load_extractor
-from autodiffusion_optuna.evaluation.references.formats import read_contents
+from autodiffusion_optuna.evaluation.references.formats import read_reference_data
 from autodiffusion_optuna.evaluation.references.images import FORMATS, Images, folder_images, zip_images
 from autodiffusion_optuna.evaluation.references.reference import (
     build_reference,
@@ -174,12 +174,12 @@ def test_one_bit_becomes_black_and_white(tmp_path: Path) -> None:
 
 def test_an_npz_says_which_images_it_leaves_out(tmp_path: Path) -> None:
     np.savez(tmp_path / "mine.npz", arr_0=COLOUR[:5], more=COLOUR[5:], labels=np.arange(5))
-    images = read_contents(tmp_path / "mine.npz").images
+    images = read_reference_data(tmp_path / "mine.npz").images
     assert images is not None
     assert images.total == 5
     assert images.notes == ("reference 'mine': images in more left out, as those in arr_0 are read",)
     np.savez(tmp_path / "named.npz", x=COLOUR, y=np.arange(24))
-    assert read_contents(tmp_path / "named.npz").images is not None
+    assert read_reference_data(tmp_path / "named.npz").images is not None
 
 
 def test_notes_and_a_few_images_are_kept_with_a_reference(tmp_path: Path) -> None:
@@ -218,7 +218,7 @@ def test_doubtful_references_are_told() -> None:
 def test_few_images_show_where_a_file_does_not_say_how_many(tmp_path: Path) -> None:
     features = RNG.normal(size=(3, 4))
     inception = PIXELS.__class__(
-        "inception", "0" * 16, 4, "FID", torch.device("cpu"), mode="clean", network=lambda images: images.float()
+        "inception", "0" * 16, 4, torch.device("cpu"), lambda images: images.float(), mode="clean"
     )
     np.savez(tmp_path / "few.npz", mu=features.mean(0), sigma=np.cov(features, rowvar=False))
     lines = doubts(load_reference(tmp_path / "few.npz", inception), (3, 4, 4), "frechet")
@@ -258,7 +258,7 @@ def test_a_zip_of_images_may_hold_other_things(tmp_path: Path) -> None:
     with zipfile.ZipFile(tmp_path / "all.zip", "w") as archive:
         for path in folder.iterdir():
             archive.write(path, path.name)
-    images = read_contents(tmp_path / "all.zip").images
+    images = read_reference_data(tmp_path / "all.zip").images
     assert images is not None
     assert images.total == 3
     assert any("labels.npy" in note for note in images.notes)
@@ -266,7 +266,7 @@ def test_a_zip_of_images_may_hold_other_things(tmp_path: Path) -> None:
         for number in range(3):
             with archive.open(f"x/{number}.npy", "w") as file:
                 np.save(file, COLOUR[number])
-    arrays = read_contents(tmp_path / "arrays.zip").images
+    arrays = read_reference_data(tmp_path / "arrays.zip").images
     assert arrays is not None
     assert arrays.total == 3
 
@@ -276,11 +276,11 @@ def test_pointers_in_place_of_arrays_are_called_so(tmp_path: Path) -> None:
     (tmp_path / "images").mkdir()
     (tmp_path / "images" / "0.npy").write_text(pointer)
     with pytest.raises(StatisticsError, match=r"0\.npy: is a Git LFS pointer: run git lfs pull"):
-        read_contents(tmp_path / "images")
+        read_reference_data(tmp_path / "images")
     np.savez(tmp_path / "x_clean_train_32.npz", mu=np.zeros(2048), sigma=np.eye(2048))
     (tmp_path / "x_clean_train_32_kid.npz").write_text(pointer)
     with pytest.raises(StatisticsError, match=r"_kid\.npz: is a Git LFS pointer"):
-        read_contents(tmp_path / "x_clean_train_32.npz")
+        read_reference_data(tmp_path / "x_clean_train_32.npz")
 
 
 @pytest.mark.parametrize("sizes", ["mixed", "large"])

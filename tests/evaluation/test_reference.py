@@ -26,7 +26,7 @@ HELD_OUT = Path(__file__).parent.parent / "data" / "digits_heldout.npz"
 PIXELS = load_extractor("pixels", "cpu")
 # Stands for Inception, with four dimensions: only name and dim matter to a reader of statistics.
 INCEPTION = Extractor(
-    "inception", "0" * 16, 4, "FID", torch.device("cpu"), mode="clean", network=lambda images: images.flatten(1).float()
+    "inception", "0" * 16, 4, torch.device("cpu"), lambda images: images.flatten(1).float(), mode="clean"
 )
 
 

@@ -26,8 +26,6 @@ from autodiffusion_optuna.evaluation.solvers import (
     Times,
     evaluations,
     find_solver,
-    lms,
-    plms_ab,
     query_steps,
     solver_names,
     step_of,
@@ -252,7 +250,7 @@ def test_weights_sum_to_1_and_reach_back_as_far_as_the_order(solver: str, final:
 
 
 def test_even_timesteps_give_the_published_weights() -> None:
-    for solve in (functools.partial(plms_ab, cap=math.inf), plms_ab):
+    for solve in (find_solver("plms_ab", cap=math.inf), find_solver("plms_ab")):
         rows = weights(solve, list(range(900, 0, -100)), "sigma_min")
         for i, row in enumerate(rows):
             known = ADAMS_BASHFORTH[min(i, 3)]
@@ -260,14 +258,14 @@ def test_even_timesteps_give_the_published_weights() -> None:
 
 
 def test_uneven_timesteps_give_large_weights() -> None:
-    row = weights(functools.partial(plms_ab, cap=math.inf), LISTS["K10"], "sigma_min")[4]
+    row = weights(find_solver("plms_ab", cap=math.inf), LISTS["K10"], "sigma_min")[4]
     np.testing.assert_allclose(row[:4], [13.4724, -14.2460, 4.7658, -2.9921], atol=1e-4)
 
 
 def test_lms_integrates_cubics_in_rho_exactly() -> None:
     nodes = times(SCHEDULE, LISTS["K6"], "zero")
     rho = np.array(nodes.rho)
-    for i, row in enumerate(weights(lms, LISTS["K6"], "zero")):
+    for i, row in enumerate(weights(SOLVERS["lms"], LISTS["K6"], "zero")):
         for power in range(min(i, 3) + 1):
             mean = (rho[i + 1] ** (power + 1) - rho[i] ** (power + 1)) / (power + 1) / (rho[i + 1] - rho[i])
             scale = rho[i - min(i, 3)] ** power
@@ -285,7 +283,7 @@ def test_a_cap_is_kept(solver: str, cap: float, listed: list[int], final: Final)
 
 
 def test_a_cap_lowers_the_order_and_no_more_than_it_must() -> None:
-    capped, free = (weights(functools.partial(plms_ab, cap=cap), LISTS["K10"], "sigma_min") for cap in (8.0, math.inf))
+    capped, free = (weights(find_solver("plms_ab", cap=cap), LISTS["K10"], "sigma_min") for cap in (8.0, math.inf))
     changed = 0
     for row, other in zip(capped, free, strict=True):
         if abs(other).sum() <= 8:

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import math
-from functools import partial
 from itertools import pairwise
 
 import numpy as np
 import pytest
 from solver_runs import SCHEDULE, TENSORS, difference, run
 
-from autodiffusion_optuna.evaluation.solvers import SOLVERS, Solver, plms_ab
+from autodiffusion_optuna.evaluation.solvers import SOLVERS, Solver, find_solver
 
 # The last slope between 64, 128 and 256 steps. Theory has whole numbers; a solver of higher order starts with one
 # step of first order, and the published third order lacks half of its second difference. The corrector adds one
@@ -81,7 +80,7 @@ def test_published_plms_weights_fall_to_first_order_on_uneven_steps() -> None:
     assert all(0.7 < slope < 1.1 for slope in slopes(published))
     assert published[0] > error("ddim", alternating_in_time(24))
     for cap in (8.0, math.inf):
-        true = [error(partial(plms_ab, cap=cap), alternating_in_time(steps)) for steps in (24, 48, 96)]
+        true = [error(find_solver("plms_ab", cap=cap), alternating_in_time(steps)) for steps in (24, 48, 96)]
         assert min(slopes(true)) > 1.8
         assert true[0] < published[0] / 4
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -10,34 +9,33 @@ import pytest
 import torch
 from solver_runs import FACTS, LISTS, MIXTURE, SCHEDULE, TENSORS, difference, nodes_only, run
 
-from autodiffusion_optuna.evaluation.solvers import SOLVERS, Solver, dpmpp_2m, dpmpp_3m, times
+from autodiffusion_optuna.evaluation.solvers import times
 from autodiffusion_optuna.noise import Final
 
-# Golden setting -> solver, and the keyword that leaves its registered default.
-SETTINGS: dict[str, tuple[str, Solver]] = {
-    "ddim_one": ("ddim", SOLVERS["ddim"]),
-    "ddim_alpha0": ("ddim", SOLVERS["ddim"]),
-    "plms_compvis_alpha0": ("plms", SOLVERS["plms"]),
-    "dpmpp_2m_alpha0": ("dpmpp_2m", SOLVERS["dpmpp_2m"]),
-    "dpmpp_3m_alpha0": ("dpmpp_3m", SOLVERS["dpmpp_3m"]),
-    "dpmpp_2m_one_lof1": ("dpmpp_2m", partial(dpmpp_2m, lower_order_final=True)),
-    "dpmpp_2m_one_lof0": ("dpmpp_2m", SOLVERS["dpmpp_2m"]),
-    "dpmpp_3m_one_lof1": ("dpmpp_3m", partial(dpmpp_3m, lower_order_final=True)),
-    "dpmpp_3m_one_lof0": ("dpmpp_3m", SOLVERS["dpmpp_3m"]),
-    "dpm_2m_alpha0": ("dpm_solver_2", SOLVERS["dpm_solver_2"]),
-    "dpmpp_2s_list_alpha0": ("dpmpp_2s", SOLVERS["dpmpp_2s"]),
-    "dpm_2s_list_alpha0": ("dpm_solver_2s", SOLVERS["dpm_solver_2s"]),
-    "dpmpp_2s_mid_alpha0": ("dpmpp_2s_mid", SOLVERS["dpmpp_2s_mid"]),
-    "unipc_bh2_2_alpha0": ("unipc_2", SOLVERS["unipc_2"]),
-    "unipc_bh2_3_alpha0": ("unipc_3", SOLVERS["unipc_3"]),
-    "heun_one": ("heun", SOLVERS["heun"]),
-    "heun_alpha0": ("heun", SOLVERS["heun"]),
+# Golden setting -> solver.
+SETTINGS: dict[str, str] = {
+    "ddim_one": "ddim",
+    "ddim_alpha0": "ddim",
+    "plms_compvis_alpha0": "plms",
+    "dpmpp_2m_alpha0": "dpmpp_2m",
+    "dpmpp_3m_alpha0": "dpmpp_3m",
+    "dpmpp_2m_one_lof0": "dpmpp_2m",
+    "dpmpp_3m_one_lof0": "dpmpp_3m",
+    "dpm_2m_alpha0": "dpm_solver_2",
+    "dpmpp_2s_list_alpha0": "dpmpp_2s",
+    "dpm_2s_list_alpha0": "dpm_solver_2s",
+    "dpmpp_2s_mid_alpha0": "dpmpp_2s_mid",
+    "unipc_bh2_2_alpha0": "unipc_2",
+    "unipc_bh2_3_alpha0": "unipc_3",
+    "heun_one": "heun",
+    "heun_alpha0": "heun",
 }
-CASES: dict[str, dict[str, Any]] = {case["name"]: case for case in FACTS["cases"]}
+NOT_OURS = {"dpmpp_2m_one_lof1", "dpmpp_3m_one_lof1"}  # the order falls at sigma = 0 as well, which no solver here does
+CASES: dict[str, dict[str, Any]] = {case["name"]: case for case in FACTS["cases"] if case["solver"] not in NOT_OURS}
 
 
 def test_all_settings_and_lists_are_here() -> None:
-    assert set(SETTINGS) == set(FACTS["solvers"])
+    assert set(SETTINGS) | NOT_OURS == set(FACTS["solvers"])
     assert set(CASES) == {f"{name}.{setting}" for name in LISTS for setting in SETTINGS}
 
 
@@ -61,9 +59,9 @@ def test_nodes_equal_the_golden_ones(name: str, final: Final) -> None:
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-10), (torch.float32, 1e-5)])
 @pytest.mark.parametrize("case", sorted(CASES))
 def test_every_state_equals_the_official_code(case: str, dtype: torch.dtype, tolerance: float) -> None:
-    solver, solve = SETTINGS[CASES[case]["solver"]]
+    solver = SETTINGS[CASES[case]["solver"]]
     final: Final = "zero" if CASES[case]["final"] == "one" else "sigma_min"
-    asked, states = run(solve, LISTS[CASES[case]["list"]], final, TENSORS["x_T"].to(dtype))
+    asked, states = run(solver, LISTS[CASES[case]["list"]], final, TENSORS["x_T"].to(dtype))
     np.testing.assert_allclose(asked, CASES[case]["evaluation_times"], rtol=1e-12)
     assert states[-1].dtype == dtype
     golden = TENSORS[f"{case}.states"]

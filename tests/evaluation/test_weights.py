@@ -6,7 +6,6 @@ from pathlib import Path
 import pytest
 
 from autodiffusion_optuna.errors import AdoptError, ConfigError, ModelError
-from autodiffusion_optuna.evaluation.features import weights
 from autodiffusion_optuna.evaluation.features.weights import PUBLISHED, Published, download_weights, is_published
 
 DATA = bytes(range(256)) * 5000
@@ -36,9 +35,9 @@ def test_a_download_is_whole_and_done_once(source: Path, tmp_path: Path) -> None
 
 def test_a_wrong_file_is_not_kept(source: Path, tmp_path: Path) -> None:
     source.write_bytes(DATA[:-1])
-    with pytest.raises(ModelError, match=f"not {PUBLISHED['mine'].sha256}"):
+    with pytest.raises(ModelError, match=f"not the file expected .*{PUBLISHED['mine'].sha256}"):
         download_weights("mine", tmp_path / "mine.pt")
-    with pytest.raises(ModelError, match="not " + "0" * 64):
+    with pytest.raises(ModelError, match="not the file expected .*" + "0" * 64):
         download_weights("mine", tmp_path / "mine.pt", sha256="0" * 64)
     assert left(tmp_path) == ["source"]
 
@@ -47,13 +46,6 @@ def test_a_stated_hash_takes_the_known_ones_place(source: Path, tmp_path: Path) 
     source.write_bytes(b"newer")
     assert download_weights("mine", tmp_path / "mine.pt", sha256=hashlib.sha256(b"newer").hexdigest().upper())
     assert (tmp_path / "mine.pt").read_bytes() == b"newer"
-
-
-def test_an_endless_file_is_cut_off(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(weights, "MAX_BYTES", 1000)
-    with pytest.raises(ModelError, match="larger than 1,000 bytes"):
-        download_weights("mine", tmp_path / "mine.pt")
-    assert left(tmp_path) == ["source"]
 
 
 @pytest.mark.parametrize("url", ["http://127.0.0.1:1/x.pt", "file:///no/such/file"])

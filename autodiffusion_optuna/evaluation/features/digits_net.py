@@ -6,7 +6,6 @@ of digits ignores, so a Fréchet distance over them rises when strokes break or 
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor, nn
 
 FEATURES = 64
@@ -14,10 +13,7 @@ CLASSES = 10
 
 
 class DigitsNet(nn.Module):
-    """Digits classifier; ``features`` gives the 64 numbers before the last layer.
-
-    Input: float32 [B, 1, 28, 28] in [0, 1]. Output of ``forward``: logits float32 [B, 10].
-    """
+    """Logits float32 [B, 10] of ``images`` float32 [B, 1, 28, 28] in [0, 1]."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -36,7 +32,7 @@ class DigitsNet(nn.Module):
         self.head = nn.Linear(FEATURES, CLASSES)
 
     def features(self, images: Tensor) -> Tensor:
-        """Non-negative features float32 [B, 64] of ``images`` float32 [B, 1, 28, 28] in [0, 1]."""
+        """The 64 non-negative numbers before the last layer, float32 [B, 64]."""
         embedded: Tensor = self.embed(self.trunk(images))
         return embedded
 
@@ -47,26 +43,5 @@ class DigitsNet(nn.Module):
 
 
 def _block(channels_in: int, channels_out: int) -> tuple[nn.Module, ...]:
-    return (
-        nn.Conv2d(channels_in, channels_out, kernel_size=3, padding=1, bias=False),
-        nn.BatchNorm2d(channels_out),
-        nn.ReLU(),
-    )
-
-
-def load_digits_net(state: dict[str, Tensor]) -> DigitsNet:
-    """The classifier in eval mode with the given state dict (``RuntimeError`` where shapes differ)."""
-    net = DigitsNet()
-    net.load_state_dict(state)
-    frozen: DigitsNet = net.eval().requires_grad_(False)
-    return frozen
-
-
-def accuracy(net: DigitsNet, images: Tensor, labels: Tensor) -> float:
-    """Share of ``images`` (uint8 [N, 1, 28, 28]) whose largest logit is at ``labels`` (int64 [N])."""
-    with torch.inference_mode():
-        hits = [
-            (net(batch.float() / 255).argmax(1) == target).float()
-            for batch, target in zip(torch.split(images, 500), torch.split(labels, 500), strict=True)
-        ]
-    return float(torch.cat(hits).mean())
+    convolution = nn.Conv2d(channels_in, channels_out, kernel_size=3, padding=1, bias=False)
+    return convolution, nn.BatchNorm2d(channels_out), nn.ReLU()

@@ -1,19 +1,17 @@
-"""Published weights of feature extractors: their hashes, and their download where it is asked for. No torch."""
+"""Published weights of feature extractors: their hashes, and their download where it is asked for."""
 
 from __future__ import annotations
 
 import hashlib
 import http.client
 import re
-import urllib.request
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from autodiffusion_optuna.errors import ConfigError, ModelError, choose_from
+import torch.hub
 
-CHUNK = 2**20
-MAX_BYTES = 2**31  # no published file comes near; an endless answer must not fill the disk
-SECONDS = 60.0
+from autodiffusion_optuna.errors import ConfigError, ModelError, choose_from
 
 
 @dataclass(frozen=True)
@@ -76,30 +74,13 @@ def download_weights(kind: str, path: Path, sha256: str | None = None) -> bool:
         raise ConfigError(f"{str(path)!r} exists and is not weights {kind!r}; remove it or give another --out")
     if not path.parent.is_dir():
         raise ConfigError(f"folder {str(path.parent)!r} does not exist; create it or give another --out")
-    unfinished = path.with_name(path.name + ".tmp")
     try:
-        given = _fetch(published.url, unfinished)
-        if given != wanted:
-            raise ModelError(f"{published.url} has sha256 {given}, not {wanted}; nothing was kept")
-        unfinished.replace(path)
+        torch.hub.download_url_to_file(published.url, str(path), hash_prefix=wanted, progress=sys.stderr.isatty())
+    except RuntimeError as error:
+        raise ModelError(f"{published.url} is not the file expected ({error}); nothing was kept") from error
     except (OSError, http.client.HTTPException, ValueError) as error:
         reason = getattr(error, "reason", None) or error
         raise ModelError(
             f"cannot download {published.url} to {str(path)!r} ({reason}); fetch it elsewhere and give its path"
         ) from error
-    finally:
-        unfinished.unlink(missing_ok=True)
     return True
-
-
-def _fetch(url: str, path: Path) -> str:
-    """Write what lies at ``url`` to ``path``; its SHA-256."""
-    digest, total = hashlib.sha256(), 0
-    with urllib.request.urlopen(url, timeout=SECONDS) as answer, path.open("wb") as file:
-        while chunk := answer.read(CHUNK):
-            total += len(chunk)
-            if total > MAX_BYTES:
-                raise ModelError(f"{url} is larger than {MAX_BYTES:,} bytes; nothing was kept")
-            digest.update(chunk)
-            file.write(chunk)
-    return digest.hexdigest()

@@ -6,17 +6,17 @@ not loaded at all until they are asked for.
 
 from __future__ import annotations
 
-import json
 import re
 import warnings
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, Any, Literal, get_args
 
 import numpy as np
 import numpy.typing as npt
+from pydantic import BaseModel, ValidationError
 
 from autodiffusion_optuna.errors import StatisticsError
 from autodiffusion_optuna.evaluation.files import check_content
@@ -24,11 +24,13 @@ from autodiffusion_optuna.evaluation.references.images import (
     BAD_ZIP,
     MAX_MEMBER,
     Images,
+    NpyHeader,
     array_images,
-    check_member,
     folder_images,
+    npy_header,
     stream_images,
     zip_images,
+    zip_members,
 )
 from autodiffusion_optuna.evaluation.references.pickles import read_pickle
 
@@ -38,13 +40,16 @@ MODES: tuple[Mode, ...] = get_args(Mode)
 
 FORMAT = 1
 FEATURE_KEYS = ("feats", "reps", "features")
+MOMENTS = {"mu", "sigma"}
 ADM_KEYS = {"mu_s", "sigma_s"}
 CLEANFID_NAME = re.compile(
     r"(?P<name>.+)_(?P<mode>clean|legacy_pytorch|legacy_tensorflow)(?P<clip>_clip_vit_b_32)?"
     r"_(?P<split>[a-z0-9]+)_(?P<size>\d+|na)(?P<kid>_kid)?",
     flags=re.IGNORECASE,
 )
+UNKNOWN = "statistics (mu, sigma) of unknown make"
 DAMAGED = (*BAD_ZIP, ValueError, TypeError, SyntaxError, MemoryError)
+ADVICE = "give an npz file, a folder or zip of images, or statistics in a known format"
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,32 +69,34 @@ class Statistics:
     n: int | None = None
 
 
-@dataclass(frozen=True, eq=False)
-class Meta:
-    """What our own files say of themselves. ``size``: (height, width) of the images."""
+class Meta(BaseModel):
+    """What our own files say of themselves, as JSON. ``size``: (height, width) of the images."""
 
+    version: int = FORMAT
     extractor: str
     fingerprint: str
     n: int | None
     dataset: str
-    channels: int | None
-    size: tuple[int, int] | None
+    channels: int | None = None
+    size: tuple[int, int] | None = None
     notes: tuple[str, ...] = ()
-    images: npt.NDArray[np.uint8] | None = None
-    """Some of its images, uint8 [N, C, H, W]."""
 
 
 @dataclass(frozen=True, eq=False)
-class Contents:
-    """Everything usable in a file or folder. With ``meta``, ``statistics`` has the one entry it describes."""
+class ReferenceData:
+    """Everything usable in a file or folder. With ``meta``, ``statistics`` has the one entry it describes.
+
+    ``shown``: some of the images behind our own file, uint8 [N, C, H, W].
+    """
 
     what: str
     statistics: tuple[Statistics, ...] = ()
     images: Images | None = None
     meta: Meta | None = None
+    shown: npt.NDArray[np.uint8] | None = None
 
 
-def read_contents(path: Path) -> Contents:
+def read_reference_data(path: Path) -> ReferenceData:
     """What ``path`` holds, recognised by its first bytes and its keys, never by its suffix alone.
 
     ======================  =========================================================================
@@ -111,18 +118,14 @@ def read_contents(path: Path) -> Contents:
     sizes.
     """
     if path.is_dir():
-        return Contents("a folder of images", images=folder_images(path))
+        return ReferenceData("a folder of images", images=folder_images(path))
     if not path.exists():
         raise StatisticsError(f"reference {str(path)!r} does not exist; {ADVICE}")
     check_content(path, StatisticsError)
     try:
         return _read_file(path)
     except DAMAGED as error:
-        reason = (str(error).splitlines() or [""])[0] or type(error).__name__
-        raise _unknown(path, reason) from error
-
-
-ADVICE = "give an npz file, a folder or zip of images, or statistics in a known format"
+        raise _unknown(path, (str(error).splitlines() or [""])[0] or type(error).__name__) from error
 
 
 def _unknown(path: Path, reason: str) -> StatisticsError:
@@ -131,58 +134,35 @@ def _unknown(path: Path, reason: str) -> StatisticsError:
     )
 
 
-def _read_file(path: Path) -> Contents:
+def _read_file(path: Path) -> ReferenceData:
     with path.open("rb") as file:
         start = file.read(6)
     if start == b"\x93NUMPY":
         return _npy(path)
     if start[:4] == b"PK\x03\x04":
-        with zipfile.ZipFile(path) as archive:
-            names = archive.namelist()
-            for info in archive.infolist():
-                check_member(path, info)
-        # Whatever else lies in an archive of images, its folders and arrays too, is told among what was left out.
-        files = [name for name in names if not name.endswith("/")]
-        if files and all(name.endswith(".npy") and "/" not in name for name in files):
-            return _npz(path, {name.removesuffix(".npy"): name for name in files})
-        if any(name.endswith("/data.pkl") and name.replace("data.pkl", "version") in files for name in files):
-            return _torch_file(path)
-        return Contents("a zip of images", images=zip_images(path))
+        return _zip(path)
     if path.suffix.lower() in (".pt", ".pth"):
         return _torch_file(path)
     if start[:1] == b"\x80":
         return _pickle(path)
-    raise ValueError("empty" if not start else f"begins with {start!r}")
+    raise ValueError(f"begins with {start!r}")
+
+
+def _zip(path: Path) -> ReferenceData:
+    # Whatever else lies in an archive of images, its folders and arrays too, is named among what was left out.
+    files = {info.filename for info in zip_members(path)}
+    if files and all(name.endswith(".npy") and "/" not in name for name in files):
+        return _npz(path)
+    if any(name.endswith("/data.pkl") and name.replace("data.pkl", "version") in files for name in files):
+        return _torch_file(path)
+    return ReferenceData("a zip of images", images=zip_images(path))
 
 
 # Arrays
 
 
-@dataclass(frozen=True)
-class _Header:
-    shape: tuple[int, ...]
-    fortran: bool
-    dtype: np.dtype[Any]
-
-    @property
-    def nbytes(self) -> int:
-        count = self.dtype.itemsize
-        for length in self.shape:
-            count *= length
-        return count
-
-
-def _header(stream: IO[bytes]) -> _Header:
-    """The header of a npy stream, which then stands at its data."""
-    version = np.lib.format.read_magic(stream)
-    if version == (1, 0):
-        return _Header(*np.lib.format.read_array_header_1_0(stream))
-    if version == (2, 0):
-        return _Header(*np.lib.format.read_array_header_2_0(stream))
-    raise ValueError(f"array format {version[0]}.{version[1]}")
-
-
-def _checked(path: Path, name: str, header: _Header, held: int) -> _Header:
+def _checked_header(path: Path, name: str, stream: IO[bytes], held: int) -> NpyHeader:
+    header = npy_header(stream)
     if header.dtype.hasobject:
         raise _unknown(path, f"{name} is an array of objects, which is code")
     if header.nbytes > held:
@@ -192,129 +172,130 @@ def _checked(path: Path, name: str, header: _Header, held: int) -> _Header:
     return header
 
 
-def _small(path: Path, name: str, header: _Header) -> None:
+def _check_small(path: Path, name: str, header: NpyHeader) -> None:
     if header.nbytes > MAX_MEMBER:
         raise StatisticsError(f"{path}: {name} claims {header.nbytes:,} bytes; at most {MAX_MEMBER:,} are loaded")
 
 
-def _is_images(header: _Header) -> bool:
+def _is_images(header: NpyHeader) -> bool:
     return header.dtype == np.uint8 and len(header.shape) == 4 and header.shape[3] in (1, 3)
 
 
-def _bad_images(path: Path, name: str, header: _Header) -> StatisticsError:
-    return StatisticsError(f"{path}: {name} is {header.dtype} {list(header.shape)}; images are uint8 [N, H, W, 1 or 3]")
+def _check_images(path: Path, name: str, header: NpyHeader) -> None:
+    if not _is_images(header):
+        raise StatisticsError(
+            f"{path}: {name} is {header.dtype} {list(header.shape)}; images are uint8 [N, H, W, 1 or 3]"
+        )
 
 
-def _npy(path: Path) -> Contents:
+def _npy(path: Path) -> ReferenceData:
     with path.open("rb") as file:
-        header = _checked(path, "the array", _header(file), path.stat().st_size)
-    if _is_images(header):
-        array = np.load(path, mmap_mode="r", allow_pickle=False)
-        return Contents("an array of images", images=array_images(array))
+        header = _checked_header(path, "the array", file, path.stat().st_size)
     if len(header.shape) == 4:
-        raise _bad_images(path, "the array", header)
-    _small(path, "the array", header)
+        _check_images(path, "the array", header)
+        return ReferenceData("an array of images", images=array_images(np.load(path, mmap_mode="r")))
+    _check_small(path, "the array", header)
     if len(header.shape) != 2 or not np.issubdtype(header.dtype, np.floating):
         raise ValueError(f"one array, {header.dtype} {list(header.shape)}")
-    features = np.load(path, allow_pickle=False)
-    return Contents("an array of features", (Statistics("features", features=features, n=len(features)),))
+    features = np.load(path)
+    return ReferenceData("an array of features", (Statistics("features", features=features, n=len(features)),))
 
 
 class _Npz:
     """The arrays of a npz, each read when it is asked for."""
 
-    def __init__(self, path: Path, members: Mapping[str, str]) -> None:
-        self.path, self.members = path, members
+    def __init__(self, path: Path) -> None:
+        check_content(path, StatisticsError)
+        self.path = path
+        self.members = {info.filename.removesuffix(".npy"): info for info in zip_members(path)}
 
     def stream(self, key: str) -> IO[bytes]:
         """A member from its start; it keeps the file open until it is closed."""
         with zipfile.ZipFile(self.path) as archive:
             return archive.open(self.members[key])
 
-    def header(self, key: str) -> _Header:
-        with zipfile.ZipFile(self.path) as archive:
-            held = archive.getinfo(self.members[key]).file_size
+    def header(self, key: str) -> NpyHeader:
         with self.stream(key) as stream:
-            return _checked(self.path, key, _header(stream), held)
+            return _checked_header(self.path, key, stream, self.members[key].file_size)
 
     def has_images(self, key: str) -> bool:
         """Whether an array is one of images, also where another could not be read."""
         try:
             with self.stream(key) as stream:
-                return _is_images(_header(stream))
+                return _is_images(npy_header(stream))
         except DAMAGED:
             return False
 
     def data(self, key: str) -> IO[bytes]:
         """A member from the first byte after its header."""
         stream = self.stream(key)
-        _header(stream)
+        npy_header(stream)
         return stream
 
     def array(self, key: str) -> Array:
-        _small(self.path, key, self.header(key))
+        _check_small(self.path, key, self.header(key))
         with self.stream(key) as stream:
             array: Array = np.lib.format.read_array(stream, allow_pickle=False)
         return array
 
+    def get(self, key: str) -> Array | None:
+        return self.array(key) if key in self.members else None
+
     def images(self, key: str) -> Images:
         header = self.header(key)
-        if not _is_images(header):
-            raise _bad_images(self.path, key, header)
+        _check_images(self.path, key, header)
         if header.fortran:
             return array_images(self.array(key))
-        total, height, width, channels = header.shape
-        return stream_images(lambda: self.data(key), (total, height, width, channels), self.path)
+        return stream_images(lambda: self.data(key), header.shape, self.path)
 
 
-def _npz(path: Path, members: Mapping[str, str]) -> Contents:
-    npz, keys = _Npz(path, members), members.keys()
-    if "meta" in keys:
+def _npz(path: Path) -> ReferenceData:
+    npz = _Npz(path)
+    if "meta" in npz.members:
         return _own(npz)
     statistics = _npz_statistics(npz)
-    images = None
-    batches = [key for key in keys if npz.has_images(key)]
-    if "arr_0" in keys and len(npz.header("arr_0").shape) != 2:
-        images = npz.images("arr_0")
-        others = sorted({*batches} - {"arr_0"})
-        if others:
-            note = f"reference {path.stem!r}: images in {', '.join(others)} left out, as those in arr_0 are read"
-            images = replace(images, notes=(note,))
-    found = [statistics.what] if statistics else []
-    if images:
-        found.append("images")
-    if not found and (len(batches) == 1 or (len(keys) == 1 and len(npz.header(*keys).shape) == 4)):
-        images, found = npz.images(*(batches or keys)), ["images"]
-    if not found:
+    images = _npz_images(npz, alone=statistics is None)
+    if statistics is None and images is None:
         raise StatisticsError(
-            f"{path}: holds {', '.join(sorted(keys)) or 'nothing'}; it needs mu and sigma, features, or images in arr_0"
+            f"{path}: holds {', '.join(sorted(npz.members)) or 'nothing'}; it needs mu and sigma, features, or images "
+            "in arr_0"
         )
-    return Contents(" and ".join(found), (statistics,) if statistics else (), images)
+    found = [*([statistics.what] if statistics else []), *(["images"] if images else [])]
+    return ReferenceData(" and ".join(found), (statistics,) if statistics else (), images)
 
 
-def _own(npz: _Npz) -> Contents:
+def _own(npz: _Npz) -> ReferenceData:
     path = npz.path
     try:
-        meta = json.loads(str(npz.array("meta")))
-        version, name, digest = int(meta["version"]), str(meta["extractor"]), str(meta["fingerprint"])
-        n, dataset = None if meta["n"] is None else int(meta["n"]), str(meta["dataset"])
-        channels, size = meta.get("channels"), meta.get("size")
-        shape = (int(size[0]), int(size[1])) if size else None
-        notes = tuple(map(str, meta.get("notes", ())))
-        images = npz.array("images") if "images" in npz.members else None
-        if images is not None and (images.dtype != np.uint8 or images.ndim != 4):
-            raise ValueError(f"images {images.dtype} {list(images.shape)}")
-        told = Meta(name, digest, n, dataset, None if channels is None else int(channels), shape, notes, images)
-    except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
-        raise StatisticsError(f"{path}: its meta is damaged ({error}); build the reference again") from error
-    if version != FORMAT:
-        raise StatisticsError(f"{path}: has format {version}, this is for {FORMAT}; build the reference again")
-    for key in ("mu", "sigma"):
-        if key not in npz.members:
-            raise StatisticsError(f"{path}: {key} is missing or no float array; build the reference again")
-    features = npz.array("features") if "features" in npz.members else None
-    statistics = Statistics("a reference of adopt", npz.array("mu"), npz.array("sigma"), features, name, n=n)
-    return Contents(statistics.what, (statistics,), meta=told)
+        meta = Meta.model_validate_json(str(npz.array("meta")))
+    except ValidationError as error:
+        fault = error.errors()[0]
+        reason = f"{'.'.join(map(str, fault['loc']))}: {fault['msg']}".removeprefix(": ")
+        raise StatisticsError(f"{path}: its meta is damaged ({reason}); build the reference again") from error
+    if meta.version != FORMAT:
+        raise StatisticsError(f"{path}: has format {meta.version}, this is for {FORMAT}; build the reference again")
+    shown = npz.get("images")
+    if shown is not None and (shown.dtype != np.uint8 or shown.ndim != 4):
+        raise StatisticsError(f"{path}: images are {shown.dtype} {list(shown.shape)}; build the reference again")
+    statistics = Statistics(
+        "a reference of adopt", npz.get("mu"), npz.get("sigma"), npz.get("features"), meta.extractor, n=meta.n
+    )
+    return ReferenceData(statistics.what, (statistics,), meta=meta, shown=shown)
+
+
+def _npz_images(npz: _Npz, alone: bool) -> Images | None:
+    """The images of arr_0, or where nothing else is usable (``alone``) of the only array that has some."""
+    keys = npz.members.keys()
+    batches = [key for key in keys if npz.has_images(key)]
+    if "arr_0" in keys and len(npz.header("arr_0").shape) != 2:
+        images, others = npz.images("arr_0"), sorted({*batches} - {"arr_0"})
+        if others:
+            note = f"reference {npz.path.stem!r}: images in {', '.join(others)} left out, as those in arr_0 are read"
+            images = replace(images, notes=(note,))
+        return images
+    if alone and (len(batches) == 1 or (len(keys) == 1 and len(npz.header(*keys).shape) == 4)):
+        return npz.images(*(batches or keys))
+    return None
 
 
 def _npz_statistics(npz: _Npz) -> Statistics | None:
@@ -326,16 +307,14 @@ def _npz_statistics(npz: _Npz) -> Statistics | None:
     cleanfid = CLEANFID_NAME.fullmatch(path.stem)
     if key is not None and cleanfid and cleanfid["kid"]:
         main = path.with_name(path.name[: -len("_kid.npz")] + ".npz")
-        if main.is_file():
-            return _cleanfid(_Npz(main, _members(main)), npz, cleanfid)
-        return _cleanfid(None, npz, cleanfid)
-    if {"mu", "sigma"} <= keys:
-        if keys >= ADM_KEYS:
-            return _moments(npz, "ADM statistics", "inception", "legacy_tensorflow")
-        if cleanfid:
-            kid = path.with_name(path.stem + "_kid.npz")
-            return _cleanfid(npz, _Npz(kid, _members(kid)) if kid.is_file() else None, cleanfid)
-        return _moments(npz, "statistics (mu, sigma) of unknown make")
+        return _cleanfid(_Npz(main) if main.is_file() else None, npz, cleanfid)
+    if keys >= MOMENTS | ADM_KEYS:
+        return _moments(npz, "ADM statistics", "inception", "legacy_tensorflow")
+    if keys >= MOMENTS and cleanfid:
+        kid = path.with_name(path.stem + "_kid.npz")
+        return _cleanfid(npz, _Npz(kid) if kid.is_file() else None, cleanfid)
+    if keys >= MOMENTS:
+        return _moments(npz, UNKNOWN)
     if key is None:
         return None
     features = npz.array(key)
@@ -346,22 +325,14 @@ def _npz_statistics(npz: _Npz) -> Statistics | None:
     return Statistics(what, features=features, extractor=known, n=len(features))
 
 
-def _members(path: Path) -> dict[str, str]:
-    check_content(path, StatisticsError)
-    with zipfile.ZipFile(path) as archive:
-        for info in archive.infolist():
-            check_member(path, info)
-        return {name.removesuffix(".npy"): name for name in archive.namelist() if name.endswith(".npy")}
-
-
 def _moments(npz: _Npz, what: str, extractor: str | None = None, mode: Mode | None = None) -> Statistics:
     return Statistics(what, npz.array("mu"), npz.array("sigma"), extractor=extractor, mode=mode)
 
 
 def _cleanfid(moments: _Npz | None, kid: _Npz | None, name: re.Match[str]) -> Statistics:
     clip, mode = bool(name["clip"]), name["mode"].lower()
-    features = kid.array("feats") if kid and "feats" in kid.members else None
-    both = moments if moments and {"mu", "sigma"} <= moments.members.keys() else None
+    features = kid.get("feats") if kid else None
+    both = moments if moments and moments.members.keys() >= MOMENTS else None
     return Statistics(
         what=f"clean-fid statistics, {'CLIP' if clip else f'mode {mode}'}",
         mu=both.array("mu") if both else None,
@@ -376,43 +347,45 @@ def _cleanfid(moments: _Npz | None, kid: _Npz | None, name: re.Match[str]) -> St
 # Pickles
 
 
-def _pickle(path: Path) -> Contents:
+def _pickle(path: Path) -> ReferenceData:
     value = read_pickle(path)
     statistics: list[Statistics] = []
     if isinstance(value, dict):
         count = value.get("num_images")
         n = count if isinstance(count, int) else None
-        makes: tuple[tuple[str, str, str | None, Mode | None], ...] = (
-            ("fid", "EDM2 statistics", "inception", "legacy_tensorflow"),
-            ("fd_dinov2", "EDM2 statistics of DINOv2", "dinov2", None),
-            ("FIDStatistics", "AutoDiffusion statistics", "inception", "legacy_tensorflow"),
+        makes: tuple[tuple[Any, str, str | None, Mode | None], ...] = (
+            (value.get("fid"), "EDM2 statistics", "inception", "legacy_tensorflow"),
+            (value.get("fd_dinov2"), "EDM2 statistics of DINOv2", "dinov2", None),
+            (value.get("FIDStatistics"), "AutoDiffusion statistics", "inception", "legacy_tensorflow"),
+            (value, UNKNOWN, None, None),
         )
-        for key, what, extractor, mode in makes:
-            statistics += _from_dict(path, value.get(key), what, extractor, mode, n)
-        statistics += _from_dict(path, value, "statistics (mu, sigma) of unknown make", None, None, n)
+        for moments, what, extractor, mode in makes:
+            if isinstance(moments, dict) and moments.keys() >= MOMENTS:
+                mu, sigma = (_an_array(path, key, moments[key]) for key in ("mu", "sigma"))
+                statistics.append(Statistics(what, mu, sigma, extractor=extractor, mode=mode, n=n))
     elif isinstance(value, list) and len(value) == 2:
-        pair = dict(zip(("mu", "sigma"), value, strict=True))
-        statistics += _from_dict(path, pair, "statistics (mu, sigma) of unknown make", None, None, None)
+        mu, sigma = (_an_array(path, key, part) for key, part in zip(("mu", "sigma"), value, strict=True))
+        statistics.append(Statistics(UNKNOWN, mu, sigma))
     elif isinstance(value, np.ndarray) and value.ndim == 2:
         statistics.append(Statistics("features of unknown make", features=value, n=len(value)))
     if not statistics:
-        held = f"a dict of {', '.join(map(str, value))[:80]}" if isinstance(value, dict) else type(value).__name__
-        raise StatisticsError(f"{path}: is a pickle of {held}; it needs mu and sigma, EDM2's fid, or FIDStatistics")
-    return Contents(" and ".join(part.what for part in statistics), tuple(statistics))
+        raise StatisticsError(
+            f"{path}: is a pickle of {_described(value)}; it needs mu and sigma, EDM2's fid, or FIDStatistics"
+        )
+    return ReferenceData(" and ".join(part.what for part in statistics), tuple(statistics))
 
 
-def _from_dict(
-    path: Path, value: Any, what: str, extractor: str | None, mode: Mode | None, n: int | None
-) -> list[Statistics]:
-    if not isinstance(value, dict) or not {"mu", "sigma"} <= value.keys():
-        return []
-    for key in ("mu", "sigma"):
-        if not isinstance(value[key], np.ndarray):
-            raise StatisticsError(f"{path}: {key} is a {type(value[key]).__name__}, not an array")
-    return [Statistics(what, value["mu"], value["sigma"], extractor=extractor, mode=mode, n=n)]
+def _an_array(path: Path, key: str, value: Any) -> Array:
+    if not isinstance(value, np.ndarray):
+        raise StatisticsError(f"{path}: {key} is a {type(value).__name__}, not an array")
+    return value
 
 
-def _torch_file(path: Path) -> Contents:
+def _described(value: Any) -> str:
+    return f"a dict of {', '.join(map(str, value))[:80]}" if isinstance(value, dict) else type(value).__name__
+
+
+def _torch_file(path: Path) -> ReferenceData:
     import torch
 
     # torch's own restricted unpickler, with numpy's way to rebuild plain arrays; older files name the old module.
@@ -436,12 +409,13 @@ def _torch_file(path: Path) -> Contents:
         raise StatisticsError(
             f"{path}: is not a torch file of plain arrays ({shown}); only tensors and numpy arrays are read"
         ) from error
-    if isinstance(value, dict) and {"mu", "sigma"} <= value.keys():
-        moments = {key: np.asarray(value[key]) for key in ("mu", "sigma")}
-        found = Statistics("torch-fidelity statistics of unknown make", moments["mu"], moments["sigma"])
+    if isinstance(value, dict) and value.keys() >= MOMENTS:
+        mu, sigma = np.asarray(value["mu"]), np.asarray(value["sigma"])
+        found = Statistics("torch-fidelity statistics of unknown make", mu, sigma)
     elif isinstance(value, torch.Tensor) and value.ndim == 2:
         found = Statistics("torch-fidelity features of unknown make", features=value.numpy(), n=len(value))
     else:
-        held = f"a dict of {', '.join(map(str, value))[:80]}" if isinstance(value, dict) else type(value).__name__
-        raise StatisticsError(f"{path}: is a torch file of {held}; it needs mu and sigma, or features [N, D]")
-    return Contents(found.what, (found,))
+        raise StatisticsError(
+            f"{path}: is a torch file of {_described(value)}; it needs mu and sigma, or features [N, D]"
+        )
+    return ReferenceData(found.what, (found,))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 import os
 import re
 import warnings
@@ -12,7 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import IO
+from typing import IO, Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -29,7 +30,7 @@ FORMATS = ("bmp", "jpeg", "jpg", "npy", "pgm", "png", "ppm", "tif", "tiff", "web
 """Suffixes of images, in any case of letters: those that clean-fid 0.1.35 reads (``cleanfid.utils.EXTENSIONS``)."""
 GREY_MODES = frozenset({"1", "L", "LA"})
 COLOUR_MODES = frozenset({"RGB", "RGBA", "RGBX", "P", "PA", "CMYK", "YCbCr"})
-LITTER = (".DS_Store", "._", "Thumbs.db", "desktop.ini", "__MACOSX")
+JUNK = (".DS_Store", "._", "Thumbs.db", "desktop.ini", "__MACOSX")
 """What systems leave in folders and zips on their own; nobody misses it."""
 NAMED = 3
 ORIENTATION = 0x0112
@@ -92,18 +93,17 @@ def folder_images(folder: Path) -> Images:
 
 def zip_images(path: Path) -> Images:
     """The images of ``FORMATS`` in a zip, sorted by path; hidden files and ``__MACOSX`` are left out."""
-    with _opened(path) as archive:
-        infos = {PurePosixPath(i.filename).parts: i for i in archive.infolist() if not i.is_dir()}
-        for parts, info in infos.items():
-            if _is_image(parts):
-                check_member(path, info, limit=SUSPICIOUS_SIZE)
+    files = {PurePosixPath(info.filename).parts: info for info in zip_members(path)}
+    for parts, info in files.items():
+        if _is_image(parts):
+            _check_member(path, info, SUSPICIOUS_SIZE)
 
     @contextmanager
     def session() -> Iterator[Read]:
-        with _opened(path) as archive:
+        with zipfile.ZipFile(path) as archive:
             yield lambda name: _unzipped(archive, name, path)
 
-    return _file_images({parts: info.filename for parts, info in infos.items()}, session, path)
+    return _file_images({parts: info.filename for parts, info in files.items()}, session, path)
 
 
 def array_images(array: npt.NDArray[np.uint8]) -> Images:
@@ -117,8 +117,8 @@ def array_images(array: npt.NDArray[np.uint8]) -> Images:
     return Images(len(array), (channels, height, width), batches)
 
 
-def stream_images(opened: Callable[[], IO[bytes]], shape: tuple[int, int, int, int], path: Path) -> Images:
-    """The images [N, H, W, C] = ``shape`` of a stream of raw uint8 that ``opened`` starts anew, never held whole."""
+def stream_images(opened: Callable[[], IO[bytes]], shape: tuple[int, ...], path: Path) -> Images:
+    """The images [N, H, W, C] = ``shape`` of a raw uint8 stream, read from its start each time and never held whole."""
     total, height, width, channels = shape
     bytes_each = height * width * channels
 
@@ -137,11 +137,40 @@ def stream_images(opened: Callable[[], IO[bytes]], shape: tuple[int, int, int, i
     return Images(total, (channels, height, width), batches)
 
 
-def check_member(path: Path, info: zipfile.ZipInfo, limit: int = MAX_MEMBER) -> None:
-    """StatisticsError where a zip's member would unpack to more than ``limit`` bytes or looks like a zip bomb.
+class NpyHeader(NamedTuple):
+    """Of an array in numpy's format."""
 
-    Sizes are those of the zip's headers, beyond which nothing is unpacked.
-    """
+    shape: tuple[int, ...]
+    fortran: bool
+    dtype: np.dtype[Any]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the whole array."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+def npy_header(stream: IO[bytes]) -> NpyHeader:
+    """The header of a npy stream, which then stands at its data; ValueError where it has none."""
+    version = np.lib.format.read_magic(stream)
+    if version == (1, 0):
+        return NpyHeader(*np.lib.format.read_array_header_1_0(stream))
+    if version == (2, 0):
+        return NpyHeader(*np.lib.format.read_array_header_2_0(stream))
+    raise ValueError(f"array format {version[0]}.{version[1]}")
+
+
+def zip_members(path: Path) -> list[zipfile.ZipInfo]:
+    """All files of a zip; StatisticsError where one claims to be too large to be unpacked, BAD_ZIP for no zip."""
+    with zipfile.ZipFile(path) as archive:
+        infos = archive.infolist()
+    for info in infos:
+        _check_member(path, info, MAX_MEMBER)
+    return [info for info in infos if not info.is_dir()]
+
+
+def _check_member(path: Path, info: zipfile.ZipInfo, limit: int) -> None:
+    """Sizes are those of the zip's headers, beyond which nothing is unpacked."""
     ratio = info.file_size / max(info.compress_size, 1)
     bomb = ratio > SUSPICIOUS_RATIO and info.file_size > SUSPICIOUS_SIZE
     if bomb or info.file_size > limit:
@@ -149,13 +178,6 @@ def check_member(path: Path, info: zipfile.ZipInfo, limit: int = MAX_MEMBER) -> 
             f"{path}: member {info.filename!r} claims {info.file_size:,} bytes from {info.compress_size:,}; "
             "it is refused as a zip bomb: write the file without such a member"
         )
-
-
-def _opened(path: Path) -> zipfile.ZipFile:
-    try:
-        return zipfile.ZipFile(path)
-    except BAD_ZIP as error:
-        raise StatisticsError(f"{str(path)!r} is not a readable zip ({error}); copy the file again") from error
 
 
 def _unzipped(archive: zipfile.ZipFile, name: str, path: Path) -> IO[bytes]:
@@ -166,8 +188,17 @@ def _unzipped(archive: zipfile.ZipFile, name: str, path: Path) -> IO[bytes]:
 
 
 def _is_image(parts: tuple[str, ...]) -> bool:
-    hidden = any(part.startswith((".", "__MACOSX")) for part in parts)
-    return bool(parts) and not hidden and PurePosixPath(parts[-1]).suffix.lower()[1:] in FORMATS
+    return _has_format(parts) and not any(part.startswith((".", "__MACOSX")) for part in parts)
+
+
+def _is_junk(parts: tuple[str, ...]) -> bool:
+    """Whether a file is of the system's own making, or hidden and no image."""
+    hidden = any(part.startswith(".") for part in parts)
+    return any(part.startswith(JUNK) for part in parts) or (hidden and not _has_format(parts))
+
+
+def _has_format(parts: tuple[str, ...]) -> bool:
+    return PurePosixPath(*parts).suffix.lower()[1:] in FORMATS
 
 
 def _file_images(
@@ -177,11 +208,10 @@ def _file_images(
 
     StatisticsError where there is none.
     """
-    names = [files[parts] for parts in sorted(files) if _is_image(parts)]
-    left_out = [files[parts] for parts in sorted(files) if not _is_image(parts) and not _is_litter(parts)]
+    left_out = [files[parts] for parts in files if not _is_image(parts) and not _is_junk(parts)]
     headers: dict[str, _Header] = {}
     with session() as read:
-        for name in names:
+        for name in [files[parts] for parts in sorted(files) if _is_image(parts)]:
             with read(name) as file:
                 header = _npy_header(file, root / name) if _is_npy(name) else _header(file, root / name)
             if header is None:
@@ -207,36 +237,28 @@ def _file_images(
                             images.append(_decoded(file, root / name, mode))
                     yield _channels_first(np.stack(images))
 
-    (height, width), *others = by_size
+    first, *others = by_size
     odd = None
     if others:
-        other, first = by_size[others[0]][0], by_size[height, width][0]
-        odd = f"{root / other} is {_size(others[0])}, {PurePosixPath(first).name} is {_size((height, width))}"
-    shape = (1 if mode == "L" else 3, height, width)
-    notes = _notes(root, left_out, headers)
-    return Images(len(headers), shape, batches, tuple(others), odd, notes)
+        name, other = PurePosixPath(by_size[first][0]).name, root / by_size[others[0]][0]
+        odd = f"{other} is {_size(others[0])}, {name} is {_size(first)}"
+    shape = (1 if mode == "L" else 3, *first)
+    return Images(len(headers), shape, batches, tuple(others), odd, _notes(root, left_out, headers))
 
 
 def _notes(root: Path, left_out: Sequence[str], headers: Mapping[str, _Header]) -> tuple[str, ...]:
     """A line for the files that were left out, and for each way in which others are not read as they are."""
-    told: dict[str, list[str]] = {}
+    found: dict[str, list[str]] = {}
     if left_out:
-        told[f"left out (read are {', '.join(FORMATS)}; npy as uint8 [H, W, 3])"] = sorted(left_out)
+        found[f"left out (read are {', '.join(FORMATS)}; npy as uint8 [H, W, 3])"] = sorted(left_out)
     for name, header in headers.items():
         for remark in header.remarks:
-            told.setdefault(remark, []).append(name)
+            found.setdefault(remark, []).append(name)
     lines = []
-    for what, names in told.items():
+    for what, names in found.items():
         shown = ", ".join([*names[:NAMED], *(["…"] if len(names) > NAMED else [])])
         lines.append(f"reference {root.name!r}: {len(names):,} file{'s' * (len(names) > 1)} {what}: {shown}")
     return tuple(lines)
-
-
-def _is_litter(parts: tuple[str, ...]) -> bool:
-    """Whether a file is of the system's own making, or hidden and no image."""
-    hidden = any(part.startswith(".") for part in parts)
-    image = PurePosixPath(parts[-1]).suffix.lower()[1:] in FORMATS
-    return any(part.startswith(LITTER) for part in parts) or (hidden and not image)
 
 
 def _is_npy(name: str) -> bool:
@@ -246,13 +268,11 @@ def _is_npy(name: str) -> bool:
 def _npy_header(file: IO[bytes], path: Path) -> _Header | None:
     """Of an image stored as one array uint8 [H, W] or [H, W, 1 or 3]; None where the array is something else."""
     start = file.read(START)
-    if told := not_content(start):
-        raise StatisticsError(f"{path}: {told}")
+    if fault := not_content(start):
+        raise StatisticsError(f"{path}: {fault}")
     file.seek(0)
     try:
-        version = np.lib.format.read_magic(file)
-        reader = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-        shape, _, dtype = reader(file)
+        shape, _, dtype = npy_header(file)
     except (ValueError, OSError, SyntaxError) as error:
         raise StatisticsError(f"{path} is not a readable array; remove or replace it") from error
     if dtype != np.uint8 or len(shape) not in (2, 3) or 0 in shape or shape[2:] not in ((), (1,), (3,)):
@@ -329,8 +349,8 @@ def _image(file: IO[bytes], path: Path) -> Iterator[Image.Image]:
         raise StatisticsError(f"{path} claims more pixels than an image has; remove or replace it") from error
     except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:
         file.seek(0)
-        told = not_content(file.read(START)) or "is not a readable image; remove or replace it"
-        raise StatisticsError(f"{path} {told}") from error
+        fault = not_content(file.read(START)) or "is not a readable image; remove or replace it"
+        raise StatisticsError(f"{path} {fault}") from error
 
 
 def _decoded(file: IO[bytes], path: Path, mode: str) -> Pixels:
@@ -354,7 +374,7 @@ def _upper_half(image: Image.Image) -> Image.Image:
 
 
 def _channels_first(images: Pixels) -> Pixels:
-    """A held-out, writable array [B, C, H, W] of ``images`` [B, H, W, C]."""
+    """A new, writable array [B, C, H, W] of ``images`` [B, H, W, C]."""
     return np.array(images.transpose(0, 3, 1, 2), order="C", copy=True)
 
 

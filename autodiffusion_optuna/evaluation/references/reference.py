@@ -16,16 +16,17 @@ from torch import Tensor
 from torch.nn import functional
 
 from autodiffusion_optuna.errors import StatisticsError
-from autodiffusion_optuna.evaluation.features import Extractor, efficientnet_side
+from autodiffusion_optuna.evaluation.features import Extractor
+from autodiffusion_optuna.evaluation.features.efficientnet import efficientnet_side
 from autodiffusion_optuna.evaluation.frechet import Moments, covariance_factor
 from autodiffusion_optuna.evaluation.references.formats import (
     FORMAT,
     MODES,
     Array,
-    Contents,
     Meta,
+    ReferenceData,
     Statistics,
-    read_contents,
+    read_reference_data,
 )
 from autodiffusion_optuna.evaluation.references.images import Images
 
@@ -78,8 +79,8 @@ class Reference:
         return digest.hexdigest()[:16]
 
 
-def load_reference(path: Path, extractor: Extractor, on_images: OnImages | None = None) -> Reference:
-    """Reference statistics for ``extractor`` from a file or a folder in any format of ``contents.read_contents``.
+def load_reference(path: Path, extractor: Extractor) -> Reference:
+    """Reference statistics for ``extractor`` from a file or a folder in any format of ``formats.read_reference_data``.
 
     Statistics are compared only with features of the same network and resize. In order:
 
@@ -93,27 +94,28 @@ def load_reference(path: Path, extractor: Extractor, on_images: OnImages | None 
        (``load_extractor(mode=...)``), which is then taken to be how they were made: legacy_pytorch for
        pytorch-fid, legacy_tensorflow for TTUR, EDM and torch-fidelity.
 
-    StatisticsError for all else. ``on_images`` is told of every batch of images embedded.
+    StatisticsError for all else.
     """
-    contents = read_contents(path)
-    if contents.meta is not None:
-        return _own(path, contents.meta, contents.statistics[0], extractor)
-    for statistics in contents.statistics:
+    data = read_reference_data(path)
+    if data.meta is not None:
+        return _own(path, data, data.meta, extractor)
+    for statistics in data.statistics:
         if statistics.extractor == extractor.name and statistics.mode == _mode(extractor):
-            return _foreign(path, statistics, extractor, contents.images)
-    if contents.images is not None:
-        return _build_from(contents.images, extractor, path.stem, on_images)
-    return _foreign(path, _as_stated(path, contents, extractor), extractor)
+            return _foreign(path, statistics, extractor, data.images)
+    if data.images is not None:
+        return _build_from(data.images, extractor, path.stem)
+    return _foreign(path, _as_stated(path, data, extractor), extractor)
 
 
-def build_reference_from(
-    path: Path, extractor: Extractor, dataset: str | None = None, on_images: OnImages | None = None
-) -> Reference:
-    """Reference of the images in a folder, zip, npz or npy; StatisticsError where it holds none."""
-    contents = read_contents(path)
-    if contents.images is None:
-        raise StatisticsError(f"{path}: holds {contents.what}, no images; give a folder, zip or array of images")
-    return _build_from(contents.images, extractor, dataset or path.stem, on_images)
+def build_reference_from(path: Path, extractor: Extractor, on_images: OnImages | None = None) -> Reference:
+    """Reference of the images in a folder, zip, npz or npy; StatisticsError where it holds none.
+
+    ``on_images`` is called after every batch.
+    """
+    data = read_reference_data(path)
+    if data.images is None:
+        raise StatisticsError(f"{path}: holds {data.what}, no images; give a folder, zip or array of images")
+    return _build_from(data.images, extractor, path.stem, on_images)
 
 
 def build_reference(images: Tensor, extractor: Extractor, dataset: str) -> Reference:
@@ -127,16 +129,7 @@ def save_reference(path: Path, reference: Reference) -> None:
 
     StatisticsError where the file cannot be written.
     """
-    meta = {
-        "version": FORMAT,
-        "extractor": reference.extractor,
-        "fingerprint": reference.fingerprint,
-        "n": reference.n,
-        "dataset": reference.dataset,
-        "channels": reference.channels,
-        "size": reference.size,
-        "notes": reference.notes,
-    }
+    meta = {"version": FORMAT, **{name: getattr(reference, name) for name in Meta.model_fields if name != "version"}}
     arrays = {"mu": reference.mu.cpu().numpy(), "sigma": reference.sigma.cpu().numpy()}
     if reference.features is not None:
         arrays["features"] = reference.features.cpu().numpy()
@@ -174,14 +167,13 @@ def check_images(reference: Reference, shape: tuple[int, int, int]) -> None:
             )
 
 
-def log_trace_ratio(generated: Moments | Tensor, reference: Reference) -> float:
-    """log(tr S / tr R) of features float [N, D] or their moments: below 0 where their variety is the smaller.
+def log_trace_ratio(generated: Moments, reference: Reference) -> float:
+    """log(tr S / tr R) of the moments of features: below 0 where their variety is the smaller.
 
     A Fréchet distance over few images can prefer images of less variety; this shows it. -inf where all images
     have the same features. StatisticsError for fewer than two images or a reference without variance.
     """
-    moments = Moments.of(generated) if isinstance(generated, Tensor) else generated
-    spread, wanted = float(moments.covariance.trace()), float(reference.sigma.trace())
+    spread, wanted = float(generated.covariance.trace()), float(reference.sigma.trace())
     if wanted <= 0:
         raise StatisticsError(f"reference {reference.dataset!r} has no variance; build it from more images")
     return math.log(spread / wanted) if spread > 0 else -math.inf
@@ -202,7 +194,8 @@ def doubts(reference: Reference, shape: tuple[int, int, int], metric: str) -> li
 
     ``metric``: "frechet" or "kid".
     """
-    lines: list[str | None] = [_few_images(reference) if metric == "frechet" else _few_features(reference)]
+    few = _few_images(reference) if metric == "frechet" else _few_features(reference)
+    lines = [few] if few else []
     name, size = f"reference {reference.dataset!r}", reference.size
     if size is not None and size != shape[1:]:
         distorted = " and of another aspect ratio" if size[0] * shape[2] != size[1] * shape[1] else ""
@@ -212,11 +205,11 @@ def doubts(reference: Reference, shape: tuple[int, int, int], metric: str) -> li
         )
     if shape[0] == 3 and _is_grey(reference):
         lines.append(f"{name} seems to have grey images only, saved as colour; the model's are in colour")
-    return [line for line in lines if line]
+    return lines
 
 
 def _few_images(reference: Reference) -> str | None:
-    """Of unknown numbers of images, the rank of the covariance tells when they are few."""
+    """Where a file does not say how many there are, the rank of the covariance shows when they are few."""
     dim = len(reference.mu)
     seems = "" if reference.n is not None else "seemingly "
     n = reference.n if reference.n is not None else reference.factor.shape[1] + 1
@@ -241,19 +234,18 @@ def _few_features(reference: Reference) -> str | None:
 # Building
 
 
-def _build_from(images: Images, extractor: Extractor, dataset: str, on_images: OnImages | None) -> Reference:
+def _build_from(images: Images, extractor: Extractor, dataset: str, on_images: OnImages | None = None) -> Reference:
     seen = {(size if extractor.seen is None else extractor.seen(*size)) for size in (images.shape[1:], *images.others)}
     if len(seen) > 1:
         resized = "resizes no images" if extractor.seen is None else "sees them in several sizes"
         raise StatisticsError(f"{images.odd}, and extractor {extractor.name!r} {resized}; give images of one size")
     batches = (torch.from_numpy(batch) for batch in images.batches(BATCH))
-    notes = list(images.notes)
-    if images.others:
-        notes.append(
-            f"reference {dataset!r}: its images have {1 + len(images.others):,} sizes ({images.odd}); the extractor "
-            "resizes each to one, whatever its aspect ratio"
-        )
-    return _build(batches, images.total, images.shape, extractor, dataset, on_images, tuple(notes))
+    reference = _build(batches, images.total, images.shape, extractor, dataset, on_images)
+    several = (
+        f"reference {dataset!r}: its images have {1 + len(images.others):,} sizes ({images.odd}); the extractor "
+        "resizes each to one, whatever its aspect ratio"
+    )
+    return replace(reference, notes=(*images.notes, *([several] if images.others else [])))
 
 
 def _build(
@@ -263,7 +255,6 @@ def _build(
     extractor: Extractor,
     dataset: str,
     on_images: OnImages | None = None,
-    notes: tuple[str, ...] = (),
 ) -> Reference:
     if total < 2:
         raise StatisticsError(f"reference {dataset!r} has {total} image(s); statistics need at least 2")
@@ -281,26 +272,12 @@ def _build(
     assert moments.n == total
     mu, sigma = moments.mean.cpu(), moments.covariance.cpu()
     _check_variance(mu, sigma, f"reference {dataset!r}")
-    return Reference(
-        mu=mu,
-        sigma=sigma,
-        n=total,
-        fingerprint=extractor.fingerprint,
-        extractor=extractor.name,
-        dataset=dataset,
-        features=torch.cat(kept),
-        channels=shape[0],
-        size=shape[1:],
-        notes=notes,
-        images=shown.images,
-    )
+    made = total, extractor.fingerprint, extractor.name, dataset
+    return Reference(mu, sigma, *made, torch.cat(kept), shape[0], shape[1:], images=shown.images)
 
 
 class _Shown:
-    """Keeps a few images, evenly spaced among ``total``: of ``shape``, to which those of another size are brought.
-
-    Large ones are kept smaller, by a whole number of pixels.
-    """
+    """Keeps a few images, evenly spaced among ``total`` and all of one size; large ones are reduced."""
 
     def __init__(self, total: int, shape: tuple[int, int, int]) -> None:
         less = math.ceil(math.sqrt(KEPT_IMAGES * math.prod(shape) / KEPT_BYTES))
@@ -341,57 +318,53 @@ def _mode(extractor: Extractor) -> str | None:
     return (extractor.mode or "clean") if extractor.name == "inception" else None
 
 
-def _own(path: Path, meta: Meta, statistics: Statistics, extractor: Extractor) -> Reference:
+def _own(path: Path, data: ReferenceData, meta: Meta, extractor: Extractor) -> Reference:
     if meta.fingerprint != extractor.fingerprint:
         raise StatisticsError(
             f"{path}: was made with extractor {meta.extractor!r} ({meta.fingerprint}), the study uses "
             f"{extractor.name!r} ({extractor.fingerprint}); use the same extractor, mode and weights, or build the "
             "reference again"
         )
+    (statistics,) = data.statistics
     features = None if statistics.features is None else torch.from_numpy(statistics.features)
-    mu, sigma = _mu_sigma(path, statistics.mu, statistics.sigma)
-    images = None if meta.images is None else torch.from_numpy(meta.images)
-    facts = meta.n, meta.fingerprint, meta.extractor, meta.dataset
-    reference = Reference(mu, sigma, *facts, features, meta.channels, meta.size, meta.notes, images)
-    return _validated(path, reference, extractor)
+    mu, sigma = _float64(path, "mu", statistics.mu), _float64(path, "sigma", statistics.sigma)
+    images = None if data.shown is None else torch.from_numpy(data.shown)
+    facts = meta.model_dump(exclude={"version"})
+    return _validated(path, Reference(mu, sigma, features=features, images=images, **facts), extractor)
 
 
-def _as_stated(path: Path, contents: Contents, extractor: Extractor) -> Statistics:
+def _as_stated(path: Path, data: ReferenceData, extractor: Extractor) -> Statistics:
     """The statistics of unknown make, which the extractor's mode speaks for; StatisticsError where it does not."""
-    unknown = [part for part in contents.statistics if _is_unknown(part)]
+    unknown = [part for part in data.statistics if part.extractor is None]
     if not unknown:
-        known = contents.statistics[0]
+        known = data.statistics[0]
         if known.extractor != extractor.name:
             raise StatisticsError(
-                f"{path}: holds {contents.what}, made with extractor {known.extractor!r}, the study uses "
+                f"{path}: holds {data.what}, made with extractor {known.extractor!r}, the study uses "
                 f"{extractor.name!r}; use the same extractor, or build the reference from images"
             )
         raise StatisticsError(
-            f"{path}: holds {contents.what}, made in mode {known.mode}, the study's extractor uses "
+            f"{path}: holds {data.what}, made in mode {known.mode}, the study's extractor uses "
             f"{_mode(extractor)}; set the mode to {known.mode}, or build the reference from images"
         )
     if extractor.name != "inception":
         raise StatisticsError(
-            f"{path}: holds {contents.what}; without a fingerprint they are taken for Inception's, the study uses "
+            f"{path}: holds {data.what}; without a fingerprint they are taken for Inception's, the study uses "
             f"{extractor.name!r}: build the reference from images"
         )
     if extractor.mode is None:
         raise StatisticsError(
-            f"{path}: holds {contents.what}, which do not say how their images were resized; state it as the mode "
+            f"{path}: holds {data.what}, which do not say how their images were resized; state it as the mode "
             f"({', '.join(MODES)}): legacy_pytorch for pytorch-fid's, legacy_tensorflow for TTUR's and EDM's"
         )
     return unknown[0]
-
-
-def _is_unknown(statistics: Statistics) -> bool:
-    return statistics.extractor is None
 
 
 def _foreign(path: Path, statistics: Statistics, extractor: Extractor, images: Images | None = None) -> Reference:
     """Statistics that others wrote; ``images``: those beside them in the file, some of the dataset's."""
     features = None if statistics.features is None else _float32(path, statistics.features)
     if statistics.mu is not None and statistics.sigma is not None:
-        mu, sigma = _mu_sigma(path, statistics.mu, statistics.sigma)
+        mu, sigma = _float64(path, "mu", statistics.mu), _float64(path, "sigma", statistics.sigma)
     else:
         assert features is not None
         moments = Moments.of(features)
@@ -421,13 +394,10 @@ def _float32(path: Path, features: Array) -> Tensor:
     return tensor
 
 
-def _mu_sigma(path: Path, mu: Array | None, sigma: Array | None) -> tuple[Tensor, Tensor]:
-    for key, array in (("mu", mu), ("sigma", sigma)):
-        if array is None or not np.issubdtype(array.dtype, np.floating):
-            raise StatisticsError(f"{path}: {key} is missing or no float array; build the reference again")
-    assert mu is not None
-    assert sigma is not None
-    return torch.from_numpy(mu.astype(np.float64)), torch.from_numpy(sigma.astype(np.float64))
+def _float64(path: Path, key: str, array: Array | None) -> Tensor:
+    if array is None or not np.issubdtype(array.dtype, np.floating):
+        raise StatisticsError(f"{path}: {key} is missing or no float array; build the reference again")
+    return torch.from_numpy(array.astype(np.float64))
 
 
 def _validated(path: Path, reference: Reference, extractor: Extractor) -> Reference:
@@ -449,7 +419,7 @@ def _validated(path: Path, reference: Reference, extractor: Extractor) -> Refere
     if reference.n is not None and reference.n < 2:
         raise StatisticsError(f"{path}: was made from {reference.n} image(s); statistics need at least 2")
     try:
-        _ = reference.factor  # kept: whatever is wrong with it shows before a study is written
+        _ = reference.factor  # cached: whatever is wrong with it shows before a study is written
     except StatisticsError as error:
         raise StatisticsError(f"{path}: sigma is no covariance ({error}); build it again") from error
     return reference

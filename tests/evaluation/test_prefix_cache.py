@@ -14,7 +14,15 @@ from autodiffusion_optuna.candidate import Candidate
 from autodiffusion_optuna.evaluation.denoiser import UNCONDITIONAL, Condition, Denoiser
 from autodiffusion_optuna.evaluation.prefix_cache import NfeCounter, PrefixCache, cached_denoise
 from autodiffusion_optuna.evaluation.skip import find_units
-from autodiffusion_optuna.evaluation.solvers import CAPPED, SOLVERS, Solver, find_solver, query_steps, times
+from autodiffusion_optuna.evaluation.solvers import (
+    CAPPED,
+    SOLVERS,
+    Solver,
+    evaluations,
+    find_solver,
+    query_steps,
+    times,
+)
 from autodiffusion_optuna.noise import Final, linear
 
 SCHEDULE = linear()
@@ -39,11 +47,11 @@ def run(
     solver: str,
     final: Final,
     candidate: Candidate,
-    memory: PrefixCache | None,
-    tally: NfeCounter,
+    cache: PrefixCache | None,
+    counter: NfeCounter,
 ) -> Tensor:
-    root = (solver, final, candidate.steps)
-    denoise = cached_denoise(denoiser, candidate, memory, root, tally)
+    root, queries = (solver, final, candidate.steps), evaluations(solver, candidate.steps, final)
+    denoise = cached_denoise(denoiser, candidate, cache, root, counter, queries)
     return SOLVERS[solver](denoise, X, times(SCHEDULE, candidate.timesteps, final))
 
 
@@ -59,7 +67,7 @@ def mutated(candidate: Candidate, rng: random.Random, units: int) -> Candidate:
     return Candidate.from_pairs(pairs)
 
 
-def queries(candidate: Candidate, solver: str, final: Final) -> list[tuple[float, int]]:
+def queries_of(candidate: Candidate, solver: str, final: Final) -> list[tuple[float, int]]:
     """(time, skip set) of every query of a run."""
     asked: list[float] = []
 
@@ -74,27 +82,28 @@ def queries(candidate: Candidate, solver: str, final: Final) -> list[tuple[float
 
 def shared_queries(a: Candidate, b: Candidate, solver: str, final: Final) -> int:
     """Queries of ``a`` and ``b`` before their first difference."""
-    both = zip(queries(a, solver, final), queries(b, solver, final), strict=True)
+    both = zip(queries_of(a, solver, final), queries_of(b, solver, final), strict=True)
     return sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], both))
 
 
 @pytest.mark.parametrize("final", ["zero", "sigma_min"])
 @pytest.mark.parametrize("solver", sorted(SOLVERS))
-def test_remembering_changes_no_bit_and_counts_right(denoiser: Denoiser, solver: str, final: Final) -> None:
+def test_caching_changes_no_bit_and_counts_right(denoiser: Denoiser, solver: str, final: Final) -> None:
     assert denoiser.units
     rng = random.Random(solver + final)
     parent = Candidate((940, 720, 430, 211, 30), tuple(rng.getrandbits(12) for _ in range(5)))
     asked = len(query_steps(solver, parent.steps, final))
     children = [mutated(parent, rng, len(denoiser.units)) for _ in range(5)]
     for child in children:
-        memory, tally = PrefixCache(1 << 20), NfeCounter()
-        run(denoiser, solver, final, parent, memory, tally)
-        assert tally == NfeCounter(run=asked * BATCH, saved=0)
-        remembered = run(denoiser, solver, final, child, memory, tally)
+        cache, counter = PrefixCache(1 << 20), NfeCounter()
+        run(denoiser, solver, final, parent, cache, counter)
+        assert counter == NfeCounter(run=asked * BATCH, saved=0)
+        assert cache.nbytes == (asked - 1) * X.nbytes  # of all queries but the last
+        cached = run(denoiser, solver, final, child, cache, counter)
         shared = shared_queries(parent, child, solver, final)
-        assert tally == NfeCounter(run=(2 * asked - shared) * BATCH, saved=shared * BATCH)
-        assert memory.hits == shared
-        assert torch.equal(remembered, run(denoiser, solver, final, child, None, NfeCounter()))
+        assert counter == NfeCounter(run=(2 * asked - shared) * BATCH, saved=shared * BATCH)
+        assert cache.hits == shared
+        assert torch.equal(cached, run(denoiser, solver, final, child, None, NfeCounter()))
 
 
 def noise(step: int) -> Tensor:
@@ -108,41 +117,58 @@ SET: dict[str, Solver] = {
 
 
 @pytest.mark.parametrize("name", SET)
-def test_remembering_changes_no_bit_of_solvers_with_settings(denoiser: Denoiser, name: str) -> None:
+def test_caching_changes_no_bit_of_solvers_with_settings(denoiser: Denoiser, name: str) -> None:
     rng = random.Random(name)
-    memory, tally = PrefixCache(1 << 22), NfeCounter()
+    cache, counter = PrefixCache(1 << 22), NfeCounter()
     candidate = Candidate((940, 720, 430, 211, 30))
     for _ in range(10):
         candidate = mutated(candidate, rng, 12)
         nodes = times(SCHEDULE, candidate.timesteps, "sigma_min")
-        remembered, plain = (
-            SET[name](cached_denoise(denoiser, candidate, kept, name, tally), X, nodes) for kept in (memory, None)
+        cached, plain = (
+            SET[name](cached_denoise(denoiser, candidate, kept, name, counter), X, nodes) for kept in (cache, None)
         )
-        assert torch.equal(remembered, plain)
-    assert tally.saved > 0
+        assert torch.equal(cached, plain)
+    assert counter.saved > 0
 
 
 @pytest.mark.parametrize("solver", sorted(SOLVERS))
-def test_one_memory_under_pressure_serves_all(denoiser: Denoiser, solver: str) -> None:
+def test_one_small_cache_serves_all(denoiser: Denoiser, solver: str) -> None:
     rng = random.Random(1)
-    memory, tally = PrefixCache(9 * X.nbytes + 5), NfeCounter()
+    cache, counter = PrefixCache(9 * X.nbytes + 5), NfeCounter()
     candidate = Candidate((940, 720, 430, 211))
     for _ in range(8):
         candidate = mutated(candidate, rng, 12)
         expected = run(denoiser, solver, "zero", candidate, None, NfeCounter())
-        assert torch.equal(run(denoiser, solver, "zero", candidate, memory, tally), expected)
-        assert memory.nbytes <= memory.budget_bytes
-    assert tally.saved == memory.hits * BATCH > 0
-    assert tally.run + tally.saved == 8 * len(query_steps(solver, 4, "zero")) * BATCH
+        assert torch.equal(run(denoiser, solver, "zero", candidate, cache, counter), expected)
+        assert cache.nbytes <= cache.budget_bytes
+    assert counter.saved == cache.hits * BATCH > 0
+    assert counter.run + counter.saved == 8 * len(query_steps(solver, 4, "zero")) * BATCH
 
 
-def test_the_same_run_again_asks_nothing_of_the_network(denoiser: Denoiser) -> None:
-    memory, tally = PrefixCache(1 << 20), NfeCounter()
+@pytest.mark.parametrize(("solver", "queries"), [("ddim", 3), ("heun", 6), ("plms", 4), ("dpmpp_2s_mid", 6)])
+def test_the_same_run_again_asks_for_its_last_evaluation_alone(denoiser: Denoiser, solver: str, queries: int) -> None:
+    cache, counter = PrefixCache(1 << 20), NfeCounter()
     candidate = Candidate((900, 500, 100), (0, 3, 5))
-    first = run(denoiser, "heun", "sigma_min", candidate, memory, tally)
-    again = run(denoiser, "heun", "sigma_min", candidate, memory, tally)
+    first = run(denoiser, solver, "sigma_min", candidate, cache, counter)
+    again = run(denoiser, solver, "sigma_min", candidate, cache, counter)
     assert torch.equal(first, again)
-    assert tally == NfeCounter(run=6 * BATCH, saved=6 * BATCH)
+    assert counter == NfeCounter(run=(queries + 1) * BATCH, saved=(queries - 1) * BATCH)
+    assert (len(cache), cache.hits) == (queries - 1, queries - 1)
+
+
+def test_the_last_query_of_one_run_is_cached_as_an_inner_one_of_another() -> None:
+    asked: list[float] = []
+
+    def denoise(x: Tensor, t: float, skip: int) -> Tensor:
+        asked.append(t)
+        return x
+
+    cache = PrefixCache(1 << 20)
+    for timesteps in ((50,), (50, 20), (50,), (50, 30)):
+        queries, nodes = len(timesteps), times(SCHEDULE, timesteps, "zero")
+        SOLVERS["ddim"](cached_denoise(denoise, Candidate(timesteps), cache, queries=queries), X, nodes)
+    assert asked == [50, 50, 20, 30]
+    assert len(cache) == 1
 
 
 def test_other_skip_sets_and_other_roots_do_not_hit() -> None:
@@ -152,14 +178,14 @@ def test_other_skip_sets_and_other_roots_do_not_hit() -> None:
         calls.append((t, skip))
         return x + skip
 
-    memory = PrefixCache(1 << 20)
+    cache = PrefixCache(1 << 20)
     for root, skips in (("a", (0, 0)), ("a", (1, 0)), ("a", (1, 2)), ("b", (0, 0))):
         SOLVERS["ddim"](
-            cached_denoise(denoise, Candidate((50, 20), skips), memory, root, NfeCounter()),
+            cached_denoise(denoise, Candidate((50, 20), skips), cache, root, NfeCounter()),
             X,
             times(SCHEDULE, (50, 20), "zero"),
         )
-    # The second skip set alone differs in the third run, so its first query is remembered.
+    # The second skip set alone differs in the third run, so its first query is cached.
     assert calls == [(50, 0), (20, 0), (50, 1), (20, 0), (20, 2), (50, 0), (20, 0)]
 
 
@@ -181,33 +207,33 @@ def test_a_query_off_the_list_takes_the_last_skip_set() -> None:
     puts=st.lists(st.tuples(st.integers(0, 5), st.integers(0, 30)), max_size=40),
 )
 def test_the_budget_is_never_exceeded(budget: int, puts: list[tuple[int, int]]) -> None:
-    memory = PrefixCache(budget)
+    cache = PrefixCache(budget)
     for key, size in puts:
-        memory.put((key,), torch.zeros(size))
-        assert memory.nbytes <= budget
-        found = [memory.get((k,)) for k in range(6)]
-        assert sum(tensor.nbytes for tensor in found if tensor is not None) == memory.nbytes
+        cache.put((key,), torch.zeros(size))
+        assert cache.nbytes <= budget
+        found = [cache.get((k,)) for k in range(6)]
+        assert sum(tensor.nbytes for tensor in found if tensor is not None) == cache.nbytes
 
 
 def test_the_least_recently_used_goes_first() -> None:
-    memory = PrefixCache(3 * 4)
+    cache = PrefixCache(3 * 4)
     for key in "abc":
-        memory.put((key,), torch.zeros(1))
-    memory.get(("a",))
-    memory.put(("d",), torch.zeros(1))
-    assert memory.get(("b",)) is None
-    assert all(memory.get((key,)) is not None for key in "acd")
-    memory.put(("whole",), torch.zeros(4))
-    assert len(memory) == 3
-    memory.clear()
-    assert (len(memory), memory.nbytes) == (0, 0)
+        cache.put((key,), torch.zeros(1))
+    cache.get(("a",))
+    cache.put(("d",), torch.zeros(1))
+    assert cache.get(("b",)) is None
+    assert all(cache.get((key,)) is not None for key in "acd")
+    cache.put(("whole",), torch.zeros(4))
+    assert len(cache) == 3
+    cache.clear()
+    assert (len(cache), cache.nbytes) == (0, 0)
 
 
 def test_a_view_does_not_keep_its_base_alive() -> None:
-    memory = PrefixCache(1000)
+    cache = PrefixCache(1000)
     view = torch.arange(100.0)[:10]
-    memory.put((), view)
-    kept = memory.get(())
+    cache.put((), view)
+    kept = cache.get(())
     assert kept is not None
     assert torch.equal(kept, view)
     assert kept.untyped_storage().nbytes() == 40

@@ -23,7 +23,7 @@ from autodiffusion_optuna.errors import StatisticsError
 from autodiffusion_optuna.evaluation.features import Extractor, load_extractor
 from autodiffusion_optuna.evaluation.frechet import Moments
 from autodiffusion_optuna.evaluation.references import formats as module
-from autodiffusion_optuna.evaluation.references.formats import MODES, Mode, read_contents
+from autodiffusion_optuna.evaluation.references.formats import MODES, Mode, read_reference_data
 from autodiffusion_optuna.evaluation.references.pickles import FIDStatistics, read_pickle
 from autodiffusion_optuna.evaluation.references.reference import (
     Reference,
@@ -45,9 +45,7 @@ IMAGES = RNG.integers(0, 256, (7, 2, 2, 3), dtype=np.uint8)
 
 def extractor(name: str = "inception", mode: Mode | None = None) -> Extractor:
     """Stands for a published network: twelve pixels are its features, its name and mode decide what it reads."""
-    metric: Any = "FID" if name == "inception" else "FD"
-    fingerprint = f"{name}-{mode or 'clean'}"
-    return Extractor(name, fingerprint, 12, metric, torch.device("cpu"), mode=mode, network=PIXELS.network)
+    return Extractor(name, f"{name}-{mode or 'clean'}", 12, torch.device("cpu"), PIXELS.network, mode=mode)
 
 
 CLEAN, PYTORCH, TENSORFLOW = (extractor(mode=mode) for mode in MODES)
@@ -227,7 +225,7 @@ def test_arrays_of_images(tmp_path: Path, fortran: bool) -> None:
 def test_images_of_an_array_are_read_batch_by_batch(tmp_path: Path) -> None:
     images = RNG.integers(0, 256, (250, 3, 4, 1), dtype=np.uint8)
     path = npz(tmp_path / "samples.npz", arr_0=images)
-    found = read_contents(path).images
+    found = read_reference_data(path).images
     assert found is not None
     batches = list(found.batches(100))
     assert [len(batch) for batch in batches] == [100, 100, 50]
@@ -498,12 +496,12 @@ def test_efficientnet_compares_images_of_one_size() -> None:
 def test_log_trace_ratio_shows_lost_variety() -> None:
     moments = Moments.of(torch.from_numpy(FEATURES))
     reference = Reference(moments.mean, moments.covariance, 40, "", "", "")
-    assert log_trace_ratio(torch.from_numpy(FEATURES), reference) == pytest.approx(0, abs=1e-12)
     assert log_trace_ratio(moments, reference) == pytest.approx(0, abs=1e-12)
-    assert log_trace_ratio(torch.from_numpy(FEATURES) * 0.5 + 3, reference) == pytest.approx(2 * np.log(0.5))
-    assert log_trace_ratio(torch.ones(5, 12), reference) == -np.inf
+    halved, same = Moments.of(torch.from_numpy(FEATURES) * 0.5 + 3), Moments.of(torch.ones(5, 12))
+    assert log_trace_ratio(halved, reference) == pytest.approx(2 * np.log(0.5))
+    assert log_trace_ratio(same, reference) == -np.inf
     with pytest.raises(StatisticsError, match="at least 2 images"):
-        log_trace_ratio(torch.ones(1, 12), reference)
+        log_trace_ratio(Moments.of(torch.ones(1, 12)), reference)
     with pytest.raises(StatisticsError, match="has no variance"):
         log_trace_ratio(moments, replace(reference, sigma=torch.zeros(12, 12)))
 
