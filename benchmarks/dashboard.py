@@ -45,7 +45,7 @@ from autodiffusion_optuna.storage.attrs import (
     PARENTS,
     READY,
     SCORE,
-    SHARE,
+    SKIP_RATIO,
     STAGE,
 )
 from autodiffusion_optuna.storage.database import open_storage
@@ -78,7 +78,7 @@ def synthetic(space: SearchSpace, number: int) -> FrozenTrial:
         STAGE: 1 + (generation > 4),
         OPERATOR: rng.choice(["mutation", "crossover", "random"]),
         PARENTS: [max(number - 60, 0), max(number - 55, 0)],
-        SHARE: 0.3,
+        SKIP_RATIO: 0.3,
         COST: space.cost(candidate) / STEPS,
         IMAGES: 256,
         SCORE: {"rungs": {"256": 1.0}, "run": 2560, "saved": 900, "seconds_network": 1.0, "trace_ratio": -0.1},

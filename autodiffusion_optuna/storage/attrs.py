@@ -75,15 +75,15 @@ STAGE = "stage"
 
 
 OPERATOR = "operator"
-"""What proposed it: uniform, random, mutation, crossover or known."""
+"""What proposed it: uniform, random, mutation, crossover, baseline (enqueued) or unknown."""
 
 
 PARENTS = "parents"
 """Numbers of the trials it was made from."""
 
 
-SHARE = "share"
-"""Largest share of layers that a step could skip."""
+SKIP_RATIO = "skip_ratio"
+"""Largest ratio of layers that a step could skip."""
 
 
 COST = "cost"

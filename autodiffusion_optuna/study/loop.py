@@ -161,7 +161,7 @@ def _failed_if_broken(storage: StudyStorage, trial_id: int) -> Iterator[None]:
 def _template(parts: StudyComponents, study: optuna.Study, trials: Sequence[FrozenTrial]) -> FrozenTrial:
     """The trial after ``trials`` as it begins: what it tries, where that came from, and who runs it."""
     number = len(trials)
-    proposal = parts.sampler.proposal(study, number, trials)
+    proposal = parts.sampler.proposal(study, number)
     return _begun(parts, proposal.candidate, parts.sampler.describe(study, number))
 
 
@@ -173,10 +173,9 @@ def _completed(
     if "fixed_params" not in waiting.system_attrs and {CANDIDATE, COST, STAGE} <= attrs.keys():
         return None
     try:
-        candidate = parts.sampler.enqueued(study, waiting)
+        candidate = parts.sampler.proposal(study, waiting.number).candidate
     except ConfigError as error:
         return optuna.trial.create_trial(state=TrialState.RUNNING, user_attrs={FAILURE: _one_line(str(error))})
-    parts.sampler.proposal(study, waiting.number, trials)
     return _begun(parts, candidate, parts.sampler.describe(study, waiting.number))
 
 
