@@ -7,7 +7,6 @@ from bisect import bisect_left
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from datetime import datetime
 from functools import cached_property
 from itertools import accumulate
 from typing import Any, NamedTuple
@@ -66,44 +65,42 @@ class History:
         return replace(self, complete=self.complete[:count], indices=self.indices[:count])
 
 
+NEVER: tuple[None, None] = None, None
+
+
 class HistoryReader:
     """Reads the trials of studies again and again; each finished one is decoded once, for it never changes again."""
 
     def __init__(self) -> None:
-        self._finished: dict[tuple[str, int], tuple[datetime, Record | None]] = {}
+        self._finished: dict[str, dict[int, tuple[FrozenTrial, Record | None]]] = {}
 
     def history(self, space: SearchSpace, study: optuna.Study, trials: Sequence[FrozenTrial], number: int) -> History:
         """History as trial ``number`` sees it, itself left out; ``trials`` of the study ascend by number."""
-        name, directions = study.study_name, study.directions
+        directions = study.directions
+        finished = self._finished.setdefault(study.study_name, {})
         failures: list[int] = []
         failed: Counter[str] = Counter()
         history = History(number, len(directions), set(), [], [])
         for trial in trials:
-            if trial.number == number:
+            place = trial.number
+            if place == number:
                 continue
-            record = self._record(space, name, trial, directions)
-            if trial.state == TrialState.FAIL:
-                failures.append(trial.number)
+            seen, record = finished.get(place, NEVER)
+            # Optuna keeps the very objects of finished trials; another study of this name has other ones.
+            if seen is not trial and (seen is None or seen.datetime_complete != trial.datetime_complete):
+                record = read_record(trial, space, directions)
+                if trial.state.is_finished():
+                    finished[place] = trial, record
+            if trial.state is TrialState.FAIL:
+                failures.append(place)
                 failed.update([record.key] if record else [])
             elif record is not None:
                 history.taken.add(record.key)
                 if record.losses:
                     history.complete.append(record)
-                    history.indices.append(trial.number - len(failures))
+                    history.indices.append(place - len(failures))
         history.taken.update(key for key, times in failed.items() if times >= FAILED_TRIES)
         return replace(history, index=number - bisect_left(failures, number))
-
-    def _record(
-        self, space: SearchSpace, study_name: str, trial: FrozenTrial, directions: Sequence[StudyDirection]
-    ) -> Record | None:
-        finished_at = trial.datetime_complete
-        if finished_at is None:
-            return read_record(trial, space, directions)
-        stored = self._finished.get((study_name, trial.number))
-        if stored is None or stored[0] != finished_at:
-            stored = (finished_at, read_record(trial, space, directions))
-            self._finished[study_name, trial.number] = stored
-        return stored[1]
 
 
 def read_record(trial: FrozenTrial, space: SearchSpace, directions: Sequence[StudyDirection]) -> Record | None:

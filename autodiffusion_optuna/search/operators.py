@@ -139,7 +139,7 @@ def crossover_prefix(
 def _finish(
     rng: Generator, space: SearchSpace, pairs: Iterable[tuple[int, int]], settings: Named, skip_ratio: float
 ) -> Candidate:
-    return space.fit(space.repair(pairs, tuple(sorted(settings.items()))), skip_ratio, rng)
+    return space.fit(space.repair(pairs, tuple(settings.items())), skip_ratio, rng)
 
 
 def _mutant(rng: Generator, space: SearchSpace, parent: Candidate, skip_ratio: float, change: Change) -> Candidate:

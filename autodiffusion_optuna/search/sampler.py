@@ -22,23 +22,21 @@ from autodiffusion_optuna.search.history import HistoryReader, decoded, paramete
 from autodiffusion_optuna.search.presets import settings_of
 from autodiffusion_optuna.search.space import SearchSpace
 
-REMEMBERED = 256  # proposals kept for ``proposal``
 RELATIVE, INDEPENDENT = 1, 2  # streams of randomness; none is 0: SeedSequence takes [..., 0] for [...]
 
 
 class AutoDiffusionSampler(BaseSampler):
     """Evolutionary search for timesteps, then also for skipped layers (AutoDiffusion, arXiv 2309.10438).
 
-    ``space``: what is searched; other parameters, and with None all, are drawn at random. ``preset``: "adopt" (ours) or
-    "paper" (the published operators and sizes); every other argument left at None is the preset's, scaled to
+    ``space``: what is searched; other parameters, and without it all, are drawn at random. ``preset``: "adopt" (ours)
+    or "paper" (the published operators and sizes); every other argument left at None is the preset's, scaled to
     ``population_size`` where that is given. ``seed``: None draws one, once.
 
-    The state of the search is the study's trials and nothing else: each proposal is a function of them, the
-    seed and the trial's index. Serial runs, resumed runs and other processes therefore repeat exactly, and
-    workers need no seeds of their own. The index is the number of earlier trials that did not fail; it
-    decides the generation (``index // population_size``) and, by its place there, the operator. With ``barrier``
-    parents come from earlier generations alone: whoever then waits for a generation to be finished before asking for
-    the next one gets the same candidates from any number of workers.
+    The state of the search is the study's trials and nothing else: each proposal is a function of them, the seed and
+    the trial's index, so resumed runs and other processes repeat exactly and workers need no seeds of their own. The
+    index is the number of earlier trials that did not fail; it decides the generation (``index // population_size``)
+    and, by its place there, the operator. With ``barrier`` parents come from earlier generations alone: whoever waits
+    for a generation to be finished before asking for the next gets the same candidates from any number of workers.
 
     Raises ConfigError where the sizes contradict each other.
     """
@@ -72,7 +70,7 @@ class AutoDiffusionSampler(BaseSampler):
         )
         self.seed = secrets.randbits(32) if seed is None else seed
         self._salt = 0
-        # Neither decides a proposal: finished trials as read, and recent proposals for ``proposal``.
+        # Neither decides a proposal: finished trials as read, and what was proposed, for ``proposal``.
         self._reader = HistoryReader()
         self._proposed: dict[tuple[str, int], Proposal] = {}
 
@@ -115,10 +113,10 @@ class AutoDiffusionSampler(BaseSampler):
         """What trial ``number`` tries and where that came from; it may be the next one, running or finished.
 
         The candidate is the one that ``space.suggest`` decodes: parameters that the trial has or was enqueued with, and
-        for what they leave open the candidate whose key it carries, or else what is proposed. The rest is exact for the
-        last trials that this sampler proposed, and for any of a serial run. For another worker's it is what the trials
-        before it, as they are now, lead to, with the operator "unknown" where that is another candidate. Raises
-        ConfigError without a space, and for enqueued values that are no candidate's.
+        for those left open the candidate whose key it carries, else the proposed one. The rest is exact for trials that
+        this sampler proposed, and for all of a serial run; of another worker's trial it is what the trials before it,
+        as they are now, lead to. Operator "baseline": enqueued; "unknown": it tries another candidate than that.
+        Raises ConfigError without a space, and for enqueued values that are no candidate's.
         """
         if self.space is None:
             raise ConfigError("a sampler without a space has no proposals; give it one")
@@ -126,14 +124,13 @@ class AutoDiffusionSampler(BaseSampler):
         place = bisect_left(trials, number, key=lambda trial: trial.number)
         if place == len(trials):
             return self._propose(self.space, study, trials, number)
-        remembered = self._proposed.get((study.study_name, number))
-        made = remembered or self._propose(self.space, study, trials[:place], number)
+        made = self._proposed.get((study.study_name, number))
+        made = made or self._propose(self.space, study, trials[:place], number)
         candidate = self._tried(self.space, study, trials[place], made.candidate)
-        if "fixed_params" in trials[place].system_attrs:
-            return replace(made, candidate=candidate, operator="baseline", parents=())
-        return (
-            made if candidate == made.candidate else replace(made, candidate=candidate, operator="unknown", parents=())
-        )
+        enqueued = "fixed_params" in trials[place].system_attrs
+        if enqueued or candidate != made.candidate:
+            made = replace(made, candidate=candidate, operator="baseline" if enqueued else "unknown", parents=())
+        return made
 
     def describe(self, study: optuna.Study, number: int) -> dict[str, Any]:
         """``proposal`` without its candidate, as JSON: {generation, stage, operator, skip_ratio, parents}."""
@@ -150,8 +147,6 @@ class AutoDiffusionSampler(BaseSampler):
         history = self._reader.history(space, study, trials, number)
         proposal = propose(history, space, self.settings, self._rng(history.index, RELATIVE), barrier=self.barrier)
         self._proposed[study.study_name, number] = proposal
-        while len(self._proposed) > REMEMBERED:
-            self._proposed.pop(next(iter(self._proposed)), None)
         return proposal
 
     def _tried(self, space: SearchSpace, study: optuna.Study, trial: FrozenTrial, proposed: Candidate) -> Candidate:
