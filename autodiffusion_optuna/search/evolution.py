@@ -7,15 +7,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from numpy.random import Generator
+from optuna.trial import FrozenTrial
 
 from autodiffusion_optuna.candidate import Candidate
 from autodiffusion_optuna.search import operators, surrogate
-from autodiffusion_optuna.search.history import History, Record, best, skip_ratio_at, stage_two_start
+from autodiffusion_optuna.search.history import History, Record, best, published, skip_ratio_at, stage_two_start
 from autodiffusion_optuna.search.presets import Preset
 from autodiffusion_optuna.search.space import SearchSpace
 from autodiffusion_optuna.search.timesteps import uniform_timesteps
+from autodiffusion_optuna.storage.attrs import GENERATION, OPERATOR, PARENTS, SKIP_RATIO, STAGE
 
 OPERATOR_TRIES = 20  # of an operator whose child is taken
 RANDOM_TRIES = 100  # of random candidates after that; then a repeat is allowed
@@ -38,6 +41,23 @@ class Proposal:
     operator: str
     skip_ratio: float
     parents: tuple[int, ...] = ()
+
+    @property
+    def origin(self) -> dict[str, Any]:
+        """All but the candidate, as JSON."""
+        origin = {**vars(self), "parents": list(self.parents)}
+        del origin["candidate"]
+        return origin
+
+
+def stored_proposal(trial: FrozenTrial, space: SearchSpace) -> Proposal | None:
+    """What is stored with a trial that was begun before; None where a part of it is missing."""
+    candidate, attrs = published(trial, space), trial.user_attrs
+    whole = all(attrs.get(name) is not None for name in (GENERATION, STAGE, OPERATOR, SKIP_RATIO))
+    if candidate is None or not whole or not isinstance(attrs.get(PARENTS), list):
+        return None
+    origin = attrs[GENERATION], attrs[STAGE], attrs[OPERATOR], attrs[SKIP_RATIO]
+    return Proposal(candidate, *origin, tuple(attrs[PARENTS]))
 
 
 def propose(history: History, space: SearchSpace, preset: Preset, rng: Generator, *, barrier: bool = False) -> Proposal:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from bisect import bisect_left
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import accumulate
@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import optuna
+from optuna.distributions import BaseDistribution
 from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 
@@ -131,6 +132,27 @@ def published(trial: FrozenTrial, space: SearchSpace) -> Candidate | None:
     except ValueError:
         return None
     return candidate if candidate is not None and space.is_canonical(candidate) else None
+
+
+def tried(
+    trial: FrozenTrial, space: SearchSpace, proposed: Candidate, draw: Callable[[str, BaseDistribution], Any]
+) -> Candidate:
+    """What ``space.suggest`` decodes for a trial: its parameters, and of the candidate it was begun with or else
+    ``proposed`` those left open. ``draw``: gives a parameter that neither has, of a later step.
+
+    Raises ConfigError for enqueued values that are no candidate's.
+    """
+    values = {**space.encode(published(trial, space) or proposed), **parameters(trial)}
+    candidate = decoded(values, space)
+    if candidate is not None:
+        return candidate
+    for name, distribution in space.distributions().items():
+        if name not in values:
+            values[name] = draw(name, distribution)
+    try:
+        return space.decode(values)
+    except (TypeError, ValueError, OverflowError) as error:
+        raise ConfigError(f"the enqueued parameters are no candidate: {error}") from None
 
 
 def parameters(trial: FrozenTrial) -> Mapping[str, Any]:

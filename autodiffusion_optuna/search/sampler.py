@@ -5,7 +5,8 @@ from __future__ import annotations
 import secrets
 from bisect import bisect_left
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -15,10 +16,9 @@ from optuna.distributions import BaseDistribution
 from optuna.samplers import BaseSampler, RandomSampler
 from optuna.trial import FrozenTrial, TrialState
 
-from autodiffusion_optuna.candidate import Candidate
 from autodiffusion_optuna.errors import ConfigError
-from autodiffusion_optuna.search.evolution import Proposal, propose
-from autodiffusion_optuna.search.history import HistoryReader, decoded, parameters, published
+from autodiffusion_optuna.search.evolution import Proposal, propose, stored_proposal
+from autodiffusion_optuna.search.history import HistoryReader, published, tried
 from autodiffusion_optuna.search.presets import settings_of
 from autodiffusion_optuna.search.space import SearchSpace
 
@@ -57,8 +57,7 @@ class AutoDiffusionSampler(BaseSampler):
     ) -> None:
         if seed is not None and seed < 0:
             raise ConfigError(f"seed {seed} must not be negative")
-        self.space = space
-        self.barrier = barrier
+        self.space, self.barrier = space, barrier
         self.settings = settings_of(
             preset,
             population_size=population_size,
@@ -85,10 +84,7 @@ class AutoDiffusionSampler(BaseSampler):
     def sample_relative(
         self, study: optuna.Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
     ) -> dict[str, Any]:
-        """Parameters of the next candidate: ``steps`` and those of its own steps.
-
-        A trial that was begun before keeps the candidate whose key it carries. Foreign parameters are random.
-        """
+        """Parameters of the next candidate, or of the one whose key the trial carries; others are random."""
         ours = self.infer_relative_search_space(study, trial)
         foreign = {name: d for name, d in search_space.items() if ours.get(name) != d}
         params = {name: self.sample_independent(study, trial, name, d) for name, d in foreign.items()}
@@ -113,10 +109,10 @@ class AutoDiffusionSampler(BaseSampler):
         """What trial ``number`` tries and where that came from; it may be the next one, running or finished.
 
         The candidate is the one that ``space.suggest`` decodes: parameters that the trial has or was enqueued with, and
-        for those left open the candidate whose key it carries, else the proposed one. The rest is exact for trials that
-        this sampler proposed, and for all of a serial run; of another worker's trial it is what the trials before it,
-        as they are now, lead to. Operator "baseline": enqueued; "unknown": it tries another candidate than that.
-        Raises ConfigError without a space, and for enqueued values that are no candidate's.
+        for those left open the candidate whose key it carries, else the proposed one. The rest is what is stored with
+        the trial or was proposed here, else what the trials before it, as they are now, lead to. Operator "baseline":
+        it was enqueued; "unknown": it tries another candidate than that. Raises ConfigError without a space, and for
+        enqueued values that are no candidate's.
         """
         if self.space is None:
             raise ConfigError("a sampler without a space has no proposals; give it one")
@@ -124,19 +120,18 @@ class AutoDiffusionSampler(BaseSampler):
         place = bisect_left(trials, number, key=lambda trial: trial.number)
         if place == len(trials):
             return self._propose(self.space, study, trials, number)
-        made = self._proposed.get((study.study_name, number))
-        made = made or self._propose(self.space, study, trials[:place], number)
-        candidate = self._tried(self.space, study, trials[place], made.candidate)
-        enqueued = "fixed_params" in trials[place].system_attrs
+        trial = trials[place]
+        known = stored_proposal(trial, self.space) or self._proposed.get((study.study_name, number))
+        made = known or self._propose(self.space, study, trials[:place], number)
+        candidate = tried(trial, self.space, made.candidate, partial(self.sample_independent, study, trial))
+        enqueued = "fixed_params" in trial.system_attrs
         if enqueued or candidate != made.candidate:
             made = replace(made, candidate=candidate, operator="baseline" if enqueued else "unknown", parents=())
         return made
 
     def describe(self, study: optuna.Study, number: int) -> dict[str, Any]:
         """``proposal`` without its candidate, as JSON: {generation, stage, operator, skip_ratio, parents}."""
-        proposal = asdict(self.proposal(study, number))
-        del proposal["candidate"]
-        return {**proposal, "parents": list(proposal["parents"])}
+        return self.proposal(study, number).origin
 
     def read(self, study: optuna.Study) -> None:
         """Read the study's trials now, which takes a while where it is long, rather than with the next proposal."""
@@ -148,19 +143,6 @@ class AutoDiffusionSampler(BaseSampler):
         proposal = propose(history, space, self.settings, self._rng(history.index, RELATIVE), barrier=self.barrier)
         self._proposed[study.study_name, number] = proposal
         return proposal
-
-    def _tried(self, space: SearchSpace, study: optuna.Study, trial: FrozenTrial, proposed: Candidate) -> Candidate:
-        values = {**space.encode(published(trial, space) or proposed), **parameters(trial)}
-        candidate = decoded(values, space)
-        if candidate is not None:
-            return candidate
-        for name, distribution in space.distributions().items():  # of more steps than the proposal has
-            if name not in values:
-                values[name] = self.sample_independent(study, trial, name, distribution)
-        try:
-            return space.decode(values)
-        except (TypeError, ValueError, OverflowError) as error:
-            raise ConfigError(f"the enqueued parameters are no candidate: {error}") from None
 
     def _rng(self, index: int, *stream: int) -> Generator:
         return np.random.default_rng([self.seed, self._salt, index, *stream])
