@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import accumulate
+from operator import attrgetter
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -58,7 +59,7 @@ class History:
     def ranked(self) -> list[Record]:
         """Complete trials by (losses, number), which with one objective is best first."""
         # ``complete`` is by number and sorting is stable; the losses alone are compared faster than whole records.
-        return sorted(self.complete, key=lambda record: record.losses)
+        return sorted(self.complete, key=attrgetter("losses"))
 
     def before(self, index: int) -> History:
         """Without the values of trials from ``index`` on; what they try stays taken."""

@@ -1,9 +1,8 @@
 """Operators: pure functions of (rng, space, parents, skip_ratio) to a canonical candidate.
 
-``skip_ratio`` is the largest skip_ratio of the units that one step may skip now; 0 is stage one. Every child goes
-through the repair of ``SearchSpace``, so it has distinct timesteps and is within the budget, and every skip
-set follows its timestep. A mutation differs from its parent wherever the space lets it. Settings are searched in
-both stages; a space without any takes no random number for them.
+``skip_ratio`` is the largest ratio of the units that one step may skip now; 0 is stage one. Every child goes through
+the repair of ``SearchSpace``, so it has distinct timesteps and is within the budget, and every skip set follows its
+timestep. A mutation differs from its parent wherever the space lets it. Settings are searched in both stages.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ from autodiffusion_optuna.search.space import SearchSpace
 
 Pairs = list[tuple[int, int]]  # (timestep, skip set) by step
 Named = dict[str, Value]  # searched settings by name, ascending; empty in most spaces
-Change = Callable[[Generator, SearchSpace, Pairs, Named, float], tuple[Pairs, Named]]
+Change = Callable[[Pairs, Named], tuple[Pairs, Named]]
 
 TRIES = 20  # of a change that repair may undo
 RESIZE = 0.2  # chance that a local move adds or removes a step, where their number is open
@@ -55,11 +54,10 @@ def mutate_paper(
     The published code leaves skip sets as they are, by a slip. Each setting is one more gene: with
     ``probability`` a choice becomes another one, and a number is drawn anew.
     """
+    limit = space.open_limit(skip_ratio)
 
-    def change(
-        rng: Generator, space: SearchSpace, pairs: Pairs, settings: Named, skip_ratio: float
-    ) -> tuple[Pairs, Named]:
-        limit, steps = space.open_limit(skip_ratio), len(pairs)
+    def change(pairs: Pairs, settings: Named) -> tuple[Pairs, Named]:
+        steps = len(pairs)
         of_steps = 2 * steps if limit else steps  # timesteps, then skip sets; the settings follow
         genes = _chosen(rng, of_steps + len(settings), probability)
         for k in range(steps):
@@ -81,11 +79,9 @@ def mutate_local(rng: Generator, space: SearchSpace, parent: Candidate, skip_rat
     The distance is log-uniform, so fine moves are as likely as coarse ones. Late steps are chosen more
     often: the first steps stay those of the parent, and the prefix cache pays only for the rest.
     """
+    limit = space.open_limit(skip_ratio)
 
-    def change(
-        rng: Generator, space: SearchSpace, pairs: Pairs, settings: Named, skip_ratio: float
-    ) -> tuple[Pairs, Named]:
-        limit = space.open_limit(skip_ratio)
+    def change(pairs: Pairs, settings: Named) -> tuple[Pairs, Named]:
         if settings and rng.random() < SETTING:
             return pairs, _move_setting(rng, space, settings)
         if space.min_steps != space.max_steps and rng.random() < RESIZE:
@@ -121,7 +117,7 @@ def crossover_prefix(
 
     The cut lies between the first and the last step at which the parents differ, so the child is neither of
     them where that is possible. The settings are mostly those of ``first``: the solver or the guidance decides
-    what the network is asked, so only candidates with equal settings skip_ratio a prefix. Else each comes from either.
+    what the network is asked, so only candidates with equal settings share a prefix. Else each comes from either.
     """
     shorter = min(first.steps, second.steps)
     unequal = [k for k in range(shorter) if first.pairs[k] != second.pairs[k]] or [0]
@@ -146,7 +142,7 @@ def _mutant(rng: Generator, space: SearchSpace, parent: Candidate, skip_ratio: f
     """``change`` until the repaired child differs from its parent; a random candidate if it never does."""
     base = space.fit(parent, skip_ratio, rng)
     for _ in range(TRIES):
-        child = _finish(rng, space, *change(rng, space, list(base.pairs), base.settings_dict, skip_ratio), skip_ratio)
+        child = _finish(rng, space, *change(list(base.pairs), base.settings_dict), skip_ratio)
         if child not in (base, parent):
             return child
     for _ in range(TRIES):

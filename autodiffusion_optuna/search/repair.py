@@ -1,9 +1,10 @@
-"""What a candidate may cost and skip, and how one that costs or skips too much is brought within the limits."""
+"""How a candidate is brought within its limits: the gap between timesteps, the skips of a step, and the budget."""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 from numpy.random import Generator
@@ -13,7 +14,31 @@ from autodiffusion_optuna.candidate import Candidate, Value, skip_set, unit_indi
 if TYPE_CHECKING:
     from autodiffusion_optuna.search.space import SearchSpace
 
+Timesteps = tuple[int, ...]
 TOLERANCE = 1e-9  # of a cost or a ratio: sums of decimal fractions are not exact
+
+
+def spread(timesteps: Sequence[float], T: int, min_gap: int = 1) -> Timesteps:
+    """Nearest list in [0, T) whose neighbours lie at least ``min_gap`` apart.
+
+    ``timesteps``: descending, ties allowed; same length and order come back, and a list that is already
+    right comes back as it is. Colliding runs move apart together around their mean: with ``u_i = t_i + i *
+    min_gap`` the task is to make u non-increasing, which pooling adjacent violators does with the least
+    squared change. Needs ``(len(timesteps) - 1) * min_gap < T``.
+    """
+    fits = timesteps[-1] >= 0 and timesteps[0] < T and all(a - b >= min_gap for a, b in pairwise(timesteps))
+    if fits and all(isinstance(timestep, int) for timestep in timesteps):
+        return tuple(map(int, timesteps))  # as most lists are; the rest would find the same
+    blocks: list[tuple[float, int]] = []  # (mean of u, length), means non-increasing
+    for position, timestep in enumerate(timesteps):
+        mean, length = timestep + position * min_gap, 1
+        while blocks and blocks[-1][0] < mean:
+            earlier, count = blocks.pop()
+            mean, length = (earlier * count + mean * length) / (count + length), count + length
+        blocks.append((mean, length))
+    lowest = (len(timesteps) - 1) * min_gap
+    levels = [min(max(round(mean), lowest), T - 1) for mean, length in blocks for _ in range(length)]
+    return tuple(level - position * min_gap for position, level in enumerate(levels))
 
 
 def cost(space: SearchSpace, skips: Sequence[int], settings: Mapping[str, Value]) -> float:

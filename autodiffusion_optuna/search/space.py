@@ -17,7 +17,6 @@ from optuna.distributions import BaseDistribution, CategoricalDistribution, Floa
 from autodiffusion_optuna.candidate import Candidate, Settings, Value
 from autodiffusion_optuna.errors import ConfigError
 from autodiffusion_optuna.search import repair
-from autodiffusion_optuna.search.timesteps import spread
 
 CODEC = 1
 DECIMALS = 3  # of a searched float: finer ones would make candidates distinct that no score can tell apart
@@ -279,19 +278,16 @@ class SearchSpace:
 
     def codec(self) -> dict[str, Any]:
         """What stored parameters mean, as JSON; two spaces with different codecs cannot share a study."""
-        codec: dict[str, Any] = {
+        return {
             "codec": CODEC,
             "T": self.T,
             "steps": [self.min_steps, self.max_steps],
             "min_gap": self.min_gap,
             "units": list(self.units),
             "chunk": self.chunk,
+            "choices": {name: list(values) for name, values in self.choices.items()},
+            "ranges": {name: list(bounds) for name, bounds in self.ranges.items()},
         }
-        if self.choices:
-            codec["choices"] = {name: list(values) for name, values in self.choices.items()}
-        if self.ranges:
-            codec["ranges"] = {name: list(bounds) for name, bounds in self.ranges.items()}
-        return codec
 
     # Repair
 
@@ -315,7 +311,7 @@ class SearchSpace:
         """
         ordered = sorted(pairs, reverse=True)
         known = (1 << len(self.units)) - 1
-        timesteps = spread([t for t, _ in ordered], self.T, self.min_gap)
+        timesteps = repair.spread([t for t, _ in ordered], self.T, self.min_gap)
         return Candidate(timesteps, tuple(skip & known for _, skip in ordered), settings)
 
     def fit(self, candidate: Candidate, skip_ratio: float, rng: Generator | None = None) -> Candidate:

@@ -1,47 +1,21 @@
-"""Known timestep lists: what a search starts from and has to beat.
+"""Baselines: published timestep lists, which a search starts from and has to beat.
 
-Each is a function ``(schedule, steps)`` to ``steps`` distinct timestep indices in [0, T), strictly
-descending. ``BASELINES`` names them all. A list of one step is the end of the list that has the most noise, but
-for "uniform", whose only step is 0 by its definition.
+Each is a function ``(schedule, steps)`` to ``steps`` distinct timestep indices in [0, T), strictly descending. A list
+of one step is the end of the list that has the most noise, but for "uniform", whose only step is 0 by its definition.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from itertools import pairwise
-from typing import cast
 
 import numpy as np
 
 from autodiffusion_optuna.errors import ConfigError
 from autodiffusion_optuna.noise import Array, NoiseSchedule
+from autodiffusion_optuna.search.repair import Timesteps, spread
 
-Timesteps = tuple[int, ...]
 KARRAS_RHO = 7.0
-
-
-def spread(timesteps: Sequence[float], T: int, min_gap: int = 1) -> Timesteps:
-    """Nearest list in [0, T) whose neighbours lie at least ``min_gap`` apart.
-
-    ``timesteps``: descending, ties allowed; same length and order come back, and a list that is already
-    right comes back as it is. Colliding runs move apart together around their mean: with ``u_i = t_i + i *
-    min_gap`` the task is to make u non-increasing, which pooling adjacent violators does with the least
-    squared change. Needs ``(len(timesteps) - 1) * min_gap < T``.
-    """
-    fits = timesteps[-1] >= 0 and timesteps[0] < T and all(a - b >= min_gap for a, b in pairwise(timesteps))
-    if fits and all(isinstance(timestep, int) for timestep in timesteps):
-        return tuple(cast(Sequence[int], timesteps))  # as most lists are; the rest would find the same
-    blocks: list[tuple[float, int]] = []  # (mean of u, length), means non-increasing
-    for position, timestep in enumerate(timesteps):
-        mean, length = timestep + position * min_gap, 1
-        while blocks and blocks[-1][0] < mean:
-            earlier, count = blocks.pop()
-            mean, length = (earlier * count + mean * length) / (count + length), count + length
-        blocks.append((mean, length))
-    lowest = (len(timesteps) - 1) * min_gap
-    levels = [min(max(round(mean), lowest), T - 1) for mean, length in blocks for _ in range(length)]
-    return tuple(level - position * min_gap for position, level in enumerate(levels))
 
 
 def uniform_timesteps(T: int, steps: int) -> Timesteps:
@@ -107,7 +81,7 @@ BASELINES: dict[str, Callable[[NoiseSchedule, int], Timesteps]] = {
 
 
 def baseline_timesteps(schedule: NoiseSchedule, steps: int, min_gap: int = 1) -> dict[str, Timesteps]:
-    """Every known list by name, at least ``min_gap`` apart; with few steps two names may hold equal lists."""
+    """Every baseline by name, at least ``min_gap`` apart; with few steps two names may hold equal lists."""
     _check_steps(schedule.T, steps, min_gap)
     return {name: spread(make(schedule, steps), schedule.T, min_gap) for name, make in BASELINES.items()}
 
