@@ -6,9 +6,10 @@ import math
 from bisect import bisect_left
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from functools import cached_property
-from itertools import accumulate
+from copy import copy
+from dataclasses import dataclass, field, fields, replace
+from datetime import datetime
+from itertools import accumulate, takewhile
 from operator import attrgetter
 from typing import Any, NamedTuple
 
@@ -44,65 +45,86 @@ class Record(NamedTuple):
 class History:
     """What is known when a trial is asked for.
 
-    ``index``: its number, not counting failed trials before it. ``objectives``: how many there are. ``taken``: keys of
-    all candidates that are finished, pruned, running or waiting, or failed repeatedly. ``complete``: trials by number;
-    ``indices``: theirs.
+    ``index``: its number, not counting failed trials before it. ``taken``: keys of all candidates that are finished,
+    pruned, running or waiting, or failed repeatedly. ``complete``: trials by number; ``indices``: theirs. ``ranked``:
+    the same by (losses, number), which with one objective is best first. ``failures``: numbers of failed trials;
+    ``failed``: how often a candidate did.
     """
 
-    index: int
-    objectives: int
-    taken: set[str]
-    complete: list[Record]
-    indices: list[int]
+    index: int = 0
+    objectives: int = 1
+    taken: set[str] = field(default_factory=set)
+    complete: list[Record] = field(default_factory=list)
+    indices: list[int] = field(default_factory=list)
+    ranked: list[Record] = field(default_factory=list)
+    failures: list[int] = field(default_factory=list)
+    failed: Counter[str] = field(default_factory=Counter)
 
-    @cached_property
-    def ranked(self) -> list[Record]:
-        """Complete trials by (losses, number), which with one objective is best first."""
-        # ``complete`` is by number and sorting is stable; the losses alone are compared faster than whole records.
-        return sorted(self.complete, key=attrgetter("losses"))
+    def extended(self, trials: Sequence[FrozenTrial], record_of: Callable[[FrozenTrial], Record | None]) -> History:
+        """With more trials, which have larger numbers. ``record_of``: a trial's record, None for a foreign one."""
+        if not trials:
+            return self
+        parts = {part.name: copy(getattr(self, part.name)) for part in fields(self)}
+        new = History(**parts)
+        for trial in trials:
+            record = record_of(trial)
+            if trial.state == TrialState.FAIL:
+                new.failures.append(trial.number)
+                new.failed.update([record.key] if record else [])
+            elif record is not None:
+                new.taken.add(record.key)
+                if record.losses:
+                    new.complete.append(record)
+                    new.indices.append(trial.number - len(new.failures))
+                    new.ranked.append(record)
+        new.taken.update(key for key, times in new.failed.items() if times >= FAILED_TRIES)
+        new.ranked.sort(key=attrgetter("losses"))  # which keeps the order of numbers
+        return new
 
     def before(self, index: int) -> History:
         """Without the values of trials from ``index`` on; what they try stays taken."""
         count = bisect_left(self.indices, index)
-        return replace(self, complete=self.complete[:count], indices=self.indices[:count])
-
-
-NEVER: tuple[None, None] = None, None
+        complete = self.complete[:count]
+        return replace(self, complete=complete, indices=self.indices[:count], ranked=sorted(complete))
 
 
 class HistoryReader:
-    """Reads the trials of studies again and again; each finished one is decoded once, for it never changes again."""
+    """Reads histories of studies again and again; the finished trials before all that are not are read once.
+
+    What was read is replaced as a whole and never changed, so that threads may ask at the same time.
+    """
 
     def __init__(self) -> None:
-        self._finished: dict[str, dict[int, tuple[FrozenTrial, Record | None]]] = {}
+        self._read: dict[str, tuple[FrozenTrial, int, History]] = {}  # last trial read, number of them, what they say
+        self._records: dict[tuple[str, int], tuple[datetime, Record | None]] = {}
 
     def history(self, space: SearchSpace, study: optuna.Study, trials: Sequence[FrozenTrial], number: int) -> History:
         """History as trial ``number`` sees it, itself left out; ``trials`` of the study ascend by number."""
-        directions = study.directions
-        finished = self._finished.setdefault(study.study_name, {})
-        failures: list[int] = []
-        failed: Counter[str] = Counter()
-        history = History(number, len(directions), set(), [], [])
-        for trial in trials:
-            place = trial.number
-            if place == number:
-                continue
-            seen, record = finished.get(place, NEVER)
-            # Optuna keeps the very objects of finished trials; another study of this name has other ones.
-            if seen is not trial and (seen is None or seen.datetime_complete != trial.datetime_complete):
-                record = read_record(trial, space, directions)
-                if trial.state.is_finished():
-                    finished[place] = trial, record
-            if trial.state is TrialState.FAIL:
-                failures.append(place)
-                failed.update([record.key] if record else [])
-            elif record is not None:
-                history.taken.add(record.key)
-                if record.losses:
-                    history.complete.append(record)
-                    history.indices.append(place - len(failures))
-        history.taken.update(key for key, times in failed.items() if times >= FAILED_TRIES)
-        return replace(history, index=number - bisect_left(failures, number))
+        name, directions = study.study_name, study.directions
+
+        def record_of(trial: FrozenTrial) -> Record | None:
+            """Decoded once, where the trial is finished: it never changes again."""
+            finished_at = trial.datetime_complete
+            if finished_at is None:
+                return read_record(trial, space, directions)
+            stored = self._records.get((name, trial.number))
+            if stored is None or stored[0] != finished_at:
+                stored = finished_at, read_record(trial, space, directions)
+                self._records[name, trial.number] = stored
+            return stored[1]
+
+        count, known = 0, History(objectives=len(directions))
+        if name in self._read:
+            last, length, history = self._read[name]
+            # Optuna keeps the very objects of finished trials.
+            if last.number < number and length <= len(trials) and trials[length - 1] is last:
+                count, known = length, history
+        ended = list(takewhile(lambda trial: trial.state.is_finished() and trial.number < number, trials[count:]))
+        if ended:
+            count, known = count + len(ended), known.extended(ended, record_of)
+            self._read[name] = ended[-1], count, known
+        history = known.extended([trial for trial in trials[count:] if trial.number != number], record_of)
+        return replace(history, index=number - bisect_left(history.failures, number))
 
 
 def read_record(trial: FrozenTrial, space: SearchSpace, directions: Sequence[StudyDirection]) -> Record | None:

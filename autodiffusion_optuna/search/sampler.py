@@ -136,7 +136,8 @@ class AutoDiffusionSampler(BaseSampler):
     def read(self, study: optuna.Study) -> None:
         """Read the study's trials now, which takes a while where it is long, rather than with the next proposal."""
         if self.space is not None:
-            self._reader.history(self.space, study, study.get_trials(deepcopy=False), -1)
+            trials = study.get_trials(deepcopy=False)
+            self._reader.history(self.space, study, trials, len(trials))
 
     def _propose(self, space: SearchSpace, study: optuna.Study, trials: Sequence[FrozenTrial], number: int) -> Proposal:
         history = self._reader.history(space, study, trials, number)

@@ -81,19 +81,20 @@ def _points(space: SearchSpace) -> Callable[[Candidate], Embedding]:
 
 def _point(space: SearchSpace, candidate: Candidate) -> Embedding:
     """One row of an embedding."""
-    own, positions = np.linspace(0.0, 1.0, candidate.steps), np.linspace(0.0, 1.0, space.max_steps)
-    ratios = np.array(candidate.timesteps) / space.T
-    times = ratios if candidate.steps == space.max_steps else np.interp(positions, own, ratios)
+    times, skips = np.array(candidate.timesteps) / space.T, candidate.skips
+    if candidate.steps != space.max_steps:
+        positions = np.linspace(0.0, 1.0, space.max_steps)
+        times = np.interp(positions, np.linspace(0.0, 1.0, candidate.steps), times)
+        skips = tuple(skips[step] for step in np.rint(positions * (candidate.steps - 1)).astype(int))
     size = -(-len(space.units) // 8)
-    nearest = np.rint(positions * (candidate.steps - 1)).astype(int)
-    packed = b"".join(candidate.skips[step].to_bytes(size, "little") for step in nearest)
+    packed = b"".join(skip.to_bytes(size, "little") for skip in skips)
     octets = np.frombuffer(packed, dtype=np.uint8).reshape(space.max_steps, size)
-    skips = np.unpackbits(octets, axis=1, count=len(space.units), bitorder="little").ravel().astype(np.float32)
+    bits = np.unpackbits(octets, axis=1, count=len(space.units), bitorder="little").ravel().astype(np.float32)
     settings = space.canonical_settings(candidate.settings_dict)
     choices = [float(settings[name] == value) for name, values in space.choices.items() for value in values]
     numbers = [(float(settings[n]) - low) / (high - low) for n, (low, high) in space.ranges.items()]
     steps = candidate.steps / space.max_steps
-    return Embedding(np.append(times, steps), skips, np.array(choices), np.array(numbers))
+    return Embedding(np.append(times, steps), bits, np.array(choices), np.array(numbers))
 
 
 def normal_scores(losses: Sequence[float]) -> Array:
