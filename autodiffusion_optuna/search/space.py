@@ -238,11 +238,13 @@ class SearchSpace:
         """Canonical candidate of any sampler's values: unsorted, repeated, over the budget or out of range.
 
         The inverse of ``encode`` on canonical candidates. Parameters of steps beyond ``steps`` are ignored.
-        Raises ConfigError when a parameter is missing, or a setting is none of its choices.
+        Raises ConfigError when a parameter is missing or a setting is none of its choices, and what int and float raise
+        for other values.
         """
         try:
             pairs = [self._read_step(params, step) for step in range(self._read_steps(params))]
-            settings = {name: params[name] for name in (*self.choices, *self.ranges)}
+            settings = {name: params[name] for name in self.choices}
+            settings |= {name: float(params[name]) for name in self.ranges}
         except KeyError as error:
             raise ConfigError(f"parameter {error} is missing: not a complete trial of this search space") from None
         for name, allowed in self.choices.items():
