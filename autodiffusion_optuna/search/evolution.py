@@ -5,16 +5,15 @@ A pure function of what was tried, the space, the sizes and random numbers; it k
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from numpy.random import Generator
-from optuna.trial import FrozenTrial
 
 from autodiffusion_optuna.candidate import Candidate
 from autodiffusion_optuna.search import operators, surrogate
-from autodiffusion_optuna.search.history import History, Record, best, published, skip_ratio_at, stage_two_start
+from autodiffusion_optuna.search.history import History, Record, best, skip_ratio_at, stage_two_start
 from autodiffusion_optuna.search.presets import Preset
 from autodiffusion_optuna.search.space import SearchSpace
 from autodiffusion_optuna.search.timesteps import uniform_timesteps
@@ -49,15 +48,14 @@ class Proposal:
         del origin["candidate"]
         return origin
 
-
-def stored_proposal(trial: FrozenTrial, space: SearchSpace) -> Proposal | None:
-    """What is stored with a trial that was begun before; None where a part of it is missing."""
-    candidate, attrs = published(trial, space), trial.user_attrs
-    whole = all(attrs.get(name) is not None for name in (GENERATION, STAGE, OPERATOR, SKIP_RATIO))
-    if candidate is None or not whole or not isinstance(attrs.get(PARENTS), list):
-        return None
-    origin = attrs[GENERATION], attrs[STAGE], attrs[OPERATOR], attrs[SKIP_RATIO]
-    return Proposal(candidate, *origin, tuple(attrs[PARENTS]))
+    @classmethod
+    def from_attrs(cls, candidate: Candidate | None, attrs: Mapping[str, Any]) -> Proposal | None:
+        """What is stored with a trial that was begun with ``candidate``; None where a part of it is missing."""
+        whole = all(attrs.get(name) is not None for name in (GENERATION, STAGE, OPERATOR, SKIP_RATIO))
+        if candidate is None or not whole or not isinstance(attrs.get(PARENTS), list):
+            return None
+        origin = attrs[GENERATION], attrs[STAGE], attrs[OPERATOR], attrs[SKIP_RATIO]
+        return cls(candidate, *origin, tuple(attrs[PARENTS]))
 
 
 def propose(history: History, space: SearchSpace, preset: Preset, rng: Generator, *, barrier: bool = False) -> Proposal:

@@ -34,7 +34,9 @@ FINEST = 0.01  # of a range: shortest local move of a number
 
 def random_candidate(rng: Generator, space: SearchSpace, skip_ratio: float) -> Candidate:
     """Settings, number of steps, timesteps and number of skips at each step all uniform, brought within the budget."""
-    settings = _random_settings(rng, space)
+    choices = {name: values[int(rng.integers(len(values)))] for name, values in space.choices.items()}
+    numbers = {name: float(rng.uniform(low, high)) for name, (low, high) in space.ranges.items()}
+    settings = space.canonical_settings({**choices, **numbers})
     limit = space.open_limit(skip_ratio)
     most = space.max_steps if limit else space.full_steps_with(settings)
     steps = int(rng.integers(space.min_steps, most + 1))
@@ -50,9 +52,9 @@ def mutate_paper(
 ) -> Candidate:
     """Each timestep is replaced with ``probability`` by an unused one; one at least (AutoDiffusion).
 
-    In stage two each skip set is a gene too: with ``probability`` it is drawn anew or one unit is flipped.
+    In stage two each skip set is a gene too: with ``probability`` it is redrawn or one unit is flipped.
     The published code leaves skip sets as they are, by a slip. Each setting is one more gene: with
-    ``probability`` a choice becomes another one, and a number is drawn anew.
+    ``probability`` a choice becomes another one, and a number is redrawn.
     """
     limit = space.open_limit(skip_ratio)
 
@@ -181,15 +183,15 @@ def _free_times(space: SearchSpace, taken: Iterable[int]) -> NDArray[np.bool_]:
 
 def _late_step(rng: Generator, steps: int) -> int:
     """Index of a step; the last is ``steps`` times as likely as the first."""
-    return bisect_right(_late_shares(steps), rng.random())
+    return bisect_right(_late_odds(steps), rng.random())
 
 
 @lru_cache(maxsize=1024)
-def _late_shares(steps: int) -> list[float]:
+def _late_odds(steps: int) -> list[float]:
     """Chance of each step or one before it."""
     weights = np.arange(1, steps + 1)
-    shares = (weights / weights.sum()).cumsum()
-    return [float(skip_ratio) for skip_ratio in shares / shares[-1]]
+    odds = (weights / weights.sum()).cumsum()
+    return [float(chance) for chance in odds / odds[-1]]
 
 
 def _move_time(rng: Generator, space: SearchSpace, pairs: Pairs) -> Pairs:
@@ -254,13 +256,6 @@ def _random_skip(rng: Generator, space: SearchSpace, limit: int) -> int:
     if not limit:
         return 0
     return skip_set(int(u) for u in rng.choice(len(space.units), int(rng.integers(limit + 1)), replace=False))
-
-
-def _random_settings(rng: Generator, space: SearchSpace) -> Named:
-    """Every choice and every number uniform."""
-    choices = {name: values[int(rng.integers(len(values)))] for name, values in space.choices.items()}
-    numbers = {name: float(rng.uniform(low, high)) for name, (low, high) in space.ranges.items()}
-    return space.canonical_settings({**choices, **numbers})
 
 
 def _mixed_settings(rng: Generator, space: SearchSpace, first: Candidate, second: Candidate) -> Named:

@@ -17,7 +17,7 @@ from optuna.samplers import BaseSampler, RandomSampler
 from optuna.trial import FrozenTrial, TrialState
 
 from autodiffusion_optuna.errors import ConfigError
-from autodiffusion_optuna.search.evolution import Proposal, propose, stored_proposal
+from autodiffusion_optuna.search.evolution import Proposal, propose
 from autodiffusion_optuna.search.history import HistoryReader, published, tried
 from autodiffusion_optuna.search.presets import settings_of
 from autodiffusion_optuna.search.space import SearchSpace
@@ -111,8 +111,7 @@ class AutoDiffusionSampler(BaseSampler):
         The candidate is the one that ``space.suggest`` decodes: parameters that the trial has or was enqueued with, and
         for those left open the candidate whose key it carries, else the proposed one. The rest is what is stored with
         the trial or was proposed here, else what the trials before it, as they are now, lead to. Operator "baseline":
-        it was enqueued; "unknown": it tries another candidate than that. Raises ConfigError without a space, and for
-        enqueued values that are no candidate's.
+        it was enqueued; "unknown": it tries another candidate. Raises ConfigError for values that are no candidate's.
         """
         if self.space is None:
             raise ConfigError("a sampler without a space has no proposals; give it one")
@@ -121,8 +120,9 @@ class AutoDiffusionSampler(BaseSampler):
         if place == len(trials):
             return self._propose(self.space, study, trials, number)
         trial = trials[place]
-        known = stored_proposal(trial, self.space) or self._proposed.get((study.study_name, number))
-        made = known or self._propose(self.space, study, trials[:place], number)
+        stored = Proposal.from_attrs(published(trial, self.space), trial.user_attrs)
+        made = stored or self._proposed.get((study.study_name, number))
+        made = made or self._propose(self.space, study, trials[:place], number)
         candidate = tried(trial, self.space, made.candidate, partial(self.sample_independent, study, trial))
         enqueued = "fixed_params" in trial.system_attrs
         if enqueued or candidate != made.candidate:

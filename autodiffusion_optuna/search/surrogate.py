@@ -2,7 +2,7 @@
 
 Operators make more children than are evaluated; a Gaussian process over the finished trials chooses among them
 (pre-selection in surrogate-assisted evolution; Jin, Swarm and Evolutionary Computation 1, 2011). It sees ranks
-instead of values, so any objective will do, and it is fitted anew from the trials at each ask: it holds no state.
+instead of values, so any objective will do, and it is fitted to the trials at each ask: it holds no state.
 """
 
 from __future__ import annotations
@@ -102,8 +102,8 @@ def normal_scores(losses: Sequence[float]) -> Array:
     values = np.asarray(losses)
     ordered = np.sort(values)
     below, upto = np.searchsorted(ordered, values, "left"), np.searchsorted(ordered, values, "right")
-    shares = (below + (upto - below) / 2) / len(values)
-    return np.array([_quantile(float(share)) for share in shares])
+    ranks = (below + (upto - below) / 2) / len(values)
+    return np.array([_quantile(float(rank)) for rank in ranks])
 
 
 _quantile = lru_cache(maxsize=4096)(NormalDist().inv_cdf)

@@ -19,14 +19,12 @@ KARRAS_RHO = 7.0
 
 
 def uniform_timesteps(T: int, steps: int) -> Timesteps:
-    """Multiples of ``T // steps``: DDIM's spacing, diffusers' "leading" (arXiv 2010.02502, app. D.2)."""
+    """Multiples of ``T // steps``: DDIM's spacing, diffusers' "leading" (arXiv 2010.02502, app. D.2).
+
+    The last step is 0, the first is well below T - 1.
+    """
     _check_steps(T, steps)
     return tuple(i * (T // steps) for i in reversed(range(steps)))
-
-
-def uniform(schedule: NoiseSchedule, steps: int) -> Timesteps:
-    """Multiples of ``T // steps``; the last step is 0, the first is well below T - 1."""
-    return uniform_timesteps(schedule.T, steps)
 
 
 def uniform_trailing(schedule: NoiseSchedule, steps: int) -> Timesteps:
@@ -52,24 +50,24 @@ def cosine(schedule: NoiseSchedule, steps: int) -> Timesteps:
 
 def log_snr(schedule: NoiseSchedule, steps: int) -> Timesteps:
     """Even in log(alpha / sigma) from end to end (DPM-Solver, arXiv 2206.00927, section 3.4)."""
-    low, high = _log_levels(schedule)[[0, -1]]
+    low, high = -schedule.lambdas[[0, -1]]
     return _nearest(schedule, low + _ramp(steps) * (high - low))
 
 
 def karras(schedule: NoiseSchedule, steps: int) -> Timesteps:
     """Even in (sigma / alpha)^(1/7) from end to end (EDM, arXiv 2206.00364, eq. 5)."""
-    low, high = np.exp(_log_levels(schedule)[[0, -1]] / KARRAS_RHO)
+    low, high = np.exp(-schedule.lambdas[[0, -1]] / KARRAS_RHO)
     return _nearest(schedule, KARRAS_RHO * np.log(low + _ramp(steps) * (high - low)))
 
 
 def arctan(schedule: NoiseSchedule, steps: int) -> Timesteps:
     """Even in arctan(sigma / alpha): best for unit Gaussian data (AYS, arXiv 2404.14507, thm 3.1)."""
-    low, high = np.arctan(np.exp(_log_levels(schedule)[[0, -1]]))
+    low, high = np.arctan(np.exp(-schedule.lambdas[[0, -1]]))
     return _nearest(schedule, np.log(np.tan(low + _ramp(steps) * (high - low))))
 
 
 BASELINES: dict[str, Callable[[NoiseSchedule, int], Timesteps]] = {
-    "uniform": uniform,
+    "uniform": lambda schedule, steps: uniform_timesteps(schedule.T, steps),
     "uniform-trailing": uniform_trailing,
     "uniform-linspace": uniform_linspace,
     "quadratic": quadratic,
@@ -91,14 +89,9 @@ def _ramp(steps: int) -> Array:
     return np.linspace(1.0, 0.0, steps)
 
 
-def _log_levels(schedule: NoiseSchedule) -> Array:
-    """log(sigma / alpha) by index, float64 [T], strictly increasing."""
-    return -schedule.lambdas
-
-
 def _nearest(schedule: NoiseSchedule, log_levels: Array) -> Timesteps:
     """Indices whose log(sigma / alpha) is nearest to each of ``log_levels`` (descending)."""
-    distances = np.abs(_log_levels(schedule)[:, None] - log_levels[None, :])
+    distances = np.abs(-schedule.lambdas[:, None] - log_levels[None, :])
     return _distinct(distances.argmin(axis=0).tolist(), schedule.T)
 
 
