@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
-from typing import Any, TypeVar, cast
+from typing import Any
 
 Value = str | float
 Settings = tuple[tuple[str, Value], ...]
@@ -15,8 +15,6 @@ Settings = tuple[tuple[str, Value], ...]
 
 RESERVED = frozenset("=;|,")
 """Characters that the canonical string is built with."""
-
-Kind = TypeVar("Kind", str, float)
 
 
 @dataclass(frozen=True)
@@ -73,13 +71,6 @@ class Candidate:
     def settings_dict(self) -> dict[str, Value]:
         """Value of each searched setting by name."""
         return dict(self.settings)
-
-    def setting(self, name: str, default: Kind) -> Kind:
-        """Value of one setting; ``default`` where it is not searched. ValueError if one is a string, one a number."""
-        value = self.settings_dict.get(name, default)
-        if isinstance(value, str) != isinstance(default, str):
-            raise ValueError(f"setting {name}={value!r} cannot take the place of {default!r}")
-        return cast(Kind, value)
 
     @cached_property
     def key(self) -> str:

@@ -47,7 +47,7 @@ from autodiffusion_optuna.storage.attrs import (
     PARENTS,
     READY,
     SCORE,
-    SHARE,
+    SKIP_RATIO,
     STAGE,
 )
 from autodiffusion_optuna.storage.database import open_storage
@@ -80,7 +80,7 @@ def synthetic(space: SearchSpace, number: int) -> FrozenTrial:
         STAGE: 1 + (generation > 4),
         OPERATOR: rng.choice(["mutation", "crossover", "random"]),
         PARENTS: [max(number - 60, 0), max(number - 55, 0)],
-        SHARE: 0.3,
+        SKIP_RATIO: 0.3,
         COST: space.cost(candidate) / STEPS,
         IMAGES: 256,
         OWNER: f"host/{number}/123456",

@@ -49,7 +49,7 @@ from autodiffusion_optuna.storage.attrs import (
     OPERATOR,
     PARENTS,
     SCORE,
-    SHARE,
+    SKIP_RATIO,
     STAGE,
 )
 from autodiffusion_optuna.storage.database import open_storage
@@ -128,7 +128,7 @@ def fill(storage: StudyStorage, study: optuna.Study, parts: components.StudyComp
                 GENERATION: number // 20,
                 STAGE: 2,
                 OPERATOR: "random",
-                SHARE: MAX_SKIP,
+                SKIP_RATIO: MAX_SKIP,
                 PARENTS: [],
                 IMAGES: 1000,
             }

@@ -1,26 +1,32 @@
-"""What the trials of a study say: which candidates are taken, which are best, which stage it is.
-
-Pure functions of trials. Nothing here is stored: whoever asks reads it anew.
-"""
+"""What the trials of a study say: which candidates are taken, which are best, which stage it is."""
 
 from __future__ import annotations
 
 import math
-from bisect import bisect_left, insort
+from bisect import bisect_left
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from copy import copy
+from dataclasses import dataclass, field, fields, replace
+from datetime import datetime
+from itertools import accumulate, takewhile
+from operator import attrgetter
 from typing import Any, NamedTuple
 
 import numpy as np
+import optuna
+from optuna.distributions import BaseDistribution
 from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 
 from autodiffusion_optuna.candidate import Candidate
+from autodiffusion_optuna.errors import ConfigError
+from autodiffusion_optuna.search.space import SearchSpace
+from autodiffusion_optuna.storage.attrs import CANDIDATE
 
 Losses = tuple[float, ...]
 FAILED_TRIES = 2  # a candidate that failed so often is not proposed again
-RAMP = 5  # generations in which the share of skippable units grows to ``max_skip`` (AutoDiffusion)
+RAMP = 5  # generations in which the ratio of units that a step may skip grows to ``max_skip`` (AutoDiffusion)
 
 
 class Record(NamedTuple):
@@ -39,95 +45,137 @@ class Record(NamedTuple):
 class History:
     """What is known when a trial is asked for.
 
-    ``index``: its number, not counting failed trials before it. ``taken``: keys of all candidates that are
-    finished, pruned, running or waiting, or failed repeatedly. ``complete``: trials; ``indices``: theirs.
-    ``ranked``: the complete trials in their order as records, which with one objective is best first.
+    ``index``: its number, not counting failed trials before it. ``taken``: keys of all candidates that are finished,
+    pruned, running or waiting, or failed repeatedly. ``complete``: trials by number; ``indices``: theirs. ``ranked``:
+    the same by (losses, number), which with one objective is best first. ``failures``: numbers of failed trials;
+    ``failed``: how often a candidate did.
     """
 
-    index: int
-    taken: set[str]
-    complete: list[Record]
-    indices: list[int]
-    ranked: list[Record]
+    index: int = 0
+    objectives: int = 1
+    taken: set[str] = field(default_factory=set)
+    complete: list[Record] = field(default_factory=list)
+    indices: list[int] = field(default_factory=list)
+    ranked: list[Record] = field(default_factory=list)
+    failures: list[int] = field(default_factory=list)
+    failed: Counter[str] = field(default_factory=Counter)
+
+    def extended(self, trials: Sequence[FrozenTrial], record_of: Callable[[FrozenTrial], Record | None]) -> History:
+        """With more trials, which have larger numbers. ``record_of``: a trial's record, None for a foreign one."""
+        if not trials:
+            return self
+        parts = {part.name: copy(getattr(self, part.name)) for part in fields(self)}
+        new = History(**parts)
+        for trial in trials:
+            record = record_of(trial)
+            if trial.state == TrialState.FAIL:
+                new.failures.append(trial.number)
+                new.failed.update([record.key] if record else [])
+            elif record is not None:
+                new.taken.add(record.key)
+                if record.losses:
+                    new.complete.append(record)
+                    new.indices.append(trial.number - len(new.failures))
+                    new.ranked.append(record)
+        new.taken.update(key for key, times in new.failed.items() if times >= FAILED_TRIES)
+        new.ranked.sort(key=attrgetter("losses"))  # which keeps the order of numbers
+        return new
 
     def before(self, index: int) -> History:
         """Without the values of trials from ``index`` on; what they try stays taken."""
-        kept = [i for i, place in enumerate(self.indices) if place < index]
-        complete = [self.complete[i] for i in kept]
-        return replace(self, complete=complete, indices=[self.indices[i] for i in kept], ranked=sorted(complete))
-
-
-RecordOf = Callable[[FrozenTrial], Record | None]
-"""Record of a trial, None for a foreign one."""
-
-
-class Reading:
-    """Trials read so far, in the order of their numbers."""
-
-    def __init__(self) -> None:
-        self._taken: set[str] = set()
-        self._complete: list[Record] = []
-        self._indices: list[int] = []
-        self._ranked: list[Record] = []
-        self._failed: Counter[str] = Counter()
-        self._failures: list[int] = []
-
-    def copy(self) -> Reading:
-        """One that goes its own way from here."""
-        other = Reading()
-        other._taken, other._failed = set(self._taken), Counter(self._failed)
-        other._complete, other._indices = list(self._complete), list(self._indices)
-        other._ranked, other._failures = list(self._ranked), list(self._failures)
-        return other
-
-    def add(self, trial: FrozenTrial, record_of: RecordOf) -> None:
-        """Read one more trial."""
-        record = record_of(trial)
-        if trial.state == TrialState.FAIL:
-            self._failures.append(trial.number)
-            self._failed.update([record.key] if record else [])
-        elif record is not None:
-            self._taken.add(record.key)
-            if record.losses:
-                self._complete.append(record)
-                self._indices.append(trial.number - len(self._failures))
-                insort(self._ranked, record)
-
-    def history(self, number: int) -> History:
-        """What trial ``number`` sees; nothing may be read any more."""
-        repeatedly = {key for key, times in self._failed.items() if times >= FAILED_TRIES}
-        index = number - bisect_left(self._failures, number)
-        return History(index, self._taken | repeatedly, self._complete, self._indices, self._ranked)
+        count = bisect_left(self.indices, index)
+        complete = self.complete[:count]
+        return replace(self, complete=complete, indices=self.indices[:count], ranked=sorted(complete))
 
 
 class HistoryReader:
-    """Reads histories of one study again and again: finished trials before all that are not are read once.
+    """Reads histories of studies again and again; the finished trials before all that are not are read once.
 
     What was read is replaced as a whole and never changed, so that threads may ask at the same time.
     """
 
     def __init__(self) -> None:
-        self._read: tuple[Sequence[FrozenTrial], int, Reading] = ((), 0, Reading())
+        self._read: dict[str, tuple[FrozenTrial, int, History]] = {}  # last trial read, number of them, what they say
+        self._records: dict[tuple[str, int], tuple[datetime, Record | None]] = {}
 
-    def history(self, trials: Sequence[FrozenTrial], number: int, record_of: RecordOf) -> History:
-        """History as trial ``number`` sees it, itself left out; ``trials`` ascend by number."""
-        ends, count, reading = self._read
-        # Optuna keeps the very objects of finished trials.
-        same = 0 < count <= len(trials) and trials[0] is ends[0] and trials[count - 1] is ends[1]
-        if not same or ends[1].number >= number:
-            count, reading = 0, Reading()
-        reading = reading.copy()
-        known = count
-        while count < len(trials) and trials[count].state.is_finished() and trials[count].number < number:
-            reading.add(trials[count], record_of)
-            count += 1
-        if count > known:
-            self._read = ((trials[0], trials[count - 1]), count, reading)
-            reading = reading.copy()
-        for trial in trials[count:]:
-            if trial.number != number:
-                reading.add(trial, record_of)
-        return reading.history(number)
+    def history(self, space: SearchSpace, study: optuna.Study, trials: Sequence[FrozenTrial], number: int) -> History:
+        """History as trial ``number`` sees it, itself left out; ``trials`` of the study ascend by number."""
+        name, directions = study.study_name, study.directions
+
+        def record_of(trial: FrozenTrial) -> Record | None:
+            """Decoded once, where the trial is finished: it never changes again."""
+            finished_at = trial.datetime_complete
+            if finished_at is None:
+                return read_record(trial, space, directions)
+            stored = self._records.get((name, trial.number))
+            if stored is None or stored[0] != finished_at:
+                stored = finished_at, read_record(trial, space, directions)
+                self._records[name, trial.number] = stored
+            return stored[1]
+
+        count, known = 0, History(objectives=len(directions))
+        if name in self._read:
+            last, length, history = self._read[name]
+            # Optuna keeps the very objects of finished trials.
+            if last.number < number and length <= len(trials) and trials[length - 1] is last:
+                count, known = length, history
+        ended = list(takewhile(lambda trial: trial.state.is_finished() and trial.number < number, trials[count:]))
+        if ended:
+            count, known = count + len(ended), known.extended(ended, record_of)
+            self._read[name] = ended[-1], count, known
+        history = known.extended([trial for trial in trials[count:] if trial.number != number], record_of)
+        return replace(history, index=number - bisect_left(history.failures, number))
+
+
+def read_record(trial: FrozenTrial, space: SearchSpace, directions: Sequence[StudyDirection]) -> Record | None:
+    """A trial's record; None where it tries no candidate of the space.
+
+    A trial that is begun carries its candidate's key first, and gets its parameters one by one after it.
+    """
+    candidate = decoded(parameters(trial), space) or published(trial, space)
+    if candidate is None:
+        return None
+    complete = trial.state == TrialState.COMPLETE and trial.values
+    return Record(losses(trial.values, directions) if complete else (), trial.number, candidate.key, candidate)
+
+
+def decoded(params: Mapping[str, Any], space: SearchSpace) -> Candidate | None:
+    """Candidate of parameter values; None where they are incomplete or not of this space."""
+    try:
+        return space.decode(params)
+    except (ConfigError, TypeError, ValueError, OverflowError):
+        return None
+
+
+def published(trial: FrozenTrial, space: SearchSpace) -> Candidate | None:
+    """Candidate whose key the trial carries; None without one, or where it is not canonical in this space."""
+    key = trial.user_attrs.get(CANDIDATE)
+    try:
+        candidate = Candidate.from_key(key) if isinstance(key, str) else None
+    except ValueError:
+        return None
+    return candidate if candidate is not None and space.is_canonical(candidate) else None
+
+
+def tried(
+    trial: FrozenTrial, space: SearchSpace, proposed: Candidate, draw: Callable[[str, BaseDistribution], Any]
+) -> Candidate:
+    """What ``space.suggest`` decodes for a trial: its parameters, and of the candidate it was begun with or else
+    ``proposed`` those left open. ``draw``: gives a parameter that neither has, of a later step.
+
+    Raises ConfigError for enqueued values that are no candidate's.
+    """
+    values = {**space.encode(published(trial, space) or proposed), **parameters(trial)}
+    candidate = decoded(values, space)
+    if candidate is not None:
+        return candidate
+    for name, distribution in space.distributions().items():
+        if name not in values:
+            values[name] = draw(name, distribution)
+    try:
+        return space.decode(values)
+    except (TypeError, ValueError, OverflowError) as error:
+        raise ConfigError(f"the enqueued parameters are no candidate: {error}") from None
 
 
 def parameters(trial: FrozenTrial) -> Mapping[str, Any]:
@@ -150,21 +198,16 @@ def best(ranked: Sequence[Record], count: int) -> list[Record]:
     ``ranked``: complete trials in their order, as in a History. Of a front that does not fit in whole, an even choice
     from one end to the other.
     """
-    several = bool(ranked) and len(ranked[0].losses) > 1
-    ordered = _by_front(ranked, count) if several else ranked
-    chosen: dict[str, Record] = {}
-    for record in ordered:
-        if len(chosen) == count:
-            break
-        chosen.setdefault(record.key, record)
-    return list(chosen.values())
-
-
-def _by_front(complete: Sequence[Record], count: int) -> list[Record]:
     distinct: dict[str, Record] = {}
-    for record in complete:
+    several = bool(ranked) and len(ranked[0].losses) > 1
+    for record in ranked:
+        if not several and len(distinct) == count:
+            break
         distinct.setdefault(record.key, record)
-    left = list(distinct.values())
+    return _by_front(list(distinct.values()), count) if several else list(distinct.values())
+
+
+def _by_front(left: list[Record], count: int) -> list[Record]:
     chosen: list[Record] = []
     while left and len(chosen) < count:
         front = pareto_front([record.losses for record in left])
@@ -189,38 +232,24 @@ def pareto_front(points: Sequence[Losses]) -> list[int]:
     return [int(i) for i in np.flatnonzero(alive)]
 
 
-def bests_by_generation(history: History, population_size: int, generations: int) -> list[int | None]:
-    """Number of the best trial after each of the first ``generations``; None while there is none.
+def stage_two_start(history: History, population_size: int, latest: int) -> int:
+    """First generation of stage two, as far as the past generations can tell; ``latest`` at the latest.
 
-    With several objectives there is no single best, and all are None.
+    It is the first generation g >= 2 before which the best trial stayed the same through the whole of generation
+    g - 1. With several objectives there is no single best, and it is ``latest``.
     """
-    bests: list[int | None] = [None] * generations
-    top: Record | None = None
-    for record, index in zip(history.complete, history.indices, strict=True):
-        generation = index // population_size
-        if generation >= generations or len(record.losses) > 1:
-            break
-        top = record if top is None else min(top, record)
-        bests[generation] = top.number
-    for generation in range(1, generations):
-        if bests[generation] is None:
-            bests[generation] = bests[generation - 1]
-    return bests
-
-
-def stage_two_start(bests: Sequence[int | None], stage_one_generations: int) -> int:
-    """First generation of stage two, as far as ``bests`` (one entry per past generation) can tell.
-
-    It is ``stage_one_generations``, or earlier the first generation g >= 2 before which the best trial
-    stayed the same through the whole of generation g - 1.
-    """
-    for generation in range(2, min(len(bests), stage_one_generations) + 1):
-        before, after = bests[generation - 2], bests[generation - 1]
-        if after is not None and before == after:
+    if history.objectives > 1:
+        return latest
+    past = min(history.index // population_size, latest)
+    early = history.before(past * population_size)
+    bests = [None, *accumulate(early.complete, min)]  # after none, one, two ... complete trials
+    after = [bests[bisect_left(early.indices, generation * population_size)] for generation in range(past + 1)]
+    for generation in range(2, past + 1):
+        if after[generation] is not None and after[generation] is after[generation - 1]:
             return generation
-    return stage_one_generations
+    return latest
 
 
-def share_at(generation: int, start: int, max_skip: float) -> float:
-    """Largest share of units that a step may skip: 0 before ``start``, then fifths of ``max_skip``."""
+def skip_ratio_at(generation: int, start: int, max_skip: float) -> float:
+    """Largest ratio of units that a step may skip: 0 before ``start``, then fifths of ``max_skip``."""
     return max_skip * min(max(generation - start + 1, 0), RAMP) / RAMP

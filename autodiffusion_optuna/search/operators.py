@@ -1,9 +1,8 @@
-"""Operators: pure functions of (rng, space, parents, share) to a canonical candidate.
+"""Operators: pure functions of (rng, space, parents, skip_ratio) to a canonical candidate.
 
-``share`` is the largest share of the units that one step may skip now; 0 is stage one. Every child goes
-through the repair of ``SearchSpace``, so it has distinct timesteps and is within the budget, and every skip
-set follows its timestep. A mutation differs from its parent wherever the space lets it. Settings are searched in
-both stages; a space without any takes no random number for them.
+``skip_ratio`` is the largest ratio of the units that one step may skip now; 0 is stage one. Every child goes through
+the repair of ``SearchSpace``, so it has distinct timesteps and is within the budget, and every skip set follows its
+timestep. A mutation differs from its parent wherever the space lets it. Settings are searched in both stages.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ from autodiffusion_optuna.search.space import SearchSpace
 
 Pairs = list[tuple[int, int]]  # (timestep, skip set) by step
 Named = dict[str, Value]  # searched settings by name, ascending; empty in most spaces
-Change = Callable[[Generator, SearchSpace, Pairs, Named, float], tuple[Pairs, Named]]
+Change = Callable[[Pairs, Named], tuple[Pairs, Named]]
 
 TRIES = 20  # of a change that repair may undo
 RESIZE = 0.2  # chance that a local move adds or removes a step, where their number is open
@@ -33,29 +32,34 @@ OWN_SETTINGS = 0.75  # chance that a child with a shared prefix has all settings
 FINEST = 0.01  # of a range: shortest local move of a number
 
 
-def random_candidate(rng: Generator, space: SearchSpace, share: float) -> Candidate:
+def random_candidate(rng: Generator, space: SearchSpace, skip_ratio: float) -> Candidate:
     """Settings, number of steps, timesteps and number of skips at each step all uniform, brought within the budget."""
-    settings = _random_settings(rng, space)
-    limit = space.open_limit(share)
+    choices = {name: values[int(rng.integers(len(values)))] for name, values in space.choices.items()}
+    numbers = {name: float(rng.uniform(low, high)) for name, (low, high) in space.ranges.items()}
+    settings = space.canonical_settings({**choices, **numbers})
+    limit = space.open_limit(skip_ratio)
     most = space.max_steps if limit else space.full_steps_with(settings)
     steps = int(rng.integers(space.min_steps, most + 1))
     # Distinct times of a shorter grid, pulled apart by the gap, are uniform over all lists that obey the gap.
     slack = (steps - 1) * (space.min_gap - 1)
     ranks = np.sort(rng.choice(space.T - slack, steps, replace=False))
     times = ranks + np.arange(steps) * (space.min_gap - 1)
-    return _finish(rng, space, [(int(t), _random_skip(rng, space, limit)) for t in times], settings, share)
+    return _finish(rng, space, [(int(t), _random_skip(rng, space, limit)) for t in times], settings, skip_ratio)
 
 
-def mutate_paper(rng: Generator, space: SearchSpace, parent: Candidate, share: float, probability: float) -> Candidate:
+def mutate_paper(
+    rng: Generator, space: SearchSpace, parent: Candidate, skip_ratio: float, probability: float
+) -> Candidate:
     """Each timestep is replaced with ``probability`` by an unused one; one at least (AutoDiffusion).
 
-    In stage two each skip set is a gene too: with ``probability`` it is drawn anew or one unit is flipped.
+    In stage two each skip set is a gene too: with ``probability`` it is redrawn or one unit is flipped.
     The published code leaves skip sets as they are, by a slip. Each setting is one more gene: with
-    ``probability`` a choice becomes another one, and a number is drawn anew.
+    ``probability`` a choice becomes another one, and a number is redrawn.
     """
+    limit = space.open_limit(skip_ratio)
 
-    def change(rng: Generator, space: SearchSpace, pairs: Pairs, settings: Named, share: float) -> tuple[Pairs, Named]:
-        limit, steps = space.open_limit(share), len(pairs)
+    def change(pairs: Pairs, settings: Named) -> tuple[Pairs, Named]:
+        steps = len(pairs)
         of_steps = 2 * steps if limit else steps  # timesteps, then skip sets; the settings follow
         genes = _chosen(rng, of_steps + len(settings), probability)
         for k in range(steps):
@@ -68,18 +72,18 @@ def mutate_paper(rng: Generator, space: SearchSpace, parent: Candidate, share: f
         redrawn = [name for name, gene in zip(settings, genes[of_steps:], strict=True) if gene]
         return pairs, settings | {name: _other_value(rng, space, name, settings[name]) for name in redrawn}
 
-    return _mutant(rng, space, parent, share, change)
+    return _mutant(rng, space, parent, skip_ratio, change)
 
 
-def mutate_local(rng: Generator, space: SearchSpace, parent: Candidate, share: float) -> Candidate:
+def mutate_local(rng: Generator, space: SearchSpace, parent: Candidate, skip_ratio: float) -> Candidate:
     """One or two timesteps move, mostly between their neighbours, or one or two skip sets or one setting change.
 
     The distance is log-uniform, so fine moves are as likely as coarse ones. Late steps are chosen more
     often: the first steps stay those of the parent, and the prefix cache pays only for the rest.
     """
+    limit = space.open_limit(skip_ratio)
 
-    def change(rng: Generator, space: SearchSpace, pairs: Pairs, settings: Named, share: float) -> tuple[Pairs, Named]:
-        limit = space.open_limit(share)
+    def change(pairs: Pairs, settings: Named) -> tuple[Pairs, Named]:
         if settings and rng.random() < SETTING:
             return pairs, _move_setting(rng, space, settings)
         if space.min_steps != space.max_steps and rng.random() < RESIZE:
@@ -89,11 +93,11 @@ def mutate_local(rng: Generator, space: SearchSpace, parent: Candidate, share: f
             pairs = _move_skips(rng, space, pairs, limit) if move_skips else _move_time(rng, space, pairs)
         return pairs, settings
 
-    return _mutant(rng, space, parent, share, change)
+    return _mutant(rng, space, parent, skip_ratio, change)
 
 
 def crossover_uniform(
-    rng: Generator, space: SearchSpace, first: Candidate, second: Candidate, share: float
+    rng: Generator, space: SearchSpace, first: Candidate, second: Candidate, skip_ratio: float
 ) -> Candidate:
     """Each step from either parent with equal chance, by position in execution order (AutoDiffusion).
 
@@ -105,11 +109,11 @@ def crossover_uniform(
     for k, pair in enumerate(other.pairs[: base.steps]):
         if rng.random() < 0.5:
             pairs[k] = pair
-    return _finish(rng, space, pairs, _mixed_settings(rng, space, first, second), share)
+    return _finish(rng, space, pairs, _mixed_settings(rng, space, first, second), skip_ratio)
 
 
 def crossover_prefix(
-    rng: Generator, space: SearchSpace, first: Candidate, second: Candidate, share: float
+    rng: Generator, space: SearchSpace, first: Candidate, second: Candidate, skip_ratio: float
 ) -> Candidate:
     """First steps of ``first``, the rest of ``second``; what collides is pushed later, so the prefix stays.
 
@@ -127,24 +131,24 @@ def crossover_prefix(
     settings = first.settings_dict
     if settings and rng.random() >= OWN_SETTINGS:
         settings = _mixed_settings(rng, space, first, second)
-    return _finish(rng, space, pairs, settings, share)
+    return _finish(rng, space, pairs, settings, skip_ratio)
 
 
 def _finish(
-    rng: Generator, space: SearchSpace, pairs: Iterable[tuple[int, int]], settings: Named, share: float
+    rng: Generator, space: SearchSpace, pairs: Iterable[tuple[int, int]], settings: Named, skip_ratio: float
 ) -> Candidate:
-    return space.fit(space.repair(pairs, tuple(sorted(settings.items()))), share, rng)
+    return space.fit(space.repair(pairs, tuple(settings.items())), skip_ratio, rng)
 
 
-def _mutant(rng: Generator, space: SearchSpace, parent: Candidate, share: float, change: Change) -> Candidate:
+def _mutant(rng: Generator, space: SearchSpace, parent: Candidate, skip_ratio: float, change: Change) -> Candidate:
     """``change`` until the repaired child differs from its parent; a random candidate if it never does."""
-    base = space.fit(parent, share, rng)
+    base = space.fit(parent, skip_ratio, rng)
     for _ in range(TRIES):
-        child = _finish(rng, space, *change(rng, space, list(base.pairs), base.settings_dict, share), share)
+        child = _finish(rng, space, *change(list(base.pairs), base.settings_dict), skip_ratio)
         if child not in (base, parent):
             return child
     for _ in range(TRIES):
-        child = random_candidate(rng, space, share)
+        child = random_candidate(rng, space, skip_ratio)
         if child not in (base, parent):
             break
     return child
@@ -179,15 +183,15 @@ def _free_times(space: SearchSpace, taken: Iterable[int]) -> NDArray[np.bool_]:
 
 def _late_step(rng: Generator, steps: int) -> int:
     """Index of a step; the last is ``steps`` times as likely as the first."""
-    return bisect_right(_late_shares(steps), rng.random())
+    return bisect_right(_late_odds(steps), rng.random())
 
 
 @lru_cache(maxsize=1024)
-def _late_shares(steps: int) -> list[float]:
+def _late_odds(steps: int) -> list[float]:
     """Chance of each step or one before it."""
     weights = np.arange(1, steps + 1)
-    shares = (weights / weights.sum()).cumsum()
-    return [float(share) for share in shares / shares[-1]]
+    odds = (weights / weights.sum()).cumsum()
+    return [float(chance) for chance in odds / odds[-1]]
 
 
 def _move_time(rng: Generator, space: SearchSpace, pairs: Pairs) -> Pairs:
@@ -252,13 +256,6 @@ def _random_skip(rng: Generator, space: SearchSpace, limit: int) -> int:
     if not limit:
         return 0
     return skip_set(int(u) for u in rng.choice(len(space.units), int(rng.integers(limit + 1)), replace=False))
-
-
-def _random_settings(rng: Generator, space: SearchSpace) -> Named:
-    """Every choice and every number uniform."""
-    choices = {name: values[int(rng.integers(len(values)))] for name, values in space.choices.items()}
-    numbers = {name: float(rng.uniform(low, high)) for name, (low, high) in space.ranges.items()}
-    return space.canonical_settings({**choices, **numbers})
 
 
 def _mixed_settings(rng: Generator, space: SearchSpace, first: Candidate, second: Candidate) -> Named:

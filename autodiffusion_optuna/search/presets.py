@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -34,12 +33,13 @@ PRESETS = {
 }
 
 
-def settings_of(preset: str, given: Mapping[str, Any]) -> Preset:
-    """The preset with what was given in its place; counts left open are scaled to the population."""
+def settings_of(preset: str, **given: float | None) -> Preset:
+    """The preset with what was given in its place; counts left at None are scaled to the population."""
     if preset not in PRESETS:
         raise ConfigError(choose_from("preset", preset, PRESETS))
     base = PRESETS[preset]
-    size = given.get("population_size", base.population_size)
+    sizes: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
+    size = sizes.get("population_size", base.population_size)
     if size < 1:
         raise ConfigError(f"population_size {size} must be at least 1")
     scaled = replace(
@@ -49,7 +49,7 @@ def settings_of(preset: str, given: Mapping[str, Any]) -> Preset:
         mutation=base.mutation * size // base.population_size,
         crossover=base.crossover * size // base.population_size,
     )
-    settings = replace(scaled, **given)
+    settings = replace(scaled, **sizes)
     if settings.parents < 1:
         raise ConfigError(f"parents {settings.parents} must be at least 1")
     if min(settings.mutation, settings.crossover) < 0 or settings.mutation + settings.crossover > size:

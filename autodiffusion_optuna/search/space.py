@@ -4,23 +4,21 @@ from __future__ import annotations
 
 import math
 import re
-from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import pairwise, product
 from typing import Any
 
-import numpy as np
 import optuna
+from numpy.random import Generator
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
 
-from autodiffusion_optuna.candidate import Candidate, Settings, Value, skip_set, unit_indices
+from autodiffusion_optuna.candidate import Candidate, Settings, Value
 from autodiffusion_optuna.errors import ConfigError
-from autodiffusion_optuna.search.timesteps import spread
+from autodiffusion_optuna.search import repair
 
 CODEC = 1
-TOLERANCE = 1e-9  # of a cost or a share: sums of decimal fractions are not exact
 DECIMALS = 3  # of a searched float: finer ones would make candidates distinct that no score can tell apart
 OURS = re.compile(r"steps|t_.*|skip_.*")  # names of the other parameters
 
@@ -39,7 +37,7 @@ class SearchSpace:
     ``T``: size of the model's time grid. ``min_steps``, ``max_steps``: fewest and most timesteps.
     ``min_gap``: smallest difference of neighbouring timesteps. ``units``: names of the skippable units in
     execution order; ``unit_costs``: the share of one full network evaluation that skipping each saves
-    (empty: all 0). ``max_skip``: largest share of the units that one step may skip, 0 for stage one only.
+    (empty: all 0). ``max_skip``: largest ratio of the units that one step may skip, 0 for stage one only.
     ``max_cost``: budget in full network evaluations, None for no budget. ``visits``: for a number of steps
     and the value of every searched setting by name, the step index of each network evaluation that the solver
     makes. It may depend on ``choices``, not on ``ranges``. ``chunk``: bits in one skip parameter, 1 to 32; SQL
@@ -67,28 +65,17 @@ class SearchSpace:
     choices: Mapping[str, tuple[Value, ...]] = field(default_factory=dict, hash=False)
     ranges: Mapping[str, tuple[float, float]] = field(default_factory=dict, hash=False)
 
+    @property
+    def lengths(self) -> range:
+        """Numbers of steps that a candidate may have."""
+        return range(self.min_steps, self.max_steps + 1)
+
     def __post_init__(self) -> None:
         self._check_steps()
         self._check_units()
         object.__setattr__(self, "choices", {name: self._checked_choice(name) for name in sorted(self.choices)})
         object.__setattr__(self, "ranges", {name: self._checked_range(name) for name in sorted(self.ranges)})
         self._check_cost()
-
-    def _check_cost(self) -> None:
-        costs = [(settings, self._cheapest_cost(settings)) for settings in self._variants]
-        cheapest = min(cost for _, cost in costs)
-        if not self._affordable(cheapest):
-            raise ConfigError(
-                f"max_cost {self.max_cost:g} cannot be met: the cheapest candidate costs {cheapest:.4g} "
-                "network evaluations; raise max_cost or max_skip, or lower min_steps"
-            )
-        for name, value in ((name, value) for name, values in self.choices.items() for value in values):
-            least = min(cost for settings, cost in costs if settings[name] == value)
-            if not self._affordable(least):
-                raise ConfigError(
-                    f"{name}={value} cannot meet max_cost {self.max_cost:g}: its cheapest candidate costs {least:.4g} "
-                    "network evaluations; leave it out, raise max_cost or max_skip, or lower min_steps"
-                )
 
     def _check_steps(self) -> None:
         if self.min_steps < 1 or self.min_gap < 1:
@@ -115,6 +102,23 @@ class SearchSpace:
                 f"max_skip {self.max_skip} of {len(self.units)} units skips none; "
                 f"use 0, or at least {1 / len(self.units):.3g}"
             )
+
+    def _check_cost(self) -> None:
+        limit = self.skip_limit(self.max_skip)
+        costs = [(settings, repair.cheapest_cost(self, settings, limit)) for settings in self.variants]
+        cheapest = min(cost for _, cost in costs)
+        if not repair.is_affordable(self, cheapest):
+            raise ConfigError(
+                f"max_cost {self.max_cost:g} cannot be met: the cheapest candidate costs {cheapest:.4g} "
+                "network evaluations; raise max_cost or max_skip, or lower min_steps"
+            )
+        for name, value in ((name, value) for name, values in self.choices.items() for value in values):
+            least = min(cost for settings, cost in costs if settings[name] == value)
+            if not repair.is_affordable(self, least):
+                raise ConfigError(
+                    f"{name}={value} cannot meet max_cost {self.max_cost:g}: its cheapest candidate costs {least:.4g} "
+                    "network evaluations; leave it out, raise max_cost or max_skip, or lower min_steps"
+                )
 
     def _checked_choice(self, name: str) -> tuple[Value, ...]:
         values = self._checked_values(name, self.choices[name])
@@ -161,50 +165,29 @@ class SearchSpace:
         return dict(sorted(values.items()))
 
     @cached_property
-    def _variants(self) -> list[dict[str, Value]]:
+    def variants(self) -> list[dict[str, Value]]:
         """Settings of every combination of choices, the first choices first; numbers at their default."""
         default, combinations = self.default_settings, product(*self.choices.values())
         return [default | dict(zip(self.choices, values, strict=True)) for values in combinations]
 
-    # Cost
+    # Limits
 
     def cost(self, candidate: Candidate) -> float:
         """Network evaluations of a sampling run, in full ones: a step's skips count at each of its visits."""
-        return self._cost(candidate.skips, self.canonical_settings(candidate.settings_dict))
+        return repair.cost(self, candidate.skips, self.canonical_settings(candidate.settings_dict))
 
-    def _cost(self, skips: Sequence[int], settings: Mapping[str, Value]) -> float:
-        weights = self._weights(len(skips), settings)
-        return sum(w * (1.0 - self._saved(skip)) for w, skip in zip(weights, skips, strict=True))
+    def skip_limit(self, skip_ratio: float) -> int:
+        """Most units that one step may skip when ``skip_ratio`` of all units may be skipped."""
+        return int(skip_ratio * len(self.units) + repair.TOLERANCE)
 
-    def _weights(self, steps: int, settings: Mapping[str, Value]) -> list[int]:
-        """Network evaluations at each step."""
-        count = Counter(self.visits(steps, settings))
-        return [count[step] for step in range(steps)]
-
-    def _saved(self, skip: int) -> float:
-        return sum(self.unit_costs[u] for u in unit_indices(skip)) if self.unit_costs else 0.0
-
-    def _affordable(self, cost: float) -> bool:
-        return self.max_cost is None or cost <= self.max_cost + TOLERANCE
-
-    def _cheapest_cost(self, settings: Mapping[str, Value], limit: int | None = None) -> float:
-        """Least cost of any candidate with these settings; ``limit``: most units that a step may skip."""
-        limit = self.skip_limit(self.max_skip) if limit is None else limit
-        saved = sum(sorted(self.unit_costs, reverse=True)[:limit])
-        return min(len(self.visits(k, settings)) for k in self._lengths) * (1.0 - saved)
-
-    @property
-    def _lengths(self) -> range:
-        return range(self.min_steps, self.max_steps + 1)
-
-    def skip_limit(self, share: float) -> int:
-        """Most units that one step may skip when ``share`` of all units may be skipped."""
-        return int(share * len(self.units) + TOLERANCE)
+    def open_limit(self, skip_ratio: float) -> int:
+        """Most units that one step may skip now; the full limit where skipping nothing is too expensive."""
+        return self.skip_limit(min(skip_ratio, self.max_skip) if self.stage_one_possible else self.max_skip)
 
     @cached_property
     def stage_one_possible(self) -> bool:
         """Whether a candidate that skips nothing can meet the budget; else skips are open from the start."""
-        return any(self._affordable(self._cheapest_cost(settings, 0)) for settings in self._variants)
+        return any(repair.is_affordable(self, repair.cheapest_cost(self, settings, 0)) for settings in self.variants)
 
     @cached_property
     def full_steps(self) -> int:
@@ -213,12 +196,8 @@ class SearchSpace:
 
     def full_steps_with(self, settings: Mapping[str, Value]) -> int:
         """Most steps that meet the budget with nothing skipped; ``min_steps`` when none do."""
-        affordable = [k for k in self._lengths if self._affordable(len(self.visits(k, settings)))]
+        affordable = [k for k in self.lengths if repair.is_affordable(self, len(self.visits(k, settings)))]
         return max(affordable, default=self.min_steps)
-
-    def open_limit(self, share: float) -> int:
-        """Most units that one step may skip now; the full limit where skipping nothing is too expensive."""
-        return self.skip_limit(min(share, self.max_skip) if self.stage_one_possible else self.max_skip)
 
     # Parameters
 
@@ -259,12 +238,13 @@ class SearchSpace:
         """Canonical candidate of any sampler's values: unsorted, repeated, over the budget or out of range.
 
         The inverse of ``encode`` on canonical candidates. Parameters of steps beyond ``steps`` are ignored.
-        Raises ConfigError when a parameter is missing, or a setting is none of its choices.
+        Raises ConfigError when a parameter is missing or a setting is none of its choices, and what int and float raise
+        for other values.
         """
         try:
-            steps = self.min_steps if self.min_steps == self.max_steps else int(params["steps"])
-            pairs = [self._read_step(params, k) for k in range(min(max(steps, self.min_steps), self.max_steps))]
-            settings = {name: params[name] for name in (*self.choices, *self.ranges)}
+            pairs = [self._read_step(params, step) for step in range(self._read_steps(params))]
+            settings = {name: params[name] for name in self.choices}
+            settings |= {name: float(params[name]) for name in self.ranges}
         except KeyError as error:
             raise ConfigError(f"parameter {error} is missing: not a complete trial of this search space") from None
         for name, allowed in self.choices.items():
@@ -272,7 +252,11 @@ class SearchSpace:
                 raise ConfigError(
                     f"parameter {name!r} is {settings[name]!r}; allowed here: {', '.join(map(str, allowed))}"
                 )
-        return self.fit(self.repair(pairs, _ordered(self.canonical_settings(settings))), self.max_skip)
+        return self.fit(self.repair(pairs, tuple(self.canonical_settings(settings).items())), self.max_skip)
+
+    def _read_steps(self, params: Mapping[str, Any]) -> int:
+        steps = self.max_steps if self.min_steps == self.max_steps else int(params["steps"])
+        return min(max(steps, self.min_steps), self.max_steps)
 
     def _read_step(self, params: Mapping[str, Any], step: int) -> tuple[int, int]:
         skip = 0
@@ -285,7 +269,7 @@ class SearchSpace:
         params: dict[str, Any] = {}
         if self.min_steps != self.max_steps:
             params["steps"] = trial.suggest_int("steps", self.min_steps, self.max_steps)
-        for step in range(params.get("steps", self.max_steps)):
+        for step in range(self._read_steps(params)):
             for name, distribution in self._step_distributions(step).items():
                 params[name] = trial.suggest_int(name, distribution.low, distribution.high)
         for name, values in self.choices.items():
@@ -296,19 +280,16 @@ class SearchSpace:
 
     def codec(self) -> dict[str, Any]:
         """What stored parameters mean, as JSON; two spaces with different codecs cannot share a study."""
-        codec: dict[str, Any] = {
+        return {
             "codec": CODEC,
             "T": self.T,
             "steps": [self.min_steps, self.max_steps],
             "min_gap": self.min_gap,
             "units": list(self.units),
             "chunk": self.chunk,
+            "choices": {name: list(values) for name, values in self.choices.items()},
+            "ranges": {name: list(bounds) for name, bounds in self.ranges.items()},
         }
-        if self.choices:
-            codec["choices"] = {name: list(values) for name, values in self.choices.items()}
-        if self.ranges:
-            codec["ranges"] = {name: list(bounds) for name, bounds in self.ranges.items()}
-        return codec
 
     # Repair
 
@@ -316,12 +297,12 @@ class SearchSpace:
         """Whether the candidate obeys the grid, the gap, the skip limit, the budget, and has every setting."""
         times, limit = candidate.timesteps, self.skip_limit(self.max_skip)
         return (
-            self.min_steps <= candidate.steps <= self.max_steps
+            candidate.steps in self.lengths
             and times[0] < self.T
             and all(a - b >= self.min_gap for a, b in pairwise(times))
             and all(s.bit_length() <= len(self.units) and s.bit_count() <= limit for s in candidate.skips)
             and candidate.settings_dict == self.canonical_settings(candidate.settings_dict)
-            and self._affordable(self.cost(candidate))
+            and repair.is_affordable(self, self.cost(candidate))
         )
 
     def repair(self, pairs: Iterable[tuple[int, int]], settings: Settings = ()) -> Candidate:
@@ -332,90 +313,15 @@ class SearchSpace:
         """
         ordered = sorted(pairs, reverse=True)
         known = (1 << len(self.units)) - 1
-        timesteps = spread([t for t, _ in ordered], self.T, self.min_gap)
+        timesteps = repair.spread([t for t, _ in ordered], self.T, self.min_gap)
         return Candidate(timesteps, tuple(skip & known for _, skip in ordered), settings)
 
-    def fit(self, candidate: Candidate, share: float, rng: np.random.Generator | None = None) -> Candidate:
-        """The candidate, brought within the budget and ``share``: unchanged where it already is.
+    def fit(self, candidate: Candidate, skip_ratio: float, rng: Generator | None = None) -> Candidate:
+        """The candidate, brought within the budget and ``skip_ratio``: unchanged where it already is.
 
         Settings that are missing get their default, unknown ones go. Drops steps or skips more units until the
         budget holds. Without ``rng``: drops the step nearest to the one before it while more than ``min_steps``
         are left, then skips the costliest unit at the step that skips least. With ``rng``: a coin where both are
         possible, and a random step and unit. Where neither is enough, as few settings change as will do.
         """
-        limit = self.open_limit(share)
-        times = list(candidate.timesteps)
-        skips = [s if s.bit_count() <= limit else self._trim(s, limit, rng) for s in candidate.skips]
-        settings = self._affordable_settings(self.canonical_settings(candidate.settings_dict), limit, rng)
-        while self.max_cost is not None and not self._affordable(self._cost(skips, settings)):
-            droppable = len(times) > self.min_steps
-            coin = rng is not None and bool(rng.random() < 0.5)
-            if droppable and (not coin or not self._skip_more(skips, settings, limit, rng)):
-                step = _crowded(times) if rng is None else int(rng.integers(len(times)))
-                del times[step], skips[step]
-            elif not droppable:
-                saved = self._skip_more(skips, settings, limit, rng)
-                assert saved, "no candidate meets the budget, which __post_init__ rules out"
-        fitting = Candidate(tuple(times), tuple(skips), _ordered(settings))
-        return candidate if fitting == candidate else fitting
-
-    def _affordable_settings(
-        self, settings: dict[str, Value], limit: int, rng: np.random.Generator | None
-    ) -> dict[str, Value]:
-        """The settings where some candidate with them meets the budget, else the nearest for which one does.
-
-        The nearest differ in the fewest choices; of several the first, or a random one with ``rng``.
-        """
-        if not self.choices or self._affordable(self._cheapest_cost(settings, limit)):
-            return settings
-        others = [v for v in self._variants if self._affordable(self._cheapest_cost(v, limit))]
-        changes = [sum(other[name] != settings[name] for name in self.choices) for other in others]
-        nearest = [other for other, count in zip(others, changes, strict=True) if count == min(changes)]
-        chosen = nearest[0 if rng is None else int(rng.integers(len(nearest)))]
-        return settings | {name: chosen[name] for name in self.choices}
-
-    def _trim(self, skip: int, limit: int, rng: np.random.Generator | None) -> int:
-        """``limit`` of the units of a larger set; without ``rng`` evenly spaced, their start varying with the set.
-
-        Keeping the first ones would hide the later units from samplers that draw whole integers.
-        """
-        units = unit_indices(skip)
-        if rng is not None:
-            return skip_set(int(u) for u in rng.choice(units, limit, replace=False))
-        return skip_set(units[(skip + j * len(units) // limit) % len(units)] for j in range(limit))
-
-    def _skip_more(
-        self, skips: list[int], settings: Mapping[str, Value], limit: int, rng: np.random.Generator | None
-    ) -> bool:
-        """Make one step cheaper, in place: one more unit, or a costlier one instead; False if impossible."""
-        worth = [u for u, cost in enumerate(self.unit_costs) if cost > 0]
-        visited = [k for k, weight in enumerate(self._weights(len(skips), settings)) if weight]
-        free = {k: [u for u in worth if not skips[k] >> u & 1] for k in visited}
-        addable = [k for k in visited if skips[k].bit_count() < limit and free[k]]
-        if addable and rng is not None:
-            step = addable[int(rng.integers(len(addable)))]
-            skips[step] |= 1 << free[step][int(rng.integers(len(free[step])))]
-            return True
-        if addable:
-            step = min(addable, key=lambda k: skips[k].bit_count())
-            skips[step] |= 1 << max(free[step], key=self.unit_costs.__getitem__)
-            return True
-        for step in visited:
-            used = unit_indices(skips[step])
-            if not used or not free[step]:
-                continue
-            cheap = min(used, key=self.unit_costs.__getitem__)
-            costly = max(free[step], key=self.unit_costs.__getitem__)
-            if self.unit_costs[cheap] < self.unit_costs[costly]:
-                skips[step] ^= 1 << cheap | 1 << costly
-                return True
-        return False
-
-
-def _crowded(times: Sequence[int]) -> int:
-    """Index of the step nearest to the one before it."""
-    return min(range(1, len(times)), key=lambda k: times[k - 1] - times[k])
-
-
-def _ordered(settings: Mapping[str, Value]) -> Settings:
-    return tuple(sorted(settings.items()))
+        return repair.fit(self, candidate, self.open_limit(skip_ratio), rng)

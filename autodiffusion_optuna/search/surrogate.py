@@ -2,12 +2,11 @@
 
 Operators make more children than are evaluated; a Gaussian process over the finished trials chooses among them
 (pre-selection in surrogate-assisted evolution; Jin, Swarm and Evolutionary Computation 1, 2011). It sees ranks
-instead of values, so any objective will do, and it is fitted anew from the trials at each ask: it holds no state.
+instead of values, so any objective will do, and it is fitted to the trials at each ask: it holds no state.
 """
 
 from __future__ import annotations
 
-from array import array
 from collections.abc import Callable, Sequence
 from functools import lru_cache, partial
 from itertools import product
@@ -35,11 +34,11 @@ SETTING_SCALES = (1.5, 4.5, 13.5)  # of the settings: in choices that differ, an
 class Embedding(NamedTuple):
     """Candidates of any length as points of one space.
 
-    ``times``: float64 [N, max_steps + 1], the timesteps as shares of T, stretched to ``max_steps`` positions, and
-    the number of steps. ``skips``: float32 [N, max_steps * units], the skip bits at those positions: sums of them are
-    exact, at half the cost of float64. ``choices``:
-    float64 [N, sum of the numbers of choices], one at the one taken of each. ``numbers``: float64 [N, ranges], shares
-    of their ranges. The last two have no columns where no settings are searched.
+    ``times``: float64 [N, max_steps + 1], the timesteps as ratios of T, stretched to ``max_steps`` positions, and the
+    number of steps. ``skips``: float32 [N, max_steps * units], the skip bits at those positions: sums of them are
+    exact, at half the cost of float64. ``choices``: float64 [N, sum of the numbers of choices], one at the one taken of
+    each. ``numbers``: float64 [N, ranges], ratios of their ranges. The last two have no columns where no settings are
+    searched.
     """
 
     times: Array
@@ -53,16 +52,16 @@ def choose(children: Sequence[Candidate], ranked: Sequence[Record], space: Searc
 
     ``ranked``: the complete trials, best first.
     """
-    fitted = _fitted(ranked)
-    if len(children) == 1 or len(fitted) < ENOUGH:
+    chosen = fitted(ranked)
+    if len(children) == 1 or len(chosen) < ENOUGH:
         return children[0]
-    known = embed([record.candidate for record in fitted], space)
-    mean, deviation = predict(known, normal_scores([r.losses[0] for r in fitted]), embed(children, space))
+    known = embed([record.candidate for record in chosen], space)
+    mean, deviation = predict(known, normal_scores([r.losses[0] for r in chosen]), embed(children, space))
     # Rounded, so that the last bits of a linear algebra library do not decide between equals.
     return children[int(np.argmin(np.round(mean - OPTIMISM * deviation, 9)))]
 
 
-def _fitted(ranked: Sequence[Record]) -> list[Record]:
+def fitted(ranked: Sequence[Record]) -> list[Record]:
     """The best trials, and an even choice of the others."""
     rest = len(ranked) - KEPT_BEST
     chosen = np.linspace(0, rest - 1, min(max(rest, 0), KEPT_OTHERS)).round().astype(int)
@@ -71,45 +70,31 @@ def _fitted(ranked: Sequence[Record]) -> list[Record]:
 
 def embed(candidates: Sequence[Candidate], space: SearchSpace) -> Embedding:
     """Points of candidates; those of one length lie as far apart as their timesteps do."""
-    times, skips, choices, numbers = zip(*map(_rows(space), candidates), strict=True)
-    bits = np.frombuffer(b"".join(skips), dtype=np.uint8).reshape(len(skips) * space.max_steps, -1)
-    unpacked = np.unpackbits(bits, axis=1, count=len(space.units), bitorder="little")
-    return Embedding(
-        np.frombuffer(b"".join(times)).reshape(len(times), -1),
-        unpacked.reshape(len(skips), -1).astype(np.float32),
-        np.array(choices),
-        np.array(numbers),
-    )
-
-
-Row = tuple[bytes, bytes, tuple[float, ...], tuple[float, ...]]
-"""One candidate of an embedding: the bytes of its float64 times, and its skip sets one after another."""
+    return Embedding(*map(np.stack, zip(*map(_points(space), candidates), strict=True)))
 
 
 @lru_cache(maxsize=8)
-def _rows(space: SearchSpace) -> Callable[[Candidate], Row]:
-    """``_row`` with a memory: the best trials are fitted again and again. Spaces are hashed once, not per candidate."""
-    return lru_cache(maxsize=2048)(partial(_row, space))
+def _points(space: SearchSpace) -> Callable[[Candidate], Embedding]:
+    """``_point`` with a cache, for the best trials are fitted again and again; a space is hashed once."""
+    return lru_cache(maxsize=2048)(partial(_point, space))
 
 
-def _row(space: SearchSpace, candidate: Candidate) -> Row:
-    own, at, nearest = _places(candidate.steps, space.max_steps)
-    shares = [timestep / space.T for timestep in candidate.timesteps]
-    stretched = shares if len(shares) == space.max_steps else np.interp(at, own, shares).tolist()
+def _point(space: SearchSpace, candidate: Candidate) -> Embedding:
+    """One row of an embedding."""
+    times, skips = np.array(candidate.timesteps) / space.T, candidate.skips
+    if candidate.steps != space.max_steps:
+        positions = np.linspace(0.0, 1.0, space.max_steps)
+        times = np.interp(positions, np.linspace(0.0, 1.0, candidate.steps), times)
+        skips = tuple(skips[step] for step in np.rint(positions * (candidate.steps - 1)).astype(int))
     size = -(-len(space.units) // 8)
-    skips = b"".join(candidate.skips[step].to_bytes(size, "little") for step in nearest)
+    packed = b"".join(skip.to_bytes(size, "little") for skip in skips)
+    octets = np.frombuffer(packed, dtype=np.uint8).reshape(space.max_steps, size)
+    bits = np.unpackbits(octets, axis=1, count=len(space.units), bitorder="little").ravel().astype(np.float32)
     settings = space.canonical_settings(candidate.settings_dict)
     choices = [float(settings[name] == value) for name, values in space.choices.items() for value in values]
     numbers = [(float(settings[n]) - low) / (high - low) for n, (low, high) in space.ranges.items()]
-    times = array("d", [*stretched, candidate.steps / space.max_steps]).tobytes()
-    return times, skips, tuple(choices), tuple(numbers)
-
-
-@lru_cache(maxsize=1024)
-def _places(steps: int, positions: int) -> tuple[Array, Array, list[int]]:
-    """Places of steps and of positions in [0, 1], and the step nearest to each position."""
-    at = np.linspace(0.0, 1.0, positions)
-    return np.linspace(0.0, 1.0, steps), at, [int(step) for step in np.rint(at * (steps - 1))]
+    steps = candidate.steps / space.max_steps
+    return Embedding(np.append(times, steps), bits, np.array(choices), np.array(numbers))
 
 
 def normal_scores(losses: Sequence[float]) -> Array:
@@ -117,8 +102,8 @@ def normal_scores(losses: Sequence[float]) -> Array:
     values = np.asarray(losses)
     ordered = np.sort(values)
     below, upto = np.searchsorted(ordered, values, "left"), np.searchsorted(ordered, values, "right")
-    shares = (below + (upto - below) / 2) / len(values)
-    return np.array([_quantile(float(share)) for share in shares])
+    ranks = (below + (upto - below) / 2) / len(values)
+    return np.array([_quantile(float(rank)) for rank in ranks])
 
 
 _quantile = lru_cache(maxsize=4096)(NormalDist().inv_cdf)
@@ -132,12 +117,12 @@ def predict(known: Embedding, scores: Array, asked: Embedding) -> tuple[Array, A
     Settings, where any are searched, add an exponential factor in the number of choices that differ and a Matérn one
     in the numbers; how much they matter, a length scale of their own, is found likewise.
     """
-    among, between = _distances(known, known), _distances(known, asked)
-    units = [_median(d[d > 0]) if d.any() else 1.0 for d in among]
+    among, between = distances(known, known), distances(known, asked)
+    units = [float(np.median(d[d > 0])) if d.any() else 1.0 for d in among]
     # From here on each pair once, as places in a flat matrix: most of the time goes into their exponentials.
     size = len(scores)
     pairs, diagonal = np.flatnonzero(np.tri(size, dtype=np.bool_)), slice(None, None, size + 1)
-    among = tuple(distances.ravel().take(pairs) for distances in among)
+    among = tuple(matrix.ravel().take(pairs) for matrix in among)
     flat = np.zeros(size * size)
     searched = known.choices.shape[1] or known.numbers.shape[1]
     best, found = -np.inf, None
@@ -156,14 +141,7 @@ def predict(known: Embedding, scores: Array, asked: Embedding) -> tuple[Array, A
     return projected.T @ white, np.sqrt(variance)
 
 
-def _median(values: Array) -> float:
-    """``np.median`` of values without NaN, which takes half as long if it need not look for any."""
-    low, high = (len(values) - 1) // 2, len(values) // 2
-    middle = np.partition(values, (low, high))[[low, high]]
-    return float(middle.mean())
-
-
-def _distances(one: Embedding, other: Embedding) -> tuple[Array, ...]:
+def distances(one: Embedding, other: Embedding) -> tuple[Array, ...]:
     """Between times, skips, choices and numbers, float64 [N, M] each.
 
     Euclidean for times and numbers; how many skip bits and how many choices differ for the others.

@@ -1,58 +1,30 @@
-"""Known timestep lists: what a search starts from and has to beat.
+"""Baselines: published timestep lists, which a search starts from and has to beat.
 
-Each is a function ``(schedule, steps)`` to ``steps`` distinct timestep indices in [0, T), strictly
-descending. ``BASELINES`` names them all. A list of one step is the end of the list that has the most noise, but
-for "uniform", whose only step is 0 by its definition.
+Each is a function ``(schedule, steps)`` to ``steps`` distinct timestep indices in [0, T), strictly descending. A list
+of one step is the end of the list that has the most noise, but for "uniform", whose only step is 0 by its definition.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from itertools import pairwise
-from typing import cast
 
 import numpy as np
 
 from autodiffusion_optuna.errors import ConfigError
 from autodiffusion_optuna.noise import Array, NoiseSchedule
+from autodiffusion_optuna.search.repair import Timesteps, spread
 
-Timesteps = tuple[int, ...]
 KARRAS_RHO = 7.0
 
 
-def spread(timesteps: Sequence[float], T: int, min_gap: int = 1) -> Timesteps:
-    """Nearest list in [0, T) whose neighbours lie at least ``min_gap`` apart.
-
-    ``timesteps``: descending, ties allowed; same length and order come back, and a list that is already
-    right comes back as it is. Colliding runs move apart together around their mean: with ``u_i = t_i + i *
-    min_gap`` the task is to make u non-increasing, which pooling adjacent violators does with the least
-    squared change. Needs ``(len(timesteps) - 1) * min_gap < T``.
-    """
-    fits = timesteps[-1] >= 0 and timesteps[0] < T and all(a - b >= min_gap for a, b in pairwise(timesteps))
-    if fits and all(isinstance(timestep, int) for timestep in timesteps):
-        return tuple(cast(Sequence[int], timesteps))  # as most lists are; the rest would find the same
-    blocks: list[tuple[float, int]] = []  # (mean of u, length), means non-increasing
-    for position, timestep in enumerate(timesteps):
-        mean, length = timestep + position * min_gap, 1
-        while blocks and blocks[-1][0] < mean:
-            earlier, count = blocks.pop()
-            mean, length = (earlier * count + mean * length) / (count + length), count + length
-        blocks.append((mean, length))
-    lowest = (len(timesteps) - 1) * min_gap
-    levels = [min(max(round(mean), lowest), T - 1) for mean, length in blocks for _ in range(length)]
-    return tuple(level - position * min_gap for position, level in enumerate(levels))
-
-
 def uniform_timesteps(T: int, steps: int) -> Timesteps:
-    """Multiples of ``T // steps``: DDIM's spacing, diffusers' "leading" (arXiv 2010.02502, app. D.2)."""
+    """Multiples of ``T // steps``: DDIM's spacing, diffusers' "leading" (arXiv 2010.02502, app. D.2).
+
+    The last step is 0, the first is well below T - 1.
+    """
     _check_steps(T, steps)
     return tuple(i * (T // steps) for i in reversed(range(steps)))
-
-
-def uniform(schedule: NoiseSchedule, steps: int) -> Timesteps:
-    """Multiples of ``T // steps``; the last step is 0, the first is well below T - 1."""
-    return uniform_timesteps(schedule.T, steps)
 
 
 def uniform_trailing(schedule: NoiseSchedule, steps: int) -> Timesteps:
@@ -78,24 +50,24 @@ def cosine(schedule: NoiseSchedule, steps: int) -> Timesteps:
 
 def log_snr(schedule: NoiseSchedule, steps: int) -> Timesteps:
     """Even in log(alpha / sigma) from end to end (DPM-Solver, arXiv 2206.00927, section 3.4)."""
-    low, high = _log_levels(schedule)[[0, -1]]
+    low, high = -schedule.lambdas[[0, -1]]
     return _nearest(schedule, low + _ramp(steps) * (high - low))
 
 
 def karras(schedule: NoiseSchedule, steps: int) -> Timesteps:
     """Even in (sigma / alpha)^(1/7) from end to end (EDM, arXiv 2206.00364, eq. 5)."""
-    low, high = np.exp(_log_levels(schedule)[[0, -1]] / KARRAS_RHO)
+    low, high = np.exp(-schedule.lambdas[[0, -1]] / KARRAS_RHO)
     return _nearest(schedule, KARRAS_RHO * np.log(low + _ramp(steps) * (high - low)))
 
 
 def arctan(schedule: NoiseSchedule, steps: int) -> Timesteps:
     """Even in arctan(sigma / alpha): best for unit Gaussian data (AYS, arXiv 2404.14507, thm 3.1)."""
-    low, high = np.arctan(np.exp(_log_levels(schedule)[[0, -1]]))
+    low, high = np.arctan(np.exp(-schedule.lambdas[[0, -1]]))
     return _nearest(schedule, np.log(np.tan(low + _ramp(steps) * (high - low))))
 
 
 BASELINES: dict[str, Callable[[NoiseSchedule, int], Timesteps]] = {
-    "uniform": uniform,
+    "uniform": lambda schedule, steps: uniform_timesteps(schedule.T, steps),
     "uniform-trailing": uniform_trailing,
     "uniform-linspace": uniform_linspace,
     "quadratic": quadratic,
@@ -107,7 +79,7 @@ BASELINES: dict[str, Callable[[NoiseSchedule, int], Timesteps]] = {
 
 
 def baseline_timesteps(schedule: NoiseSchedule, steps: int, min_gap: int = 1) -> dict[str, Timesteps]:
-    """Every known list by name, at least ``min_gap`` apart; with few steps two names may hold equal lists."""
+    """Every baseline by name, at least ``min_gap`` apart; with few steps two names may hold equal lists."""
     _check_steps(schedule.T, steps, min_gap)
     return {name: spread(make(schedule, steps), schedule.T, min_gap) for name, make in BASELINES.items()}
 
@@ -117,14 +89,9 @@ def _ramp(steps: int) -> Array:
     return np.linspace(1.0, 0.0, steps)
 
 
-def _log_levels(schedule: NoiseSchedule) -> Array:
-    """log(sigma / alpha) by index, float64 [T], strictly increasing."""
-    return -schedule.lambdas
-
-
 def _nearest(schedule: NoiseSchedule, log_levels: Array) -> Timesteps:
     """Indices whose log(sigma / alpha) is nearest to each of ``log_levels`` (descending)."""
-    distances = np.abs(_log_levels(schedule)[:, None] - log_levels[None, :])
+    distances = np.abs(-schedule.lambdas[:, None] - log_levels[None, :])
     return _distinct(distances.argmin(axis=0).tolist(), schedule.T)
 
 

@@ -58,5 +58,4 @@ SETTINGS = {
         chunk=8, choices={**SOLVERS, "final": ("zero", "sigma_min")}, ranges={"guidance": (-1.5, 7.25)},
     ),
 }  # fmt: skip
-PLAIN = tuple(SPACES)
 SPACES |= SETTINGS

@@ -22,44 +22,44 @@ from autodiffusion_optuna.search.space import SearchSpace
 
 Operator = Callable[[Generator, SearchSpace, Candidate, Candidate, float], Candidate]
 OPERATORS: dict[str, Operator] = {
-    "random": lambda rng, space, a, b, share: random_candidate(rng, space, share),
-    "paper": lambda rng, space, a, b, share: mutate_paper(rng, space, a, share, 0.25),
-    "rare": lambda rng, space, a, b, share: mutate_paper(rng, space, a, share, 1e-9),
-    "local": lambda rng, space, a, b, share: mutate_local(rng, space, a, share),
+    "random": lambda rng, space, a, b, skip_ratio: random_candidate(rng, space, skip_ratio),
+    "paper": lambda rng, space, a, b, skip_ratio: mutate_paper(rng, space, a, skip_ratio, 0.25),
+    "rare": lambda rng, space, a, b, skip_ratio: mutate_paper(rng, space, a, skip_ratio, 1e-9),
+    "local": lambda rng, space, a, b, skip_ratio: mutate_local(rng, space, a, skip_ratio),
     "uniform": crossover_uniform,
     "prefix": crossover_prefix,
 }
 MUTATIONS = ("paper", "rare", "local")
 NAMES = st.sampled_from(sorted(SPACES))
 SEEDS = st.integers(0, 2**31)
-SHARES = st.sampled_from([0.0, 0.3, 1.0])  # of max_skip
+PARTS = st.sampled_from([0.0, 0.3, 1.0])  # of max_skip
 
 
 @pytest.mark.parametrize("operator", OPERATORS)
 @settings(max_examples=150, deadline=None)
-@given(NAMES, SEEDS, SHARES)
-def test_children_are_canonical_within_the_share_and_repeatable(
+@given(NAMES, SEEDS, PARTS)
+def test_children_are_canonical_within_the_skip_ratio_and_repeatable(
     operator: str, name: str, seed: int, part: float
 ) -> None:
     space = SPACES[name]
-    share = part * space.max_skip
+    skip_ratio = part * space.max_skip
     rng = np.random.default_rng(seed)
     first, second = (random_candidate(rng, space, space.max_skip) for _ in range(2))
-    child = OPERATORS[operator](np.random.default_rng(seed), space, first, second, share)
+    child = OPERATORS[operator](np.random.default_rng(seed), space, first, second, skip_ratio)
     assert space.is_canonical(child)
-    assert all(skip.bit_count() <= space.open_limit(share) for skip in child.skips)
-    assert child == OPERATORS[operator](np.random.default_rng(seed), space, first, second, share)
+    assert all(skip.bit_count() <= space.open_limit(skip_ratio) for skip in child.skips)
+    assert child == OPERATORS[operator](np.random.default_rng(seed), space, first, second, skip_ratio)
 
 
 @pytest.mark.parametrize("operator", MUTATIONS)
 @settings(max_examples=150, deadline=None)
-@given(NAMES, SEEDS, SHARES)
+@given(NAMES, SEEDS, PARTS)
 def test_a_mutation_changes_something(operator: str, name: str, seed: int, part: float) -> None:
     space = SPACES[name]
     rng = np.random.default_rng(seed)
-    share = part * space.max_skip
-    parent = random_candidate(rng, space, share)
-    assert OPERATORS[operator](rng, space, parent, parent, share) != parent
+    skip_ratio = part * space.max_skip
+    parent = random_candidate(rng, space, skip_ratio)
+    assert OPERATORS[operator](rng, space, parent, parent, skip_ratio) != parent
 
 
 @pytest.mark.parametrize("operator", ["uniform", "prefix"])
@@ -201,7 +201,7 @@ def test_a_space_of_one_candidate_does_not_hang() -> None:
 
 @pytest.mark.parametrize("operator", OPERATORS)
 @settings(max_examples=60, deadline=None)
-@given(st.sampled_from(sorted(SETTINGS)), SEEDS, SHARES)
+@given(st.sampled_from(sorted(SETTINGS)), SEEDS, PARTS)
 def test_children_have_every_setting_and_keep_the_budget(operator: str, name: str, seed: int, part: float) -> None:
     space = SPACES[name]
     rng = np.random.default_rng(seed)
@@ -210,7 +210,7 @@ def test_children_have_every_setting_and_keep_the_budget(operator: str, name: st
     assert [setting for setting, _ in child.settings] == sorted([*space.choices, *space.ranges])
     if space.max_cost is not None:
         assert space.cost(child) <= space.max_cost + 1e-9
-        doubled = child.setting("solver", "ddim") == "heun"
+        doubled = child.settings_dict.get("solver") == "heun"
         assert len(space.visits(child.steps, child.settings_dict)) == (2 * child.steps - 1 if doubled else child.steps)
 
 
@@ -218,7 +218,7 @@ def test_children_have_every_setting_and_keep_the_budget(operator: str, name: st
 def test_every_solver_is_reached_at_its_own_cost(name: str) -> None:
     space, rng = SPACES[name], np.random.default_rng(0)
     drawn = [random_candidate(rng, space, space.max_skip) for _ in range(200)]
-    seen = Counter(candidate.setting("solver", "") for candidate in drawn)
+    seen = Counter(candidate.settings_dict["solver"] for candidate in drawn)
     assert set(seen) == set(space.choices["solver"])
     assert min(seen.values()) > 0.7 * 200 / len(seen)
 
@@ -245,7 +245,7 @@ def test_local_moves_change_one_setting_or_none() -> None:
         assert len(names) == (child.timesteps == parent.timesteps)
         moved.update(names or ["time"])
         if names == ["guidance"]:
-            distances.append(abs(child.setting("guidance", 0.0) - 4.5))
+            distances.append(abs(float(child.settings_dict["guidance"]) - 4.5))
     assert 0.3 < 1 - moved["time"] / 3000 < 0.4
     assert min(moved[name] for name in space.default_settings) > 0.2 * (3000 - moved["time"])
     assert np.median(distances) < 1.0  # a fine move is as likely as a coarse one

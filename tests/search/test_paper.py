@@ -11,7 +11,8 @@ import pytest
 from search_spaces import SPACES, units
 
 from autodiffusion_optuna.candidate import Candidate
-from autodiffusion_optuna.search.sampler import AutoDiffusionSampler, Proposal
+from autodiffusion_optuna.search.evolution import Proposal
+from autodiffusion_optuna.search.sampler import AutoDiffusionSampler
 from autodiffusion_optuna.search.space import SearchSpace
 
 TARGET = (870, 610, 330, 90)
@@ -88,11 +89,11 @@ SKIPS = SearchSpace(1000, 4, 4, units=units(100), max_skip=0.1)
 
 def test_stage_two_ramps_as_published_when_every_generation_improves() -> None:
     _, proposals = run(SKIPS, 88, lambda number, candidate: -float(number), population_size=8)
-    shares = [proposals[8 * generation].share for generation in range(11)]
-    assert shares == pytest.approx([0, 0, 0, 0, 0, 0.02, 0.04, 0.06, 0.08, 0.1, 0.1])
+    ratios = [proposals[8 * generation].skip_ratio for generation in range(11)]
+    assert ratios == pytest.approx([0, 0, 0, 0, 0, 0.02, 0.04, 0.06, 0.08, 0.1, 0.1])
     for proposal in proposals:
         most = max(skip.bit_count() for skip in proposal.candidate.skips)
-        assert most <= round(100 * proposal.share)
+        assert most <= round(100 * proposal.skip_ratio)
         assert proposal.stage == (2 if proposal.generation >= 5 else 1)
     assert max(skip.bit_count() for p in proposals[80:] for skip in p.candidate.skips) > 5
 
@@ -105,11 +106,11 @@ def test_stage_two_starts_early_when_the_best_stays(last_improvement: int, start
     _, proposals = run(SKIPS, 64, score, population_size=8)
     first = min(p.generation for p in proposals if p.stage == 2)
     assert first == start
-    assert proposals[8 * start].share == pytest.approx(0.02)
+    assert proposals[8 * start].skip_ratio == pytest.approx(0.02)
 
 
 def test_skips_are_open_from_the_start_where_all_layers_are_too_expensive() -> None:
     space = SPACES["only with skips"]
     _, proposals = run(space, 24, lambda number, candidate: space.cost(candidate), population_size=8)
-    assert {(p.stage, p.share) for p in proposals} == {(2, 0.2)}
+    assert {(p.stage, p.skip_ratio) for p in proposals} == {(2, 0.2)}
     assert all(space.cost(p.candidate) <= 5.4 + 1e-9 for p in proposals)

@@ -5,58 +5,57 @@ import os
 import pickle
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import optuna
 import pytest
 from optuna.trial import TrialState
-from search_spaces import PLAIN, SPACES, units
+from search_runs import SPACE, fresh, go, sampler_of, score
+from search_spaces import SPACES, units
 
 from autodiffusion_optuna.candidate import Candidate
 from autodiffusion_optuna.errors import ConfigError
 from autodiffusion_optuna.search import history
+from autodiffusion_optuna.search.evolution import operator_at
 from autodiffusion_optuna.search.presets import PRESETS
 from autodiffusion_optuna.search.sampler import AutoDiffusionSampler
 from autodiffusion_optuna.search.space import SearchSpace
 
-SPACE = SPACES["budget"]
-
-
-def score(candidate: Candidate) -> float:
-    steps = sum(abs(t - 500) for t in candidate.timesteps) + sum(s % 97 for s in candidate.skips)
-    return steps + sum(len(v) if isinstance(v, str) else v for _, v in candidate.settings)
-
-
-def go(study: optuna.Study, trials: int, space: SearchSpace = SPACE) -> list[str]:
-    keys = []
-    for _ in range(trials):
-        trial = study.ask()
-        candidate = space.suggest(trial)
-        study.tell(trial, score(candidate))
-        keys.append(candidate.key)
-    return keys
-
-
-def fresh(seed: int = 0, space: SearchSpace = SPACE, **settings: Any) -> optuna.Study:
-    settings = {"population_size": 8, **settings}
-    return optuna.create_study(sampler=AutoDiffusionSampler(space, seed=seed, **settings))
-
 
 @pytest.mark.parametrize("preset", PRESETS)
 @pytest.mark.parametrize("name", SPACES)
-def test_stored_parameters_are_canonical_and_new(preset: str, name: str) -> None:
+def test_proposals_are_new_canonical_and_of_their_stage(preset: str, name: str) -> None:
     space = SPACES[name]
-    sampler = AutoDiffusionSampler(space, preset=preset, population_size=8, stage_one_generations=2)
-    study = optuna.create_study(sampler=sampler)
-    keys = go(study, 60, space)
-    assert len(set(keys)) == 60
+    study = fresh(space=space, preset=preset, stage_one_generations=2)
+    assert len(set(go(study, 60, space))) == 60
     for trial in study.trials:
-        assert trial.params == space.encode(space.decode(trial.params))
+        proposal = sampler_of(study).proposal(study, trial.number)
+        assert space.is_canonical(proposal.candidate)
+        assert trial.params == space.encode(proposal.candidate)
+        most = max(skip.bit_count() for skip in proposal.candidate.skips)
+        assert most <= space.open_limit(proposal.skip_ratio)
+        assert proposal.stage == (2 if proposal.skip_ratio else 1)
+        assert all(parent < trial.number for parent in proposal.parents)
 
 
-def test_seeds_differ_and_repeat() -> None:
-    assert go(fresh(1), 20) == go(fresh(1), 20) != go(fresh(2), 20)
+@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("name", ["range", "skips", "all open"])
+def test_seeds_differ_and_repeat(preset: str, name: str) -> None:
+    one, same, other = (go(fresh(seed, SPACES[name], preset=preset), 20, SPACES[name]) for seed in (1, 1, 2))
+    assert one == same != other
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_every_generation_has_exact_numbers_of_each_operator(name: str) -> None:
+    preset = PRESETS[name]
+    size, random = preset.population_size, preset.population_size - preset.mutation - preset.crossover
+    first = Counter(operator_at(index, preset) for index in range(size))
+    assert first == {"uniform": 1, "random": size // 2, "mutation": size - size // 2 - 1}
+    for generation in range(1, 4):
+        counts = Counter(operator_at(generation * size + place, preset) for place in range(size))
+        assert counts == {"mutation": preset.mutation, "crossover": preset.crossover, "random": random}
 
 
 def test_seed_none_is_drawn_once() -> None:
@@ -71,18 +70,9 @@ import json, sys
 import optuna
 optuna.logging.set_verbosity(optuna.logging.ERROR)
 sys.path.insert(0, sys.argv[1])
-from test_sampler import fresh, go
+from search_runs import fresh, go
 print(json.dumps(go(fresh(), 20)))
 """
-
-
-@pytest.mark.parametrize("preset", PRESETS)
-@pytest.mark.parametrize("name", PLAIN)
-def test_spaces_without_settings_are_searched_as_ever(preset: str, name: str) -> None:
-    """The keys were recorded before settings could be searched: studies begun then must go on alike."""
-    recorded = json.loads((Path(__file__).parent / "sampler_keys.json").read_text())
-    study = fresh(5, SPACES[name], preset=preset, stage_one_generations=2)
-    assert go(study, 60, SPACES[name]) == recorded[preset][name]
 
 
 @pytest.mark.parametrize("hash_seed", ["1", "4242"])
@@ -151,8 +141,7 @@ def test_a_candidate_that_always_fails_is_given_up() -> None:
 
 def test_pruned_trials_count_but_are_no_parents() -> None:
     study = fresh(mutation=8, crossover=0)
-    sampler = study.sampler
-    assert isinstance(sampler, AutoDiffusionSampler)
+    sampler = sampler_of(study)
     for number in range(24):
         trial = study.ask()
         candidate = SPACE.suggest(trial)
@@ -194,16 +183,15 @@ def test_an_exhausted_space_repeats_instead_of_hanging() -> None:
         assert len(set(keys)) == 6
 
 
-def test_enqueued_schedules_take_places_and_become_parents() -> None:
+def test_enqueued_baselines_take_places_and_become_parents() -> None:
     study = fresh()
-    known = Candidate((503, 501, 499, 497))
-    study.enqueue_trial(SPACE.encode(known), user_attrs={"baseline": "best"})
-    sampler = study.sampler
-    assert isinstance(sampler, AutoDiffusionSampler)
+    baseline = Candidate((503, 501, 499, 497))
+    study.enqueue_trial(SPACE.encode(baseline), user_attrs={"baseline": "best"})
+    sampler = sampler_of(study)
     go(study, 16)
     origin = sampler.describe(study, 0)
-    assert origin == {"generation": 0, "stage": 1, "operator": "baseline", "share": 0.0, "parents": []}
-    assert sampler.proposal(study, 0).candidate == known
+    assert origin == {"generation": 0, "stage": 1, "operator": "baseline", "skip_ratio": 0.0, "parents": []}
+    assert sampler.proposal(study, 0).candidate == baseline
     assert sampler.proposal(study, 8).generation == 1
     assert 0 in {parent for n in range(8, 16) for parent in sampler.proposal(study, n).parents}
 
@@ -212,9 +200,8 @@ def test_another_sampler_describes_a_serial_run_alike() -> None:
     study = fresh()
     go(study, 30)
     other = AutoDiffusionSampler(SPACE, population_size=8)
-    assert isinstance(study.sampler, AutoDiffusionSampler)
     for number in range(30):
-        assert other.proposal(study, number) == study.sampler.proposal(study, number)
+        assert other.proposal(study, number) == sampler_of(study).proposal(study, number)
         json.dumps(other.describe(study, number))
 
 
@@ -243,12 +230,11 @@ def test_two_objectives_breed_from_the_front() -> None:
 
 def test_infinite_values_rank_last() -> None:
     study = fresh(parents=2, mutation=8, crossover=0)
-    assert isinstance(study.sampler, AutoDiffusionSampler)
     for number in range(16):
         trial = study.ask()
         SPACE.suggest(trial)
         study.tell(trial, -float("inf") if number < 4 else float(number))
-    parents = {p for n in range(8, 16) for p in study.sampler.proposal(study, n).parents}
+    parents = {p for n in range(8, 16) for p in sampler_of(study).proposal(study, n).parents}
     assert parents == {4, 5}
 
 

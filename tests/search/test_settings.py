@@ -24,11 +24,11 @@ TARGET = (930, 700, 420, 130)
 
 def score(candidate: Candidate) -> float:
     """0 at TARGET, dpmpp, final "sigma_min" and guidance 3.2; each solver has timesteps of its own."""
-    solver = candidate.setting("solver", "")
+    solver = str(candidate.settings_dict["solver"])
     shift = 10 * list(SOLVERS).index(solver) - 30
     steps = sum(((t - goal - shift) / 100) ** 2 for t, goal in zip(candidate.timesteps, TARGET, strict=True))
-    final = 0.7 * (candidate.setting("final", "") == "zero")
-    return SOLVERS[solver] + steps + final + (candidate.setting("guidance", 0.0) - 3.2) ** 2
+    final = 0.7 * (candidate.settings_dict["final"] == "zero")
+    return SOLVERS[solver] + steps + final + (float(candidate.settings_dict["guidance"]) - 3.2) ** 2
 
 
 SAMPLERS: dict[str, Callable[[int], BaseSampler]] = {
@@ -51,9 +51,8 @@ def winners(name: str) -> tuple[Candidate, ...]:
 
 def hits(name: str) -> int:
     """Winners with the best solver and a guidance near the best one."""
-    return sum(
-        c.setting("solver", "") == "dpmpp" and abs(c.setting("guidance", 0.0) - 3.2) < 0.3 for c in winners(name)
-    )
+    settings = [winner.settings_dict for winner in winners(name)]
+    return sum(s["solver"] == "dpmpp" and abs(float(s["guidance"]) - 3.2) < 0.3 for s in settings)
 
 
 @pytest.mark.parametrize("preset", [pytest.param("adopt", marks=pytest.mark.slow), "paper"])
@@ -72,13 +71,13 @@ def test_parents_are_not_all_of_the_solver_that_leads() -> None:
     sampler = AutoDiffusionSampler(SPACE, seed=0)
     study = optuna.create_study(sampler=sampler)
     study.optimize(lambda trial: score(SPACE.suggest(trial)), n_trials=120)
-    solver_of = [SPACE.decode(trial.params).setting("solver", "") for trial in study.trials]
+    solver_of = [SPACE.decode(trial.params).settings_dict["solver"] for trial in study.trials]
     parents = Counter(solver_of[p] for number in range(60, 120) for p in sampler.proposal(study, number).parents)
     assert len(parents) >= 3
     assert parents.most_common(1)[0][1] > 0.4 * parents.total()
 
 
-def test_known_schedules_take_the_default_settings() -> None:
+def test_uniform_takes_the_default_settings() -> None:
     space = SPACES["solvers"]
     study = optuna.create_study(sampler=AutoDiffusionSampler(space, population_size=8))
     first = space.suggest(study.ask())
@@ -104,8 +103,8 @@ def test_too_expensive_solvers_are_tried_once_skips_are_open() -> None:
     space = SPACES["heun with skips"]
     sampler = AutoDiffusionSampler(space, population_size=8, stage_one_generations=2)
     study = optuna.create_study(sampler=sampler)
-    study.optimize(lambda trial: float(space.suggest(trial).setting("solver", "") == "ddim"), n_trials=80)
+    study.optimize(lambda trial: float(space.suggest(trial).settings_dict["solver"] == "ddim"), n_trials=80)
     proposals = [sampler.proposal(study, number) for number in range(80)]
-    assert {p.candidate.setting("solver", "") for p in proposals if p.stage == 1} == {"ddim"}
-    assert "heun" in {p.candidate.setting("solver", "") for p in proposals if p.stage == 2}
+    assert {p.candidate.settings_dict["solver"] for p in proposals if p.stage == 1} == {"ddim"}
+    assert "heun" in {p.candidate.settings_dict["solver"] for p in proposals if p.stage == 2}
     assert all(space.cost(p.candidate) <= 5.5 + 1e-9 for p in proposals)

@@ -27,9 +27,9 @@ def trials(candidates: list[Candidate], losses: list[float]) -> list[Record]:
     return [Record((value,), n, c.key, c) for n, (c, value) in enumerate(zip(candidates, losses, strict=True))]
 
 
-def drawn(space: SearchSpace, count: int, seed: int, share: float = 0.0) -> list[Candidate]:
+def drawn(space: SearchSpace, count: int, seed: int, skip_ratio: float = 0.0) -> list[Candidate]:
     rng = np.random.default_rng(seed)
-    return list(dict.fromkeys(random_candidate(rng, space, share) for _ in range(count)))
+    return list(dict.fromkeys(random_candidate(rng, space, skip_ratio) for _ in range(count)))
 
 
 def test_the_guess_is_right_at_what_is_known_and_unsure_far_away() -> None:
@@ -92,11 +92,11 @@ def test_skips_and_lengths_are_told_apart() -> None:
 
 def test_the_number_of_fitted_trials_is_bounded() -> None:
     ranked = sorted(trials([Candidate((n,)) for n in range(5000)], [float(n % 997) for n in range(5000)]))
-    fitted = surrogate._fitted(ranked)
+    fitted = surrogate.fitted(ranked)
     assert len(fitted) == surrogate.KEPT_BEST + surrogate.KEPT_OTHERS
     assert fitted[: surrogate.KEPT_BEST] == ranked[: surrogate.KEPT_BEST]
     assert fitted[-1] == ranked[-1]
-    assert surrogate._fitted(ranked[:7]) == ranked[:7]
+    assert surrogate.fitted(ranked[:7]) == ranked[:7]
 
 
 def test_settings_are_told_apart() -> None:
@@ -107,7 +107,7 @@ def test_settings_are_told_apart() -> None:
     assert points.numbers.tolist() == [[0], [0], [1], [0.5]]
     plain = surrogate.embed([Candidate(times)], STEPS)
     assert (plain.choices.shape, plain.numbers.shape) == ((1, 0), (1, 0))
-    distances = surrogate._distances(points, points)
+    distances = surrogate.distances(points, points)
     assert distances[2].tolist() == [[0, 1, 0, 1], [1, 0, 1, 1], [0, 1, 0, 1], [1, 1, 1, 0]]
     assert distances[3][0].tolist() == [0, 0, 1, 0.5]
 
@@ -122,8 +122,8 @@ def test_settings_that_are_equal_leave_the_guess_as_it_is() -> None:
 
 def test_it_learns_which_solver_and_guidance_are_best() -> None:
     def with_settings(candidate: Candidate) -> float:
-        solver = {"a": 0.0, "b": 1.0, "c": 2.0}[candidate.setting("solver", "")]
-        return loss(candidate) / 3e5 + solver + (candidate.setting("guidance", 0.0) - 3.0) ** 2 / 5
+        solver = {"a": 0.0, "b": 1.0, "c": 2.0}[str(candidate.settings_dict["solver"])]
+        return loss(candidate) / 3e5 + solver + (float(candidate.settings_dict["guidance"]) - 3.0) ** 2 / 5
 
     known, children = drawn(SETTINGS, 100, 1), drawn(SETTINGS, 60, 2)
     scores = surrogate.normal_scores([with_settings(c) for c in known])

@@ -69,7 +69,9 @@ HALVES = {  # those that ask come first: they would be given what is enqueued
     "begun, a part": begun(2),
     "begun, all": begun(3),
     "begun, with a generation": begun(3, generation=1),
-    "begun, without a cost": begun(3, generation=1, stage=1, operator="baseline", share=0.0, candidate="900,500,100"),
+    "begun, without a cost": begun(
+        3, generation=1, stage=1, operator="baseline", skip_ratio=0.0, candidate="900,500,100"
+    ),
     "begun by a person": begun(3, worker="me"),
     "enqueued, all": enqueued(WHOLE),
     "enqueued, nothing": enqueued({}),

@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 
 from autodiffusion_optuna import noise
 from autodiffusion_optuna.errors import ConfigError
-from autodiffusion_optuna.search.timesteps import BASELINES, baseline_timesteps, spread, uniform_timesteps
+from autodiffusion_optuna.search.repair import spread
+from autodiffusion_optuna.search.timesteps import BASELINES, baseline_timesteps, uniform_timesteps
 
 LINEAR = noise.linear(1000)
 GRIDS = {
@@ -65,7 +66,7 @@ def test_spaced_in_what_they_say() -> None:
     assert arc.std() < 0.05 * abs(arc.mean())
 
 
-def test_known_schedules_keep_the_gap() -> None:
+def test_baselines_keep_the_gap() -> None:
     lists = baseline_timesteps(LINEAR, 20, min_gap=30)
     assert list(lists) == list(BASELINES)
     assert all(a - b >= 30 for times in lists.values() for a, b in pairwise(times))
