@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from autodiffusion_optuna._version import __version__
 from autodiffusion_optuna.config import SEARCH_BANK, flatten
 from autodiffusion_optuna.errors import AdoptError
-from autodiffusion_optuna.export.scripts import result_of, result_text
+from autodiffusion_optuna.export.formats import result_of, result_text
 from autodiffusion_optuna.images import picture
 from autodiffusion_optuna.report.figures import FIGURES
 from autodiffusion_optuna.results.summary import Row, StudySummary, banks_of
@@ -323,10 +323,10 @@ def _apply(report: StudySummary, tail: str) -> str:
 
 def _exports(report: StudySummary) -> tuple[dict[str, str], str]:
     """Text of every export that this model allows, and why another is not among them."""
-    schedule, texts, refused = result_of(report), {}, ""
+    result, texts, refused = result_of(report), {}, ""
     for form in FILES:
         try:
-            texts[form] = result_text(schedule, form)
+            texts[form] = result_text(result, form)
         except AdoptError as error:
             refused = str(error).partition(";")[0]
     return texts, refused

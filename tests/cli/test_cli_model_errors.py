@@ -253,13 +253,13 @@ def test_schedules_that_do_not_fit(folder: Path, adopt: Adopt) -> None:
     assert adopt("export", "--study", "quick", "--format", "json", "--out", ".").code == 0
     (folder / "broken.json").write_text((folder / "quick.json").read_text()[:-20])
     for arguments, expected in (
-        (["score", "--schedule", "nowhere.json"], "cannot read schedule 'nowhere.json'"),
-        (["score", "--schedule", "broken.json"], "not valid JSON"),
-        (["score"], "neither --study nor --schedule"),
-        (["score", "--study", "quick", "--schedule", "quick.json"], "both --study and --schedule"),
-        (["score", "--study", "quick", "--model", "digits"], "--model goes with --schedule"),
-        (["score", "--schedule", "quick.json", "--model", "nowhere"], "unknown model 'nowhere'"),
-        (["sample", "--schedule", "quick.json", "--out", "no/where.png"], "does not exist"),
+        (["score", "--result", "nowhere.json"], "cannot read result 'nowhere.json'"),
+        (["score", "--result", "broken.json"], "not valid JSON"),
+        (["score"], "neither --study nor --result"),
+        (["score", "--study", "quick", "--result", "quick.json"], "both --study and --result"),
+        (["score", "--study", "quick", "--model", "digits"], "--model goes with --result"),
+        (["score", "--result", "quick.json", "--model", "nowhere"], "unknown model 'nowhere'"),
+        (["sample", "--result", "quick.json", "--out", "no/where.png"], "does not exist"),
     ):
         result = adopt(*arguments)
         assert (result.code, result.err.count("\n")) == (1, 1), result

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 from command import Adopt
-from example_schedules import example, ours, schedule_of
+from example_results import example, ours, result_for
 from tiny_models import make_unet, make_vae, write_class_conditional, write_ddpm, write_dit
 from tiny_pipelines import write_flux, write_prompts, write_sd, write_sd3, write_sdxl
 from torch import Tensor
@@ -24,26 +24,19 @@ from torch import Tensor
 from autodiffusion_optuna import Result
 from autodiffusion_optuna.errors import ConfigError, ModelError, StudyError
 from autodiffusion_optuna.evaluation.models import load_model
-from autodiffusion_optuna.export.schedule import ConfigPart, HeldOutPart, ScorePart
-from autodiffusion_optuna.export.scripts import (
-    FORMS,
-    PROMPT,
-    diffusers_script,
-    export_result,
-    export_text,
-    load_schedule,
-    notes,
-    result_of,
-    result_text,
-)
+from autodiffusion_optuna.export.comfyui import comfyui_notes
+from autodiffusion_optuna.export.formats import FORMATS, result_of, result_text
+from autodiffusion_optuna.export.result import ConfigPart, HeldOutPart, ScorePart
+from autodiffusion_optuna.export.scripts import PROMPT, diffusers_script
 from autodiffusion_optuna.noise import flow, linear
 from autodiffusion_optuna.results.held_out import HeldOut
 from autodiffusion_optuna.results.summary import read_summary
 from autodiffusion_optuna.storage.database import open_storage
 from autodiffusion_optuna.storage.studies import load_study
 from autodiffusion_optuna.storage.url import storage_url
-from autodiffusion_optuna.study import transfer
-from autodiffusion_optuna.study.transfer import check_script, differences
+from autodiffusion_optuna.study import script_check
+from autodiffusion_optuna.study.script_check import check_script
+from autodiffusion_optuna.study.transfer import differences
 
 pytestmark = pytest.mark.filterwarnings("ignore:algorithm_type dpmsolver is deprecated:FutureWarning")
 
@@ -51,11 +44,11 @@ TIMESTEPS = (951, 600, 333, 40)
 SKIPS = ((1, 2), (), (0,), (2,))
 
 
-def run(folder: Path, schedule: Result) -> Tensor:
+def run(folder: Path, result: Result) -> Tensor:
     """int32 [B, C, H, W] that the script draws, run as printed in the folder of its JSON."""
-    schedule.write(folder / f"{schedule.study}.json")
-    script = folder / f"{schedule.study}.py"
-    script.write_text(result_text(schedule, "diffusers"))
+    result.write(folder / f"{result.study}.json")
+    script = folder / f"{result.study}.py"
+    script.write_text(result_text(result, "diffusers"))
     images = runpy.run_path(str(script))["images"]
     if isinstance(images, Tensor):
         return images.int()
@@ -151,11 +144,11 @@ def test_the_script_of_a_network_draws_our_images(folder: Path, name: str, maske
     write(folder / "net")
     if masked:
         fields = {**fields, "skips": SKIPS}
-    schedule = schedule_of(Path("net"), options, **{"timesteps": TIMESTEPS, **fields})
+    result = result_for(Path("net"), options, **{"timesteps": TIMESTEPS, **fields})
     classes = [] if "classes" not in name else [i % (4 if "guided" in name else 5) for i in range(16)]
-    drawn = run(folder, schedule)
-    assert drawn.shape == (16, *(schedule.model.image_shape or ()))
-    assert int((drawn - ours(schedule, 16, classes).int()).abs().max()) <= 2
+    drawn = run(folder, result)
+    assert drawn.shape == (16, *result.model.image_shape)
+    assert int((drawn - ours(result, 16, classes).int()).abs().max()) <= 2
     assert ("autodiffusion_optuna" in (folder / "mine.py").read_text()) == masked
 
 
@@ -190,9 +183,9 @@ def test_the_script_of_a_pipeline_draws_our_images(folder: Path, name: str) -> N
         options = {**options, "prompts": "prompts.txt", "size": [32, 32]}
         chosen = [0]
     for masks in ({}, {"skips": SKIPS}) if name in MASKED_PIPELINES else ({},):
-        schedule = schedule_of(Path("net"), options, timesteps=TIMESTEPS, **fields, **masks)
-        drawn = run(folder, schedule)
-        assert int((drawn - ours(schedule, len(chosen), chosen).int()).abs().max()) <= 2
+        result = result_for(Path("net"), options, timesteps=TIMESTEPS, **fields, **masks)
+        drawn = run(folder, result)
+        assert int((drawn - ours(result, len(chosen), chosen).int()).abs().max()) <= 2
         uses_us = "autodiffusion_optuna" in (folder / "mine.py").read_text()
         assert uses_us == (bool(masks) or name in NEEDS_APPLY)
 
@@ -217,11 +210,11 @@ def test_where_diffusers_falls_short_our_sampler_is_used_and_the_script_says_why
     (write, options, fields), why = PACKAGE[name]
     write(folder / "net")
     (folder / "prompts.txt").write_text(f"a dog\n{PROMPT}\n")
-    schedule = schedule_of(Path("net"), options, timesteps=TIMESTEPS, **fields)
-    assert why in result_text(schedule, "diffusers")
-    drawn = run(folder, schedule)
+    result = result_for(Path("net"), options, timesteps=TIMESTEPS, **fields)
+    assert why in result_text(result, "diffusers")
+    drawn = run(folder, result)
     count, chosen = {"sd": (2, [1, 1]), "below 1": (2, [0, 1])}.get(name, (16, [0] * 16))
-    assert torch.equal(drawn, ours(schedule, count, chosen).int())
+    assert torch.equal(drawn, ours(result, count, chosen).int())
 
 
 @pytest.mark.parametrize("images", [None, 3])
@@ -230,31 +223,31 @@ def test_a_script_of_our_own_sampler_needs_neither_the_studys_prompts_nor_the_cp
 ) -> None:
     write_sd(folder / "net")
     options = {"prompts": str(write_prompts(folder).resolve()), "size": [32, 32]}
-    schedule = schedule_of(Path("net"), options, timesteps=TIMESTEPS, solver="plms_ab")
+    result = result_for(Path("net"), options, timesteps=TIMESTEPS, solver="plms_ab")
     Path(options["prompts"]).unlink()
-    schedule.write("mine.json")
-    script = diffusers_script(schedule, images=images)
+    result.write("mine.json")
+    script = diffusers_script(result, images=images)
     assert options["prompts"] not in script
     assert 'device="auto"' in script
     Path("mine.py").write_text(script)
     names = runpy.run_path("mine.py")
     assert names["images"].shape == (images or 2, 3, 32, 32)
     assert names["PROMPTS"] == [PROMPT] * (images or 2)
-    reduced = schedule.model_copy(update={"model": schedule.model.model_copy(update={"precision": "bfloat16"})})
+    reduced = result.model_copy(update={"model": result.model.model_copy(update={"precision": "bfloat16"})})
     assert "reduced=True" in diffusers_script(reduced)
 
 
 def test_plain_scripts_run_where_this_package_is_not(folder: Path) -> None:
     write_ddpm(folder / "net")
-    schedule = schedule_of(Path("net"), solver="dpmpp_2m", timesteps=TIMESTEPS)
-    (folder / "mine.py").write_text(result_text(schedule, "python"))
+    result = result_for(Path("net"), solver="dpmpp_2m", timesteps=TIMESTEPS)
+    (folder / "mine.py").write_text(result_text(result, "diffusers"))
     code = (
         "import sys; sys.modules['autodiffusion_optuna'] = None\n"
         "import runpy, torch; torch.save(runpy.run_path('mine.py')['images'], 'images.pt')\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=folder, capture_output=True)
     drawn = torch.load(folder / "images.pt", weights_only=True).int()
-    assert int((drawn - ours(schedule, 16).int()).abs().max()) <= 2
+    assert int((drawn - ours(result, 16).int()).abs().max()) <= 2
 
 
 def test_scripts_load_the_model_as_the_study_did() -> None:
@@ -289,13 +282,13 @@ def adm_config() -> ConfigPart:
 # ComfyUI
 
 
-def sigmas(schedule: Result) -> tuple[list[str], list[float]]:
+def sigmas(result: Result) -> tuple[list[str], list[float]]:
     """What is said beside it, and the numbers as the node finds them: all of a text, in comments too."""
-    text = result_text(schedule, "comfyui")
+    text = result_text(result, "comfyui")
     assert "e" not in text
     found = [float(number) for number in re.findall(r"[-+]?(?:\d*\.*\d+)", text)]
-    assert len(found) == len(schedule.timesteps) + 1
-    return notes(schedule, "comfyui"), found
+    assert len(found) == len(result.timesteps) + 1
+    return comfyui_notes(result), found
 
 
 def test_comfyui_is_given_sigma_over_alpha() -> None:
@@ -305,8 +298,8 @@ def test_comfyui_is_given_sigma_over_alpha() -> None:
 
     timesteps = (999, 613, 208, 0)
     part = {"kind": "StableDiffusionPipeline", "guidance": "free"}
-    schedule = example(scaled_linear(), timesteps=timesteps, solver="dpmpp_2m", guidance=7.5, model=part)
-    said, found = sigmas(schedule)
+    result = example(scaled_linear(), timesteps=timesteps, solver="dpmpp_2m", guidance=7.5, model=part)
+    said, found = sigmas(result)
     wanted = [*(((1 - abar[t]) / abar[t]) ** 0.5 for t in timesteps), 0.0]
     np.testing.assert_allclose(found, wanted, rtol=1e-9, atol=1e-12)
     assert found[0] == pytest.approx(14.614642, abs=1e-4)  # sigma_max of Stable Diffusion in k-diffusion
@@ -317,13 +310,13 @@ def test_comfyui_is_given_sigma_over_alpha() -> None:
 
 def test_comfyui_is_given_the_levels_of_a_flow() -> None:
     part = {"kind": "FluxPipeline", "prediction": "flow_prediction", "guidance": "embedded"}
-    schedule = example(flow(1000, 3.0), timesteps=(999, 500, 3), guidance=3.5, model=part)
-    said, found = sigmas(schedule)
+    result = example(flow(1000, 3.0), timesteps=(999, 500, 3), guidance=3.5, model=part)
+    said, found = sigmas(result)
     u = np.array([1000, 501, 4]) / 1001
     np.testing.assert_allclose(found, [*(3 * u / (1 + 2 * u)), 0.0], atol=1e-11)
     assert said[1:] == ["Sampler: euler.", "Guidance: 3.5 (guidance of FluxGuidance, with a cfg of 1)."]
-    assert "another coordinate" in sigmas(schedule.model_copy(update={"solver": "heun"}))[0][1]
-    stochastic = schedule.model_copy(update={"solver": "ddim", "eta": 0.5})
+    assert "another coordinate" in sigmas(result.model_copy(update={"solver": "heun"}))[0][1]
+    stochastic = result.model_copy(update={"solver": "ddim", "eta": 0.5})
     assert "euler_ancestral (approximately" in sigmas(stochastic)[0][1]
 
 
@@ -356,10 +349,10 @@ def test_euler_ancestral_is_ddim_with_eta() -> None:
     for s, t in ((901, 500), (500, 40)):
         high, low = (noise.sigma(i) / noise.alpha(i) for i in (s, t))
         up = 0.7 * (low**2 * (high**2 - low**2) / high**2) ** 0.5
-        held_out = (
+        added = (
             0.7 * noise.sigma(t) * (1 - (noise.alpha(s) * noise.sigma(t) / noise.alpha(t) / noise.sigma(s)) ** 2) ** 0.5
         )
-        assert up == pytest.approx(held_out / noise.alpha(t), rel=1e-12)
+        assert up == pytest.approx(added / noise.alpha(t), rel=1e-12)
 
 
 # Forms and studies
@@ -368,20 +361,17 @@ def test_euler_ancestral_is_ddim_with_eta() -> None:
 def test_forms_that_do_not_exist_or_cannot_be_are_refused() -> None:
     with pytest.raises(ConfigError, match="unknown format 'comfy'; did you mean 'comfyui'"):
         result_text(example(), "comfy")
-    for form in {*FORMS} - {"json"}:
+    for form in {*FORMATS} - {"json"}:
         with pytest.raises(ConfigError, match="mixture is not a model of diffusers or ComfyUI; export it with"):
             result_text(example(model={"kind": "mixture"}), form)
-        with pytest.raises(ConfigError, match="no noise levels, being of an older version; continue the study"):
-            result_text(example().model_copy(update={"noise": None}), form)
     assert result_text(example(), "json") == example().text()
-    assert result_text(example(), "python") == result_text(example(), "diffusers")
 
 
 def test_a_script_says_what_it_scored() -> None:
     held_out = HeldOutPart(mean=12.345, low=12.0, high=12.7, images=5000, banks=3)
     score = ScorePart(metric="FID", value=11.0, images=500, held_out=held_out)
-    assert "ddim, 3 steps, FID 12.35 on 3 x 5000 held-out images." in result_text(example(score=score), "python")
-    assert "FD(pixels) 1.25 on the search's 64 images." in result_text(example(), "python")
+    assert "ddim, 3 steps, FID 12.35 on 3 x 5000 held-out images." in result_text(example(score=score), "diffusers")
+    assert "FD(pixels) 1.25 on the search's 64 images." in result_text(example(), "diffusers")
 
 
 def searched(adopt: Adopt, folder: Path, *settings: str) -> Any:
@@ -401,61 +391,61 @@ def test_a_study_is_exported_with_everything_that_repeats_it(folder: Path, adopt
     # A budget below three full steps, so that the best candidate must skip something.
     budget = ["search.max_skip=0.6", "search.max_cost=0.9", "search.trials=14"]
     study = searched(adopt, folder, *budget, "sampling.solver=['deis', 'heun']", "sampling.order=3")
-    schedule = export_result(study)
+    result = result_of(read_summary(study))
     (folder / "exported").mkdir()
     assert adopt("export", "--study", "mine", "--out", "exported").code == 0
-    assert Result.read("exported/mine.json") == schedule
-    assert Path("exported/mine.py").read_text() == export_text(study, "python")
+    assert Result.read("exported/mine.json") == result
+    assert Path("exported/mine.py").read_text() == result_text(result_of(read_summary(study)), "diffusers")
 
     model, best = load_model("net", clip=None), study.best_trial
-    candidate = load_schedule(Path("exported/mine.json"), model.units)
+    candidate = Result.read("exported/mine.json").candidate(model.units)
     chosen = best.user_attrs["candidate"]
     assert chosen.endswith(candidate.key)
-    assert f"solver={schedule.solver}" in chosen
-    assert schedule.solver in ("deis_3", "heun")
-    assert schedule.masked
-    assert (schedule.cost, schedule.score.value) == (best.user_attrs["cost"], best.value)
-    assert schedule.model.clip
-    assert (schedule.model.sha256, schedule.model.kind) == (model.fingerprint, "DDPMPipeline")
-    assert schedule.model.shape == schedule.model.image_shape == (3, 8, 8)
-    assert schedule.model.units == model.units
-    assert schedule.model.weights == model.weights
-    assert differences(schedule, model) == []
-    np.testing.assert_array_equal(schedule.noise_schedule().alphas, model.schedule.alphas)
-    assert schedule.config is not None
-    assert Path(schedule.config.model.source) == folder.resolve() / "net"
-    assert schedule.guidance is None
-    assert schedule.made_with.keys() >= {"autodiffusion_optuna", "optuna", "torch", "diffusers"}
-    assert schedule.made_with["torch"].split("+")[0] == torch.__version__.split("+")[0]
-    held_out = schedule.score.held_out
+    assert f"solver={result.solver}" in chosen
+    assert result.solver in ("deis_3", "heun")
+    assert result.masked
+    assert (result.cost, result.score.value) == (best.user_attrs["cost"], best.value)
+    assert result.model.clip
+    assert (result.model.sha256, result.model.kind) == (model.fingerprint, "DDPMPipeline")
+    assert result.model.shape == result.model.image_shape == (3, 8, 8)
+    assert result.model.units == model.units
+    assert result.model.weights == model.weights
+    assert differences(result, model) == []
+    np.testing.assert_array_equal(result.noise_schedule().alphas, model.schedule.alphas)
+    assert Path(result.config.model.source) == folder.resolve() / "net"
+    assert result.guidance is None
+    assert result.made_with.keys() >= {"autodiffusion_optuna", "optuna", "torch", "diffusers"}
+    assert result.made_with["torch"].split("+")[0] == torch.__version__.split("+")[0]
+    held_out = result.score.held_out
     assert held_out is not None
     assert HeldOut(held_out.images, (held_out.low, held_out.mean, held_out.high)).mean == pytest.approx(held_out.mean)
 
     names = runpy.run_path("exported/mine.py")  # run from another folder than its own
-    assert int((names["images"].int() - ours(schedule, 16).int()).abs().max()) <= 2
+    assert int((names["images"].int() - ours(result, 16).int()).abs().max()) <= 2
 
 
 def test_fixed_settings_are_named_as_solvers_are(folder: Path, adopt: Adopt) -> None:
     settings = ("sampling.solver='unipc'", "sampling.order=3", "sampling.final=['sigma_min']", "model.clip=false")
-    schedule = export_result(searched(adopt, folder, *settings))
-    assert (schedule.solver, schedule.final, schedule.eta, schedule.model.clip) == ("unipc_3", "sigma_min", 0.0, False)
-    assert not schedule.masked
+    result = result_of(read_summary(searched(adopt, folder, *settings)))
+    assert (result.solver, result.final, result.eta, result.model.clip) == ("unipc_3", "sigma_min", 0.0, False)
+    assert not result.masked
 
 
 def test_numbers_that_were_searched_are_exported(folder: Path, adopt: Adopt) -> None:
     study = searched(adopt, folder, "sampling.eta={min=0.25, max=0.75}")
-    schedule = export_result(study)
-    assert schedule.eta == study.best_trial.params["eta"]
-    assert f"with eta = {schedule.eta:g}" in result_text(schedule, "python")
+    result = result_of(read_summary(study))
+    assert result.eta == study.best_trial.params["eta"]
+    assert f"with eta = {result.eta:g}" in result_text(result, "diffusers")
 
 
 def test_a_study_of_the_mixture_is_exported_as_json_alone(folder: Path, adopt: Adopt) -> None:
     assert adopt("run", "--study", "quick.toml", "--set", "search.trials=6").code == 0
     study = load_study(open_storage(storage_url(None)), "quick")
-    schedule = Result.parse(export_text(study, "json"))
-    assert schedule.model.kind == "mixture"
+    exported = result_of(read_summary(study))
+    result = Result.parse(result_text(exported, "json"))
+    assert result.model.kind == "mixture"
     with pytest.raises(ConfigError, match="mixture"):
-        export_text(study, "comfyui")
+        result_text(exported, "comfyui")
 
 
 def test_a_study_without_a_finished_trial_has_nothing_to_export(folder: Path, adopt: Adopt) -> None:
@@ -471,36 +461,36 @@ def test_a_study_without_a_finished_trial_has_nothing_to_export(folder: Path, ad
 
 def test_a_script_that_draws_our_images_has_no_fault(folder: Path) -> None:
     cosine(folder / "net")
-    schedule = schedule_of(Path("net"), solver="heun", timesteps=(999, 500))
-    assert check_script(schedule) == (None, None, None)
+    result = result_for(Path("net"), solver="heun", timesteps=(999, 500))
+    assert check_script(result) == (None, None, None)
     write_sd3(folder / "sd3")
     write_prompts(folder)
     options = {"prompts": "prompts.txt", "size": [32, 32]}
     for skips in (((),) * 4, SKIPS):
-        assert check_script(schedule_of(Path("sd3"), options, timesteps=TIMESTEPS, skips=skips)) == (None, None, None)
+        assert check_script(result_for(Path("sd3"), options, timesteps=TIMESTEPS, skips=skips)) == (None, None, None)
 
 
 def test_a_script_that_draws_other_images_has_one(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     cosine(folder / "net")
-    schedule = schedule_of(Path("net"), solver="heun", timesteps=(999, 500))
-    given = transfer.diffusers_script
+    result = result_for(Path("net"), solver="heun", timesteps=(999, 500))
+    given = script_check.diffusers_script
     monkeypatch.setattr(
-        transfer,
+        script_check,
         "diffusers_script",
         lambda *a, **k: given(*a, **k).replace(".double()", "").replace("float64", "float32"),
     )
-    fault = check_script(schedule).fault
+    fault = check_script(result).fault
     assert fault is not None
     found = re.fullmatch(r"on this model diffusers' images differ from those of .* sampler by (\d+\.\d) of 255", fault)
     assert found
     assert float(found[1]) > 50
-    monkeypatch.setattr(transfer, "diffusers_script", lambda *a, **k: "raise OSError('no such part\\nat all')")
-    assert check_script(schedule).fault == "diffusers cannot draw with this model as it is here (OSError: no such part)"
-    monkeypatch.setattr(transfer, "diffusers_script", lambda *a, **k: "import no_such_package")
+    monkeypatch.setattr(script_check, "diffusers_script", lambda *a, **k: "raise OSError('no such part\\nat all')")
+    assert check_script(result).fault == "diffusers cannot draw with this model as it is here (OSError: no such part)"
+    monkeypatch.setattr(script_check, "diffusers_script", lambda *a, **k: "import no_such_package")
     with pytest.raises(
         ModelError, match=r"it cannot be run here .ModuleNotFoundError: No module named 'no_such_package'"
     ):
-        check_script(schedule)
+        check_script(result)
 
 
 @pytest.mark.parametrize(
@@ -517,24 +507,21 @@ def test_float32_decides_where_reduced_precision_differs(
 ) -> None:
     write_sd(folder / "net")
     write_prompts(folder)
-    plain = schedule_of(Path("net"), {"prompts": "prompts.txt", "size": [32, 32]}, timesteps=TIMESTEPS)
-    assert plain.config is not None
-    reduced = {"precision": "bfloat16"}
-    config = plain.config.model_copy(update={"model": plain.config.model.model_copy(update=reduced)})
-    schedule = plain.model_copy(update={"config": config, "model": plain.model.model_copy(update=reduced)})
+    plain = result_for(Path("net"), {"prompts": "prompts.txt", "size": [32, 32]}, timesteps=TIMESTEPS)
+    result = plain.with_model(precision="bfloat16")
     scripts: list[str] = []
     left: list[Any] = [*found]
-    given = transfer.diffusers_script
+    given = script_check.diffusers_script
 
     def noted(*args: Any, **kwargs: Any) -> str:
         scripts.append(given(*args, **kwargs))
         if isinstance(left[0], Exception):
-            monkeypatch.setattr(transfer, "_run", lambda _: (_ for _ in ()).throw(left[0]))
+            monkeypatch.setattr(script_check, "run_script", lambda _: (_ for _ in ()).throw(left[0]))
         return scripts[-1]
 
-    monkeypatch.setattr(transfer, "diffusers_script", noted)
-    monkeypatch.setattr(transfer, "difference", lambda *_: left.pop(0))
-    checked = check_script(schedule)
+    monkeypatch.setattr(script_check, "diffusers_script", noted)
+    monkeypatch.setattr(script_check, "difference", lambda *_: left.pop(0))
+    checked = check_script(result)
     assert (checked.fault is None) == (fault is None)
     assert (fault or "") in (checked.fault or "")
     assert (checked.rounding is None) == (rounding is None)
@@ -543,31 +530,28 @@ def test_float32_decides_where_reduced_precision_differs(
 
 
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError, MemoryError])
-@pytest.mark.parametrize("place", ["_open_for_check", "_drawn", "_run"])
+@pytest.mark.parametrize("place", ["open_model", "draw", "run_script"])
 def test_a_model_too_large_for_the_check_is_not_checked(
     folder: Path, monkeypatch: pytest.MonkeyPatch, place: str, error: type[Exception]
 ) -> None:
     cosine(folder / "net")
 
-    def fail(*_: object) -> None:
+    def fail(*_: object, **__: object) -> None:
         raise error("no room")
 
-    monkeypatch.setattr(transfer, place, fail)
+    monkeypatch.setattr(script_check, place, fail)
     with pytest.raises(ModelError, match=rf"^it cannot be run here \({error.__name__}: no room\)$"):
-        check_script(schedule_of(Path("net"), timesteps=(999, 500)))
+        check_script(result_for(Path("net"), timesteps=(999, 500)))
 
 
 def test_a_check_that_cannot_be_made_downloads_nothing(folder: Path) -> None:
     write_ddpm(folder / "net")
-    schedule = schedule_of(Path("net"), timesteps=TIMESTEPS)
-    assert schedule.config is not None
+    result = result_for(Path("net"), timesteps=TIMESTEPS)
     for source, message in (("gone", "gone"), ("org/name", "'org/name' is not in the hub's cache")):
-        model = schedule.model.model_copy(update={"source": source})
-        config = schedule.config.model_copy(
-            update={"model": schedule.config.model.model_copy(update={"source": source})}
-        )
+        model = result.model.model_copy(update={"source": source})
+        config = result.config.model_copy(update={"model": result.config.model.model_copy(update={"source": source})})
         with pytest.raises(ModelError, match=message):
-            check_script(schedule.model_copy(update={"model": model, "config": config}))
+            check_script(result.model_copy(update={"model": model, "config": config}))
 
 
 def test_the_command_prints_one_text_and_says_the_rest_elsewhere(
@@ -575,27 +559,29 @@ def test_the_command_prints_one_text_and_says_the_rest_elsewhere(
 ) -> None:
     study = searched(adopt, folder)
     script = adopt("export", "--study", "mine")
-    assert (script.code, script.out) == (0, export_text(study, "diffusers"))
+    assert (script.code, script.out) == (0, result_text(result_of(read_summary(study)), "diffusers"))
     first, *others = script.err.splitlines()  # the others are of the study
     assert first == "comparing the script's images with those of the search's sampler (--no-check leaves it out) …"
-    assert Result.parse(adopt("export", "--study", "mine", "--format", "json").out) == export_result(study)
+    assert Result.parse(adopt("export", "--study", "mine", "--format", "json").out) == result_of(read_summary(study))
     numbers = adopt("export", "--study", "mine", "--format", "comfyui")
-    assert len(re.findall(r"\d+", numbers.out.replace(".", ""))) == len(export_result(study).timesteps) + 1
+    assert len(re.findall(r"\d+", numbers.out.replace(".", ""))) == len(result_of(read_summary(study)).timesteps) + 1
     assert "paste the numbers into the node ManualSigmas" in numbers.err
 
-    monkeypatch.setattr(transfer, "difference", lambda *_: 94.0)
+    monkeypatch.setattr(script_check, "difference", lambda *_: 94.0)
     other = adopt("export", "--study", "mine", "--out", "there")
     assert (
         "warning: on this model diffusers' images differ from those of the search's sampler by 94 of 255" in other.err
     )
     assert (folder / "there" / "mine.json").is_file()
     assert "import load_model" in (folder / "there" / "mine.py").read_text()
-    assert torch.equal(run(folder / "there", export_result(study)), ours(export_result(study), 16).int())
+    assert torch.equal(
+        run(folder / "there", result_of(read_summary(study))), ours(result_of(read_summary(study)), 16).int()
+    )
     unchecked = adopt("export", "--study", "mine", "--no-check")
     assert (unchecked.out, unchecked.err.splitlines()) == (script.out, others)
 
     write_ddpm(folder / "net", sample_size=8, block_out_channels=(8, 32), norm_num_groups=4, attention_head_dim=4)
-    assert "warning: model net is not the one that the schedule of study 'mine' was found on: other weights" in (
+    assert "warning: model net is not the one that the result of study 'mine' was found on: other weights" in (
         adopt("export", "--study", "mine").err
     )
     (folder / "net").rename(folder / "elsewhere")
