@@ -101,7 +101,7 @@ def _model(summary: StudySummary) -> ModelPart:
         image_shape=image_shape,
         latent_scale=facts["latent_scale"],
         weights=facts["weights"],
-        units=summary.units,
+        units=tuple(facts["units"]),
     )
 
 
