@@ -33,6 +33,7 @@ Forward = Callable[..., Any]
 APPLIED = "_adopt_applied"
 """Attribute of a pipeline that keeps what ``remove`` needs."""
 
+NETWORKS = ("unet", "transformer")
 WRAPPERS = {
     "OptimizedModule": "_orig_mod",  # torch.compile
     "DistributedDataParallel": "module",
@@ -90,7 +91,7 @@ def apply(pipe: Pipeline, result: str | Path | Result, *, masks: bool = True, ch
             stacklevel=2,
         )
     remove(pipe)
-    if bypasses and _is_compiled(_outer(pipe), network):
+    if bypasses and _is_compiled(_part(pipe, *NETWORKS), network):
         from autodiffusion_optuna.evaluation.skip import allow_graphs
 
         allow_graphs(len(bypasses))
@@ -112,7 +113,7 @@ def remove(pipe: Pipeline) -> Pipeline:
             del module.forward  # the class has its own
         else:
             module.forward = forward
-    if getattr(pipe, "scheduler", None) is applied.scheduler:  # a scheduler set since is the user's
+    if _part(pipe, "scheduler") is applied.scheduler:  # a scheduler set since is the user's
         pipe.scheduler = applied.before  # type: ignore[attr-defined]
     delattr(pipe, APPLIED)
     return pipe
@@ -126,10 +127,9 @@ def _applied(pipe: object) -> _Applied | None:
 # What the pipeline is
 
 
-def _outer(pipe: object) -> Any:
-    """What the pipeline calls as its denoising network; None where it has none. A wrapper may be false, or no bool."""
-    unet = getattr(pipe, "unet", None)
-    return getattr(pipe, "transformer", None) if unet is None else unet
+def _part(pipe: object, *names: str) -> Any:
+    """The first of those parts that the pipeline has, None for none. What wraps one may be false, or no bool."""
+    return next((part for name in names if (part := getattr(pipe, name, None)) is not None), None)
 
 
 def _network(pipe: object, result: Result) -> Any:
@@ -140,20 +140,16 @@ def _network(pipe: object, result: Result) -> Any:
             f"the result of study {result.study!r} is of a model ({kind}) that is no diffusers pipeline; "
             "draw images with adopt sample --result FILE"
         )
-    network = _outer(pipe)
+    network = _part(pipe, *NETWORKS)
     while type(network).__name__ in WRAPPERS:
         network = getattr(network, WRAPPERS[type(network).__name__])
-    if network is None or not hasattr(getattr(pipe, "scheduler", None), "config"):
+    if network is None or not hasattr(_part(pipe, "scheduler"), "config"):
         raise ConfigError(f"{names[0]} has no network and scheduler; apply a result to a diffusers pipeline")
-    plain = type(network).__name__ == "UNet2DModel"  # all pipelines of one are the same loop
-    if kind not in names and not (plain and _has_plain_unet(kind)):
+    # All pipelines of a UNet2DModel are the same loop.
+    other_network = kind in ("DiTPipeline", *TEXT_PIPELINES) or type(network).__name__ != "UNet2DModel"
+    if kind not in names and other_network:
         raise ConfigError(f"the result of study {result.study!r} is for a {kind}, not for a {names[0]}")
     return network
-
-
-def _has_plain_unet(kind: str) -> bool:
-    """Whether models of that kind have a UNet2DModel."""
-    return kind not in ("DiTPipeline", "FluxPipeline") and not kind.startswith("StableDiffusion")
 
 
 def _is_compiled(*networks: Any) -> bool:
@@ -193,20 +189,14 @@ def _other_model(pipe: object, network: Any, result: Result) -> str:
     offloaded = part.weights is not None and any(weight.is_meta for weight in network.parameters())
     if part.weights and not offloaded and not same_weights(part.weights, weights_of(network, part.weights)):
         found.append("other weights, or adapters to them")
-    scale = _latent_scale(pipe)
+    config = getattr(_part(pipe, "vae", "vqvae"), "config", {})
+    scale = None if config.get("latents_std") is not None else config.get("scaling_factor")  # of all channels together
     if scale is not None and part.latent_scale is not None and not math.isclose(scale, part.latent_scale, rel_tol=1e-5):
         found.append(f"latent scale {scale:g} instead of {part.latent_scale:g}")
     size = getattr(getattr(network, "config", None), "sample_size", None)
     if size and part.kind not in TEXT_PIPELINES and (*np.broadcast_to(size, 2),) != part.shape[1:]:
         found.append(f"sample_size {size} instead of {part.shape[1]}x{part.shape[2]}")
     return ", ".join(found)
-
-
-def _latent_scale(pipe: object) -> float | None:
-    """What a pipeline multiplies latents by; None where there are none, or each channel has a scale of its own."""
-    vae = getattr(pipe, "vae", None)
-    config = getattr(getattr(pipe, "vqvae", None) if vae is None else vae, "config", {})
-    return None if config.get("latents_std") is not None else config.get("scaling_factor")
 
 
 # Its layers
@@ -296,7 +286,7 @@ class _Run:
     def skips(self, skipped: frozenset[int]) -> bool:
         """Whether a layer that is bypassed in the evaluations ``skipped`` is bypassed now."""
         pipe = self.pipe()
-        if pipe is not None and getattr(pipe, "scheduler", None) is not self.scheduler:
+        if pipe is not None and _part(pipe, "scheduler") is not self.scheduler:
             self.warn(
                 "scheduler",
                 f"the pipeline's scheduler was replaced after the result of study {self.result.study!r} was "

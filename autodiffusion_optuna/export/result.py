@@ -172,12 +172,11 @@ class Result(Table):
         except (ValueError, RecursionError) as error:
             raise ConfigError(f"{foreign}: it is not valid JSON ({error}); export it again") from None
         version = data.get("format") if isinstance(data, dict) else None
-        if type(version) is not int:
-            raise ConfigError(f"{foreign}: it says no format; give a file of adopt export --format json")
         if version != FORMAT:
+            given = "no format" if version is None else f"format {version!r}"
             raise ConfigError(
-                f"result {name} has format {version}, this version reads {FORMAT}; export it again, or read it with "
-                "the autodiffusion-optuna that wrote it"
+                f"result {name} has {given}, this version reads format {FORMAT}; give a file of adopt export "
+                "--format json"
             )
         try:
             return cls.model_validate_json(text)

@@ -29,6 +29,8 @@ from autodiffusion_optuna.study.transfer import other_model, result_config
 
 CHECKED = 2
 """Images that an exported script is checked on."""
+NOT_HERE = (torch.OutOfMemoryError, MemoryError, ImportError)
+"""Errors of a script or a model that may well run on another machine."""
 
 
 class ScriptCheck(NamedTuple):
@@ -88,7 +90,7 @@ def _compare(result: Result) -> tuple[float | str, str | None]:
     try:
         wanted, other = _ours(result)
         found = _theirs(result)
-    except (torch.OutOfMemoryError, MemoryError, ImportError) as error:
+    except NOT_HERE as error:
         raise ModelError(f"it cannot be run here ({type(error).__name__}: {first_line(error)})") from error
     return found if isinstance(found, str) else difference(found / 127.5 - 1, wanted.float() / 127.5 - 1), other
 
@@ -119,7 +121,7 @@ def _theirs(result: Result) -> Tensor | str:
             return run_script(script)
         except AdoptError as error:
             return str(error).partition(";")[0]
-        except (torch.OutOfMemoryError, MemoryError, ImportError):
+        except NOT_HERE:
             raise
         except Exception as error:  # whatever diffusers makes of the model
             return f"diffusers cannot draw with this model as it is here ({type(error).__name__}: {first_line(error)})"
