@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import functools
 import json
+import runpy
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from autodiffusion_optuna.config import ModelConfig, ScoreConfig
 from autodiffusion_optuna.evaluation.denoiser import Denoiser
 from autodiffusion_optuna.evaluation.models import Model, Options, load_model
 from autodiffusion_optuna.export.draw import draw
+from autodiffusion_optuna.export.formats import result_text
 from autodiffusion_optuna.export.result import ConfigPart, ModelPart, NoisePart, Result, ScorePart
 from autodiffusion_optuna.noise import NoiseSchedule, linear
 
@@ -98,3 +101,14 @@ def ours(result: Result, images: int, chosen: Sequence[int] = ()) -> torch.Tenso
     settings = result.config.model.model_dump(mode="json", exclude_defaults=True)
     model = open_model(result.model.source, {key: value for key, value in settings.items() if key in OPTIONS})
     return draw(result, model, images, chosen)
+
+
+def run_script(folder: Path, result: Result) -> torch.Tensor:
+    """int32 [B, C, H, W] that the script draws, run as printed in the folder of its JSON."""
+    result.write(folder / f"{result.study}.json")
+    script = folder / f"{result.study}.py"
+    script.write_text(result_text(result, "diffusers"))
+    images = runpy.run_path(str(script))["images"]
+    if isinstance(images, torch.Tensor):
+        return images.int()
+    return torch.stack([torch.from_numpy(np.array(image)).permute(2, 0, 1) for image in images]).int()
