@@ -85,11 +85,7 @@ def apply(pipe: Pipeline, result: str | Path | Result, *, masks: bool = True, ch
         _check_steps(before, recipe, result, native, network)
     run.scheduler = _configured(before, recipe, run, native)
     if other := _other_model(pipe, network, result):
-        warnings.warn(
-            f"the pipeline is not of the model that the result of study {result.study!r} was found on: {other}",
-            UserWarning,
-            stacklevel=2,
-        )
+        warnings.warn(f"the pipeline is not of the model that {result} was found on: {other}", stacklevel=2)
     remove(pipe)
     if bypasses and _is_compiled(_part(pipe, *NETWORKS), network):
         from autodiffusion_optuna.evaluation.skip import allow_graphs
@@ -137,8 +133,8 @@ def _network(pipe: object, result: Result) -> Any:
     kind, names = result.model.kind, [base.__name__ for base in type(pipe).__mro__]
     if kind in NOT_PIPELINES:
         raise ConfigError(
-            f"the result of study {result.study!r} is of a model ({kind}) that is no diffusers pipeline; "
-            "draw images with adopt sample --result FILE"
+            f"{result} is of a model ({kind}) that is no diffusers pipeline; draw images with adopt "
+            "sample --result FILE"
         )
     network = _part(pipe, *NETWORKS)
     while type(network).__name__ in WRAPPERS:
@@ -148,7 +144,7 @@ def _network(pipe: object, result: Result) -> Any:
     # All pipelines of a UNet2DModel are the same loop.
     other_network = kind in ("DiTPipeline", *TEXT_PIPELINES) or type(network).__name__ != "UNet2DModel"
     if kind not in names and other_network:
-        raise ConfigError(f"the result of study {result.study!r} is for a {kind}, not for a {names[0]}")
+        raise ConfigError(f"{result} is for a {kind}, not for a {names[0]}")
     return network
 
 
@@ -166,8 +162,8 @@ def _check_noise(scheduler: Any, result: Result) -> None:
     prediction = config.get("prediction_type") or ("flow_prediction" if flow else "epsilon")
     if result.model.prediction not in (None, prediction):
         raise ConfigError(
-            f"the result of study {result.study!r} is for a network that predicts {result.model.prediction}, the "
-            f"pipeline's scheduler says {prediction}; apply it to a pipeline of the same model"
+            f"{result} is for a network that predicts {result.model.prediction}, the pipeline's scheduler says "
+            f"{prediction}; apply it to a pipeline of the same model"
         )
     levels = from_scheduler_config(config)
     same = result.train_timesteps == levels.T
@@ -176,8 +172,8 @@ def _check_noise(scheduler: Any, result: Result) -> None:
         same = np.allclose(alpha, result.noise.alpha[:-1], rtol=1e-5)
     if not same:
         raise ConfigError(
-            f"the result of study {result.study!r} is for another noise schedule than the pipeline's scheduler "
-            "has; apply it to a pipeline of the same model, or search for this one"
+            f"{result} is for another noise schedule than the pipeline's scheduler has; apply it to a pipeline of the "
+            "same model, or search for this one"
         )
 
 
@@ -217,8 +213,8 @@ def _bypasses(network: Any, result: Result) -> list[tuple[nn.Module, Forward, fr
         shortcut = rule(module) if rule else None
         if module is None or shortcut is None:
             raise ConfigError(
-                f"the result of study {result.study!r} skips {name!r}, and the pipeline's {type(network).__name__} "
-                "has no such layer; apply it to the same model, or with masks=False"
+                f"{result} skips {name!r}, and the pipeline's {type(network).__name__} has no such layer; apply it to "
+                "the same model, or with masks=False"
             )
         skipped = frozenset(i for i, step in enumerate(visits) if name in result.skips[step])
         found.append((module, shortcut, skipped))
@@ -264,16 +260,13 @@ class _Run:
             self.warn_ignored("num_inference_steps", given, f"num_inference_steps={len(own)}")
         scale, wanted = getattr(self.pipe(), "_guidance_scale", None), self.result.guidance
         if wanted is not None and scale is not None and not math.isclose(scale, wanted):
-            self.warn(
-                "guidance",
-                f"guidance_scale={scale:g} is not the one that the result of study {self.result.study!r} was found "
-                f"with; pass guidance_scale={wanted:g}",
-            )
+            found = f"guidance_scale={scale:g} is not the one that {self.result} was found with"
+            self.warn("guidance", f"{found}; pass guidance_scale={wanted:g}")
 
     def warn_ignored(self, name: str, given: str, right: str) -> None:
         self.warn(
             name,
-            f"{name}={given} has no effect: the result of study {self.result.study!r} is applied, which takes its own "
+            f"{name}={given} has no effect: {self.result} is applied, which takes its own "
             f"{len(self.result.timesteps)} steps; pass {right}, or undo it with autodiffusion_optuna.remove(pipe)",
         )
 
@@ -281,7 +274,7 @@ class _Run:
         """A Python warning, the first time that it is due."""
         if what not in self.warned:
             self.warned.add(what)
-            warnings.warn(message, UserWarning, stacklevel=2)
+            warnings.warn(message, stacklevel=2)
 
     def skips(self, skipped: frozenset[int]) -> bool:
         """Whether a layer that is bypassed in the evaluations ``skipped`` is bypassed now."""
@@ -289,9 +282,8 @@ class _Run:
         if pipe is not None and _part(pipe, "scheduler") is not self.scheduler:
             self.warn(
                 "scheduler",
-                f"the pipeline's scheduler was replaced after the result of study {self.result.study!r} was "
-                "applied, so no layer is skipped; apply the result again, or undo it with "
-                "autodiffusion_optuna.remove(pipe)",
+                f"the pipeline's scheduler was replaced after {self.result} was applied, so no layer is skipped; "
+                "apply the result again, or undo it with autodiffusion_optuna.remove(pipe)",
             )
             return False
         return self.evaluation in skipped
@@ -373,17 +365,16 @@ def _check_steps(before: Any, recipe: Recipe, result: Result, native: bool, netw
         return steps_error(result, scheduler, recipe.scales and native, dtype)
 
     plain = error(torch.float32)
-    differs = f"diffusers' {recipe.scheduler} differs from the sampler that the result of study {result.study!r} was "
+    differs = f"diffusers' {recipe.scheduler} differs from the sampler that {result} was found with"
     if not plain <= LIMIT:
         raise ConfigError(
-            f"{differs}found with by {plain:.3g} of 255 on its timesteps; draw images with adopt sample --result FILE, "
-            "or apply it all the same with check=False"
+            f"{differs} by {plain:.3g} of 255 on its timesteps; draw images with adopt sample --result FILE, or apply "
+            "it all the same with check=False"
         )
     dtype = getattr(network, "dtype", torch.float32)
     if dtype in (torch.float16, torch.bfloat16) and not (reduced := error(dtype)) <= LIMIT:
         warnings.warn(
-            f"in {str(dtype).removeprefix('torch.')}, {differs}found with by {reduced:.3g} of 255 on its timesteps, in "
-            f"float32 by {plain:.2g}",
-            UserWarning,
+            f"in {str(dtype).removeprefix('torch.')}, {differs} by {reduced:.3g} of 255 on its timesteps, in float32 "
+            f"by {plain:.2g}",
             stacklevel=3,
         )

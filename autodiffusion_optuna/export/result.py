@@ -148,6 +148,10 @@ class Result(Table):
                 raise ValueError(f"noise.{name} is not what noise.packed holds at the timesteps")
         return self
 
+    def __str__(self) -> str:
+        """As messages name it."""
+        return f"the result of study {self.study!r}"
+
     @classmethod
     def read(cls, path: str | Path) -> Result:
         """The result in a JSON file (ConfigError)."""
@@ -212,15 +216,15 @@ class Result(Table):
         """
         if T is not None and self.train_timesteps != T:
             raise ConfigError(
-                f"the result of study {self.study!r} indexes {self.train_timesteps} timesteps and the model has {T}; "
-                "use it with a model of the same number, or search for this model"
+                f"{self} indexes {self.train_timesteps} timesteps and the model has {T}; use it with a model of the "
+                "same number, or search for this model"
             )
         position = {name: index for index, name in enumerate(units)}
         for name in itertools.chain.from_iterable(self.skips):
             if name not in position:
                 raise ConfigError(
-                    f"the result of study {self.study!r} skips {name!r}, and the model has no such layer; "
-                    "use it with a model of the same architecture, or search for this model"
+                    f"{self} skips {name!r}, and the model has no such layer; use it with a model of the same "
+                    "architecture, or search for this model"
                 )
         return Candidate(self.timesteps, tuple(skip_set(position[name] for name in names) for names in self.skips))
 

@@ -87,29 +87,18 @@ def _templates() -> Environment:
         keep_trailing_newline=True,
     )
     environment.filters["repr"] = repr
+    environment.filters["plain"] = lambda text: text.replace("\\", "/").replace('"', "'")  # inside a docstring
     return environment
 
 
-def _render(template: str, result: Result, note: str, **values: Any) -> str:
-    return (
-        _templates().get_template(template).render(result=result, prompt=PROMPT, about=_about(result, note), **values)
-    )
-
-
-def _about(result: Result, note: str) -> str:
+def _render(template: str, result: Result, **values: Any) -> str:
     held_out = result.score.held_out
     scored = (
         f"{held_out.mean:.4g} on {held_out.banks} x {held_out.images} held-out images"
         if held_out
         else f"{result.score.value:.4g} on the search's {result.score.images} images"
     )
-    what = f"Study {result.study}: {result.solver}, {len(result.timesteps)} steps"
-    text = f"{what}, {result.score.metric} {scored}." + (f"\n\n{note}.\n" if note else "")
-    return text.replace("\\", "/").replace('"', "'")
-
-
-def _applied_note(result: Result, why: str) -> str:
-    return f"The result {why}: autodiffusion_optuna.apply does that. Keep {result.study}.json beside this file"
+    return _templates().get_template(template).render(result=result, prompt=PROMPT, scored=scored, **values)
 
 
 def _source(result: Result) -> tuple[str, str]:
@@ -133,7 +122,7 @@ def _pipeline_script(result: Result, recipe: Recipe, images: int | None) -> str:
     return _render(
         "pipeline.py.j2",
         result,
-        _applied_note(result, why) if applied else "",
+        why=why,
         recipe=recipe,
         images=images,
         text=text,
@@ -181,7 +170,7 @@ def _network_script(result: Result, recipe: Recipe, images: int | None) -> str:
     return _render(
         "network.py.j2",
         result,
-        _applied_note(result, "skips layers") if masked else "",
+        why="skips layers",
         recipe=recipe,
         images=images or IMAGES,
         applied=masked,
@@ -225,15 +214,11 @@ def _decoder(result: Result) -> tuple[str, str] | None:
 
 def _package_script(result: Result, why: str, images: int | None) -> str:
     """With this package's own sampler."""
-    note = (
-        f"{why[0].upper()}{why[1:]}:\n"
-        f"this script uses the sampler that the search used. Keep {result.study}.json beside it"
-    )
     prompted = result.config.model.prompts is not None
     return _render(
         "package.py.j2",
         result,
-        note,
+        why=f"{why[0].upper()}{why[1:]}",
         images=images or (IMAGES if result.model.shape == result.model.image_shape else LATENTS),
         prompted=prompted,
         loaders=_loaders(result),

@@ -47,7 +47,7 @@ def open_result(result: Result, overrides: Iterable[str] = (), *, trust: bool = 
 def other_model(result: Result, model: Model) -> str | None:
     """One line of what sets a model apart from the one that a result was found on; None where it is that one."""
     found = differences(result, model)
-    start = f"model {model.name} is not the one that the result of study {result.study!r} was found on: "
+    start = f"model {model.name} is not the one that {result} was found on: "
     return start + ", ".join(found) if found else None
 
 
