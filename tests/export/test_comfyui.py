@@ -72,7 +72,7 @@ def test_comfyui_is_given_the_levels_of_a_flow() -> None:
         ({"model": {"kind": "adm"}}, "ComfyUI has no loader for this model (adm)"),
     ],
 )
-def test_comfyui_is_told_what_differs(fields: dict[str, Any], note: str) -> None:
+def test_what_differs_in_comfyui_is_said(fields: dict[str, Any], note: str) -> None:
     assert any(note in line for line in sigmas(example(**fields))[0])
 
 

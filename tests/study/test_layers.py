@@ -67,7 +67,7 @@ def test_help_and_presets_need_no_torch() -> None:
         "import sys; sys.argv = ['adopt', '--help']\n"
         "from autodiffusion_optuna.cli.main import main\n"
         "try: main()\nexcept SystemExit: pass\n"
-        "import autodiffusion_optuna.results.status, autodiffusion_optuna.export.formats\n"
+        "import autodiffusion_optuna.results.status, autodiffusion_optuna.export.scripts\n"
         "heavy = {'torch', 'diffusers', 'cleanfid', 'scipy'} & set(sys.modules)\n"
         "assert not heavy, heavy\n"
     )
