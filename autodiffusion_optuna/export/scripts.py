@@ -12,7 +12,7 @@ import optuna
 
 from autodiffusion_optuna._version import __version__
 from autodiffusion_optuna.candidate import Candidate
-from autodiffusion_optuna.config import Range, StudyConfig
+from autodiffusion_optuna.config import ModelConfig, Range, StudyConfig
 from autodiffusion_optuna.errors import ConfigError, ModelError, StudyError, choose_from
 from autodiffusion_optuna.export.pipelines import NOT_PIPELINES, SCALING, TEXT_PIPELINES, Recipe, find_recipe
 from autodiffusion_optuna.export.schedule import ConfigPart, HeldOutPart, ModelPart, NoisePart, Result, ScorePart
@@ -521,7 +521,8 @@ def _package_script(schedule: Result, why: str, images: int | None) -> str:
             *([FOLDER] if prompted else []),
             TORCH,
             "from autodiffusion_optuna import Result",
-            f"from autodiffusion_optuna.evaluation.models import {', '.join(_loaders(schedule))}",
+            "from autodiffusion_optuna.config import ModelConfig",
+            "from autodiffusion_optuna.evaluation.models import load_model",
             "from autodiffusion_optuna.evaluation.prefix_cache import NfeCounter, cached_denoise",
             "from autodiffusion_optuna.evaluation.sampling import Sampling",
             "from autodiffusion_optuna.evaluation.solvers import times",
@@ -543,18 +544,23 @@ def _package_script(schedule: Result, why: str, images: int | None) -> str:
     )
 
 
-def _loaders(schedule: Result) -> list[str]:
-    return ["Options", "load_model"] if _model_options(schedule) else ["load_model"]
+LOADED = {"clip", "precision", "preset", "fields", "classifier", "negative_prompt", "size", "config"}
+"""Settings of ``[model]`` that a script repeats; the prompts are its own."""
 
 
 def _load_model(schedule: Result, prompted: bool) -> str:
     """Code that loads the model as the study does, with the script's own prompts."""
-    arguments = [repr(schedule.model.source), 'device="auto"', f"clip={schedule.model.clip!r}"]
-    if schedule.model.precision != "float32":
-        arguments.append(f"precision={schedule.model.precision!r}")
-    if options := _model_options(schedule):
-        arguments.append("options=Options(" + ", ".join(f"{key}={value}" for key, value in options.items()) + ")")
-    call = f"model = load_model({', '.join(arguments)})\n"
+    stored = schedule.model
+    known = {"source": stored.source, "clip": stored.clip, "precision": stored.precision}
+    model = schedule.config.model if schedule.config else ModelConfig.model_validate(known)
+    settings = model.model_dump(include=LOADED, exclude_defaults=True)
+    arguments = [f"{key}={value!r}" for key, value in {"source": stored.source, **settings}.items()]
+    if prompted:
+        arguments.append("prompts=str(prompts)")
+    # Whoever runs the script runs a plug-in's code.
+    plugin = stored.kind == "plugin" or stored.source.startswith("python:")
+    trust = ", trust=True" if plugin else ""
+    call = f"model = load_model(ModelConfig({', '.join(arguments)}){trust})\n"
     if not prompted:
         return call
     return (
@@ -563,26 +569,6 @@ def _load_model(schedule: Result, prompted: bool) -> str:
         '    prompts.write_text("\\n".join(PROMPTS), encoding="utf-8")\n'
         f"    {call}"
     )
-
-
-def _model_options(schedule: Result) -> dict[str, str]:
-    """Arguments of ``Options``, as code, where they differ from its defaults."""
-    if schedule.config is None:
-        return {}
-    model = schedule.config.model
-    options = {key: repr(getattr(model, key)) for key in ("preset", "fields", "negative_prompt") if getattr(model, key)}
-    for key in ("classifier", "config"):
-        if getattr(model, key) is not None:
-            options[key] = f"Path({getattr(model, key)!r})"
-    if model.prompts is not None:
-        options["prompts"] = "prompts"  # the script's own
-    if schedule.model.precision != "float32":
-        options["reduced"] = "True"
-    if model.size is not None:
-        options["size"] = repr(tuple(model.size))
-    if schedule.model.kind == "plugin":
-        options["trust"] = "True"  # whoever runs the script runs the plug-in's code
-    return options
 
 
 # ComfyUI

@@ -22,8 +22,8 @@ from autodiffusion_optuna.candidate import Candidate
 from autodiffusion_optuna.config import StudyConfig, parse_config
 from autodiffusion_optuna.errors import AdoptError, ConfigError, ModelError
 from autodiffusion_optuna.evaluation.denoiser import Denoiser
-from autodiffusion_optuna.evaluation.models import Model
-from autodiffusion_optuna.evaluation.models.parts import first_line
+from autodiffusion_optuna.evaluation.files import first_line
+from autodiffusion_optuna.evaluation.models import Model, load_model
 from autodiffusion_optuna.evaluation.prefix_cache import NfeCounter, cached_denoise
 from autodiffusion_optuna.evaluation.sampling import Sampling
 from autodiffusion_optuna.evaluation.solvers import times
@@ -33,7 +33,7 @@ from autodiffusion_optuna.export.scripts import PROMPT, diffusers_script, local_
 from autodiffusion_optuna.noise import NoiseSchedule
 from autodiffusion_optuna.results.held_out import HeldOut
 from autodiffusion_optuna.search.timesteps import BASELINES
-from autodiffusion_optuna.study.components import StudyComponents, build, open_model
+from autodiffusion_optuna.study.components import StudyComponents, build
 
 
 @dataclass(frozen=True, eq=False)
@@ -274,7 +274,7 @@ def _open_for_check(schedule: Result) -> Model:
         prompts.write_text(f"{PROMPT}\n" * CHECKED, encoding="utf-8")
         model_config = schedule.config and schedule.config.model
         prompted = [f"model.prompts={json.dumps(str(prompts))}"] if model_config and model_config.prompts else []
-        return open_model(schedule_config(schedule, [*prompted, "model.compile=false"]))
+        return load_model(schedule_config(schedule, [*prompted, "model.compile=false"]).model)
 
 
 def _drawn(schedule: Result, model: Model) -> torch.Tensor:

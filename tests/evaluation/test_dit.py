@@ -7,13 +7,13 @@ from typing import Any
 
 import pytest
 import torch
+from autodiffusion_optuna.evaluation.models.dit import load_dit
 from tiny_models import write_dit
 from torch import Tensor
 
 from autodiffusion_optuna.errors import ConfigError, ModelError
 from autodiffusion_optuna.evaluation.models import Model, load_model
 from autodiffusion_optuna.evaluation.models.base import Options
-from autodiffusion_optuna.evaluation.models.dit import load_dit
 from autodiffusion_optuna.evaluation.solvers import SOLVERS, times
 
 STEPS = [981, 700, 655, 200, 41]

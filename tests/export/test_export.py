@@ -22,6 +22,7 @@ from tiny_pipelines import write_flux, write_prompts, write_sd, write_sd3, write
 from torch import Tensor
 
 from autodiffusion_optuna import Result
+from autodiffusion_optuna.config import ModelConfig
 from autodiffusion_optuna.errors import ConfigError, ModelError, StudyError
 from autodiffusion_optuna.evaluation.models import load_model
 from autodiffusion_optuna.export.schedule import ConfigPart, HeldOutPart, ScorePart
@@ -276,8 +277,9 @@ def test_scripts_load_the_model_as_the_study_did() -> None:
     adm = result_text(example(model={"kind": "adm", "source": "adm:x.pt"}, config=adm_config()), "diffusers")
     compile(adm, "mine.py", "exec")
     assert "no pipeline for this model (adm)" in adm
-    assert "import Options, load_model" in adm
-    assert "options=Options(preset='imagenet64', fields={'num_classes': 5}, classifier=Path('c.pt'))" in adm
+    assert "import load_model" in adm
+    arguments = "source='adm:x.pt', preset='imagenet64', fields={'num_classes': 5}, classifier='c.pt'"
+    assert f"model = load_model(ModelConfig({arguments}))\n" in adm
     assert "trust=True" in result_text(example(model={"kind": "plugin"}, config=adm_config()), "diffusers")
 
 
@@ -407,7 +409,7 @@ def test_a_study_is_exported_with_everything_that_repeats_it(folder: Path, adopt
     assert Result.read("exported/mine.json") == schedule
     assert Path("exported/mine.py").read_text() == export_text(study, "python")
 
-    model, best = load_model("net", clip=None), study.best_trial
+    model, best = load_model(ModelConfig(source="net")), study.best_trial
     candidate = load_schedule(Path("exported/mine.json"), model.units)
     chosen = best.user_attrs["candidate"]
     assert chosen.endswith(candidate.key)

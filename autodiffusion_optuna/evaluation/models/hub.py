@@ -7,10 +7,11 @@ from collections.abc import Collection, Iterable
 from pathlib import Path, PurePosixPath
 
 from autodiffusion_optuna.errors import ModelError
-from autodiffusion_optuna.evaluation.models.parts import STEM, first_line, read_json
+from autodiffusion_optuna.evaluation.files import first_line, read_json
+from autodiffusion_optuna.evaluation.models.checkpoints import STEM
+from autodiffusion_optuna.evaluation.models.parts import INDEX
 
 SOURCE = re.compile(r"(?P<id>[\w.-]+/[\w.-]+)(@(?P<revision>[\w./-]+))?")
-INDEX = "model_index.json"
 TEXTS = (".json", ".txt", ".model")
 """Configs, indices of shards, and tokenizers; .model is SentencePiece's."""
 WEIGHTS = re.compile(

@@ -17,9 +17,9 @@ from torch import Tensor
 from torch.nn import functional
 
 from autodiffusion_optuna.errors import ConfigError, ModelError
-from autodiffusion_optuna.evaluation.files import check_content
-from autodiffusion_optuna.evaluation.models.meta_loading import stored_shapes
-from autodiffusion_optuna.evaluation.models.parts import digest, find_weights, first_line, read_json
+from autodiffusion_optuna.evaluation.files import check_content, first_line, read_json
+from autodiffusion_optuna.evaluation.models.checkpoints import find_weights, read_shapes
+from autodiffusion_optuna.evaluation.models.parts import digest
 from autodiffusion_optuna.evaluation.tensors import PLAIN, check_numbers, is_scale, weights_of
 
 ENCODERS = ("CLIPTextModel", "CLIPTextModelWithProjection", "T5EncoderModel")
@@ -163,7 +163,7 @@ class PromptCache:
 
 def _check_room(each: int, prompts: int) -> None:
     """``ConfigError`` where prompts of ``each`` bytes do not fit; 40,000 of Flux are 160 GiB."""
-    room = _memory() // 2
+    room = machine_memory() // 2
     if each * prompts > room:
         raise ConfigError(
             f"{prompts:,} different prompts are drawn, which take {each * prompts / 2**30:.1f} GiB encoded; at most "
@@ -171,7 +171,7 @@ def _check_room(each: int, prompts: int) -> None:
         )
 
 
-def _memory() -> int:
+def machine_memory() -> int:
     """Bytes of the machine's main memory; endless where the system does not say."""
     try:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
@@ -239,7 +239,7 @@ def _load_model(path: Path, kind: str, device: torch.device, dtype: torch.dtype)
         check_content(file, ModelError)
     if read_json(path / "config.json").get("quantization_config"):
         raise ModelError(f"{path / 'config.json'}: has a quantization_config; {PLAIN}")
-    stored = stored_shapes(files)
+    stored = read_shapes(files)
     weights_of(stored, files[0])
     for name in stored:
         if is_scale(name):
@@ -259,7 +259,9 @@ def _load_model(path: Path, kind: str, device: torch.device, dtype: torch.dtype)
                 output_loading_info=True,
             )
     except Exception as error:  # whatever transformers makes of a broken file
-        raise ModelError(f"{path}: transformers cannot load this {kind} ({first_line(error)}); copy it anew") from error
+        raise ModelError(
+            f"{path}: transformers cannot load this {kind} ({first_line(error)}); copy it again"
+        ) from error
     if info["missing_keys"]:
         missing = sorted(info["missing_keys"])
         raise ModelError(f"{path}: weights do not fit config.json, {len(missing)} missing, first {missing[0]!r}")
@@ -282,7 +284,9 @@ def _load_tokenizer(path: Path, entry: Any) -> Any:
         with _quiet(transformers):
             return getattr(transformers, kind).from_pretrained(path, local_files_only=True)
     except Exception as error:  # whatever transformers makes of a broken file
-        raise ModelError(f"{path}: transformers cannot load this {kind} ({first_line(error)}); copy it anew") from error
+        raise ModelError(
+            f"{path}: transformers cannot load this {kind} ({first_line(error)}); copy it again"
+        ) from error
 
 
 @contextlib.contextmanager
