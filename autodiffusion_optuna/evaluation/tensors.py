@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -101,6 +101,20 @@ def check_numbers(given: Weights, floating: Iterable[str], where: object) -> Non
     for key in sorted(given.keys() & set(floating)):
         if not isinstance(given[key], Tensor) or not given[key].is_floating_point():
             raise ModelError(f"{where}: {key} holds {_described(given[key])}, not floating-point numbers; {PLAIN}")
+
+
+def misfit(given: Weights, wanted: Mapping[str, Sequence[int]]) -> str | None:
+    """How tensors first differ in shapes and names from those of a network; None where they do not."""
+    for key, shape in wanted.items():
+        if key in given and tuple(given[key].shape) != tuple(shape):
+            return f"{key} has shape {list(given[key].shape)} instead of {list(shape)}"
+    for what, keys in (
+        ("missing", [key for key in wanted if key not in given]),
+        ("unexpected", [key for key in given if key not in wanted]),
+    ):
+        if keys:
+            return f"{len(keys)} {what}, first {keys[0]!r}"
+    return None
 
 
 def _described(tensor: object) -> str:

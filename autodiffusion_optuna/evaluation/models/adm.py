@@ -32,7 +32,7 @@ from autodiffusion_optuna.evaluation.models.base import Model, label_conditions
 from autodiffusion_optuna.evaluation.models.checkpoints import read_weights
 from autodiffusion_optuna.evaluation.models.parts import digest
 from autodiffusion_optuna.evaluation.skip import Units, find_units
-from autodiffusion_optuna.evaluation.tensors import check_numbers, weights_of
+from autodiffusion_optuna.evaluation.tensors import check_numbers, misfit, weights_of
 
 Built = TypeVar("Built", bound=nn.Module)
 
@@ -324,25 +324,14 @@ def _split_qkv(value: Tensor, path: str, adm: AdmFields) -> Sequence[Tensor]:
 
 def _check_fit(given: Mapping[str, Tensor], wanted: Mapping[str, Sequence[int]]) -> None:
     """``ModelError`` that names the first weight that does not fit."""
-    check_numbers(given, wanted, "weights do not fit")
     if "input_blocks.0.0.weight" not in given:
         first = f"first key {next(iter(given))!r}" if given else "it is empty"
         raise ModelError(f"is no ADM checkpoint: it has no input_blocks.0.0.weight ({first}); give one")
-    advice = "give the preset or the fields it was trained with"
-    for key, shape in wanted.items():
-        if key in given and tuple(given[key].shape) != tuple(shape):
-            raise ModelError(
-                f"weights do not fit the preset or fields, {key} has shape {list(given[key].shape)} instead of "
-                f"{list(shape)}; {advice}"
-            )
-    for what, keys in (
-        ("missing", [key for key in wanted if key not in given]),
-        ("unexpected", [key for key in given if key not in wanted]),
-    ):
-        if keys:
-            raise ModelError(
-                f"weights do not fit the preset or fields, {len(keys)} {what}, first {keys[0]!r}; {advice}"
-            )
+    check_numbers(given, wanted, "weights do not fit")
+    if problem := misfit(given, wanted):
+        raise ModelError(
+            f"weights do not fit the preset or fields, {problem}; give the preset or the fields it was trained with"
+        )
 
 
 def _units(network: nn.Module, adm: AdmFields, device: torch.device) -> Units:

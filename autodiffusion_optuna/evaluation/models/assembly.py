@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
@@ -49,12 +50,14 @@ def trace_units(
 ) -> Units:
     """Skippable units of ``network`` in the order in which ``run(x [1, C, H, W], model times [1])`` reaches them.
 
-    ``ModelError`` that names ``where`` if the network does not run on such states.
+    On the meta device that costs nothing. ``ModelError`` that names ``where`` if the network does not run on such
+    states.
     """
     x, t = torch.zeros(1, *shape, device=device), torch.zeros(1, device=device)
     dtype = PRECISIONS[precision]
+    full = dtype == torch.float32 or device.type == "meta"
     try:
-        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+        with contextlib.nullcontext() if full else torch.autocast(device.type, dtype):
             return find_units(network, lambda: run(x, t))
     except torch.OutOfMemoryError:
         raise ModelError(
@@ -62,7 +65,10 @@ def trace_units(
             "or a lower model.precision"
         ) from None
     except (RuntimeError, ValueError, TypeError, IndexError) as error:
-        raise ModelError(f"{where}: the network does not run on {list(shape)} images ({first_line(error)})") from error
+        raise ModelError(
+            f"{where}: the network does not run on states of {list(shape)} ({first_line(error)}); take all parts from "
+            "one pipeline"
+        ) from error
 
 
 def check_channels(channels: Any, out: Any, path: Path) -> int:

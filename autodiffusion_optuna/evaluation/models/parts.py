@@ -14,13 +14,12 @@ from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 from autodiffusion_optuna.errors import ModelError
 from autodiffusion_optuna.evaluation.denoiser import store_reduced
 from autodiffusion_optuna.evaluation.files import first_line, read_json
 from autodiffusion_optuna.evaluation.models.checkpoints import STEM, find_weights, missing_file, read_weights
-from autodiffusion_optuna.evaluation.tensors import PLAIN, check_numbers, weights_of
+from autodiffusion_optuna.evaluation.tensors import PLAIN, check_numbers, misfit, weights_of
 
 INDEX = "model_index.json"
 
@@ -90,29 +89,17 @@ def load_part(folder: Path, kind: str, config: Mapping[str, Any], precision: str
 
     Nothing is downloaded. ``ModelError`` where weights are missing or broken or do not fit the config.
     """
+    from diffusers.models.modeling_utils import no_init_weights
+
     path = folder / "config.json"
     files = find_weights(folder)
-    network = build_network(kind, config, path, _Uninitialised())
+    network = build_network(kind, config, path, no_init_weights())  # drawing them takes most of a load
     notes: list[str] = []
     fill(network, read_weights(files, notes), files[0], path.name)
     for child in list(network.children())[1:]:  # the first one, which is small, tells diffusers the dtype
         store_reduced(child, precision)
     notes += network_notes(folder, config, network, files)
     return Part(network.eval().requires_grad_(False), config, files, tuple(notes))
-
-
-class _Uninitialised(TorchFunctionMode):
-    """Leaves new weights as they are: they are about to be overwritten, and drawing them takes most of a load."""
-
-    DRAWS = (Tensor.normal_, Tensor.uniform_)
-
-    def __torch_function__(
-        self, func: Any, types: object, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        if func in self.DRAWS or getattr(func, "__module__", "") == nn.init.__name__:
-            return args[0] if args else kwargs["tensor"]
-        return func(*args, **kwargs)
 
 
 def build_network(
@@ -150,17 +137,8 @@ def fill(network: nn.Module, stored: Mapping[str, Tensor], file: Path, config: s
     wanted = network.state_dict()
     weights = weights_of(stored, file, wanted)
     given = {key if key in wanted else _modern(key): value for key, value in weights.items()}
-    fits = f"{file}: weights do not fit {config}, "
-    for key in sorted(given.keys() & wanted.keys()):
-        shape, expected = list(given[key].shape), list(wanted[key].shape)
-        if shape != expected:
-            raise ModelError(f"{fits}{key} has shape {shape} instead of {expected}; take both from one model")
-    for what, keys in (
-        ("missing", wanted.keys() - given.keys()),
-        ("unexpected", given.keys() - wanted.keys()),
-    ):
-        if keys:
-            raise ModelError(f"{fits}{len(keys)} {what}, first {min(keys)!r}; take both from one model")
+    if problem := misfit(given, {key: tensor.shape for key, tensor in wanted.items()}):
+        raise ModelError(f"{file}: weights do not fit {config}, {problem}; take both from one model")
     check_numbers(given, (key for key, tensor in wanted.items() if tensor.is_floating_point()), file)
     network.load_state_dict(given)
 

@@ -22,7 +22,6 @@ from autodiffusion_optuna.evaluation.denoiser import (
     Condition,
     Denoiser,
     GuidanceKind,
-    Network,
     store_reduced,
     weights_sample,
 )
@@ -34,6 +33,7 @@ from autodiffusion_optuna.evaluation.models.assembly import (
     choose_clip,
     decoded_shape,
     sides_of,
+    trace_units,
 )
 from autodiffusion_optuna.evaluation.models.base import Conditions, Model
 from autodiffusion_optuna.evaluation.models.checkpoints import find_weights, read_shapes
@@ -63,7 +63,6 @@ from autodiffusion_optuna.evaluation.models.text import (
     load_encoders,
 )
 from autodiffusion_optuna.evaluation.models.vae import AUTOENCODERS, Vae, load_vae
-from autodiffusion_optuna.evaluation.skip import Units, find_units
 from autodiffusion_optuna.noise import NoiseSchedule, flow
 
 MARKED = ("prediction_type", "rescale_betas_zero_snr")
@@ -197,7 +196,9 @@ def load_text_to_image(
         schedule = _flow_schedule(scheduler, shape, kind.patch, kind.largest_mu, folder / "scheduler")
     conditions = _conditions(config, pipeline, prompts, network.config, device, guidance, image_shape)
     predict = partial(kind.predict, network)
-    units = _find_units(network, predict, shape, conditions, guidance, path)
+    some = {key: tensor.to(META) for key, tensor in conditions.rows([0]).items()}
+    some |= {"guidance": torch.empty(1, device=META)} if guidance == "embedded" else {}
+    units = trace_units(network, lambda x, t: predict(x, t, some), shape, META, "float32", path)
     _reduce(network, config.precision)
     notes = [*scheduler.notes, *vae.notes, *_notes(config, pipeline, stored, facts, scheduler)]
     if file is None:
@@ -374,28 +375,6 @@ def _conditions(
     described = json.dumps([prompts, config.negative_prompt if free else "", config.labels, encoders])
     fingerprint = hashlib.sha256(described.encode()).hexdigest()
     return Conditions("prompts", len(prompts), rows, negative if free else None, fingerprint, config.labels, prepare)
-
-
-def _find_units(
-    network: nn.Module,
-    predict: Network,
-    shape: tuple[int, int, int],
-    conditions: Conditions,
-    guidance: GuidanceKind,
-    path: Path,
-) -> Units:
-    """The units of a network that is still on the meta device, where a forward pass costs nothing."""
-    condition = {key: torch.empty(tensor.shape, device=META) for key, tensor in conditions.rows([0]).items()}
-    if guidance == "embedded":
-        condition["guidance"] = torch.empty(1, device=META)
-    x, t = torch.empty(1, *shape, device=META), torch.empty(1, device=META)
-    try:
-        return find_units(network, lambda: predict(x, t, condition))
-    except (RuntimeError, ValueError, TypeError) as error:
-        raise ModelError(
-            f"{path}: the network does not run on latents of {list(shape)} and what the text encoders give "
-            f"({first_line(error)}); take all parts from one pipeline"
-        ) from error
 
 
 def _reduce(network: nn.Module, precision: str) -> None:
