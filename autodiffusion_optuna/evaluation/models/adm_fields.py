@@ -198,17 +198,9 @@ def _check_against_published(adm: AdmFields) -> None:
 
 def _visible(adm: AdmFields) -> tuple[object, ...]:
     """What names and shapes of the weights tell, and the image size."""
-    return (
-        adm.image_size,
-        adm.num_channels,
-        adm.num_res_blocks,
-        adm.multipliers,
-        adm.attention_levels,
-        adm.learn_sigma,
-        adm.num_classes if adm.class_cond else 0,
-        adm.use_scale_shift_norm,
-        adm.resblock_updown,
-    )
+    names = ("image_size", "num_channels", "num_res_blocks", "learn_sigma", "use_scale_shift_norm", "resblock_updown")
+    classes = adm.num_classes if adm.class_cond else 0
+    return (classes, adm.multipliers, adm.attention_levels, *(getattr(adm, name) for name in names))
 
 
 def _invisible(adm: AdmFields) -> dict[str, object]:
@@ -227,15 +219,15 @@ def level_multipliers(name: str, text: str, image_size: int) -> tuple[int, ...]:
         sizes = ", ".join(str(size) for size in MULTIPLIERS)
         raise ConfigError(f"ADM field {name} is empty, which is for image_size {sizes}, not {image_size}; give it")
     text = text or MULTIPLIERS[image_size]
-    try:
-        numbers = [float(part) for part in text.split(",")]
-    except ValueError:
-        raise ConfigError(f"ADM field {name} is {text!r}; give integers with commas between, as '1,2,3,4'") from None
-    if numbers[0] == 0.5:
+    if text.split(",")[0].strip() == "0.5":
         raise ConfigError(f"ADM field {name} is {text!r} (image_size {image_size}): {FIRST_WIDTH}")
-    if any(number < 1 or number % 1 != 0 for number in numbers):
+    try:
+        numbers = tuple(int(part) for part in text.split(","))
+    except ValueError:
+        numbers = (0,)
+    if min(numbers) < 1:
         raise ConfigError(f"ADM field {name} is {text!r}; give integers with commas between, as '1,2,3,4'")
-    return tuple(int(number) for number in numbers)
+    return numbers
 
 
 def downsampling_factors(name: str, text: str, image_size: int) -> tuple[int, ...]:

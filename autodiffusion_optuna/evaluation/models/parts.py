@@ -59,14 +59,12 @@ def read_index(folder: Path) -> dict[str, Any]:
 
 @dataclass(frozen=True, eq=False)
 class Part:
-    """A frozen network on the CPU, the config it was built from, and the files of its weights.
+    """A frozen network on the CPU and the files of its weights.
 
-    ``config`` has the values written in ``config.json`` alone; ``network.config`` has the defaults too.
     ``notes``: what the files do not say and was assumed, or hold besides, a line each.
     """
 
     network: nn.Module
-    config: Mapping[str, Any]
     files: Sequence[Path]
     notes: tuple[str, ...] = ()
 
@@ -99,7 +97,7 @@ def load_part(folder: Path, kind: str, config: Mapping[str, Any], precision: str
     for child in list(network.children())[1:]:  # the first one, which is small, tells diffusers the dtype
         store_reduced(child, precision)
     notes += network_notes(folder, config, network, files)
-    return Part(network.eval().requires_grad_(False), config, files, tuple(notes))
+    return Part(network.eval().requires_grad_(False), files, tuple(notes))
 
 
 def build_network(

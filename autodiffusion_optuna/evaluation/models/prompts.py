@@ -41,10 +41,6 @@ def read_prompts(path: Path) -> tuple[str, ...]:
     return prompts
 
 
-def _read_lines(text: str, path: Path) -> Iterable[str]:
-    return text.split("\n")  # and not at the rarer separators, which a prompt may hold
-
-
 def _read_csv(text: str, path: Path) -> Iterable[str]:
     table = csv.DictReader(io.StringIO(text, newline=""))
     prompts = []
@@ -118,6 +114,6 @@ READERS: dict[str, Callable[[str, Path], Iterable[str]]] = {
     ".csv": _read_csv,
     ".json": _read_coco,
     ".jsonl": _read_jsonl,
-    ".txt": _read_lines,
+    ".txt": lambda text, path: text.split("\n"),  # and not at the rarer separators, which a prompt may hold
 }
 """Suffix -> (text, path) -> prompts."""

@@ -63,7 +63,12 @@ def load_scheduler(folder: Path, trained: Mapping[str, Any] = MappingProxyType({
     notes = [] if path in near else [f"{folder} has no noise schedule of its own; that of {path} is used"]
     unsaid = {key: value for key, value in absent.items() if not is_settled(key, config)}
     notes += [assumed(path, unsaid)] if unsaid else []
-    return Scheduler(_noise_schedule(filled, path), _prediction(filled, path), config, filled, tuple(notes))
+    flow = "FlowMatch" in str(filled.get("_class_name"))  # whose networks predict one kind, so its configs do not say
+    prediction = str(filled.get("prediction_type") or ("flow_prediction" if flow else "epsilon"))
+    schedule = _noise_schedule(filled, path)
+    if prediction not in PREDICTIONS:
+        raise ModelError(f"{path}: {choose_from('prediction_type', prediction, PREDICTIONS)}")
+    return Scheduler(schedule, prediction, config, filled, tuple(notes))
 
 
 def _absent(config: Mapping[str, Any], path: Path) -> dict[str, Any]:
@@ -99,12 +104,3 @@ def _noise_schedule(config: Mapping[str, Any], path: Path) -> NoiseSchedule:
         return from_scheduler_config(config)
     except (ConfigError, TypeError, ValueError) as error:
         raise ModelError(f"{path}: {first_line(error)}") from error
-
-
-def _prediction(config: Mapping[str, Any], path: Path) -> str:
-    """What the network predicts; flow-matching schedulers do not say, as they know of one kind only."""
-    flow = "FlowMatch" in str(config.get("_class_name", ""))
-    kind = config.get("prediction_type") or ("flow_prediction" if flow else "epsilon")
-    if kind not in PREDICTIONS:
-        raise ModelError(f"{path}: {choose_from('prediction_type', str(kind), PREDICTIONS)}")
-    return str(kind)

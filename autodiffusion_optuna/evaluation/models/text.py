@@ -257,7 +257,7 @@ def _load_tokenizer(path: Path, entry: Any) -> Any:
 
 
 @contextlib.contextmanager
-def _transformers(path: Path, kind: str | None, known: Sequence[str]) -> Iterator[Any]:
+def _transformers(path: Path, kind: Any, known: Sequence[str]) -> Iterator[Any]:
     """The class ``kind`` of transformers, which is quiet inside the block, and whose errors are one line."""
     try:
         import transformers

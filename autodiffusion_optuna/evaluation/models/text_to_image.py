@@ -196,7 +196,7 @@ def load_text_to_image(
         schedule = _flow_schedule(scheduler, shape, kind.patch, kind.largest_mu, folder / "scheduler")
     conditions = _conditions(config, pipeline, prompts, network.config, device, guidance, image_shape)
     predict = partial(kind.predict, network)
-    some = {key: tensor.to(META) for key, tensor in conditions.rows([0]).items()}
+    some = {key: torch.empty(tensor.shape, device=META) for key, tensor in conditions.rows([0]).items()}
     some |= {"guidance": torch.empty(1, device=META)} if guidance == "embedded" else {}
     units = trace_units(network, lambda x, t: predict(x, t, some), shape, META, "float32", path)
     _reduce(network, config.precision)
