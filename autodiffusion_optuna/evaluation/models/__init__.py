@@ -66,13 +66,13 @@ def load_model(config: ModelConfig, *, device: str | None = None, trust: bool = 
 def _load(config: ModelConfig, device: torch.device, trust: bool) -> Model:
     source = config.source
     path = Path(source)
-    scheme, _, rest = source.partition(":")
+    scheme, colon, rest = source.partition(":")
     if source in MODELS:
         check_unused(config, source)
         return MODELS[source](config, device)
-    if scheme == "adm" and rest:
+    if colon and scheme == "adm":
         return load_adm(config, device, Path(rest))
-    if scheme == "python" and rest:
+    if colon and scheme == "python":
         return load_plugin(config, device, trust)
     if path.is_dir():
         return _folder(config, device, path, path.resolve().name)

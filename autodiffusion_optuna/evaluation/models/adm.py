@@ -147,17 +147,14 @@ def convert(state_dict: Mapping[str, Tensor], fields: AdmFields) -> nn.Module:
     with torch.device("meta"):
         network = build_unet(fields)
     wanted = network.state_dict()
-    names = dict(adm_layers(fields))
-    _check_fit(state_dict, dict(_shapes(names, wanted)))
+    layers = list(_adm_keys(fields, wanted))
+    _check_fit(state_dict, {source: shape for source, _, shape in layers})
     weights = {}
-    for source, targets in names.items():
-        for part in ("weight", "bias"):
-            if f"{targets[0]}.{part}" not in wanted:
-                continue
-            value = state_dict[f"{source}.{part}"].float()
-            pieces = _split_qkv(value, targets[0], fields) if len(targets) == 3 else [value]
-            for target, piece in zip(targets, pieces, strict=True):
-                weights[f"{target}.{part}"] = piece.reshape(wanted[f"{target}.{part}"].shape).clone()
+    for source, targets, _ in layers:
+        value = state_dict[source].float()
+        pieces = _split_qkv(value, targets[0], fields) if len(targets) == 3 else [value]
+        for target, piece in zip(targets, pieces, strict=True):
+            weights[target] = piece.reshape(wanted[target].shape).clone()
     network.load_state_dict(weights, assign=True)
     return network.eval().requires_grad_(False)
 
@@ -302,17 +299,16 @@ def adm_layers(adm: AdmFields) -> Iterator[tuple[str, tuple[str, ...]]]:
     yield "out.2", ("conv_out",)
 
 
-def _shapes(
-    names: Mapping[str, tuple[str, ...]], wanted: Mapping[str, Tensor]
-) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """Keys and shapes of the ADM whose UNet2DModel has the state ``wanted``."""
-    for source, targets in names.items():
+def _adm_keys(adm: AdmFields, wanted: Mapping[str, Tensor]) -> Iterator[tuple[str, list[str], tuple[int, ...]]]:
+    """(ADM's key, the UNet2DModel's keys, shape) of each weight; ``wanted``: state of the UNet2DModel."""
+    for source, targets in adm_layers(adm):
         projection = source.endswith((".qkv", ".proj_out"))  # a convolution over positions there
         for part in ("weight", "bias"):
-            if f"{targets[0]}.{part}" in wanted:
-                first, *rest = wanted[f"{targets[0]}.{part}"].shape
+            keys = [f"{target}.{part}" for target in targets]
+            if keys[0] in wanted:
+                first, *rest = wanted[keys[0]].shape
                 rest += [1] if part == "weight" and projection else []
-                yield f"{source}.{part}", (first * len(targets), *rest)
+                yield f"{source}.{part}", keys, (first * len(keys), *rest)
 
 
 def _split_qkv(value: Tensor, path: str, adm: AdmFields) -> Sequence[Tensor]:

@@ -114,8 +114,6 @@ def load_folder(config: ModelConfig, device: torch.device, pipeline: Pipeline, n
 
 
 def _find_network(pipeline: Pipeline, kind: str) -> Path:
-    if not pipeline.folder.is_dir():
-        raise ModelError(f"{pipeline.folder}: no such folder; give one that diffusers' save_pretrained wrote")
     folder = pipeline.folder / (pipeline.network or ("transformer" if kind == DIT else "unet"))
     flat = kind == UNET and not pipeline.network and not folder.is_dir()
     return pipeline.folder if flat else folder

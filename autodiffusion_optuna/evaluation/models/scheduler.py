@@ -63,12 +63,23 @@ def load_scheduler(folder: Path, trained: Mapping[str, Any] = MappingProxyType({
     notes = [] if path in near else [f"{folder} has no noise schedule of its own; that of {path} is used"]
     unsaid = {key: value for key, value in absent.items() if not is_settled(key, config)}
     notes += [assumed(path, unsaid)] if unsaid else []
-    flow = "FlowMatch" in str(filled.get("_class_name"))  # whose networks predict one kind, so its configs do not say
-    prediction = str(filled.get("prediction_type") or ("flow_prediction" if flow else "epsilon"))
-    schedule = _noise_schedule(filled, path)
+    return Scheduler(*_read(filled, path), config, filled, tuple(notes))
+
+
+def _read(config: Mapping[str, Any], path: Path) -> tuple[NoiseSchedule, str]:
+    """The noise schedule and the prediction type that a whole ``config`` says."""
+    kind = str(config.get("_class_name", ""))
+    flow = "FlowMatch" in kind  # whose networks predict one kind, so its configs do not say
+    if not flow and not {"beta_schedule", "trained_betas"} & config.keys():
+        raise ModelError(f"{path}: {kind or 'this config'} has no betas; save a DDPM- or flow-matching scheduler")
+    try:
+        schedule = from_scheduler_config(config)
+    except (ConfigError, TypeError, ValueError) as error:
+        raise ModelError(f"{path}: {first_line(error)}") from error
+    prediction = str(config.get("prediction_type") or ("flow_prediction" if flow else "epsilon"))
     if prediction not in PREDICTIONS:
         raise ModelError(f"{path}: {choose_from('prediction_type', prediction, PREDICTIONS)}")
-    return Scheduler(schedule, prediction, config, filled, tuple(notes))
+    return schedule, prediction
 
 
 def _absent(config: Mapping[str, Any], path: Path) -> dict[str, Any]:
@@ -94,13 +105,3 @@ def _absent(config: Mapping[str, Any], path: Path) -> dict[str, Any]:
     if not config.get("_class_name"):
         defaults["_class_name"] = name
     return {key: default for key, default in defaults.items() if config.get(key) is None and default is not None}
-
-
-def _noise_schedule(config: Mapping[str, Any], path: Path) -> NoiseSchedule:
-    kind = str(config.get("_class_name", ""))
-    if not ({"beta_schedule", "trained_betas"} & config.keys() or "FlowMatch" in kind):
-        raise ModelError(f"{path}: {kind or 'this config'} has no betas; save a DDPM- or flow-matching scheduler")
-    try:
-        return from_scheduler_config(config)
-    except (ConfigError, TypeError, ValueError) as error:
-        raise ModelError(f"{path}: {first_line(error)}") from error
