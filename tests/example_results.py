@@ -14,7 +14,7 @@ import torch
 
 from autodiffusion_optuna.config import ModelConfig, ScoreConfig
 from autodiffusion_optuna.evaluation.denoiser import Denoiser
-from autodiffusion_optuna.evaluation.models import Model, Options, load_model
+from autodiffusion_optuna.evaluation.models import Model, load_model
 from autodiffusion_optuna.export.draw import draw
 from autodiffusion_optuna.export.formats import result_text
 from autodiffusion_optuna.export.result import ConfigPart, ModelPart, NoisePart, Result, ScorePart
@@ -87,13 +87,7 @@ def open_model(source: str, options: dict[str, Any] | None = None) -> Model:
 
 @functools.lru_cache(maxsize=2)
 def _open(source: str, options: str) -> Model:
-    given = json.loads(options)
-    clip = given.pop("clip", None)
-    if "prompts" in given:
-        given["prompts"] = Path(given["prompts"])
-    if "size" in given:
-        given["size"] = tuple(given["size"])
-    return load_model(source, clip=clip, options=Options(**given))
+    return load_model(ModelConfig(source=source, **json.loads(options)))
 
 
 def ours(result: Result, images: int, chosen: Sequence[int] = ()) -> torch.Tensor:

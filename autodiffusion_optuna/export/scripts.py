@@ -221,48 +221,18 @@ def _package_script(result: Result, why: str, images: int | None) -> str:
         why=f"{why[0].upper()}{why[1:]}",
         images=images or (IMAGES if result.model.shape == result.model.image_shape else LATENTS),
         prompted=prompted,
-        loaders=_loaders(result),
         load=_load_model(result, prompted),
     )
 
 
-def _loaders(schedule: Result) -> list[str]:
-    return ["Options", "load_model"] if _model_options(schedule) else ["load_model"]
+LOADED = {"clip", "precision", "preset", "fields", "classifier", "negative_prompt", "size", "config"}
+"""Settings of ``[model]`` that a script repeats; the prompts are its own."""
 
 
-def _load_model(schedule: Result, prompted: bool) -> str:
-    """Code that loads the model as the study does, with the script's own prompts."""
-    arguments = [repr(schedule.model.source), 'device="auto"', f"clip={schedule.model.clip!r}"]
-    if schedule.model.precision != "float32":
-        arguments.append(f"precision={schedule.model.precision!r}")
-    if options := _model_options(schedule):
-        arguments.append("options=Options(" + ", ".join(f"{key}={value}" for key, value in options.items()) + ")")
-    call = f"model = load_model({', '.join(arguments)})\n"
-    if not prompted:
-        return call
-    return (
-        "with TemporaryDirectory() as folder:\n"
-        '    prompts = Path(folder) / "prompts.txt"\n'
-        '    prompts.write_text("\\n".join(PROMPTS), encoding="utf-8")\n'
-        f"    {call}"
-    )
-
-
-def _model_options(schedule: Result) -> dict[str, str]:
-    """Arguments of ``Options``, as code, where they differ from its defaults."""
-    if schedule.config is None:
-        return {}
-    model = schedule.config.model
-    options = {key: repr(getattr(model, key)) for key in ("preset", "fields", "negative_prompt") if getattr(model, key)}
-    for key in ("classifier", "config"):
-        if getattr(model, key) is not None:
-            options[key] = f"Path({getattr(model, key)!r})"
-    if model.prompts is not None:
-        options["prompts"] = "prompts"  # the script's own
-    if schedule.model.precision != "float32":
-        options["reduced"] = "True"
-    if model.size is not None:
-        options["size"] = repr(tuple(model.size))
-    if schedule.model.kind == "plugin":
-        options["trust"] = "True"  # whoever runs the script runs the plug-in's code
-    return options
+def _load_model(result: Result, prompted: bool) -> str:
+    """Expression that loads the model as the study does, with the script's own prompts."""
+    settings = result.config.model.model_dump(include=LOADED, exclude_defaults=True)
+    arguments = [f"{key}={value!r}" for key, value in {"source": result.model.source, **settings}.items()]
+    arguments += ["prompts=str(prompts)"] if prompted else []
+    trust = ", trust=True" if result.model.kind == "plugin" else ""  # whoever runs the script runs the plug-in's code
+    return f"load_model(ModelConfig({', '.join(arguments)}){trust})"

@@ -17,14 +17,13 @@ import torch
 from torch import Tensor
 
 from autodiffusion_optuna.errors import AdoptError, ModelError
-from autodiffusion_optuna.evaluation.models import Model
+from autodiffusion_optuna.evaluation.files import first_line
+from autodiffusion_optuna.evaluation.models import Model, load_model
 from autodiffusion_optuna.evaluation.models.hub import is_complete
-from autodiffusion_optuna.evaluation.models.parts import first_line
 from autodiffusion_optuna.export.check import LIMIT, difference
 from autodiffusion_optuna.export.draw import draw
 from autodiffusion_optuna.export.result import Result
 from autodiffusion_optuna.export.scripts import BUNDLED, PROMPT, cached_file, diffusers_script
-from autodiffusion_optuna.study.components import open_model
 from autodiffusion_optuna.study.transfer import other_model, result_config
 
 CHECKED = 2
@@ -108,7 +107,7 @@ def _open_model(result: Result) -> Model:
         prompts = Path(place) / "prompts.txt"
         prompts.write_text(f"{PROMPT}\n" * CHECKED, encoding="utf-8")
         prompted = [f"model.prompts={json.dumps(str(prompts))}"] if result.config.model.prompts else []
-        return open_model(result_config(result, [*prompted, "model.compile=false"]))
+        return load_model(result_config(result, [*prompted, "model.compile=false"]).model)
 
 
 def _theirs(result: Result) -> Tensor | str:

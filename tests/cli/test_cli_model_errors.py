@@ -228,11 +228,8 @@ def test_prompts(folder: Path, adopt: Adopt) -> None:
         (["sampling.steps={min=4, max=2000}"], "2000"),
         (["model.source=python:os:getcwd"], "--trust"),
         (["model.source=checkpoint.pt"], "no such file"),
-        (["model.prompts=x.txt"], "takes none"),
-        (
-            ["model.negative_prompt=blurry"],
-            "model.negative_prompt was given, but the bundled model 'mixture' takes none",
-        ),
+        (["model.prompts=x.txt"], "x.txt' is not for models such as 'mixture'; leave model.prompts out"),
+        (["model.negative_prompt=blurry"], "leave model.negative_prompt out"),
     ],
     ids=lambda value: ",".join(value) if isinstance(value, list) else None,
 )

@@ -16,6 +16,7 @@ from example_results import example, ours, run_script
 from tiny_models import write_ddpm
 
 from autodiffusion_optuna import Result
+from autodiffusion_optuna.config import ModelConfig
 from autodiffusion_optuna.errors import ConfigError, StudyError
 from autodiffusion_optuna.evaluation.models import load_model
 from autodiffusion_optuna.export.formats import FORMATS, result_of, result_text
@@ -62,7 +63,7 @@ def test_a_study_is_exported_with_everything_that_repeats_it(folder: Path, adopt
     assert Result.read("exported/mine.json") == result
     assert Path("exported/mine.py").read_text() == result_text(result_of(read_summary(study)), "diffusers")
 
-    model, best = load_model("net", clip=None), study.best_trial
+    model, best = load_model(ModelConfig(source="net")), study.best_trial
     candidate = Result.read("exported/mine.json").candidate(model.units)
     chosen = best.user_attrs["candidate"]
     assert chosen.endswith(candidate.key)

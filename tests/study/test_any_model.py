@@ -82,9 +82,9 @@ held_out_banks = 2
 def image_shape(folder: Path, adopt: Adopt, arguments: list[str]) -> tuple[int, ...]:
     """Shape of the model's images, as the command line tells it of a reference of another size."""
     from autodiffusion_optuna.config import load_config
-    from autodiffusion_optuna.study import components
+    from autodiffusion_optuna.evaluation.models import load_model
 
-    shape: tuple[int, ...] = components.open_model(load_config(folder / "any.toml", arguments)).picture_shape
+    shape: tuple[int, ...] = load_model(load_config(folder / "any.toml", arguments).model).picture_shape
     return shape
 
 

@@ -93,7 +93,7 @@ def test_float32_decides_where_reduced_precision_differs(
 
 
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError, MemoryError])
-@pytest.mark.parametrize("place", ["open_model", "draw", "run_script"])
+@pytest.mark.parametrize("place", ["load_model", "draw", "run_script"])
 def test_a_model_too_large_for_the_check_is_not_checked(
     folder: Path, monkeypatch: pytest.MonkeyPatch, place: str, error: type[Exception]
 ) -> None:
