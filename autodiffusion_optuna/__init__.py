@@ -11,7 +11,7 @@ from autodiffusion_optuna.errors import AdoptError
 
 if TYPE_CHECKING:
     from autodiffusion_optuna.export.pipelines import apply, remove
-    from autodiffusion_optuna.export.schedule import Result
+    from autodiffusion_optuna.export.result import Result
     from autodiffusion_optuna.search.sampler import AutoDiffusionSampler
     from autodiffusion_optuna.search.space import SearchSpace
 
@@ -28,7 +28,7 @@ __all__ = [
 
 LAZY = {
     "AutoDiffusionSampler": "search.sampler",
-    "Result": "export.schedule",
+    "Result": "export.result",
     "SearchSpace": "search.space",
     "apply": "export.pipelines",
     "remove": "export.pipelines",

@@ -22,6 +22,7 @@ from diffusers import DDIMScheduler, UNet2DModel
 from scipy.stats import spearmanr
 
 from autodiffusion_optuna import Candidate, SearchSpace
+from autodiffusion_optuna.config import ModelConfig
 from autodiffusion_optuna.evaluation.evaluator import Evaluator
 from autodiffusion_optuna.evaluation.features import load_extractor
 from autodiffusion_optuna.evaluation.models import DIGITS, Model, load_model
@@ -57,7 +58,7 @@ def candidates(model: Model) -> list[Candidate]:
 
 
 def evaluator(source: str, device: str, precision: str, batch: int) -> Evaluator:
-    model = load_model(source, device, precision, clip=True)
+    model = load_model(ModelConfig(source=source, device=device, precision=precision))
     if source == "digits":
         extractor = load_extractor("digits", model.device)
         reference = load_reference(DIGITS / "reference.npz", extractor)

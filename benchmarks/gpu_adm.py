@@ -26,10 +26,12 @@ from diffusers import DDIMScheduler
 from torch import Tensor, nn
 
 from autodiffusion_optuna import Candidate
+from autodiffusion_optuna.config import ModelConfig
 from autodiffusion_optuna.evaluation.evaluator import Evaluator
 from autodiffusion_optuna.evaluation.features import Extractor, load_extractor
-from autodiffusion_optuna.evaluation.models import Model, Options, load_model
-from autodiffusion_optuna.evaluation.models.adm import PRESETS, build_unet
+from autodiffusion_optuna.evaluation.models import Model, load_model
+from autodiffusion_optuna.evaluation.models.adm import build_unet
+from autodiffusion_optuna.evaluation.models.adm_fields import PRESETS
 from autodiffusion_optuna.evaluation.references.reference import build_reference
 from autodiffusion_optuna.evaluation.sampling import Sampling
 
@@ -96,7 +98,7 @@ def synchronize(device: torch.device) -> None:
 
 def measure(folder: Path, device: str, images: int, batch: int, small: bool) -> dict[str, Any]:
     weights = write_network(folder, small)
-    model = load_model(str(folder), device, "bfloat16", clip=True, options=Options(reduced=True))
+    model = load_model(ModelConfig(source=str(folder), device=device, precision="bfloat16"))
     extractor = inception(folder, model.device)
     noise = torch.randint(0, 256, (64, *model.shape), dtype=torch.uint8, generator=torch.Generator().manual_seed(2))
     reference = build_reference(noise.to(model.device), extractor, "noise")

@@ -14,6 +14,7 @@ import torch
 from common import record
 
 from autodiffusion_optuna.candidate import Candidate
+from autodiffusion_optuna.config import ModelConfig
 from autodiffusion_optuna.evaluation.evaluator import Evaluator
 from autodiffusion_optuna.evaluation.features import load_extractor
 from autodiffusion_optuna.evaluation.models import DIGITS, load_model
@@ -79,7 +80,7 @@ def held_out_distance(evaluator: Evaluator) -> float:
 
 
 def main() -> None:
-    model = load_model("digits", clip=True)
+    model = load_model(ModelConfig(source="digits", device="cpu"))
     extractor = load_extractor("digits", model.device)
     assert model.reference is not None
     evaluator = Evaluator(model, Sampling(), extractor, model.reference(extractor), batch=BATCH)

@@ -20,6 +20,7 @@ from common import record
 from diffusers import DDIMScheduler, UNet2DModel
 
 from autodiffusion_optuna.candidate import Candidate
+from autodiffusion_optuna.config import ModelConfig
 from autodiffusion_optuna.evaluation.models import Model, load_model
 from autodiffusion_optuna.evaluation.prefix_cache import NfeCounter, PrefixCache, cached_denoise
 from autodiffusion_optuna.evaluation.solvers import SOLVERS, evaluations, times
@@ -73,7 +74,7 @@ def walk(model: Model, solver: str) -> dict[str, Any]:
 def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         small_unet(Path(folder))
-        model = load_model(folder, clip=True)
+        model = load_model(ModelConfig(source=folder, device="cpu"))
     result = {solver: walk(model, solver) for solver in SOLVERS}
     print(json.dumps(result, indent=2), record("prefix_solvers", result))
 

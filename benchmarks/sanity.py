@@ -22,8 +22,10 @@ import torch.nn.functional as F
 from common import record
 from torch import Tensor, nn
 
-from autodiffusion_optuna.evaluation.models import Model, Options, load_model
-from autodiffusion_optuna.evaluation.models.adm import AdmFields, _modules, build_unet
+from autodiffusion_optuna.config import ModelConfig
+from autodiffusion_optuna.evaluation.models import Model, load_model
+from autodiffusion_optuna.evaluation.models.adm import adm_layers, build_unet
+from autodiffusion_optuna.evaluation.models.adm_fields import AdmFields
 from autodiffusion_optuna.evaluation.sanity import LEVELS, doubt, measure, own_samples
 from autodiffusion_optuna.noise import cosine, from_scheduler_config, linear
 
@@ -86,7 +88,7 @@ def train(data: Path, out: Path) -> None:
 def guided_diffusion(state: dict[str, Tensor], fields: AdmFields) -> dict[str, Tensor]:
     """The weights of a UNet2DModel as guided-diffusion saves them, with the new order of attention."""
     weights = {}
-    for source, targets in _modules(fields):
+    for source, targets in adm_layers(fields):
         for part in ("weight", "bias"):
             if f"{targets[0]}.{part}" in state:
                 value = torch.cat([state[f"{target}.{part}"] for target in targets])
@@ -149,7 +151,7 @@ CHANGES: dict[str, Callable[[Model], Model]] = {
 
 
 def adm(path: Path, **fields: Any) -> Model:
-    return load_model(f"adm:{path}", "cpu", clip=True, options=Options(fields={**FIELDS, **fields}))
+    return load_model(ModelConfig(source=f"adm:{path}", device="cpu", fields={**FIELDS, **fields}))
 
 
 def table(data: Path, path: Path) -> None:
@@ -159,12 +161,12 @@ def table(data: Path, path: Path) -> None:
         digits = torch.from_numpy(stored["x"]).unsqueeze(1)
     models: dict[str, tuple[Any, ...]] = {}
     for name, change in CHANGES.items():
-        models[f"digits, {name}"] = change(load_model("digits", "cpu", clip=True)), digits
+        models[f"digits, {name}"] = change(load_model(ModelConfig(source="digits", device="cpu"))), digits
         models[f"ADM, {name}"] = change(adm(path)), faces
     for kind, (model, images) in {"digits": models["digits, right"], "ADM": models["ADM, right"]}.items():
         for word, factor in (("doubled", 2.0), ("halved", 0.5)):  # as by a wrong scaling_factor of latents
             models[f"{kind}, states {word}"] = rebuilt(model, clip=False), images, factor
-    models["digits, attention: other order"] = reordered(load_model("digits", "cpu", clip=True)), digits
+    models["digits, attention: other order"] = reordered(load_model(ModelConfig(source="digits", device="cpu"))), digits
     models["ADM, attention: other order"] = adm(path, use_new_attention_order=False), faces
     models["ADM, attention: heads of 32 channels instead of 16"] = adm(path, num_head_channels=32), faces
     rows = {}

@@ -20,6 +20,7 @@ from common import record
 from diffusers import DDIMScheduler, UNet2DModel
 
 from autodiffusion_optuna.candidate import skip_set
+from autodiffusion_optuna.config import ModelConfig
 from autodiffusion_optuna.evaluation.cost import seconds
 from autodiffusion_optuna.evaluation.models import load_model
 
@@ -42,7 +43,7 @@ def random_unet(folder: Path) -> None:
 def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         random_unet(Path(folder))
-        model = load_model(folder)
+        model = load_model(ModelConfig(source=folder, device="cpu", clip=False))
     units = len(model.units)
     rng = np.random.default_rng(0)
     sizes = rng.integers(0, units + 1, MASKS)

@@ -75,6 +75,13 @@ def write_ddpm(folder: Path, **overrides: Any) -> Any:
     return network
 
 
+def write_cosine(folder: Path) -> None:
+    """Its highest level has sigma / alpha = 20291."""
+    from diffusers import DDPMPipeline, DDPMScheduler
+
+    DDPMPipeline(make_unet(), DDPMScheduler(beta_schedule="squaredcos_cap_v2")).save_pretrained(folder)
+
+
 def write_class_conditional(folder: Path, classes: int = 5) -> Any:
     """A DDPMPipeline whose network takes class labels; returns the network."""
     return write_ddpm(folder, num_class_embeds=classes)

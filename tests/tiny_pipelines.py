@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import string
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 
 PROMPTS = ("a cat", "two dogs, far away", "a red house 2", "the sea", "a cat")
 LENGTH = 16  # tokens that the CLIP models take
+SIZE = [16, 24]  # height and width of images in tests; they differ, so that neither passes for the other
+CHOSEN = [0, 1, 3]  # prompts that are drawn
 SIDE = 16  # pixels of the UNets' and SD3's images by default: latents of 8 x 8
 
 
@@ -103,6 +107,78 @@ def write_flux(folder: Path, guidance: bool = True, **save: Any) -> Path:
     )
     pipeline.save_pretrained(folder, **save)
     return folder
+
+
+WRITERS: dict[str, Callable[[Path], Path]] = {
+    "sd": write_sd,
+    "sd2": lambda folder: write_sd(folder, "v_prediction"),
+    "sd2-zero": write_zero_snr,
+    "sdxl": write_sdxl,
+    "sdxl-empty": lambda folder: write_sdxl(folder, force_zeros=False),
+    "sd3": write_sd3,
+    "sd3-t5": lambda folder: write_sd3(folder, t5=True),
+    "sd3-dynamic": lambda folder: write_sd3(folder, dynamic=True),
+    "flux": write_flux,
+    "schnell": lambda folder: write_flux(folder, guidance=False),
+}
+"""Name -> how a pipeline is written to a folder."""
+
+
+def noise(model: Any, count: int = len(CHOSEN)) -> torch.Tensor:
+    """Standard normal states of a model."""
+    return torch.randn(count, *model.shape, generator=torch.Generator().manual_seed(0))
+
+
+def weights_in(file: Path) -> dict[str, torch.Tensor]:
+    """Copies, as what safetensors reads is the file itself, mapped into memory."""
+    return {key: value.clone() for key, value in load_file(file).items()}
+
+
+def original_layout(folder: Path, file: Path) -> None:
+    """Write the UNet of a tiny Stable Diffusion folder under the names that its authors gave its weights."""
+    renamed = {}
+    for key, value in weights_in(folder / "unet" / "diffusion_pytorch_model.safetensors").items():
+        for new, old in ORIGINAL.items():
+            if key.startswith(new):
+                renamed["model.diffusion_model." + key.replace(new, old, 1)] = value
+                break
+        else:
+            raise AssertionError(key)
+    resnet = {
+        ".norm1.": ".in_layers.0.", ".conv1.": ".in_layers.2.", ".time_emb_proj.": ".emb_layers.1.",
+        ".norm2.": ".out_layers.0.", ".conv2.": ".out_layers.3.", ".conv_shortcut.": ".skip_connection.",
+    }  # fmt: skip
+    weights = {}
+    for key, value in renamed.items():
+        name = key
+        if "transformer_blocks" not in key:
+            for new, old in resnet.items():
+                name = name.replace(new, old)
+        weights[name] = value
+    save_file(weights, file)
+
+
+ORIGINAL = {
+    "conv_in.": "input_blocks.0.0.",
+    "time_embedding.linear_1.": "time_embed.0.",
+    "time_embedding.linear_2.": "time_embed.2.",
+    "down_blocks.0.resnets.0.": "input_blocks.1.0.",
+    "down_blocks.0.attentions.0.": "input_blocks.1.1.",
+    "down_blocks.0.downsamplers.0.conv.": "input_blocks.2.0.op.",
+    "down_blocks.1.resnets.0.": "input_blocks.3.0.",
+    "mid_block.resnets.0.": "middle_block.0.",
+    "mid_block.attentions.0.": "middle_block.1.",
+    "mid_block.resnets.1.": "middle_block.2.",
+    "up_blocks.0.resnets.0.": "output_blocks.0.0.",
+    "up_blocks.0.resnets.1.": "output_blocks.1.0.",
+    "up_blocks.0.upsamplers.0.conv.": "output_blocks.1.1.conv.",
+    "up_blocks.1.resnets.0.": "output_blocks.2.0.",
+    "up_blocks.1.attentions.0.": "output_blocks.2.1.",
+    "up_blocks.1.resnets.1.": "output_blocks.3.0.",
+    "up_blocks.1.attentions.1.": "output_blocks.3.1.",
+    "conv_norm_out.": "out.0.",
+    "conv_out.": "out.2.",
+}
 
 
 def sd_unet() -> Any:

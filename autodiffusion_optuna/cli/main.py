@@ -16,7 +16,7 @@ from autodiffusion_optuna.cli.dashboard import dashboard
 from autodiffusion_optuna.cli.output import (
     EXIT_INTERRUPTED,
     Overrides,
-    ScheduleOption,
+    ResultOption,
     StorageUrl,
     StudyName,
     StudyOption,
@@ -37,7 +37,7 @@ from autodiffusion_optuna.cli.views import report
 from autodiffusion_optuna.errors import AdoptError, ConfigError, choose_from
 
 if TYPE_CHECKING:
-    from autodiffusion_optuna.export.schedule import Result
+    from autodiffusion_optuna.export.result import Result
 
 app = typer.Typer(
     add_completion=False,
@@ -80,20 +80,20 @@ def show(
 @app.command()
 def score(
     study: StudyOption = None,
-    schedule: ScheduleOption = None,
-    model: Annotated[str | None, typer.Option("--model", help="With --schedule: another model to try it on.")] = None,
+    result: ResultOption = None,
+    model: Annotated[str | None, typer.Option("--model", help="With --result: another model to try it on.")] = None,
     images: Annotated[int | None, typer.Option("--images", help="Images a bank; default the study's.")] = None,
     banks: Annotated[int | None, typer.Option("--banks", help="Banks of held-out noise; default the study's.")] = None,
     overrides: Overrides = None,
     storage: StorageUrl = None,
     trust: Trust = False,
 ) -> None:
-    """Score the winner and the baselines, or a schedule from a file, on held-out noise, with 95 % intervals."""
+    """Score the winner and the baselines, or a result from a file, on held-out noise, with 95 % intervals."""
     settings = _held_out_overrides(images, banks)
-    if _wants_schedule(study, schedule, model=model):
-        assert schedule is not None
+    if _wants_result(study, result, model=model):
+        assert result is not None
         given = [] if model is None else [f"model.source={json.dumps(model)}"]
-        _score_schedule(schedule, [*given, *(overrides or []), *settings], trust)
+        _score_result(result, [*given, *(overrides or []), *settings], trust)
     else:
         assert study is not None
         _score_study(study, overrides, settings, storage, trust)
@@ -120,8 +120,8 @@ def _score_study(study: str, places: list[str] | None, settings: list[str], stor
     warn(report.warnings(storage_option(url)))
 
 
-def _score_schedule(path: Path, overrides: list[str], trust: bool) -> None:
-    from autodiffusion_optuna.export.schedule import Result
+def _score_result(path: Path, overrides: list[str], trust: bool) -> None:
+    from autodiffusion_optuna.export.result import Result
     from autodiffusion_optuna.study import components, transfer
 
     opened = transfer.open_result(Result.read(path), overrides, trust=trust)
@@ -144,16 +144,16 @@ def _score_schedule(path: Path, overrides: list[str], trust: bool) -> None:
     warn(components.warnings(opened.parts, settings.held_out_images))
 
 
-def _wants_schedule(study: str | None, schedule: Path | None, **others: object) -> bool:
-    """Whether a schedule file is meant rather than a study; ConfigError where neither is given, or both are."""
-    if (study is None) == (schedule is None):
-        given = "both --study and --schedule" if study else "neither --study nor --schedule"
+def _wants_result(study: str | None, result: Path | None, **others: object) -> bool:
+    """Whether an exported result is meant rather than a study; ConfigError where neither is given, or both are."""
+    if (study is None) == (result is None):
+        given = "both --study and --result" if study else "neither --study nor --result"
         raise ConfigError(f"{given} given; name a study of the database, or a file of adopt export --format json")
-    if schedule is not None:
+    if result is not None:
         return True
     for name, value in others.items():
         if value:
-            raise ConfigError(f"--{name} goes with --schedule; a study keeps its own settings")
+            raise ConfigError(f"--{name} goes with --result; a study keeps its own settings")
     return False
 
 
@@ -166,7 +166,7 @@ def _held_out_overrides(images: int | None, banks: int | None) -> list[str]:
 def sample(
     path: Annotated[Path, typer.Option("--out", help="Picture to write (PNG).")],
     study: StudyOption = None,
-    schedule: ScheduleOption = None,
+    result: ResultOption = None,
     images: Annotated[int, typer.Option("--images", min=1, max=1024, help="Different noises.")] = 12,
     steps: Annotated[int, typer.Option("--many-steps", min=1, help="With --study: steps of the last row.")] = 100,
     overrides: Overrides = None,
@@ -174,19 +174,19 @@ def sample(
     trust: Trust = False,
 ) -> None:
     """Draw the same noises with uniform steps and with the best schedule; of a study also with many steps."""
-    from autodiffusion_optuna.export.schedule import Result
+    from autodiffusion_optuna.export.result import Result
     from autodiffusion_optuna.images import draw_grid
     from autodiffusion_optuna.storage.url import storage_url
     from autodiffusion_optuna.study import transfer, validation
 
-    from_file = _wants_schedule(study, schedule)
+    from_file = _wants_result(study, result)
     if not path.parent.is_dir():
         raise ConfigError(
             f"folder {str(path.parent)!r} for the picture does not exist; create it or give another --out"
         )
     if from_file:
-        assert schedule is not None
-        opened = transfer.open_result(Result.read(schedule), overrides or [], trust=trust)
+        assert result is not None
+        opened = transfer.open_result(Result.read(result), overrides or [], trust=trust)
         warn([opened.other] if opened.other else [])
         parts, rows = opened.parts, transfer.sample_compared(opened, images)
     else:
@@ -213,7 +213,9 @@ def export(
     storage: StorageUrl = None,
 ) -> None:
     """The best schedule as Python that applies it with diffusers, as JSON, or as sigmas for ComfyUI."""
-    from autodiffusion_optuna.export.scripts import notes, reads_json, result_of, result_text
+    from autodiffusion_optuna.export.comfyui import comfyui_notes
+    from autodiffusion_optuna.export.formats import result_of, result_text
+    from autodiffusion_optuna.export.scripts import reads_json
     from autodiffusion_optuna.results.summary import read_summary
     from autodiffusion_optuna.storage.url import storage_option, storage_url
 
@@ -224,12 +226,12 @@ def export(
         raise ConfigError(f"folder {str(folder.parent)!r} does not exist; create it or give another --out")
     url = storage_url(storage)
     report = read_summary(existing(study, url)[1])
-    schedule = result_of(report)
-    text = result_text(schedule, form)
+    result = result_of(report)
+    text = result_text(result, form)
     if form == "diffusers" and check:
-        text = _checked(schedule, text)
+        text = _checked(result, text)
     warn(report.warnings(storage_option(url)))
-    for note in notes(schedule, form):
+    for note in comfyui_notes(result) if form == "comfyui" else []:
         err.print(note)
     beside = form == "diffusers" and reads_json(text)
     if folder is None:
@@ -238,20 +240,20 @@ def export(
             err.print(f"the script reads {study}.json: adopt export --study {study} --format json --out .{tail}")
         print(text, end="")
         return
-    for name, content in {form: text, **({"json": schedule.text()} if beside else {})}.items():
+    for name, content in {form: text, **({"json": result.text()} if beside else {})}.items():
         _write(folder, FORMS[name].format(study), content)
 
 
-def _checked(schedule: Result, text: str) -> str:
+def _checked(result: Result, text: str) -> str:
     """The script for diffusers, or one with the search's own sampler where it draws other images than the search."""
     from autodiffusion_optuna.export.scripts import diffusers_script, uses_diffusers
-    from autodiffusion_optuna.study.transfer import check_script
+    from autodiffusion_optuna.study.script_check import check_script
 
     if not uses_diffusers(text):
         return text
     err.print("comparing the script's images with those of the search's sampler (--no-check leaves it out) …")
     try:
-        fault, *notes = check_script(schedule)
+        fault, *notes = check_script(result)
     except AdoptError as error:
         warn([f"the script was not checked against the search's sampler: {error}"])
         return text
@@ -259,7 +261,7 @@ def _checked(schedule: Result, text: str) -> str:
     if fault is None:
         return text
     warn([f"{fault}; the script uses the search's own sampler instead"])
-    return diffusers_script(schedule, why_not=fault)
+    return diffusers_script(result, why_not=fault)
 
 
 def _write(folder: Path, name: str, text: str) -> None:

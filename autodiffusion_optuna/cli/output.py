@@ -28,9 +28,7 @@ err = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
 
 StudyName = Annotated[str, typer.Option("--study", help="A study in the database.")]
 StudyOption = Annotated[str | None, typer.Option("--study", help="A study in the database.")]
-ScheduleOption = Annotated[
-    Path | None, typer.Option("--schedule", help="A schedule that adopt export --format json wrote.")
-]
+ResultOption = Annotated[Path | None, typer.Option("--result", help="A result that adopt export --format json wrote.")]
 Overrides = Annotated[list[str] | None, typer.Option("--set", help="key=value, as in the study file.")]
 StorageUrl = Annotated[
     str | None,

@@ -1,11 +1,13 @@
-"""Files that hold something else than their name says: Git LFS pointers, web pages, nothing at all. No torch."""
+"""Files that may hold something else than their name says: Git LFS pointers, web pages, nothing at all. No torch."""
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
+from typing import Any
 
-from autodiffusion_optuna.errors import AdoptError
+from autodiffusion_optuna.errors import AdoptError, ModelError
 
 START = 256
 """Bytes from which ``not_content`` knows."""
@@ -33,5 +35,22 @@ def check_content(path: Path, error: type[AdoptError]) -> None:
             start = file.read(START)
     except OSError:
         return
-    if told := not_content(start):
-        raise error(f"{path}: {told}")
+    if reason := not_content(start):
+        raise error(f"{path}: {reason}")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object. ``ModelError`` where the file holds none."""
+    check_content(path, ModelError)
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{path}: cannot be read as JSON ({first_line(error)}); save it again") from error
+    if not isinstance(data, dict):
+        raise ModelError(f"{path}: holds a JSON {type(data).__name__}, expected an object; save it again")
+    return data
+
+
+def first_line(error: BaseException) -> str:
+    """What an error of another library says, in one line of at most 200 characters."""
+    return next(iter(str(error).splitlines()), type(error).__name__)[:200]

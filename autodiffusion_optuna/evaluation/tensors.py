@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -90,8 +90,8 @@ def _scaled(weight: Tensor, scale: Tensor, where: str) -> Tensor:
     plain = weight.dtype in (torch.float8_e4m3fn, torch.float8_e5m2) and scale.is_floating_point()
     if not plain or not (scale.numel() == 1 or scale.shape in shapes) or not (scale.is_meta or scale.isfinite().all()):
         raise ModelError(
-            f"{where} is {_told(scale)} and its weight {_told(weight)}; only finite scales of float8 weights are "
-            f"known, one for all or one a row; {PLAIN}"
+            f"{where} is {_described(scale)} and its weight {_described(weight)}; only finite scales of float8 weights "
+            f"are known, one for all or one a row; {PLAIN}"
         )
     return weight.float() * scale.float().reshape(-1, *[1] * (weight.ndim - 1))
 
@@ -100,10 +100,24 @@ def check_numbers(given: Weights, floating: Iterable[str], where: object) -> Non
     """``ModelError`` that names the first weight in ``floating`` that does not hold floating-point numbers."""
     for key in sorted(given.keys() & set(floating)):
         if not isinstance(given[key], Tensor) or not given[key].is_floating_point():
-            raise ModelError(f"{where}: {key} holds {_told(given[key])}, not floating-point numbers; {PLAIN}")
+            raise ModelError(f"{where}: {key} holds {_described(given[key])}, not floating-point numbers; {PLAIN}")
 
 
-def _told(tensor: object) -> str:
+def misfit(given: Weights, wanted: Mapping[str, Sequence[int]]) -> str | None:
+    """How tensors first differ in shapes and names from those of a network; None where they do not."""
+    for key, shape in wanted.items():
+        if key in given and tuple(given[key].shape) != tuple(shape):
+            return f"{key} has shape {list(given[key].shape)} instead of {list(shape)}"
+    for what, keys in (
+        ("missing", [key for key in wanted if key not in given]),
+        ("unexpected", [key for key in given if key not in wanted]),
+    ):
+        if keys:
+            return f"{len(keys)} {what}, first {keys[0]!r}"
+    return None
+
+
+def _described(tensor: object) -> str:
     if not isinstance(tensor, Tensor):
         return f"a {type(tensor).__name__}"
     return f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"

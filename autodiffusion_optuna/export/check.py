@@ -6,40 +6,40 @@ import math
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from autodiffusion_optuna.export.schedule import Result
+from autodiffusion_optuna.export.result import Result
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
+    Network = Callable[[Tensor, float], Tensor]
+    """Prediction of a state at a model time."""
+
 LIMIT = 2.0
 """Largest mean difference of an image's pixels, of 255, between an export and the search's sampler."""
+ROUNDED = 4e-3
+"""Largest relative difference of a weight from itself in another precision: bfloat16 rounds by half of that."""
 
-STAND_INS: tuple[Callable[[Tensor, float], Tensor], ...] = (
+STAND_INS: tuple[Network, ...] = (
     lambda x, t: 0 * x,
     lambda x, t: x,
     lambda x, t: (1.3 * x + 0.3 * (3 * x).sin() + t / 700).tanh(),
 )
-"""What stands in for a network, whose prediction they give for a state at a model time.
-
-The first two are the extremes that a network comes near to where there is hardly any signal or hardly any noise.
-"""
+"""Stand in for a network. The first two are the extremes that one nears where there is hardly any signal or noise."""
 
 
-def steps_error(schedule: Result, scheduler: Any, scaled: bool, dtype: torch.dtype) -> float:
+def steps_error(result: Result, scheduler: Any, scaled: bool, dtype: torch.dtype) -> float:
     """Largest difference of a diffusers scheduler from the search's sampler on ``STAND_INS``; see ``difference``.
 
-    ``scheduler``: one that takes the schedule's steps. ``scaled``: whether its states are x / alpha. ``dtype``: of its
+    ``scheduler``: one that takes the result's steps. ``scaled``: whether its states are x / alpha. ``dtype``: of its
     states, as in a pipeline of that precision. Nothing but the scheduler is changed, no global random state either.
     """
     import torch
 
-    start = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0)).to(dtype).float()
+    start = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0)).to(dtype)
     with torch.inference_mode():
         return max(
-            difference(
-                _drawn(schedule, scheduler, network, start, scaled, dtype), _sampled(schedule, network, start, dtype)
-            )
+            difference(_theirs(scheduler, network, start, scaled), _ours(result, network, start))
             for network in STAND_INS
         )
 
@@ -54,10 +54,6 @@ def difference(images: Tensor, wanted: Tensor) -> float:
     return found if math.isfinite(found) else math.inf
 
 
-ROUNDED = 4e-3
-"""Largest relative difference of a weight from itself in another precision: bfloat16 rounds by half of that."""
-
-
 def same_weights(then: Mapping[str, float], now: Mapping[str, float]) -> bool:
     """Whether the weights in the sample ``then`` are the same ones ``now``, up to what half precision rounds."""
     return then.keys() <= now.keys() and all(
@@ -65,29 +61,21 @@ def same_weights(then: Mapping[str, float], now: Mapping[str, float]) -> bool:
     )
 
 
-def _drawn(
-    schedule: Result,
-    scheduler: Any,
-    network: Callable[[Tensor, float], Tensor],
-    start: Tensor,
-    scaled: bool,
-    dtype: torch.dtype,
-) -> Tensor:
+def _theirs(scheduler: Any, network: Network, start: Tensor, scaled: bool) -> Tensor:
     """What a pipeline's loop makes of the noise ``start``."""
     import torch
 
     noise = torch.Generator().manual_seed(1)
-    scheduler.set_timesteps(len(schedule.timesteps), device="cpu")
-    x = start.to(dtype)
-    x = (x * scheduler.init_noise_sigma).to(dtype) if scaled else x
+    scheduler.set_timesteps(None, device="cpu")
+    x = (start * scheduler.init_noise_sigma).to(start.dtype) if scaled else start
     for t in scheduler.timesteps:
         given = scheduler.scale_model_input(x, t) if scaled else x
-        output = network(given.float(), float(t)).to(dtype)
+        output = network(given.float(), float(t)).to(start.dtype)
         x = scheduler.step(output, t, x, generator=noise, return_dict=False)[0]
     return x
 
 
-def _sampled(schedule: Result, network: Callable[[Tensor, float], Tensor], start: Tensor, dtype: torch.dtype) -> Tensor:
+def _ours(result: Result, network: Network, start: Tensor) -> Tensor:
     """What the search's sampler makes of it, whose states are float32 whatever the network's precision."""
     import torch
 
@@ -95,12 +83,12 @@ def _sampled(schedule: Result, network: Callable[[Tensor, float], Tensor], start
     from autodiffusion_optuna.evaluation.sampling import Sampling
     from autodiffusion_optuna.evaluation.solvers import times
 
-    def denoised(x: Tensor, model_times: Tensor, condition: object) -> Tensor:
-        return network(x, float(model_times[0])).to(dtype).float()
+    def predict(x: Tensor, model_times: Tensor, condition: object) -> Tensor:
+        return network(x, float(model_times[0])).to(start.dtype).float()
 
     noise = torch.Generator().manual_seed(1)
-    levels, prediction = schedule.noise_schedule(), schedule.model.prediction or "epsilon"
-    denoiser = Denoiser(denoised, levels, prediction, torch.device("cpu"), clip=schedule.model.clip)
-    sampling = Sampling(**schedule.sampling_settings())
-    solve = sampling.find_solver(lambda step: torch.randn(start.shape, generator=noise))
-    return solve(denoiser, start, times(levels, schedule.timesteps, schedule.final))
+    schedule = result.noise_schedule()
+    prediction = result.model.prediction or "epsilon"
+    denoiser = Denoiser(predict, schedule, prediction, torch.device("cpu"), clip=result.model.clip)
+    solve = Sampling(**result.sampling_settings()).find_solver(lambda _: torch.randn(start.shape, generator=noise))
+    return solve(denoiser, start.float(), times(schedule, result.timesteps, result.final))

@@ -19,7 +19,7 @@ from plotly.offline import get_plotlyjs
 from autodiffusion_optuna._version import __version__
 from autodiffusion_optuna.config import SEARCH_BANK, flatten
 from autodiffusion_optuna.errors import AdoptError
-from autodiffusion_optuna.export.scripts import result_of, result_text
+from autodiffusion_optuna.export.formats import result_of, result_text
 from autodiffusion_optuna.images import picture
 from autodiffusion_optuna.report.figures import FIGURES
 from autodiffusion_optuna.results.held_out import HeldOut

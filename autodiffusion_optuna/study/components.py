@@ -16,7 +16,7 @@ from autodiffusion_optuna.config import Range, SamplingConfig, StudyConfig
 from autodiffusion_optuna.errors import ConfigError, StatisticsError, choose_from
 from autodiffusion_optuna.evaluation.evaluator import Evaluator, largest_batch
 from autodiffusion_optuna.evaluation.features import Extractor, load_extractor
-from autodiffusion_optuna.evaluation.models import Model, Options, load_model
+from autodiffusion_optuna.evaluation.models import Model, load_model
 from autodiffusion_optuna.evaluation.prefix_cache import PrefixCache
 from autodiffusion_optuna.evaluation.references.reference import (
     Reference,
@@ -65,7 +65,7 @@ def build(
     if config.folder is not None and config.folder not in sys.path:
         sys.path.insert(0, config.folder)  # and left there, for what the plug-ins import later
     plan = read_sampling(config.sampling)  # a wrong solver is refused before a large model is loaded
-    model = open_model(config, trust, device)
+    model = load_model(config.model, device=device, trust=trust)
     for scale in plan.guidance:
         model.check_scale(scale)
     if batch is None:
@@ -96,26 +96,6 @@ def build(
     warm_starts(config, baselines)  # an unknown name is refused before anything is written
     sanity = check_model(model, reference.images, batch) if config.model.check else []
     return StudyComponents(config, model, space, _sampler(config, space), evaluator, baselines, tuple(sanity))
-
-
-def open_model(config: StudyConfig, trust: bool = False, device: str | None = None) -> Model:
-    """The model of a study, on ``device`` or else the config's (ModelError, ConfigError)."""
-    model = config.model
-    options = Options(
-        preset=model.preset,
-        fields=model.fields,
-        classifier=None if model.classifier is None else Path(model.classifier),
-        guidance=None,  # the study's scale belongs to sampling, where it may be searched
-        labels=model.labels,
-        prompts=None if model.prompts is None else Path(model.prompts),
-        negative_prompt=model.negative_prompt,
-        size=None if model.size is None else (model.size[0], model.size[1]),
-        reduced=model.precision != "float32",
-        compile=model.compile,
-        config=None if model.config is None else Path(model.config),
-        trust=trust,
-    )
-    return load_model(model.source, device or model.device, model.precision, model.clip, options)
 
 
 @dataclass(frozen=True)

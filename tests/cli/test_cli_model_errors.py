@@ -228,11 +228,8 @@ def test_prompts(folder: Path, adopt: Adopt) -> None:
         (["sampling.steps={min=4, max=2000}"], "2000"),
         (["model.source=python:os:getcwd"], "--trust"),
         (["model.source=checkpoint.pt"], "no such file"),
-        (["model.prompts=x.txt"], "takes none"),
-        (
-            ["model.negative_prompt=blurry"],
-            "model.negative_prompt was given, but the bundled model 'mixture' takes none",
-        ),
+        (["model.prompts=x.txt"], "x.txt' is not for models such as 'mixture'; leave model.prompts out"),
+        (["model.negative_prompt=blurry"], "leave model.negative_prompt out"),
     ],
     ids=lambda value: ",".join(value) if isinstance(value, list) else None,
 )
@@ -253,13 +250,13 @@ def test_schedules_that_do_not_fit(folder: Path, adopt: Adopt) -> None:
     assert adopt("export", "--study", "quick", "--format", "json", "--out", ".").code == 0
     (folder / "broken.json").write_text((folder / "quick.json").read_text()[:-20])
     for arguments, expected in (
-        (["score", "--schedule", "nowhere.json"], "cannot read schedule 'nowhere.json'"),
-        (["score", "--schedule", "broken.json"], "not valid JSON"),
-        (["score"], "neither --study nor --schedule"),
-        (["score", "--study", "quick", "--schedule", "quick.json"], "both --study and --schedule"),
-        (["score", "--study", "quick", "--model", "digits"], "--model goes with --schedule"),
-        (["score", "--schedule", "quick.json", "--model", "nowhere"], "unknown model 'nowhere'"),
-        (["sample", "--schedule", "quick.json", "--out", "no/where.png"], "does not exist"),
+        (["score", "--result", "nowhere.json"], "cannot read result 'nowhere.json'"),
+        (["score", "--result", "broken.json"], "not valid JSON"),
+        (["score"], "neither --study nor --result"),
+        (["score", "--study", "quick", "--result", "quick.json"], "both --study and --result"),
+        (["score", "--study", "quick", "--model", "digits"], "--model goes with --result"),
+        (["score", "--result", "quick.json", "--model", "nowhere"], "unknown model 'nowhere'"),
+        (["sample", "--result", "quick.json", "--out", "no/where.png"], "does not exist"),
     ):
         result = adopt(*arguments)
         assert (result.code, result.err.count("\n")) == (1, 1), result

@@ -10,26 +10,30 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from load_source import load_source
 from safetensors.torch import save_file
 from tiny_adm import CLASSIFIER_FIELDS, golden, state, write_adm
 from torch import Tensor, nn
 
 from autodiffusion_optuna.errors import AdoptError, ConfigError, ModelError
+from autodiffusion_optuna.evaluation.models import Model
 from autodiffusion_optuna.evaluation.models.adm import (
-    PRESETS,
-    AdmFields,
+    ATTENTION,
+    RESIDUAL,
+    adm_blocks,
     build_classifier,
     build_unet,
-    check_fields,
     convert,
     convert_classifier,
-    load_adm,
-    noise_schedule,
-    resolve_fields,
-    unit_names,
 )
 from autodiffusion_optuna.evaluation.models.adm_classifier import EncoderUNetModel, label_gradient
-from autodiffusion_optuna.evaluation.models.base import Model, Options
+from autodiffusion_optuna.evaluation.models.adm_fields import (
+    PRESETS,
+    AdmFields,
+    check_fields,
+    noise_schedule,
+    resolve_fields,
+)
 from autodiffusion_optuna.evaluation.skip import Units, find_units, skipping
 from autodiffusion_optuna.evaluation.solvers import ddim, times
 
@@ -43,11 +47,16 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
 
 
 def load(tiny: Tiny, guided: bool = False, precision: str = "float32", clip: bool = False, **changes: Any) -> Model:
-    """The tiny ADM; ``changes`` are options, or else fields."""
+    """The tiny ADM; ``changes`` are of its fields, or ``labels``."""
     path, classifier, fields = tiny
-    options = {key: changes.pop(key) for key in ("preset", "guidance", "reduced", "labels") if key in changes}
-    chosen = Options(fields={**fields, **changes}, classifier=classifier if guided else None, **options)
-    return load_adm(path, "cpu", precision, clip, chosen)
+    settings = {"labels": changes.pop("labels")} if "labels" in changes else {}
+    settings |= {"classifier": classifier} if guided else {}
+    return load_source(f"adm:{path}", precision=precision, clip=clip, fields={**fields, **changes}, **settings)
+
+
+def unit_names(adm: AdmFields) -> dict[str, str]:
+    """ADM's path of each unit -> the UNet2DModel's; the position is AutoDiffusion's layer id (``dynamic_unet.py``)."""
+    return {source: target for source, target, layers in adm_blocks(adm) if layers in (RESIDUAL, ATTENTION)}
 
 
 def relative(given: Tensor, expected: Tensor) -> float:
@@ -145,7 +154,7 @@ def test_presets_are_the_published_architectures(name: str) -> None:
 
 
 def adm_keys(adm: AdmFields) -> set[str]:
-    """Keys of a released checkpoint, from what its official constructor makes; written independently of ``_blocks``."""
+    """Keys of a released checkpoint, from what its official constructor makes; written without ``adm_blocks``."""
     residual = ["in_layers.0", "in_layers.2", "emb_layers.1", "out_layers.0", "out_layers.3"]
     attention = ["norm", "qkv", "proj_out"]
     modules = ["time_embed.0", "time_embed.2", "input_blocks.0.0", "out.0", "out.2"]
@@ -271,13 +280,12 @@ def test_chains_are_the_official_ones(tiny: Tiny, case: dict[str, Any]) -> None:
 def test_guidance_has_a_scale_and_zero_turns_it_off(tiny: Tiny) -> None:
     plain, guided = load(tiny), load(tiny, guided=True)
     assert (plain.guidance, guided.guidance, guided.scale) == ("none", "classifier", 1.0)
-    assert load(tiny, guided=True, guidance=2.5).scale == 2.5
     alone = plain.bind([3, 7])(X, 500, 0)
     assert torch.equal(guided.bind([3, 7], 0.0)(X, 500, 0), alone)
     once, twice = (guided.bind([3, 7], scale)(X, 500, 0) - alone for scale in (1.0, 2.0))
     assert relative(twice, 2 * once) < 1e-4
     assert once.norm() > 0
-    assert torch.equal(load(tiny, guided=True, guidance=2.0).bind([3, 7])(X, 500, 0), alone + twice)
+    assert torch.equal(guided.bind([3, 7])(X, 500, 0), alone + once)
 
 
 def test_models_are_conditioned_on_labels_by_image(tiny: Tiny) -> None:
@@ -347,12 +355,7 @@ class Dtypes:
             self.seen[name] = out.dtype
 
 
-@pytest.mark.parametrize("reduced", [False, True])
-def test_reduced_precision_keeps_norms_and_time_embedding(
-    tiny: Tiny, monkeypatch: pytest.MonkeyPatch, reduced: bool
-) -> None:
-    from autodiffusion_optuna.evaluation.models import adm
-
+def test_reduced_precision_keeps_norms_and_time_embedding(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
     networks: list[nn.Module] = []
 
     def keep(weights: Mapping[str, Tensor], fields: AdmFields) -> nn.Module:
@@ -360,8 +363,8 @@ def test_reduced_precision_keeps_norms_and_time_embedding(
         return networks[-1]
 
     exact = load(tiny).bind([1, 2])(X, 100, 0)
-    monkeypatch.setattr(adm, "convert", keep)
-    model = load(tiny, precision="bfloat16", reduced=reduced)
+    monkeypatch.setattr("autodiffusion_optuna.evaluation.models.adm.convert", keep)
+    model = load(tiny, precision="bfloat16")
     dtypes = Dtypes(networks[0])
     x0 = model.bind([1, 2])(X, 100, 0)
     assert x0.dtype == torch.float32
@@ -374,12 +377,14 @@ def test_reduced_precision_keeps_norms_and_time_embedding(
     assert {dtypes.seen[name] for name in (*norms, *embedding)} == {torch.float32}
     assert dtypes.seen["mid_block.resnets.0.conv1"] == dtypes.seen["mid_block.attentions.0.to_q"] == torch.bfloat16
     stored = networks[0].get_parameter("mid_block.resnets.0.conv1.weight").dtype
-    assert stored == (torch.bfloat16 if reduced else torch.float32)
-
-
-def test_weights_kept_in_the_precision_they_are_used_in_change_nothing(tiny: Tiny) -> None:
-    once, twice = (load(tiny, precision="bfloat16", reduced=reduced) for reduced in (False, True))
-    assert torch.equal(once.bind([1, 2])(X, 600, 0), twice.bind([1, 2])(X, 600, 0))
+    assert stored == torch.bfloat16
+    # Rounded at every evaluation instead, they give the same bits.
+    for module in networks[0].modules():
+        if isinstance(module, (nn.Linear, nn.Conv2d)):
+            module.weight.data = module.weight.data.float()
+    original = convert(state(golden("adm_unet_a")[1]), fields_of("adm_unet_a"))
+    networks[0].load_state_dict(original.state_dict())
+    assert torch.equal(model.bind([1, 2])(X, 100, 0), x0)
 
 
 def test_the_fingerprint_is_of_files_and_of_fields_that_matter(tiny: Tiny, tmp_path: Path) -> None:
@@ -480,9 +485,7 @@ def test_weights_of_another_architecture_are_refused(tiny: Tiny, tmp_path: Path)
         lambda: load((classifier, classifier, fields)), ModelError
     )
     assert "has shape" in refused(lambda: load((path, path, fields), guided=True), ModelError)
-    assert "has shape" in refused(
-        lambda: load_adm(path, "cpu", "float32", True, Options(preset="imagenet64")), ModelError
-    )
+    assert "has shape" in refused(lambda: load_source(f"adm:{path}", preset="imagenet64"), ModelError)
     assert "1 unexpected, first 'label_emb.weight'" in refused(lambda: load(tiny, class_cond=False), ModelError)
     weights = torch.load(path)
     del weights["middle_block.1.norm.bias"]
@@ -544,17 +547,16 @@ def test_fields_that_cannot_be_are_refused(preset: str | None, given: Mapping[st
     assert reason in refused(lambda: resolve_fields(preset, given), ConfigError)
 
 
-def test_options_that_contradict_each_other_are_refused(tiny: Tiny) -> None:
+def test_settings_that_contradict_each_other_are_refused(tiny: Tiny) -> None:
     path, classifier, fields = tiny
 
-    def message(**options: Any) -> str:
-        given = Options(**{"fields": fields, **options})
-        return refused(lambda: load_adm(path, "cpu", "float32", True, given), ConfigError)
+    def message(**settings: Any) -> str:
+        return refused(lambda: load_source(f"adm:{path}", **{"fields": fields, **settings}), ConfigError)
 
-    assert "guided by a classifier and none is set" in message(guidance=1.5)
+    assert "guidance 1.5 was given" in refused(lambda: load(tiny).check_scale(1.5), ConfigError)
     assert "data without classes" in message(preset="lsun256", fields={}, classifier=classifier)
-    assert "makes 16 pixels a side" in message(size=(32, 32))
-    assert "prompts was given" in message(prompts=Path("prompts.txt"))
+    assert "makes 16 pixels a side" in message(size=[32, 32])
+    assert "leave model.prompts out" in message(prompts="prompts.txt")
     assert "unknown ADM field classifier_pool 'adaptive'" in message(
         fields={**fields, "classifier_pool": "adaptive"}, classifier=classifier
     )

@@ -5,13 +5,13 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from load_source import load_source
 
 from autodiffusion_optuna.candidate import Candidate
 from autodiffusion_optuna.errors import ConfigError, ModelError, StatisticsError
 from autodiffusion_optuna.evaluation.evaluator import SHARE_OF_MEMORY, Evaluator, batch_for, largest_batch
 from autodiffusion_optuna.evaluation.features import load_extractor
 from autodiffusion_optuna.evaluation.frechet import frechet_distance
-from autodiffusion_optuna.evaluation.models import load_model
 from autodiffusion_optuna.evaluation.prefix_cache import PrefixCache
 from autodiffusion_optuna.evaluation.sampling import Sampling
 from autodiffusion_optuna.evaluation.solvers import SOLVERS
@@ -23,7 +23,7 @@ CANDIDATE = Candidate((900, 500, 100))
 
 @pytest.fixture(scope="module")
 def evaluator() -> Evaluator:
-    model = load_model("mixture", clip=True)
+    model = load_source("mixture")
     extractor = load_extractor("pixels", model.device)
     assert model.reference is not None
     return Evaluator(model, Sampling(), extractor, model.reference(extractor), batch=32)

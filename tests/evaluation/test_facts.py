@@ -10,13 +10,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from test_text_to_image import WRITERS
+from load_source import load_source
 from tiny_adm import write_adm
 from tiny_models import make_unet, make_vae, write_class_conditional, write_ddpm, write_dit
-from tiny_pipelines import write_prompts
+from tiny_pipelines import WRITERS, write_prompts
 
 from autodiffusion_optuna.errors import AdoptError
-from autodiffusion_optuna.evaluation.models import MODELS, Model, Options, load_model
+from autodiffusion_optuna.evaluation.models import MODELS, Model
 from autodiffusion_optuna.noise import from_scheduler_config
 
 SCHEDULER = "scheduler/scheduler_config.json"
@@ -58,11 +58,10 @@ KINDS: dict[str, Callable[[Path], object]] = {
 }
 
 
-def load(folder: Path, **options: Any) -> Model:
+def load(folder: Path, **settings: Any) -> Model:
     kind = json.loads((folder / "model_index.json").read_text())["_class_name"]
     text = kind.startswith(("Stable", "Flux"))
-    given = Options(**({"prompts": write_prompts(folder.parent)} if text else {}), **options)
-    return load_model(str(folder), clip=None, options=given)
+    return load_source(folder, **({"prompts": write_prompts(folder.parent)} if text else {}), **settings)
 
 
 def edit(path: Path, *lost: str, **changes: Any) -> None:
@@ -91,14 +90,14 @@ def test_nothing_is_said_where_the_files_say_all(tmp_path: Path, kind: str) -> N
         assert notes == (
             "the network's config gives no sample_size; images have the pipeline's usual one unless model.size is set",
         )
-        assert load(tmp_path / "model", size=(16, 16)).notes == ()
+        assert load(tmp_path / "model", size=[16, 16]).notes == ()
         return
     assert notes == ()
 
 
 @pytest.mark.parametrize("name", MODELS)
 def test_nothing_is_said_of_bundled_models(name: str) -> None:
-    assert load_model(name).notes == ()
+    assert load_source(name).notes == ()
 
 
 FACTS = [
@@ -270,7 +269,7 @@ def test_a_clip_that_the_scheduler_does_not_have_is_said(tmp_path: Path, changes
     edit(tmp_path / "model" / SCHEDULER, **changes)
     (note,) = load(tmp_path / "model").notes
     assert f"x0 is clamped to [-1, 1], but the scheduler has {words}; set model.clip" in note
-    assert load_model(str(tmp_path / "model"), clip=True).notes == ()
+    assert load_source(tmp_path / "model", clip=True).notes == ()
 
 
 @pytest.mark.parametrize(
@@ -296,8 +295,8 @@ def test_fields_of_adm_that_no_weight_shows_are_said(tmp_path: Path, lost: str, 
         "predict_xstart": False,
         **fields,
     }
-    assert load_model(f"adm:{path}", options=Options(fields=whole)).notes == ()
+    assert load_source(f"adm:{path}", fields=whole).notes == ()
     part = {key: value for key, value in whole.items() if key != lost}
-    (note,) = load_model(f"adm:{path}", options=Options(fields=part)).notes
+    (note,) = load_source(f"adm:{path}", fields=part).notes
     assert note.startswith("model.fields does not say all that no weight shows; assumed is guided-diffusion's default")
     assert words in note

@@ -9,52 +9,27 @@ import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
+from hub_cache import COMMIT, ID, fill_cache, use_cache
+from load_source import load_source
 from tiny_models import write_ddpm
 
 from autodiffusion_optuna.errors import ModelError
-from autodiffusion_optuna.evaluation.models import load_model
 from autodiffusion_optuna.evaluation.models.hub import is_complete, needed_files, resolve
-
-ID = "someone/tiny"
-COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
 @pytest.fixture
 def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The folder of an empty cache, with downloads forbidden."""
-    from huggingface_hub import constants
-
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    return tmp_path / "hub"
-
-
-def fill_cache(hub: Path, write: Any = write_ddpm) -> Path:
-    """A pipeline in the cache's standard layout: blobs, and a snapshot of links to them. Returns the snapshot."""
-    place = hub / "models--someone--tiny"
-    snapshot = place / "snapshots" / COMMIT
-    for folder in (place / "blobs", place / "refs", snapshot):
-        folder.mkdir(parents=True)
-    (place / "refs" / "main").write_text(COMMIT)
-    (place / "refs" / "small").write_text(COMMIT)
-    source = hub.parent / "saved"
-    write(source)
-    for number, path in enumerate(path for path in source.rglob("*") if path.is_file()):
-        link = snapshot / path.relative_to(source)
-        link.parent.mkdir(exist_ok=True)
-        shutil.copy(path, place / "blobs" / str(number))
-        link.symlink_to(place / "blobs" / str(number))
-    return snapshot
+    return use_cache(tmp_path, monkeypatch)
 
 
 def test_a_cached_model_is_taken_without_the_network(hub: Path) -> None:
     snapshot = fill_cache(hub)
     assert resolve(ID) == resolve(f"{ID}@small") == resolve(f"{ID}@{COMMIT}") == snapshot
-    model, saved = load_model(ID), load_model(str(hub.parent / "saved"))
+    model, saved = load_source(ID), load_source(hub.parent / "saved")
     assert model.name == ID
     assert model.fingerprint == saved.fingerprint
     x = torch.zeros(1, 3, 16, 16)
@@ -65,7 +40,7 @@ def test_what_is_not_cached_is_one_line_while_offline(hub: Path) -> None:
     fill_cache(hub)
     for source in ("someone/else", f"{ID}@other"):
         with pytest.raises(ModelError) as caught:
-            load_model(source)
+            load_source(source)
         message = str(caught.value)
         assert "\n" not in message
         assert message.startswith(f"'{source}' is not (or not in whole) in the cache {hub}")

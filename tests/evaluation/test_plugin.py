@@ -3,16 +3,16 @@ from __future__ import annotations
 import sys
 import textwrap
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from load_source import load_source
 
 from autodiffusion_optuna.errors import ConfigError, ModelError
-from autodiffusion_optuna.evaluation.models import load_model
-from autodiffusion_optuna.evaluation.models.base import Model, Options
+from autodiffusion_optuna.evaluation.models import Model
 from autodiffusion_optuna.evaluation.models.plugin import load_plugin
 
-TRUST = Options(trust=True)
 START = """
 import torch
 from autodiffusion_optuna.evaluation.models.plugin import PluginModel
@@ -35,10 +35,10 @@ def write(body: str) -> None:
     sys.modules.pop("mine", None)
 
 
-def refused(source: str = "python:mine:make", **arguments: object) -> str:
+def refused(source: str = "python:mine:make", **settings: Any) -> str:
     """The one line with which the plug-in is refused."""
     with pytest.raises((ModelError, ConfigError)) as caught:
-        load_plugin(source, **{"options": TRUST, **arguments})  # type: ignore[arg-type]
+        load_source(source, **{"trust": True, **settings})
     message = str(caught.value)
     assert "\n" not in message
     assert len(message) < 400
@@ -48,14 +48,14 @@ def refused(source: str = "python:mine:make", **arguments: object) -> str:
 def test_the_example_of_the_docstring_runs() -> None:
     """It denoises standard normal data, whose samples are their own noise."""
     assert load_plugin.__doc__ is not None
-    example = load_plugin.__doc__.split("::\n", 1)[1].split("\n    ``clip``")[0]
+    example = load_plugin.__doc__.split("::\n", 1)[1].split("\n    A whole")[0]
     assert len(example.strip().splitlines()) <= 12
     Path("mine.py").write_text(textwrap.dedent(example))
-    model = load_plugin("python:mine:shrink", clip=False, options=TRUST)
+    model = load_source("python:mine:shrink", clip=False, trust=True)
     assert (model.name, model.shape, model.kind, model.units) == ("mine:shrink", (3, 8, 8), "plugin", ())
     torch.testing.assert_close(model.denoiser(X, 500, 0), model.schedule.alpha(500) * X, rtol=1e-4, atol=1e-5)
-    assert load_plugin("python:mine:shrink", options=TRUST).denoiser(9 * X, 1, 0).abs().max() == 1
-    assert load_model("python:mine:shrink", options=TRUST).fingerprint == model.fingerprint
+    assert load_source("python:mine:shrink", trust=True).denoiser(9 * X, 1, 0).abs().max() == 1
+    assert load_source("python:mine:shrink", trust=True).fingerprint == model.fingerprint
 
 
 def test_a_mapping_does_and_labels_reach_the_network() -> None:
@@ -66,12 +66,12 @@ def test_a_mapping_does_and_labels_reach_the_network() -> None:
             return {"network": network, "shape": (3, 8, 8), "schedule": linear(), "prediction": "sample",
                     "fingerprint": "1", "labels": 4}
     """)
-    model = load_plugin("python:mine:make", clip=False, options=TRUST)
+    model = load_source("python:mine:make", clip=False, trust=True)
     assert model.conditions is not None
     assert model.conditions.count == 4
     assert model.bind([3, 1])(X, 10, 0)[:, 0, 0, 0].tolist() == [3, 1]
     with pytest.raises(ConfigError, match="has none"):
-        load_plugin("python:mine:make", options=Options(trust=True, guidance=2.0))
+        model.check_scale(2.0)
 
 
 def test_blocks_of_a_module_can_be_skipped() -> None:
@@ -90,7 +90,7 @@ def test_blocks_of_a_module_can_be_skipped() -> None:
         def make(device):
             return PluginModel(Network(), [3, 8, 8], linear(), "sample", "1")
     """)
-    model = load_plugin("python:mine:make", clip=False, options=TRUST)
+    model = load_source("python:mine:make", clip=False, trust=True)
     assert model.units == ("block",)
     torch.testing.assert_close(model.denoiser(X, 10, 1), X)
     assert not torch.allclose(model.denoiser(X, 10, 0), X)
@@ -103,7 +103,7 @@ def test_states_may_be_latents() -> None:
             return PluginModel(lambda x, t, c: 3 * torch.ones_like(x), (4, 8, 8), linear(), "sample", "1",
                                decode=decode)
     """)
-    model = load_plugin("python:mine:make", options=TRUST)
+    model = load_source("python:mine:make", trust=True)
     assert model.picture_shape == (1, 16, 16)
     assert model.denoiser(torch.zeros(2, 4, 8, 8), 10, 0).max() == 3
     assert model.to_images(torch.zeros(2, 4, 8, 8)).shape == (2, 1, 16, 16)
@@ -117,12 +117,11 @@ def test_a_whole_model_is_taken_as_it_is() -> None:
         def make(device):
             return mixture_model(T=40, device=str(device))
     """)
-    model = load_plugin("python:mine:make", options=TRUST)
+    model = load_source("python:mine:make", trust=True)
     assert isinstance(model, Model)
     assert (model.name, model.schedule.T) == ("mixture", 40)
     assert "sets its own precision" in refused(precision="bfloat16")
     assert "sets its own clip" in refused(clip=False)
-    assert "guidance 2 was given" in refused(options=Options(trust=True, guidance=2.0))
 
 
 def test_the_fingerprint_covers_what_the_plug_in_says() -> None:
@@ -138,14 +137,14 @@ def test_the_fingerprint_covers_what_the_plug_in_says() -> None:
         (900, "epsilon", "2"),
     ):
         write(body.format(T=T, prediction=prediction, mark=mark))
-        seen.add(load_plugin("python:mine:make", options=TRUST).fingerprint)
-        assert load_plugin("python:mine:make", clip=False, options=TRUST).fingerprint in seen
+        seen.add(load_source("python:mine:make", trust=True).fingerprint)
+        assert load_source("python:mine:make", clip=False, trust=True).fingerprint in seen
     assert len(seen) == 4
 
 
 def test_nothing_runs_without_trust() -> None:
     Path("mine.py").write_text("from pathlib import Path\nPath('harm-was-done').touch()\n")
-    message = refused("python:mine:make", options=Options())
+    message = refused("python:mine:make", trust=False)
     assert message == "python:mine:make would run Python code of your own; add --trust if you mean it to"
     assert not Path("harm-was-done").exists()
 
@@ -160,7 +159,7 @@ def test_errors_of_the_users_code_are_one_line() -> None:
     write("def make(): pass")
     assert "mine:make raised TypeError" in refused()
     write("def make(device): raise RuntimeError('one\\ntwo')")
-    assert "mine:make raised RuntimeError: one; mend" in refused()
+    assert "mine:make raised RuntimeError: one; fix" in refused()
     write("def make(device): return 3")
     assert "mine:make returned a int" in refused()
     write("def make(device): return {'network': None}")
@@ -200,6 +199,6 @@ def test_too_little_memory_is_left_to_the_evaluator() -> None:
         def make(device):
             return PluginModel(network, (3, 8, 8), linear(), "sample", "1")
     """)
-    model = load_plugin("python:mine:make", options=TRUST)
+    model = load_source("python:mine:make", trust=True)
     with pytest.raises(torch.OutOfMemoryError):
         model.denoiser(X, 10, 0)

@@ -10,12 +10,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from load_source import load_source
 from tiny_models import make_vae, write_class_conditional, write_ddpm
 from torch import Tensor, nn
 
 from autodiffusion_optuna.config import load_preset, parse_config
 from autodiffusion_optuna.evaluation.denoiser import Denoiser
-from autodiffusion_optuna.evaluation.models import Model, Options, load_model
+from autodiffusion_optuna.evaluation.models import Model
 from autodiffusion_optuna.evaluation.models.vae import load_vae
 from autodiffusion_optuna.evaluation.sanity import LEVELS, check_model, doubt, measure, suspects
 from autodiffusion_optuna.noise import NoiseSchedule, cosine, from_scheduler_config
@@ -34,7 +35,7 @@ def digits() -> Tensor:
 @pytest.fixture
 def model() -> Model:
     """The right one, free to be changed."""
-    return load_model("digits", clip=True)
+    return load_source("digits")
 
 
 def rebuilt(model: Model, **changes: Any) -> Model:
@@ -107,7 +108,7 @@ def test_right_models_pass(model: Model, digits: Tensor) -> None:
     assert [level.signal for level in levels] == list(LEVELS)
     assert max(level.ratio for level in levels) < 0.4
     assert min(level.kept for level in levels) > 0.97
-    mixture = load_model("mixture", clip=True)
+    mixture = load_source("mixture")
     assert check_model(mixture, None, 64) == []
 
 
@@ -146,14 +147,14 @@ def test_too_little_memory_is_no_end(model: Model, digits: Tensor) -> None:
 
 def test_conditional_models_are_checked(tmp_path: Path) -> None:
     write_class_conditional(tmp_path / "model")
-    conditional = load_model(str(tmp_path / "model"), clip=True)
+    conditional = load_source(tmp_path / "model")
     images = torch.randint(256, (8, 3, 16, 16), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     assert len(check_model(conditional, images, 3)) == 1  # it was never trained
 
 
 def test_suspects_are_those_of_the_kind(tmp_path: Path) -> None:
     write_ddpm(tmp_path / "model")
-    plain = load_model(str(tmp_path / "model"))
+    plain = load_source(tmp_path / "model", clip=False)
     assert "scaling_factor" not in suspects(plain)
     assert "scaling_factor" in suspects(replace(plain, decode=lambda x: x))
     assert "use_new_attention_order" in suspects(replace(plain, kind="adm"))
@@ -188,7 +189,7 @@ def test_the_best_possible_model_of_what_a_filter_describes_passes() -> None:
         alpha, sigma = schedule.alpha(int(t)), schedule.sigma(int(t))
         return alpha / (alpha**2 + sigma**2) * x
 
-    best = replace(load_model("mixture"), denoiser=shrink, schedule=schedule)
+    best = replace(load_source("mixture", clip=False), denoiser=shrink, schedule=schedule)
     for count in (4, 16):
         states = torch.randn(count, 1, 32, 32, generator=torch.Generator().manual_seed(count))
         levels = measure(best, states, 16)
@@ -204,7 +205,7 @@ def test_images_that_do_not_vary_are_said_not_to_be_checked(model: Model) -> Non
 
 def test_a_model_with_an_empty_condition_is_evaluated_once_for_each_image(tmp_path: Path) -> None:
     write_class_conditional(tmp_path, classes=4)
-    conditional = load_model(str(tmp_path), options=Options(fields={"null_class": 1}))
+    conditional = load_source(tmp_path, clip=False, fields={"null_class": 1})
     assert conditional.guidance == "free"
     assert isinstance(conditional.denoiser, Denoiser)
     seen = []

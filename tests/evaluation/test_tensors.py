@@ -10,17 +10,16 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
-from test_text_to_image import CHOSEN, SIZE, noise, original_layout
+from load_source import load_source
+from safetensors.torch import save_file
 from tiny_adm import golden, state, write_adm
 from tiny_models import write_ddpm
-from tiny_pipelines import write_prompts, write_sd
+from tiny_pipelines import CHOSEN, SIZE, noise, original_layout, weights_in, write_prompts, write_sd
 from torch import Tensor
 
 from autodiffusion_optuna.errors import ModelError
 from autodiffusion_optuna.evaluation.features import DIGITS_WEIGHTS, load_extractor
-from autodiffusion_optuna.evaluation.models import Model, Options, load_model
-from autodiffusion_optuna.evaluation.models.adm import load_adm
+from autodiffusion_optuna.evaluation.models import Model
 from autodiffusion_optuna.evaluation.tensors import weights_of
 
 STEM = "diffusion_pytorch_model"
@@ -61,10 +60,6 @@ def refused(load: Callable[[], object]) -> str:
     return str(caught.value)
 
 
-def copies(file: Path) -> dict[str, Tensor]:
-    return {key: value.clone() for key, value in load_file(file).items()}
-
-
 @pytest.fixture(scope="module")
 def sd(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_sd(tmp_path_factory.mktemp("sd"))
@@ -83,7 +78,7 @@ def prompts(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def load_text(source: Path, prompts: Path, config: Path | None = None) -> Model:
-    return load_model(str(source), clip=None, options=Options(prompts=prompts, size=SIZE, config=config))
+    return load_source(source, prompts=prompts, size=SIZE, config=config)
 
 
 def quantised(weights: dict[str, Tensor], name: str, rows: bool = False) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
@@ -103,20 +98,20 @@ def quantised(weights: dict[str, Tensor], name: str, rows: bool = False) -> tupl
 @pytest.mark.parametrize(("name", "rows"), [("scale_weight", False), ("weight_scale", True)])
 def test_scales_of_float8_weights_are_applied_in_folders(ddpm: Path, tmp_path: Path, name: str, rows: bool) -> None:
     plain, scaled = (Path(shutil.copytree(ddpm, tmp_path / kind)) for kind in ("plain", "scaled"))
-    stored, meant = quantised(copies(ddpm / "unet" / f"{STEM}.safetensors"), name, rows)
+    stored, meant = quantised(weights_in(ddpm / "unet" / f"{STEM}.safetensors"), name, rows)
     save_file(meant, plain / "unet" / f"{STEM}.safetensors")
-    expected = load_model(str(plain)).denoiser(X, 300, 0)
-    assert not torch.equal(expected, load_model(str(ddpm)).denoiser(X, 300, 0))
+    expected = load_source(plain).denoiser(X, 300, 0)
+    assert not torch.equal(expected, load_source(ddpm).denoiser(X, 300, 0))
     save_file(stored, scaled / "unet" / f"{STEM}.safetensors")
-    assert torch.equal(load_model(str(scaled)).denoiser(X, 300, 0), expected)
+    assert torch.equal(load_source(scaled).denoiser(X, 300, 0), expected)
     (scaled / "unet" / f"{STEM}.safetensors").unlink()
     torch.save(stored, scaled / "unet" / f"{STEM}.bin")
-    assert torch.equal(load_model(str(scaled)).denoiser(X, 300, 0), expected)
+    assert torch.equal(load_source(scaled).denoiser(X, 300, 0), expected)
 
 
 def test_scales_are_applied_across_shards(sd: Path, prompts: Path, tmp_path: Path) -> None:
     plain, scaled = (Path(shutil.copytree(sd, tmp_path / kind)) for kind in ("plain", "scaled"))
-    stored, meant = quantised(copies(sd / "unet" / f"{STEM}.safetensors"), "scale_weight")
+    stored, meant = quantised(weights_in(sd / "unet" / f"{STEM}.safetensors"), "scale_weight")
     save_file(meant, plain / "unet" / f"{STEM}.safetensors")
     (scaled / "unet" / f"{STEM}.safetensors").unlink()
     names = {key: f"{STEM}-0000{1 + key.endswith('scale_weight')}-of-00002.safetensors" for key in stored}
@@ -131,27 +126,28 @@ def test_scales_are_applied_in_single_files(sd: Path, prompts: Path, tmp_path: P
     """Before diffusers' converter, which would drop them."""
     file = tmp_path / "single.safetensors"
     original_layout(sd, file)
-    stored, meant = quantised(copies(file), "scale_weight")
+    stored, meant = quantised(weights_in(file), "scale_weight")
     save_file(meant, file)
     one = load_text(file, prompts, sd)
     save_file({f"model.diffusion_model.{key}" if key == "scaled_fp8" else key: stored[key] for key in stored}, file)
     other = load_text(file, prompts, sd)
     assert torch.equal(one.bind(CHOSEN)(noise(one), 500, 0), other.bind(CHOSEN)(noise(one), 500, 0))
-    given = Options(prompts=prompts, size=SIZE, config=sd, reduced=True)
-    reduced = load_model(str(file), precision="bfloat16", clip=None, options=given)
+    given: Any = {"precision": "bfloat16", "prompts": prompts, "size": SIZE, "config": sd}
+    reduced = load_source(file, **given)
     save_file(meant, file)
-    expected = load_model(str(file), precision="bfloat16", clip=None, options=given)
+    expected = load_source(file, **given)
     assert torch.equal(reduced.bind(CHOSEN)(noise(one), 500, 0), expected.bind(CHOSEN)(noise(one), 500, 0))
 
 
 def test_scales_are_applied_in_checkpoints(tmp_path: Path) -> None:
     path, classifier, fields = write_adm(tmp_path)
-    options = Options(fields=fields, classifier=classifier)
     results = []
     for kind in (0, 1):
         for file, name in ((path, "adm_unet_a"), (classifier, "adm_classifier")):
             torch.save(quantised(state(golden(name)[1]), "scale_weight")[kind], file)
-        results.append(load_adm(path, "cpu", "float32", False, options).bind([1, 2], 1.0)(X, 300, 0))
+        results.append(
+            load_source(f"adm:{path}", clip=False, fields=fields, classifier=classifier).bind([1, 2], 1.0)(X, 300, 0)
+        )
     assert torch.equal(*results)
 
 
@@ -170,25 +166,25 @@ def test_what_changes_weights_is_refused_by_name(
 
     folder = Path(shutil.copytree(ddpm, tmp_path / "ddpm"))
     file = folder / "unet" / f"{STEM}.safetensors"
-    save_file({**copies(file), **beside}, file)
-    check(lambda: load_model(str(folder)), file)
+    save_file({**weights_in(file), **beside}, file)
+    check(lambda: load_source(folder), file)
     for part, name in (("unet", STEM), ("vae", STEM), ("text_encoder", "model")):
         pipeline = Path(shutil.copytree(sd, tmp_path / part))
         file = pipeline / part / f"{name}.safetensors"
-        save_file({**copies(file), **beside}, file, {"format": "pt"})
+        save_file({**weights_in(file), **beside}, file, {"format": "pt"})
         check(lambda pipeline=pipeline: load_text(pipeline, prompts), file)
     single = tmp_path / "single.safetensors"
     original_layout(sd, single)
     for prefix in ("", "model.diffusion_model."):
-        save_file({**copies(single), prefix + key: torch.ones(())}, single)
+        save_file({**weights_in(single), prefix + key: torch.ones(())}, single)
         check(lambda: load_text(single, prompts, sd), single)
         original_layout(sd, single)
     path, _, fields = write_adm(tmp_path)
     torch.save({**state(golden("adm_unet_a")[1]), **beside}, path)
-    check(lambda: load_model(f"adm:{path}", options=Options(fields=fields)), path)
+    check(lambda: load_source(f"adm:{path}", fields=fields), path)
     path, classifier, fields = write_adm(tmp_path)
     torch.save({**state(golden("adm_classifier")[1]), **beside}, classifier)
-    check(lambda: load_model(f"adm:{path}", options=Options(fields=fields, classifier=classifier)), classifier)
+    check(lambda: load_source(f"adm:{path}", fields=fields, classifier=classifier), classifier)
 
 
 @pytest.mark.parametrize("key", ["logvar", "betas", "sqrt_one_minus_alphas_cumprod", "posterior_variance"])
@@ -197,11 +193,11 @@ def test_buffers_of_training_are_left_out(ddpm: Path, sd: Path, prompts: Path, t
     for source in (ddpm, sd):
         folder = Path(shutil.copytree(source, tmp_path / source.name))
         file = folder / "unet" / f"{STEM}.safetensors"
-        save_file({**copies(file), key: torch.zeros(())}, file)
-        load_text(folder, prompts) if source is sd else load_model(str(folder))
+        save_file({**weights_in(file), key: torch.zeros(())}, file)
+        load_text(folder, prompts) if source is sd else load_source(folder)
     single = tmp_path / "single.safetensors"
     original_layout(sd, single)
-    save_file({**copies(single), key: torch.zeros(())}, single)
+    save_file({**weights_in(single), key: torch.zeros(())}, single)
     assert not any(key in note for note in load_text(single, prompts, sd).notes)
 
 
@@ -214,9 +210,9 @@ def test_weights_that_are_no_floating_point_numbers_are_refused(
 ) -> None:
     told = f"holds {str(dtype).removeprefix('torch.')} ["
     folder, pipeline = (Path(shutil.copytree(source, tmp_path / source.name)) for source in (ddpm, sd))
-    for root, load in ((folder, lambda: load_model(str(folder))), (pipeline, lambda: load_text(pipeline, prompts))):
+    for root, load in ((folder, lambda: load_source(folder)), (pipeline, lambda: load_text(pipeline, prompts))):
         file = root / "unet" / f"{STEM}.safetensors"
-        save_file({**copies(file), "conv_in.weight": copies(file)["conv_in.weight"].to(dtype)}, file)
+        save_file({**weights_in(file), "conv_in.weight": weights_in(file)["conv_in.weight"].to(dtype)}, file)
         assert f"conv_in.weight {told}" in refused(load)
     path, classifier, fields = write_adm(tmp_path)
     for changed, name, key in (
@@ -225,10 +221,9 @@ def test_weights_that_are_no_floating_point_numbers_are_refused(
     ):
         weights = state(golden(name)[1])
         torch.save({**weights, key: weights[key].to(dtype)}, changed)
-        options = Options(fields=fields, classifier=classifier)
-        assert f"{key} {told}" in refused(lambda options=options: load_model(f"adm:{path}", options=options))
+        assert f"{key} {told}" in refused(lambda: load_source(f"adm:{path}", fields=fields, classifier=classifier))
     digits = tmp_path / "digits.safetensors"
-    weights = copies(DIGITS_WEIGHTS)
+    weights = weights_in(DIGITS_WEIGHTS)
     save_file({**weights, "head.bias": weights["head.bias"].to(dtype)}, digits)
     assert f"head.bias {told}" in refused(lambda: load_extractor("digits", "cpu", digits))
 
@@ -238,13 +233,13 @@ def test_weights_of_any_shape_are_one_line(
     ddpm: Path, sd: Path, prompts: Path, tmp_path: Path, shape: tuple[int, ...]
 ) -> None:
     folder, pipeline = (Path(shutil.copytree(source, tmp_path / source.name)) for source in (ddpm, sd))
-    for root, load in ((folder, lambda: load_model(str(folder))), (pipeline, lambda: load_text(pipeline, prompts))):
+    for root, load in ((folder, lambda: load_source(folder)), (pipeline, lambda: load_text(pipeline, prompts))):
         file = root / "unet" / f"{STEM}.safetensors"
-        save_file({**copies(file), "conv_in.weight": torch.ones(shape)}, file)
+        save_file({**weights_in(file), "conv_in.weight": torch.ones(shape)}, file)
         assert f"conv_in.weight has shape {list(shape)} instead of" in refused(load)
     single = tmp_path / "single.safetensors"
     original_layout(sd, single)
-    save_file({**copies(single), "model.diffusion_model.input_blocks.0.0.weight": torch.ones(shape)}, single)
+    save_file({**weights_in(single), "model.diffusion_model.input_blocks.0.0.weight": torch.ones(shape)}, single)
     message = refused(lambda: load_text(single, prompts, sd))
     assert "conv_in.weight" in message or "'model.diffusion_model.input_blocks.0.0.weight'" in message
 
@@ -279,7 +274,7 @@ def test_quantised_parts_are_refused_by_their_config(ddpm: Path, sd: Path, promp
         path = folder / part / "config.json"
         path.write_text(json.dumps({**json.loads(path.read_text()), "quantization_config": {"load_in_4bit": True}}))
         loads: dict[Path, Callable[[], Any]] = {
-            ddpm: lambda folder=folder: load_model(str(folder)),
+            ddpm: lambda folder=folder: load_source(folder),
             sd: lambda folder=folder: load_text(folder, prompts),
         }
         assert f"{path}: has a quantization_config" in refused(loads[root])
@@ -288,7 +283,7 @@ def test_quantised_parts_are_refused_by_their_config(ddpm: Path, sd: Path, promp
 def single_file(sd: Path, tmp_path: Path, metadata: dict[str, str] | None = None, **beside: Tensor) -> Path:
     file = tmp_path / "single.safetensors"
     original_layout(sd, file)
-    save_file({**copies(file), **{key.replace("__", "."): value for key, value in beside.items()}}, file, metadata)
+    save_file({**weights_in(file), **{key.replace("__", "."): value for key, value in beside.items()}}, file, metadata)
     return file
 
 

@@ -9,15 +9,15 @@ from typing import Any
 
 import pytest
 import torch
+from load_source import load_source
 from safetensors.torch import load_file, save_file
-from test_text_to_image import CHOSEN, SIZE, noise
 from tiny_adm import golden, state, write_adm
 from tiny_models import make_unet, write_ddpm, write_dit
-from tiny_pipelines import write_prompts, write_sd
+from tiny_pipelines import CHOSEN, SIZE, noise, write_prompts, write_sd
 from torch import Tensor
 
 from autodiffusion_optuna.errors import ModelError
-from autodiffusion_optuna.evaluation.models import Model, Options, load_model
+from autodiffusion_optuna.evaluation.models import Model
 
 STEM = "diffusion_pytorch_model"
 X = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
@@ -56,25 +56,24 @@ def test_states_of_a_training_run_are_called_so(tmp_path: Path, kind: str) -> No
     path, _, fields = write_adm(tmp_path)
     torch.save(stored, tmp_path / "opt000000.pt")
     for source, guide in ((tmp_path / "opt000000.pt", None), (path, tmp_path / "opt000000.pt")):
-        options = Options(fields=fields, classifier=guide)
-        assert words in refused(lambda source=source, options=options: load_model(f"adm:{source}", options=options))
+        given = {"fields": fields, "classifier": guide}
+        assert words in refused(lambda source=source, given=given: load_source(f"adm:{source}", **given))
     torch.save(stored, tmp_path / "optimizer.bin")
-    assert words in refused(lambda: load_model(str(tmp_path / "optimizer.bin")))
+    assert words in refused(lambda: load_source(tmp_path / "optimizer.bin"))
     write_ddpm(tmp_path / "ddpm")
     (tmp_path / "ddpm" / "unet" / f"{STEM}.safetensors").unlink()
     torch.save(stored, tmp_path / "ddpm" / "unet" / f"{STEM}.bin")
-    assert words in refused(lambda: load_model(str(tmp_path / "ddpm")))
+    assert words in refused(lambda: load_source(tmp_path / "ddpm"))
 
 
 def test_the_right_part_of_a_training_checkpoint_is_used(tmp_path: Path) -> None:
     path, _, fields = write_adm(tmp_path)
     weights = state(golden("adm_unet_a")[1])
     other = {key: value + 1 for key, value in weights.items()}
-    options = Options(fields=fields)
 
     def load(stored: Mapping[str, Any]) -> Model:
         torch.save(stored, path)
-        return load_model(f"adm:{path}", options=options)
+        return load_source(f"adm:{path}", fields=fields)
 
     plain = load(weights)
     expected = plain.bind([1, 2])(X, 300, 0)
@@ -121,24 +120,25 @@ def test_weights_without_numbers_are_refused(tmp_path: Path) -> None:
     for name in ("ddpm", "sd"):
         pickled(tmp_path / name / "unet", emptied)
     prompts = write_prompts(tmp_path)
-    for source, options in (
-        (f"adm:{path}", Options(fields=fields)),
-        (str(tmp_path / "ddpm"), Options()),
-        (str(tmp_path / "sd"), Options(prompts=prompts, size=SIZE)),
-    ):
-        message = refused(lambda source=source, options=options: load_model(source, options=options))
-        assert "and no numbers (a meta tensor); save the model anew" in message
+    sources: list[tuple[str | Path, dict[str, Any]]] = [
+        (f"adm:{path}", {"fields": fields}),
+        (tmp_path / "ddpm", {}),
+        (tmp_path / "sd", {"prompts": prompts, "size": SIZE}),
+    ]
+    for source, given in sources:
+        message = refused(lambda source=source, given=given: load_source(source, **given))
+        assert "and no numbers (a meta tensor); save the model again" in message
 
 
 def test_every_loader_says_which_weights_of_a_training_run_it_used(tmp_path: Path) -> None:
     write_sd(tmp_path / "sd")
-    options = Options(prompts=write_prompts(tmp_path), size=SIZE)
-    plain = load_model(str(tmp_path / "sd"), clip=None, options=options)
+    given: dict[str, Any] = {"prompts": write_prompts(tmp_path), "size": SIZE}
+    plain = load_source(tmp_path / "sd", **given)
     pickled(
         tmp_path / "sd" / "unet",
         lambda weights: {"ema": weights, "model": {key: value + 1 for key, value in weights.items()}},
     )
-    model = load_model(str(tmp_path / "sd"), clip=None, options=options)
+    model = load_source(tmp_path / "sd", **given)
     assert torch.equal(first(model), first(plain))
     (note,) = model.notes
     assert note.endswith("a checkpoint of training, the weights 'ema' are used, not model")
@@ -159,34 +159,34 @@ def first(model: Model) -> Tensor:
 @pytest.mark.parametrize("name", ["unet_ema", "ema_unet"])
 def test_two_networks_of_a_pipeline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     write_ddpm(tmp_path)
-    plain = load_model(str(tmp_path))
+    plain = load_source(tmp_path)
     assert plain.notes == ()
     copy_network(tmp_path, name, 0.01)
-    both = load_model(str(tmp_path))
+    both = load_source(tmp_path)
     assert torch.equal(first(both), first(plain))
     unet = tmp_path / "unet"
     assert both.notes == (f"{unet} is used, not {name} beside it; give {tmp_path / name} for that one",)
-    average = load_model(str(tmp_path / name))
+    average = load_source(tmp_path / name)
     assert not torch.equal(first(average), first(plain))
     assert (average.name, average.kind) == (name, "DDPMPipeline")
     assert average.notes == (f"{tmp_path / name} is used, not unet beside it; give {unet} for that one",)
     monkeypatch.chdir(tmp_path / name)
-    assert load_model(".").fingerprint == average.fingerprint
-    assert load_model("../unet").fingerprint == plain.fingerprint
+    assert load_source(".").fingerprint == average.fingerprint
+    assert load_source("../unet").fingerprint == plain.fingerprint
 
 
 def test_two_networks_of_other_pipelines(tmp_path: Path) -> None:
     write_dit(tmp_path / "dit")
     copy_network(tmp_path / "dit", "transformer_ema", 0.01)
-    plain, average = (load_model(str(tmp_path / "dit" / part), clip=None) for part in ("", "transformer_ema"))
+    plain, average = (load_source(tmp_path / "dit" / part) for part in ("", "transformer_ema"))
     assert not torch.equal(first(plain), first(average))
     assert average.decode is not None
     assert "not transformer_ema beside it" in plain.notes[0]
     assert "not transformer beside it" in average.notes[0]
     write_sd(tmp_path / "sd")
     copy_network(tmp_path / "sd", "unet_ema", 0.01)
-    options = Options(prompts=write_prompts(tmp_path), size=SIZE)
-    plain, average = (load_model(str(tmp_path / "sd" / part), clip=None, options=options) for part in ("", "unet_ema"))
+    given: dict[str, Any] = {"prompts": write_prompts(tmp_path), "size": SIZE}
+    plain, average = (load_source(tmp_path / "sd" / part, **given) for part in ("", "unet_ema"))
     x = noise(plain)
     assert not torch.equal(plain.bind(CHOSEN)(x, 300, 0), average.bind(CHOSEN)(x, 300, 0))
     assert "not unet_ema beside it" in " ".join(plain.notes)
@@ -202,11 +202,11 @@ def test_the_scheduler_of_a_part_is_the_one_beside_it(tmp_path: Path) -> None:
     for source in sources:
         network: Any = make_unet()
         network.save_pretrained(source)
-        model = load_model(str(source))
+        model = load_source(source)
         path = tmp_path / "scheduler" / "scheduler_config.json"
         assert f"{source} has no noise schedule of its own; that of {path} is used" in model.notes
         assert model.schedule.alphas[-1] < 0.005
-    assert f"{sources[2]} is used, not unet_ema beside it" in " ".join(load_model(str(sources[2])).notes)
+    assert f"{sources[2]} is used, not unet_ema beside it" in " ".join(load_source(sources[2]).notes)
 
 
 def test_latents_of_a_part_are_decoded_by_its_pipeline(tmp_path: Path) -> None:
@@ -215,7 +215,7 @@ def test_latents_of_a_part_are_decoded_by_its_pipeline(tmp_path: Path) -> None:
 
     network = make_unet(sample_size=8, in_channels=4, out_channels=4)
     LDMPipeline(vqvae=make_vae(), unet=network, scheduler=DDIMScheduler()).save_pretrained(tmp_path)
-    whole, part = load_model(str(tmp_path), clip=None), load_model(str(tmp_path / "unet"), clip=None)
+    whole, part = load_source(tmp_path), load_source(tmp_path / "unet")
     assert part.fingerprint == whole.fingerprint
     assert part.picture_shape == (3, 16, 16)
 
@@ -224,12 +224,11 @@ def test_latents_of_a_part_are_decoded_by_its_pipeline(tmp_path: Path) -> None:
 def test_variants_of_weights_side_by_side(tmp_path: Path, other: str) -> None:
     write_ddpm(tmp_path / "ddpm")
     write_sd(tmp_path / "sd")
-    options = Options(prompts=write_prompts(tmp_path), size=SIZE)
+    given: dict[str, Any] = {"prompts": write_prompts(tmp_path), "size": SIZE}
     for name in ("ddpm", "sd"):
         part = tmp_path / name / "unet"
         shutil.copy(part / f"{STEM}.safetensors", part / f"{STEM}.{other}")
-        given = options if name == "sd" else Options()
-        notes = load_model(str(tmp_path / name), clip=None, options=given).notes
+        notes = load_source(tmp_path / name, **(given if name == "sd" else {})).notes
         assert f"{part}: {STEM}.safetensors is used, not {STEM}.{other} beside it" in notes
 
 
@@ -238,15 +237,15 @@ def test_other_formats_of_the_same_weights_are_no_variants(tmp_path: Path) -> No
     file = tmp_path / "unet" / f"{STEM}.safetensors"
     torch.save(load_file(file), tmp_path / "unet" / f"{STEM}.bin")
     save_file({key: value.half() for key, value in load_file(file).items()}, file.with_name(f"{STEM}.fp16.safetensors"))
-    assert load_model(str(tmp_path)).notes == ()
+    assert load_source(tmp_path).notes == ()
 
 
 def test_a_gguf_file_is_called_one(tmp_path: Path) -> None:
     (tmp_path / "flux-Q4.gguf").write_bytes(b"GGUF")
-    assert "is a GGUF file" in refused(lambda: load_model(str(tmp_path / "flux-Q4.gguf")))
+    assert "is a GGUF file" in refused(lambda: load_source(tmp_path / "flux-Q4.gguf"))
 
 
 def test_a_broken_index_is_told(tmp_path: Path) -> None:
     write_ddpm(tmp_path)
     (tmp_path / "model_index.json").write_text("{")
-    assert "model_index.json: cannot be read as JSON" in refused(lambda: load_model(str(tmp_path)))
+    assert "model_index.json: cannot be read as JSON" in refused(lambda: load_source(tmp_path))

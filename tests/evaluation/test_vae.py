@@ -9,7 +9,7 @@ from tiny_models import make_vae
 from torch import Tensor
 
 from autodiffusion_optuna.errors import ModelError
-from autodiffusion_optuna.evaluation.models.vae import _Sliced, load_vae
+from autodiffusion_optuna.evaluation.models.vae import SlicedDecode, load_vae
 
 CPU = torch.device("cpu")
 Z = torch.randn(5, 4, 8, 8, generator=torch.Generator().manual_seed(0))
@@ -44,7 +44,7 @@ def test_slices_do_not_change_images(tmp_path: Path) -> None:
     make_vae().save_pretrained(tmp_path)
     vae = load_vae(tmp_path, CPU)
     whole = vae.decode(Z)
-    assert isinstance(vae.decode, _Sliced)
+    assert isinstance(vae.decode, SlicedDecode)
     vae.decode.pixels = 2 * 16 * 16
     torch.testing.assert_close(vae.decode(Z), whole)
 
@@ -58,7 +58,7 @@ def test_slices_shrink_where_memory_is_short() -> None:
             raise torch.OutOfMemoryError
         return z + 1
 
-    sliced = _Sliced(decode, factor=1)
+    sliced = SlicedDecode(decode, factor=1)
     sliced.pixels, limit = 5 * 8 * 8, 2
     assert torch.equal(sliced(Z), Z + 1)
     assert sizes == [5, 2, 2, 1]

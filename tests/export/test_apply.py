@@ -1,4 +1,4 @@
-"""A schedule inside a pipeline: the images are those of our own sampler, and nothing of it stays behind."""
+"""A result inside a pipeline: the images are those of our own sampler, and nothing of it stays behind."""
 
 from __future__ import annotations
 
@@ -9,156 +9,20 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from example_schedules import example, ours, schedule_of
-from tiny_models import make_unet, write_class_conditional, write_ddpm, write_dit
+from example_results import example, ours, result_for
+from tiny_models import make_unet, write_class_conditional, write_cosine, write_ddpm, write_dit
 from tiny_pipelines import write_flux, write_prompts, write_sd, write_sd3, write_sdxl, write_zero_snr
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from autodiffusion_optuna import Result, apply, remove
 from autodiffusion_optuna.errors import ConfigError
-from autodiffusion_optuna.evaluation.denoiser import PREDICTIONS
-from autodiffusion_optuna.evaluation.solvers import SOLVERS, times
-from autodiffusion_optuna.export.pipelines import find_recipe
-from autodiffusion_optuna.noise import NoiseSchedule, flow, linear
+from autodiffusion_optuna.noise import linear
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:algorithm_type dpmsolver is deprecated:FutureWarning"),
     pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning"),  # diffusers, in pytest.warns
 ]
-
-LISTS = {
-    2: (900, 300),
-    5: (990, 700, 500, 210, 7),
-    6: (999, 610, 577, 210, 95, 0),
-    12: (999, 901, 850, 610, 577, 400, 300, 210, 150, 95, 40, 7),
-    16: (999, 901, 850, 800, 700, 610, 577, 500, 400, 300, 210, 150, 95, 40, 7, 1),
-}
-EPS = ("ddim", "euler", "heun", "lms", "dpm_solver_2", "dpm_solver_3", "dpm_solver_2s", "dpmpp_2s", "dpmpp_2m",
-       "dpmpp_3m", "unipc_2", "unipc_3", "deis_2", "deis_3")  # fmt: skip
-FLOW = ("ddim", "euler", "dpmpp_2s", "dpmpp_2m", "dpmpp_3m", "unipc_2", "unipc_3", "deis_2", "deis_3")
-NONE = ("plms", "plms_ab", "dpmpp_2s_mid", "dpmpp_3m_exact")
-BY_NOISE = ("heun", "lms", "dpm_solver_2", "dpm_solver_3", "dpm_solver_2s", "deis_2", "deis_3")
-"""Solvers that divide by sigma, which costs digits in diffusers' float32."""
-
-
-class Loop:
-    """A pipeline of the simplest kind: as DDPMPipeline, with a formula for a network."""
-
-    def __init__(self, scheduler: Any, network: Callable[[Tensor, float], Tensor], steps: int) -> None:
-        self.steps = steps
-        self.scheduler = scheduler
-        self.unet = type("UNet2DModel", (), {"__call__": lambda _, x, t: network(x, t)})()
-
-    def __call__(self, x: Tensor) -> Tensor:
-        self.scheduler.set_timesteps(self.steps)
-        for t in self.scheduler.timesteps:
-            x = self.scheduler.step(self.unet(x, float(t)), t, x, generator=None).prev_sample
-        return x
-
-
-def formula(x: Tensor, t: float) -> Tensor:
-    return torch.tanh(1.3 * x + 0.3 * torch.sin(3 * x) + t / 700)
-
-
-def compare(noise: NoiseSchedule, scheduler: Any, schedule: Result) -> float:
-    """Relative difference of the diffusers scheduler in float32 from our solver in float64."""
-    x = torch.randn(4, 3, 4, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    prediction = schedule.model.prediction
-    assert prediction is not None
-
-    def denoise(x: Tensor, t: float) -> Tensor:
-        a, b = PREDICTIONS[prediction](noise.alpha(t), noise.sigma(t))
-        x0 = a * x + b * formula(x, float(noise.model_times[int(t)]))
-        return x0.clamp(-1, 1) if schedule.model.clip else x0
-
-    wanted = SOLVERS[schedule.solver](denoise, x, times(noise, schedule.timesteps, schedule.final))
-    got = apply(Loop(scheduler, formula, len(schedule.timesteps)), schedule)(x.float())
-    return float((got - wanted).norm() / wanted.norm())
-
-
-@pytest.mark.parametrize("final", ["zero", "sigma_min"])
-@pytest.mark.parametrize("solver", EPS)
-def test_the_scheduler_takes_our_solvers_steps(solver: str, final: str) -> None:
-    from diffusers import DDPMScheduler
-
-    limit = 1e-3 if solver in BY_NOISE else 5e-6
-    for steps, timesteps in LISTS.items():
-        for prediction, clip in (("epsilon", False), ("v_prediction", True), ("sample", False)):
-            if clip and solver in ("lms", "dpm_solver_2s"):
-                clip = False
-            part = {"prediction": prediction, "clip": clip}
-            schedule = example(solver=solver, final=final, timesteps=timesteps, model=part)
-            scheduler = DDPMScheduler(prediction_type=prediction, thresholding=True)
-            assert compare(linear(), scheduler, schedule) < limit, (steps, prediction)
-
-
-@pytest.mark.parametrize("final", ["zero", "sigma_min"])
-@pytest.mark.parametrize("solver", FLOW)
-def test_the_scheduler_takes_our_solvers_steps_on_a_flow(solver: str, final: str) -> None:
-    from diffusers import FlowMatchEulerDiscreteScheduler
-
-    noise = flow(1000, 3.0)
-    for steps, timesteps in LISTS.items():
-        part = {"prediction": "flow_prediction"}
-        schedule = example(noise, solver=solver, final=final, timesteps=timesteps, model=part)
-        scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True)
-        assert compare(noise, scheduler, schedule) < (1e-3 if solver in BY_NOISE else 5e-6), steps
-
-
-@pytest.mark.parametrize("solver", FLOW)
-def test_a_flow_is_clipped_as_in_the_search(solver: str) -> None:
-    from diffusers import FlowMatchEulerDiscreteScheduler
-
-    part = {"prediction": "flow_prediction", "clip": True}
-    schedule = example(flow(1000, 3.0), solver=solver, timesteps=LISTS[5], model=part)
-    assert compare(flow(1000, 3.0), FlowMatchEulerDiscreteScheduler(shift=3.0), schedule) < 1e-4
-
-
-INHERITED: dict[str, dict[str, Any]] = {
-    "DPMSolverMultistepScheduler": {"use_lu_lambdas": True, "euler_at_final": True, "final_sigmas_type": "sigma_min"},
-    "DPMSolverSinglestepScheduler": {"use_exponential_sigmas": True, "solver_order": 3},
-    "UniPCMultistepScheduler": {"disable_corrector": [0, 1], "solver_type": "bh1", "use_beta_sigmas": True},
-    "DEISMultistepScheduler": {"use_exponential_sigmas": True, "solver_order": 3},
-    "FlowMatchEulerDiscreteScheduler": {"stochastic_sampling": True, "use_beta_sigmas": True, "shift_terminal": 0.1},
-}
-
-
-@pytest.mark.parametrize("name", INHERITED)
-def test_nothing_of_the_pipelines_own_scheduler_changes_the_steps(name: str) -> None:
-    import diffusers
-
-    flowing = name.startswith("Flow")
-    noise = flow(1000, 3.0) if flowing else linear()
-    part = {"prediction": "flow_prediction"} if flowing else {}
-    for solver in FLOW if flowing else EPS:
-        schedule = example(noise, solver=solver, timesteps=LISTS[5], model=part)
-        scheduler = getattr(diffusers, name)(**INHERITED[name])
-        assert compare(noise, scheduler, schedule) < 1e-4, solver
-        # A script hands the list itself to a scheduler of these options.
-        recipe = find_recipe(schedule)
-        if recipe.argument is not None:
-            mine = getattr(diffusers, recipe.scheduler).from_config(scheduler.config, **recipe.options)
-            given = schedule.timesteps if recipe.argument == "timesteps" else recipe.sigmas[:-1]
-            mine.set_timesteps(**{recipe.argument: list(given)})
-            np.testing.assert_allclose(mine.sigmas, recipe.sigmas, rtol=1e-4)  # a table in float32
-
-
-def test_what_diffusers_cannot_do_is_refused_with_the_way_out() -> None:
-    flowing = {"prediction": "flow_prediction"}
-    impossible = [example(solver=solver) for solver in NONE]
-    impossible += [example(flow(), solver=solver, model=flowing) for solver in {*SOLVERS} - {*FLOW}]
-    impossible += [example(solver=solver, model={"clip": True}) for solver in ("lms", "dpm_solver_2s")]
-    impossible += [example(eta=0.5), example(solver="deis_2", amplification_cap=4.0)]
-    impossible += [
-        example(solver="dpmpp_3m", final="sigma_min", timesteps=tuple(range(900, -1, -90)))
-    ]  # NaN in diffusers
-    for schedule in impossible:
-        with pytest.raises(
-            ConfigError, match=r"diffusers has no scheduler that takes the steps of .*adopt sample"
-        ) as e:
-            find_recipe(schedule)
-        assert "\n" not in str(e.value)
 
 
 def as_images(found: Any) -> Tensor:
@@ -190,7 +54,7 @@ KINDS: dict[str, tuple[Callable[[Path], Any], str, str]] = {
 
 
 def make(kind: str, folder: Path, **fields: Any) -> tuple[Any, Result, Callable[[Any], Tensor], Tensor]:
-    """A pipeline as loaded, a schedule that skips layers, how images are drawn, and those of our own sampler."""
+    """A pipeline as loaded, a result that skips layers, how images are drawn, and those of our own sampler."""
     import diffusers
 
     write, name, solver = KINDS[kind]
@@ -200,31 +64,31 @@ def make(kind: str, folder: Path, **fields: Any) -> tuple[Any, Result, Callable[
     options: dict[str, Any] = {"prompts": str(folder / "prompts.txt"), "size": [32, 32]} if text else {}
     first = 999 if "zero" in kind else 951
     given = {"solver": solver, "timesteps": (first, 600, 333, 40), "skips": ((1, 2), (), (0,), (2,)), **fields}
-    schedule = schedule_of(folder / "net", options, **given)
+    result = result_for(folder / "net", options, **given)
     chosen = [0, 1] if text else LABELS
-    steps: dict[str, Any] = {"num_inference_steps": len(schedule.timesteps)}
+    steps: dict[str, Any] = {"num_inference_steps": len(result.timesteps)}
     pipe = getattr(diffusers, name).from_pretrained(folder / "net")
     pipe.set_progress_bar_config(disable=True)
 
     def draw(pipe: Any) -> Tensor:
         if text:
             size = {"height": 32, "width": 32}
-            return as_images(pipe(PROMPTS, guidance_scale=schedule.guidance, generator=seed(), **size, **steps))
+            return as_images(pipe(PROMPTS, guidance_scale=result.guidance, generator=seed(), **size, **steps))
         if name == "DiTPipeline":
-            return as_images(pipe(class_labels=LABELS, guidance_scale=schedule.guidance, generator=seed(), **steps))
+            return as_images(pipe(class_labels=LABELS, guidance_scale=result.guidance, generator=seed(), **steps))
         return as_images(pipe(batch_size=2, generator=seed(), **steps))
 
-    return pipe, schedule, draw, ours(schedule, 2, chosen).int()
+    return pipe, result, draw, ours(result, 2, chosen).int()
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_pipeline_draws_our_images(tmp_path: Path, kind: str) -> None:
-    pipe, schedule, draw, wanted = make(kind, tmp_path)
-    schedule.write(tmp_path / "best.json")
+    pipe, result, draw, wanted = make(kind, tmp_path)
+    result.write(tmp_path / "best.json")
     assert apply(pipe, tmp_path / "best.json") is pipe
     masked = draw(pipe)
     assert int((masked - wanted).abs().max()) <= 2
-    plain = draw(apply(pipe, schedule, masks=False))
+    plain = draw(apply(pipe, result, masks=False))
     assert not torch.equal(plain, masked), "the masks change nothing"
     assert torch.equal(draw(apply(pipe, str(tmp_path / "best.json"))), masked)
 
@@ -239,41 +103,41 @@ ASKED: dict[str, tuple[dict[str, Any], str]] = {
 
 @pytest.mark.parametrize("name", ASKED)
 def test_masks_and_steps_hold_whatever_a_call_asks_for_and_it_says_so_once(tmp_path: Path, name: str) -> None:
-    pipe, schedule, draw, wanted = make("sd-heun", tmp_path)
-    apply(pipe, schedule)
+    pipe, result, draw, wanted = make("sd-heun", tmp_path)
+    apply(pipe, result)
     asked, message = ASKED[name]
-    given = {"guidance_scale": schedule.guidance, "height": 32, "width": 32, **asked}
+    given = {"guidance_scale": result.guidance, "height": 32, "width": 32, **asked}
     with pytest.warns(UserWarning, match=message):
         found = as_images(pipe(PROMPTS, generator=seed(), **given))
     assert torch.equal(as_images(pipe(PROMPTS, generator=seed(), **given)), found)
     assert (int((found - wanted).abs().max()) <= 2) == (name != "scale")
-    assert torch.equal(draw(pipe), draw(pipe)), "what the schedule takes is not warned of"
+    assert torch.equal(draw(pipe), draw(pipe)), "what the result takes is not warned of"
 
 
 def test_a_flows_own_sigmas_are_no_wish_of_the_users(tmp_path: Path) -> None:
-    pipe, schedule, draw, _ = make("flux", tmp_path, solver="ddim")
-    draw(apply(pipe, schedule))  # the pipeline hands on sigmas that it made of the number of steps
-    given = {"guidance_scale": schedule.guidance, "height": 32, "width": 32, "generator": seed()}
+    pipe, result, draw, _ = make("flux", tmp_path, solver="ddim")
+    draw(apply(pipe, result))  # the pipeline hands on sigmas that it made of the number of steps
+    given = {"guidance_scale": result.guidance, "height": 32, "width": 32, "generator": seed()}
     with pytest.warns(UserWarning, match=r"sigmas=\[1, 0\.7, 0\.2, 0\.1\] has no effect.*num_inference_steps=4"):
         pipe(PROMPTS, sigmas=[1.0, 0.7, 0.2, 0.1], **given)
     with pytest.warns(UserWarning, match="num_inference_steps=28"):
         pipe(PROMPTS, **given)
 
 
-def test_noise_that_the_schedule_does_not_add_is_warned_of() -> None:
-    from diffusers import DDPMScheduler
+def test_noise_that_the_result_does_not_add_is_warned_of() -> None:
+    from diffusers import DDPMPipeline, DDPMScheduler
 
-    loop = apply(Loop(DDPMScheduler(), formula, 3), example())
-    loop.scheduler.set_timesteps(3)
+    pipe = apply(DDPMPipeline(make_unet(), DDPMScheduler()), example())
+    pipe.scheduler.set_timesteps(3)
     with pytest.warns(UserWarning, match="eta=0.5 has no effect.*pass eta=0,"):
-        loop.scheduler.step(torch.zeros(1, 1, 2, 2), 901, torch.zeros(1, 1, 2, 2), eta=0.5)
+        pipe.scheduler.step(torch.zeros(1, 1, 2, 2), 901, torch.zeros(1, 1, 2, 2), eta=0.5)
 
 
 def test_a_scheduler_set_afterwards_skips_nothing_and_says_so(tmp_path: Path) -> None:
-    pipe, schedule, _, _ = make("ddpm", tmp_path)
+    pipe, result, _, _ = make("ddpm", tmp_path)
     before = pipe.scheduler
     plain = as_images(pipe(batch_size=2, num_inference_steps=4, generator=seed()))
-    apply(pipe, schedule)
+    apply(pipe, result)
     pipe.scheduler = before
     with pytest.warns(UserWarning, match="scheduler was replaced after .* so no layer is skipped; apply .* again"):
         assert torch.equal(as_images(pipe(batch_size=2, num_inference_steps=4, generator=seed())), plain)
@@ -291,7 +155,7 @@ COMPILED: dict[str, Callable[[Any, Any], Any]] = {
 
 @pytest.fixture
 def counter() -> Iterator[Any]:
-    """A held-out compiler that counts its graphs, with its limits as they were afterwards."""
+    """A compiler that counts its graphs, with its limits as they were afterwards."""
     from torch._dynamo import config
     from torch._dynamo.testing import CompileCounter
 
@@ -308,12 +172,12 @@ def test_a_compiled_network_skips_the_same_and_no_mask_compiles_it_again(
 ) -> None:
     timesteps = tuple(range(950, 40, -80))
     masks = tuple(tuple(u for u in (0, 1, 2) if step >> u & 1) for step in range(len(timesteps)))
-    pipe, schedule, draw, wanted = make("ddpm", tmp_path, timesteps=timesteps, skips=masks)
+    pipe, result, draw, wanted = make("ddpm", tmp_path, timesteps=timesteps, skips=masks)
     wrapped = COMPILED[how](pipe.unet, counter)
     pipe.unet = pipe.unet if wrapped is None else wrapped
-    apply(pipe, schedule)
+    apply(pipe, result)
     if how == "parallel":
-        assert all("forward" in vars(pipe.unet.module.get_submodule(unit)) for unit in schedule.skips[-1])
+        assert all("forward" in vars(pipe.unet.module.get_submodule(unit)) for unit in result.skips[-1])
         return
     assert int((draw(pipe) - wanted).abs().max()) <= 2
     draw(pipe)
@@ -330,51 +194,51 @@ def test_a_compiled_network_skips_the_same_and_no_mask_compiles_it_again(
 
 
 def cosine_beginning(folder: Path, **fields: Any) -> tuple[Any, Result]:
-    """A pipeline whose highest level has sigma / alpha = 20291, and a schedule from there."""
-    from diffusers import DDPMPipeline, DDPMScheduler
+    """A pipeline whose highest level has sigma / alpha = 20291, and a result from there."""
+    from diffusers import DDPMPipeline
 
-    DDPMPipeline(make_unet(), DDPMScheduler(beta_schedule="squaredcos_cap_v2")).save_pretrained(folder / "net")
+    write_cosine(folder / "net")
     pipe = DDPMPipeline.from_pretrained(folder / "net")
     pipe.set_progress_bar_config(disable=True)
-    return pipe, schedule_of(folder / "net", **{"timesteps": (999, 500), **fields})
+    return pipe, result_for(folder / "net", **{"timesteps": (999, 500), **fields})
 
 
 @pytest.mark.parametrize("final", ["zero", "sigma_min"])
 @pytest.mark.parametrize("solver", ["heun", "dpm_solver_2", "deis_3", "unipc_3", "dpmpp_2s"])
 def test_levels_far_apart_lose_no_digits(tmp_path: Path, solver: str, final: str) -> None:
-    pipe, schedule = cosine_beginning(tmp_path, solver=solver, final=final)
-    found = as_images(apply(pipe, schedule)(batch_size=2, num_inference_steps=2, generator=seed()))
-    assert int((found - ours(schedule, 2).int()).abs().max()) <= 2
+    pipe, result = cosine_beginning(tmp_path, solver=solver, final=final)
+    found = as_images(apply(pipe, result)(batch_size=2, num_inference_steps=2, generator=seed()))
+    assert int((found - ours(result, 2).int()).abs().max()) <= 2
 
 
 def test_steps_that_go_another_way_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """In float32, as diffusers takes them, Heun's steps between those levels are 92 of 255 off on this network."""
-    pipe, schedule = cosine_beginning(tmp_path, solver="heun")
+    pipe, result = cosine_beginning(tmp_path, solver="heun")
     before, state = pipe.scheduler, torch.get_rng_state()
-    monkeypatch.setattr("autodiffusion_optuna.export.pipelines._wide", lambda device: torch.float32)
+    monkeypatch.setattr("autodiffusion_optuna.export.pipelines.step_dtype", lambda device: torch.float32)
     with pytest.raises(ConfigError, match=r"HeunDiscreteScheduler differs from the sampler .* by \d\d.* of 255 on its"):
-        apply(pipe, schedule)
+        apply(pipe, result)
     assert pipe.scheduler is before
     assert torch.equal(torch.get_rng_state(), state)
-    found = as_images(apply(pipe, schedule, check=False)(batch_size=2, num_inference_steps=2, generator=seed()))
-    assert float((found - ours(schedule, 2).int()).abs().float().mean()) > 50
+    found = as_images(apply(pipe, result, check=False)(batch_size=2, num_inference_steps=2, generator=seed()))
+    assert float((found - ours(result, 2).int()).abs().float().mean()) > 50
 
 
 def test_states_in_half_precision_that_go_another_way_are_warned_of(tmp_path: Path) -> None:
     """Schedulers divide by an alpha of 5e-5, beyond float16; bfloat16 has the range, and DDIM needs no more."""
-    pipe, schedule = cosine_beginning(tmp_path)
+    pipe, result = cosine_beginning(tmp_path)
     pipe.to(torch.bfloat16)
-    apply(pipe, schedule)
+    apply(pipe, result)
     pipe.to(torch.float16)
     with pytest.warns(UserWarning, match=r"in float16, diffusers' DPMSolver.* differs .*, in float32 by [\d.e-]+$"):
-        apply(pipe, schedule)
+        apply(pipe, result)
 
 
 def test_heun_skips_by_the_step_of_each_evaluation(tmp_path: Path) -> None:
-    pipe, schedule, draw, _ = make("ddpm-heun", tmp_path)
-    names = list(dict.fromkeys(name for step in schedule.skips for name in step))
+    pipe, result, draw, _ = make("ddpm-heun", tmp_path)
+    names = list(dict.fromkeys(name for step in result.skips for name in step))
     units = dict(pipe.unet.named_modules())
-    apply(pipe, schedule)
+    apply(pipe, result)
     log: dict[str, list[float]] = {name: [] for name in names}
     now: list[float] = []
     pipe.unet.register_forward_pre_hook(lambda _, args: now.append(float(args[1])))
@@ -385,24 +249,24 @@ def test_heun_skips_by_the_step_of_each_evaluation(tmp_path: Path) -> None:
     visits = [951, 600, 600, 333, 333, 40, 40]
     assert now == visits
     for name in names:
-        skipped = {t for t, step in zip(schedule.timesteps, schedule.skips, strict=True) if name in step}
+        skipped = {t for t, step in zip(result.timesteps, result.skips, strict=True) if name in step}
         assert log[name] == [t for t in visits if t not in skipped]
     pipe.unet(torch.zeros(1, 3, 16, 16), 500)
     assert all(seen[-1] == 500 for seen in log.values()), "a call outside of a run skips something"
 
 
 def test_remove_leaves_the_pipeline_as_it_was(tmp_path: Path) -> None:
-    pipe, schedule, _, _ = make("ddpm", tmp_path)
+    pipe, result, _, _ = make("ddpm", tmp_path)
 
-    def held_out() -> Tensor:
+    def drawn() -> Tensor:
         return as_images(pipe(batch_size=2, num_inference_steps=4, generator=seed()))
 
-    before, scheduler = held_out(), pipe.scheduler
-    unit = pipe.unet.get_submodule(schedule.skips[0][0])
+    before, scheduler = drawn(), pipe.scheduler
+    unit = pipe.unet.get_submodule(result.skips[0][0])
     own = unit.forward
     unit.forward = wrapped = lambda *args, **kwargs: own(*args, **kwargs)  # as offloading does
     modules = [module for module in pipe.unet.modules() if "forward" in vars(module)]
-    for other in (schedule, example(timesteps=(800, 10)), schedule):
+    for other in (result, example(timesteps=(800, 10)), result):
         apply(pipe, other)
     assert (
         len([m for m in pipe.unet.modules() if "forward" in vars(m)]) == len(modules) + 2
@@ -412,23 +276,23 @@ def test_remove_leaves_the_pipeline_as_it_was(tmp_path: Path) -> None:
     assert pipe.scheduler is scheduler
     assert [module for module in pipe.unet.modules() if "forward" in vars(module)] == modules
     assert unit.forward is wrapped
-    assert torch.equal(held_out(), before)
+    assert torch.equal(drawn(), before)
     remove(pipe)  # without effect
-    apply(pipe, schedule)
+    apply(pipe, result)
     pipe.scheduler = mine = type(scheduler)()
     assert remove(pipe).scheduler is mine, "a scheduler that the user set since is kept"
 
 
 def test_applying_starts_from_the_pipelines_own_scheduler(tmp_path: Path) -> None:
-    """A second schedule must not inherit what the first one set."""
-    pipe, schedule, draw, wanted = make("ddpm", tmp_path)
+    """A second result must not inherit what the first one set."""
+    pipe, result, draw, wanted = make("ddpm", tmp_path)
     apply(pipe, example(solver="heun", model={"clip": False}))
-    assert int((draw(apply(pipe, schedule)) - wanted).abs().max()) <= 2
+    assert int((draw(apply(pipe, result)) - wanted).abs().max()) <= 2
 
 
 def test_two_model_calls_a_step_share_its_mask(tmp_path: Path) -> None:
-    pipe, schedule, _, _ = make("ddpm", tmp_path)
-    apply(pipe, schedule)
+    pipe, result, _, _ = make("ddpm", tmp_path)
+    apply(pipe, result)
     x = torch.randn(1, 3, 16, 16, generator=seed())
     pipe.scheduler.set_timesteps(4)
     with torch.inference_mode():
@@ -454,7 +318,7 @@ def test_nothing_is_read_back_between_steps(tmp_path: Path, solver: str) -> None
     from diffusers import DDPMPipeline
 
     pipe = DDPMPipeline.from_pretrained(tmp_path / "net")
-    apply(pipe, schedule_of(tmp_path / "net", solver=solver, skips=((0,), (), (1,))))
+    apply(pipe, result_for(tmp_path / "net", solver=solver, skips=((0,), (), (1,))))
     pipe.scheduler.set_timesteps(3)
     x = torch.randn(1, 3, 16, 16, generator=seed())
     with torch.inference_mode(), Reads() as reads:
@@ -481,32 +345,31 @@ def test_pipelines_of_another_kind_are_refused_and_left_alone(tmp_path: Path) ->
         (example(skips=(("mid.9",), (), ())), r"skips 'mid\.9', and the pipeline's UNet2DModel has no such layer"),
         (example(skips=(("conv_in",), (), ())), "skips 'conv_in'"),
         (example(solver="plms"), "no scheduler that takes the steps of plms"),
-        (example().model_copy(update={"noise": None}), "no noise levels"),
     ]
-    for schedule, message in refused:
+    for result, message in refused:
         with pytest.raises(ConfigError, match=message) as caught:
-            apply(pipe, schedule)
+            apply(pipe, result)
         assert "\n" not in str(caught.value)
         assert pipe.scheduler is before
         assert not any("forward" in vars(module) for module in pipe.unet.modules())
     with pytest.raises(ConfigError, match="int has no network and scheduler"):
         apply(3, example())
-    with pytest.raises(ConfigError, match="cannot read schedule"):
+    with pytest.raises(ConfigError, match="cannot read result"):
         apply(pipe, tmp_path / "gone.json")
 
 
-def test_the_pipelines_of_one_network_share_schedules(tmp_path: Path) -> None:
+def test_the_pipelines_of_one_network_share_results(tmp_path: Path) -> None:
     """DDPMPipeline, DDIMPipeline and a bare UNet2DModel are the same loop; a bare one serves loops of one's own."""
     from diffusers import DDIMPipeline, DDIMScheduler, UNet2DModel
 
     write_class_conditional(tmp_path / "net")
-    schedule = schedule_of(tmp_path / "net", solver="dpmpp_2m", skips=((0,), (2,), ()))
+    result = result_for(tmp_path / "net", solver="dpmpp_2m", skips=((0,), (2,), ()))
     unet = UNet2DModel.from_pretrained(tmp_path / "net", subfolder="unet").eval()
-    pipe = apply(DDIMPipeline(unet=unet, scheduler=DDIMScheduler(beta_start=1e-4)), schedule)
+    pipe = apply(DDIMPipeline(unet=unet, scheduler=DDIMScheduler(beta_start=1e-4)), result)
     pipe.scheduler.set_timesteps(3)
-    x = torch.randn(2, *schedule.model.shape or (), generator=seed())
+    x = torch.randn(2, *result.model.shape, generator=seed())
     with torch.inference_mode():
         for t in pipe.scheduler.timesteps:
             x = pipe.scheduler.step(unet(x, t, class_labels=torch.tensor([3, 1])).sample, t, x).prev_sample
     images = ((x + 1) * 127.5).clamp(0, 255).round().int()
-    assert int((images - ours(schedule, 2, [3, 1]).int()).abs().max()) <= 2
+    assert int((images - ours(result, 2, [3, 1]).int()).abs().max()) <= 2

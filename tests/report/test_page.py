@@ -139,7 +139,7 @@ def test_a_model_of_diffusers_comes_with_its_script(quick: optuna.Study, adopt: 
     config["model"]["source"] = "digits"
     quick.set_user_attr(CONFIG, config)
     facts = {"kind": "DDIMPipeline", "prediction": "epsilon", "shape": [1, 28, 28], "image_shape": [1, 28, 28]}
-    quick.set_user_attr(MODEL_FACTS, {**facts, "guidance": "none", "scale": 1.0})
+    quick.set_user_attr(MODEL_FACTS, {**quick.user_attrs[MODEL_FACTS], **facts, "guidance": "none", "scale": 1.0})
     text = page(read_summary(quick))
     links = {a["download"]: a["href"] or "" for a in Tree(text).having("a") if a.get("download")}
     assert list(links) == ["quick.json", "quick.py", "quick-sigmas.txt"]

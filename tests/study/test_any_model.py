@@ -82,9 +82,9 @@ held_out_banks = 2
 def image_shape(folder: Path, adopt: Adopt, arguments: list[str]) -> tuple[int, ...]:
     """Shape of the model's images, as the command line tells it of a reference of another size."""
     from autodiffusion_optuna.config import load_config
-    from autodiffusion_optuna.study import components
+    from autodiffusion_optuna.evaluation.models import load_model
 
-    shape: tuple[int, ...] = components.open_model(load_config(folder / "any.toml", arguments)).picture_shape
+    shape: tuple[int, ...] = load_model(load_config(folder / "any.toml", arguments).model).picture_shape
     return shape
 
 
@@ -114,12 +114,12 @@ def test_a_search_end_to_end(folder: Path, adopt: Adopt, kind: str) -> None:
     assert (script.code, "own sampler instead" in script.err) == (0, kind == "dit"), script.err
     assert "not checked" not in script.err
     assert ("from diffusers import" in script.out) == (kind not in ("adm", "dit"))
-    scored = adopt("score", "--schedule", "any.json", "--images", "6", "--banks", "2")
+    scored = adopt("score", "--result", "any.json", "--images", "6", "--banks", "2")
     assert scored.code == 0, scored.err
     assert "uniform" in scored.out
     assert "found on" not in scored.err
-    assert adopt("sample", "--schedule", "any.json", "--images", "3", "--out", "grid.png").code == 0
+    assert adopt("sample", "--result", "any.json", "--images", "3", "--out", "grid.png").code == 0
     assert (folder / "grid.png").stat().st_size > 0
-    quiet = adopt("sample", "--schedule", "any.json", "--set", "model.check=false", "--out", "grid.png")
+    quiet = adopt("sample", "--result", "any.json", "--set", "model.check=false", "--out", "grid.png")
     assert "denoises no better" not in quiet.err
     assert "misjudges its noise" not in quiet.err

@@ -8,9 +8,10 @@ from pathlib import Path
 import optuna
 import torch
 from diffusers import DDIMPipeline
+from load_source import load_source
 
 from autodiffusion_optuna.config import load_preset
-from autodiffusion_optuna.evaluation.models import DIGITS, load_model
+from autodiffusion_optuna.evaluation.models import DIGITS
 from autodiffusion_optuna.results.summary import read_summary
 from autodiffusion_optuna.storage.attrs import CANDIDATE, COST, STAGE, UNIT_COSTS
 from autodiffusion_optuna.storage.database import open_storage
@@ -18,7 +19,7 @@ from autodiffusion_optuna.study import components, lifecycle, loop
 
 
 def test_it_is_small_and_has_enough_units() -> None:
-    model = load_model("digits")
+    model = load_source("digits", clip=False)
     assert model.shape == (1, 28, 28)
     assert len(model.units) >= 12
     assert (DIGITS / "unet" / "diffusion_pytorch_model.safetensors").stat().st_size <= 6e6
@@ -71,7 +72,7 @@ def test_the_layer_search_goes_through_both_stages_within_its_cost(tmp_path: Pat
 def test_measured_latencies_are_kept_when_a_study_goes_on(tmp_path: Path) -> None:
     settings = ["search.cost=latency", "score.images=2", "model.batch=2"]
     first = short_search(tmp_path, "digits-10-layers", *settings, "search.trials=1").user_attrs[UNIT_COSTS]
-    assert len(first) == len(load_model("digits").units)
+    assert len(first) == len(load_source("digits", clip=False).units)
     assert max(first) > 0
     again = components.build(load_preset("digits-10-layers", settings), unit_costs=tuple(first))
     assert again.space.unit_costs == tuple(first)

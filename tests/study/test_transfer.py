@@ -1,4 +1,4 @@
-"""A schedule on another model than its own: what differs is said, and nothing is where it is the same one."""
+"""A result on another model than its own: what differs is said, and nothing is where it is the same one."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 import torch
 from command import Adopt
-from example_schedules import example, open_model, schedule_of
+from example_results import example, open_model, result_for
 from tiny_models import make_unet, write_ddpm
 from tiny_pipelines import write_prompts, write_sd
 
-from autodiffusion_optuna import Result, apply
+from autodiffusion_optuna import apply
 from autodiffusion_optuna.evaluation.denoiser import weights_of, weights_sample
 from autodiffusion_optuna.export.check import same_weights
 from autodiffusion_optuna.study.transfer import differences
@@ -73,43 +73,39 @@ def test_what_is_other_is_named(folder: Path, name: str) -> None:
     for place in ("net", "other"):
         write(folder / place)
     change(folder / "other")
-    schedule = schedule_of(Path("net"), options)
-    assert differences(schedule, open_model("net", options)) == []
-    found = ", ".join(differences(schedule, open_model("other", options)))
+    result = result_for(Path("net"), options)
+    assert differences(result, open_model("net", options)) == []
+    found = ", ".join(differences(result, open_model("other", options)))
     assert message in found
     assert ("other weights" in found) == (name in ("weights", "layers"))
 
 
-def test_prompts_count_and_an_older_file_says_what_it_cannot(folder: Path) -> None:
+def test_prompts_count_and_files_do_where_no_weights_are_known(folder: Path) -> None:
     write_sd(folder / "net")
     write_prompts(folder)
     (folder / "others.txt").write_text("a hat\n")
-    schedule = schedule_of(Path("net"), PROMPTED)
+    result = result_for(Path("net"), PROMPTED)
     model = open_model("net", {**PROMPTED, "prompts": "others.txt"})
-    assert differences(schedule, model) == ["other labels or prompts"]
-    unknown = {"latent_scale": None, "weights": None, "units": None, "sha256": "another"}
-    old = schedule.model_copy(update={"format": 2, "model": schedule.model.model_copy(update=unknown)})
-    assert differences(old, open_model("net", PROMPTED)) == [
-        "other files, of weights or configs",
-        "and the schedule, of an older version, does not say all of its own",
-    ]
+    assert differences(result, model) == ["other labels or prompts"]
+    unknown = result.model.model_copy(update={"weights": None, "sha256": "another"})
+    old = result.model_copy(update={"model": unknown})
+    assert differences(old, open_model("net", PROMPTED)) == ["other files, of weights or configs"]
 
 
 def test_commands_say_it_beside_what_they_print(folder: Path, adopt: Adopt) -> None:
     for place in ("net", "other"):
         write_ddpm(folder / place)
     other_weights(folder / "other")
-    schedule = schedule_of(Path("net"), {"clip": True})
-    assert schedule.config is not None
+    result = result_for(Path("net"), {"clip": True})
     table = {"extractor": "pixels", "reference": "images.npz", "held_out_images": 8, "held_out_banks": 2}
-    score = schedule.config.score.model_validate(table)
+    score = result.config.score.model_validate(table)
     write_images(folder / "images.npz")
-    schedule.model_copy(update={"config": schedule.config.model_copy(update={"score": score})}).write("best.json")
-    line = "warning: model other is not the one that the schedule of study 'mine' was found on: other weights"
+    result.model_copy(update={"config": result.config.model_copy(update={"score": score})}).write("best.json")
+    line = "warning: model other is not the one that the result of study 'mine' was found on: other weights"
     for command in (("score",), ("sample", "--images", "2", "--out", "grid.png")):
-        own = adopt(*command, "--schedule", "best.json")
+        own = adopt(*command, "--result", "best.json")
         assert (own.code, "found on" in own.err) == (0, False)
-        changed = adopt(*command, "--schedule", "best.json", "--set", "model.source='other'")
+        changed = adopt(*command, "--result", "best.json", "--set", "model.source='other'")
         assert changed.code == 0
         assert line in " ".join(changed.err.split())
         assert "found on" not in changed.out
@@ -128,16 +124,16 @@ def test_a_pipeline_of_another_model_is_warned_of_once(folder: Path, name: str) 
     write, change, _ = CHANGED[name]
     write_prompts(folder)
     write(folder / "net")
-    schedule = schedule_of(Path("net"), PROMPTED if write is write_sd else None)
+    result = result_for(Path("net"), PROMPTED if write is write_sd else None)
     change(folder / "net")
-    pipe = getattr(diffusers, schedule.model.kind).from_pretrained("net")
+    pipe = getattr(diffusers, result.model.kind).from_pretrained("net")
     message = {
         "weights": "found on: other weights, or adapters to them",
         "scale": "found on: latent scale 0.13025 instead of 0.18215",
         "size": "found on: sample_size 32 instead of 16x16",
     }
     with pytest.warns(UserWarning, match=message[name]):
-        apply(pipe, schedule)
+        apply(pipe, result)
 
 
 def test_the_same_weights_in_half_precision_or_offloaded_are_no_others(tmp_path: Path) -> None:
@@ -147,12 +143,10 @@ def test_the_same_weights_in_half_precision_or_offloaded_are_no_others(tmp_path:
     sample = weights_sample(unet)
     assert len(sample) == 24
     assert weights_of(torch.compile(unet, backend="eager"), sample) == sample
-    schedule = example(model={"weights": sample, "shape": (3, 16, 16)})
+    result = example(model={"weights": sample, "shape": (3, 16, 16)})
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
-        apply(DDPMPipeline(make_unet().to(dtype), DDPMScheduler()), schedule)
-    apply(DDPMPipeline(make_unet().to("meta"), DDPMScheduler()), schedule)
-    with pytest.warns(UserWarning, match="not known, as the schedule is of an older version"):
-        apply(DDPMPipeline(make_unet(), DDPMScheduler()), Result.parse(older(example())))
+        apply(DDPMPipeline(make_unet().to(dtype), DDPMScheduler()), result)
+    apply(DDPMPipeline(make_unet().to("meta"), DDPMScheduler()), result)
 
 
 @pytest.mark.parametrize("matrices", [True, False])
@@ -160,26 +154,18 @@ def test_weights_changed_by_more_than_rounding_are_others(matrices: bool) -> Non
     from diffusers import DDPMPipeline, DDPMScheduler
 
     unet = make_unet()
-    schedule = example(model={"weights": weights_sample(unet), "shape": (3, 16, 16)})
+    result = example(model={"weights": weights_sample(unet), "shape": (3, 16, 16)})
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for weight in unet.parameters():
             if (weight.ndim > 1) == matrices:
                 weight.add_(weight * 0.009 if matrices else torch.randn(weight.shape, generator=generator))
     with pytest.warns(UserWarning, match="found on: other weights"):
-        apply(DDPMPipeline(unet, DDPMScheduler()), schedule)
+        apply(DDPMPipeline(unet, DDPMScheduler()), result)
 
 
-def test_the_shorter_samples_of_older_schedules_are_compared() -> None:
+def test_a_sample_of_fewer_weights_is_compared() -> None:
     sample = weights_sample(make_unet())
     part = dict([*sample.items()][:12])
     assert same_weights(part, sample)
     assert not same_weights(sample, part)
-
-
-def older(schedule: Result) -> str:
-    """As the version before wrote it."""
-    table = json.loads(schedule.text())
-    for name in ("latent_scale", "weights", "units"):
-        del table["model"][name]
-    return json.dumps({**table, "format": 2})

@@ -2,166 +2,116 @@
 
 from __future__ import annotations
 
-import json
-import os
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 
+from autodiffusion_optuna.config import ModelConfig
 from autodiffusion_optuna.errors import ConfigError, ModelError, choose_from
 from autodiffusion_optuna.evaluation.files import check_content
-from autodiffusion_optuna.evaluation.models.base import Conditions, Model, Options, find_device
-from autodiffusion_optuna.evaluation.models.diffusers_folder import NETWORK, load_folder
+from autodiffusion_optuna.evaluation.models.adm import load_adm
+from autodiffusion_optuna.evaluation.models.assembly import check_unused
+from autodiffusion_optuna.evaluation.models.base import Conditions, Model, find_device
+from autodiffusion_optuna.evaluation.models.checkpoints import read_checkpoint
+from autodiffusion_optuna.evaluation.models.diffusers_folder import UNET, load_folder
+from autodiffusion_optuna.evaluation.models.hub import resolve
 from autodiffusion_optuna.evaluation.models.mixture import mixture_model
-from autodiffusion_optuna.evaluation.models.parts import read_checkpoint
+from autodiffusion_optuna.evaluation.models.parts import Pipeline, find_pipeline, read_index
+from autodiffusion_optuna.evaluation.models.plugin import load_plugin
+from autodiffusion_optuna.evaluation.models.text_to_image import PIPELINES, load_text_to_image
 from autodiffusion_optuna.evaluation.references.reference import load_reference
 
-__all__ = ["MODELS", "Conditions", "Model", "Options", "find_device", "load_model"]
-
-Loader = Callable[[str, str, bool], Model]
+__all__ = ["MODELS", "Conditions", "Model", "find_device", "load_model"]
 
 DIGITS = Path(__file__).parent.parent.parent / "assets" / "digits"
 
-MODELS: dict[str, Loader] = {
-    "digits": lambda device, precision, clip: _digits(device, precision, clip),
-    "mixture": lambda device, precision, clip: mixture_model(device=device, clip=clip),
-}
-"""Name -> (device, precision, clip) -> model."""
 
-PIPELINES = {
-    "StableDiffusionPipeline": "text",
-    "StableDiffusionXLPipeline": "text",
-    "StableDiffusion3Pipeline": "text",
-    "FluxPipeline": "text",
-    "DiTPipeline": "dit",
-}
-"""Pipeline class of a diffusers folder -> loader; every other folder is one of a UNet2DModel."""
-
-INDEX = "model_index.json"
-SINGLE_FILES = (".safetensors", ".ckpt", ".pt", ".pth", ".bin")
-
-
-def _digits(device: str, precision: str, clip: bool) -> Model:
+def _digits(config: ModelConfig, device: torch.device) -> Model:
     """The bundled model, with the statistics of the digits it was trained on."""
-    model = load_folder(DIGITS, device, precision, clip, name="digits")
+    model = load_folder(config, device, find_pipeline(DIGITS), "digits")
     return replace(model, reference=partial(load_reference, DIGITS / "reference.npz"))
 
 
-def load_model(
-    source: str,
-    device: str = "cpu",
-    precision: str = "float32",
-    clip: bool | None = False,
-    options: Options | None = None,
-) -> Model:
-    """The model that ``source`` names, frozen and on its device.
+def _mixture(config: ModelConfig, device: torch.device) -> Model:
+    return mixture_model(device=str(device), clip=config.clip is not False)
 
-    ``source``: a name of ``MODELS``; a folder that diffusers saved; a hub id, ``org/name`` or
-    ``org/name@revision``; ``adm:FILE``, a guided-diffusion checkpoint; a single ``FILE.safetensors`` of a
-    text-to-image model; or ``python:module:function``.
-    ``device``: ``"auto"`` (a GPU if there is one), ``"cpu"``, ``"cuda"`` or ``"cuda:N"``.
-    ``precision``: of the network, a name of ``denoiser.PRECISIONS``. ``clip``: clamp x0 to [-1, 1]; None: for
-    models of pixels. ``options``: everything else.
+
+MODELS: dict[str, Callable[[ModelConfig, torch.device], Model]] = {"digits": _digits, "mixture": _mixture}
+"""Bundled models by name."""
+
+SINGLE_FILES = (".safetensors", ".ckpt", ".pt", ".pth", ".bin")
+
+
+def load_model(config: ModelConfig, *, device: str | None = None, trust: bool = False) -> Model:
+    """The model that ``config.source`` names, frozen and on its device.
+
+    ``device``: in place of ``config.device``. ``trust``: allow Python plug-ins, whose code is run.
     Only a hub id is ever downloaded. ``ModelError`` where the model or the device cannot be used, ``ConfigError``
-    where another argument is wrong.
+    where a setting does not suit the model.
     """
+    place = find_device(device or config.device)
     try:
-        return _load(source, device, precision, clip, options or Options())
+        return _load(config, place, trust)
     except torch.OutOfMemoryError:
         raise ModelError(
-            f"{source}: the device has too little memory for this model; use a lower model.precision or another device"
+            f"{config.source}: the device has too little memory for this model; use a lower model.precision or "
+            "another device"
         ) from None
 
 
-def _load(source: str, device: str, precision: str, clip: bool | None, options: Options) -> Model:
+def _load(config: ModelConfig, device: torch.device, trust: bool) -> Model:
+    source = config.source
+    path = Path(source)
     scheme, colon, rest = source.partition(":")
     if source in MODELS:
-        return _bundled(source, device, precision, clip, options)
+        check_unused(config, source)
+        return MODELS[source](config, device)
     if colon and scheme == "adm":
-        from autodiffusion_optuna.evaluation.models.adm import load_adm
-
-        return load_adm(Path(rest), device, precision, clip is not False, options)
+        return load_adm(config, device, Path(rest))
     if colon and scheme == "python":
-        from autodiffusion_optuna.evaluation.models.plugin import load_plugin
-
-        return load_plugin(source, device, precision, clip, options)
-    if Path(source).is_dir():
-        return _folder(Path(source), device, precision, clip, Path(source).resolve().name, options)
-    if Path(source).suffix.lower() == ".gguf":
+        return load_plugin(config, device, trust)
+    if path.is_dir():
+        return _folder(config, device, path, path.resolve().name)
+    if path.suffix.lower() == ".gguf":
         raise ModelError(
             f"{source}: is a GGUF file, whose weights are quantised; give safetensors or a diffusers folder"
         )
-    if Path(source).suffix in SINGLE_FILES:
-        return _single_file(Path(source), device, precision, clip, options)
+    if path.suffix in SINGLE_FILES:
+        return _single_file(config, device, path)
     if source.count("/") == 1 and not source.startswith((".", "/", "~")):
-        from autodiffusion_optuna.evaluation.models.hub import resolve
-
-        return _folder(resolve(source), device, precision, clip, source, options)
+        return _folder(config, device, resolve(source), source)
     raise ModelError(
         f"{choose_from('model', source, MODELS)}; or the path of a diffusers folder, a hub id (org/name), adm:FILE.pt "
         "or python:module:function"
     )
 
 
-def _bundled(name: str, device: str, precision: str, clip: bool | None, options: Options) -> Model:
-    for setting in ("preset", "fields", "classifier", "prompts", "negative_prompt", "size", "config"):
-        if getattr(options, setting):
-            raise ConfigError(f"model.{setting} was given, but the bundled model {name!r} takes none; leave it out")
-    return MODELS[name](device, precision, clip is not False)
+def _folder(config: ModelConfig, device: torch.device, folder: Path, name: str) -> Model:
+    pipeline = find_pipeline(folder)
+    if pipeline.kind in PIPELINES:
+        return load_text_to_image(config, device, pipeline, name)
+    if pipeline.kind != "DiTPipeline":
+        _check_plain(pipeline)
+    return load_folder(config, device, pipeline, name)
 
 
-def _folder(folder: Path, device: str, precision: str, clip: bool | None, name: str, options: Options) -> Model:
-    folder, network = _whole(folder)
-    index = _index(folder)
-    kind = PIPELINES.get(str(index.get("_class_name", "")), "unet")
-    if kind == "text":
-        from autodiffusion_optuna.evaluation.models.text_to_image import load_text_to_image
-
-        return load_text_to_image(folder, device, precision, clip, name, options, network)
-    if kind == "dit":
-        from autodiffusion_optuna.evaluation.models.dit import load_dit
-
-        return load_dit(folder, device, precision, clip, name, options, network)
-    _check_plain(folder, index)
-    return load_folder(folder, device, precision, clip, name, options, network)
-
-
-def _whole(folder: Path) -> tuple[Path, str]:
-    """The pipeline's folder, and which folder in it is to be its network: ``""`` for the one that it names itself.
-
-    A source such as ``.../unet_ema`` has the rest of its pipeline, a decoder too, beside it.
-    """
-    parent = Path(os.path.abspath(folder)).parent
-    part = (folder / "config.json").is_file() and not (folder / INDEX).exists() and (parent / INDEX).is_file()
-    return (parent, os.path.basename(os.path.abspath(folder))) if part else (folder, "")
-
-
-def _index(folder: Path) -> dict[str, Any]:
-    """``model_index.json`` of a pipeline; empty where there is none, or it cannot be read."""
-    try:
-        index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return index if isinstance(index, dict) else {}
-
-
-def _check_plain(folder: Path, index: Mapping[str, Any]) -> None:
+def _check_plain(pipeline: Pipeline) -> None:
     """``ModelError`` for a pipeline of another network than a UNet2DModel, with those that are supported."""
     for part in ("unet", "transformer", "prior"):
-        entry = index.get(part)
-        if isinstance(entry, list) and None not in entry and entry[-1] != NETWORK:
+        entry = pipeline.index.get(part)
+        if isinstance(entry, list) and None not in entry and entry[-1] != UNET:
             raise ModelError(
-                f"{folder}: is a {index.get('_class_name')} with a {entry[-1]}; supported are {', '.join(PIPELINES)} "
-                f"and pipelines of a {NETWORK}; write a plug-in for others (python:module:function)"
+                f"{pipeline.folder}: is a {pipeline.kind} with a {entry[-1]}; supported are {', '.join(PIPELINES)}, "
+                f"DiTPipeline and pipelines of a {UNET}; write a plug-in for others (python:module:function)"
             )
 
 
-def _single_file(path: Path, device: str, precision: str, clip: bool | None, options: Options) -> Model:
+def _single_file(config: ModelConfig, device: torch.device, path: Path) -> Model:
+    """With everything but the denoising network, the decoder and the text encoders too, from ``config.config``."""
     if not path.is_file():
         raise ModelError(f"{path}: no such file; give the path of a checkpoint, or a folder that diffusers saved")
     check_content(path, ModelError)
@@ -172,6 +122,10 @@ def _single_file(path: Path, device: str, precision: str, clip: bool | None, opt
             f"{path}: a bare {path.suffix} file says nothing of its architecture; for a guided-diffusion checkpoint "
             f"write adm:{path} with model.preset, for others give safetensors or a diffusers folder"
         )
-    from autodiffusion_optuna.evaluation.models.text_to_image import load_single_file
-
-    return load_single_file(path, device, precision, clip, path.stem, options)
+    if config.config is None:
+        raise ConfigError(
+            f"{path}: a single file holds neither configs nor a noise schedule; set model.config to the folder of a "
+            "diffusers pipeline of the same kind"
+        )
+    folder = Path(config.config)
+    return load_text_to_image(config, device, Pipeline(folder, read_index(folder)), path.stem, path)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import OrderedDict
 from collections.abc import Sequence
 from typing import cast
 
@@ -57,7 +58,8 @@ class EncoderUNetModel(nn.Module):
                 if 2**level in attention_resolutions:
                     blocks[-1].append(_AttentionBlock(channels, num_head_channels))
             if level < len(channel_mult) - 1:
-                blocks.append([residual(channels, channels, down=True) if resblock_updown else _Downsample(channels)])
+                halving = nn.Sequential(OrderedDict(op=nn.Conv2d(channels, channels, 3, stride=2, padding=1)))
+                blocks.append([residual(channels, channels, down=True) if resblock_updown else halving])
         self.input_blocks = nn.ModuleList(nn.ModuleList(block) for block in blocks)
         self.middle_block = nn.ModuleList(
             [
@@ -153,18 +155,6 @@ class _ResidualBlock(nn.Module):
         for layer in rest:
             h = layer(h)
         out: Tensor = self.skip_connection(self.resample(x)) + h
-        return out
-
-
-class _Downsample(nn.Module):
-    """A convolution that halves the sides."""
-
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        self.op = nn.Conv2d(channels, channels, 3, stride=2, padding=1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.op(x)
         return out
 
 

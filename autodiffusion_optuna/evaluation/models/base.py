@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
@@ -20,32 +21,6 @@ from autodiffusion_optuna.noise import NoiseSchedule
 if TYPE_CHECKING:
     from autodiffusion_optuna.evaluation.features import Extractor
     from autodiffusion_optuna.evaluation.references.reference import Reference
-
-
-@dataclass(frozen=True)
-class Options:
-    """What a study file says of its model besides source, device, precision and clip. Paths are as the user gave them.
-
-    ``preset``, ``fields``: architecture of a bare checkpoint (ADM). ``classifier``: checkpoint of a noisy classifier.
-    ``guidance``: scale, None for the model's own. ``labels``: how class labels are drawn. ``prompts``: file of prompts
-    (txt, csv, jsonl, COCO captions json); ``negative_prompt``: of text-to-image models. ``size``: (height, width) of
-    the images, None for the model's own. ``reduced``: keep weights in the precision they are used in. ``compile``:
-    compile each unit with torch.compile.
-    ``config``: local folder with the configs of a single-file checkpoint. ``trust``: allow Python plug-ins.
-    """
-
-    preset: str | None = None
-    fields: Mapping[str, Any] = field(default_factory=dict)
-    classifier: Path | None = None
-    guidance: float | None = None
-    labels: Draw = "balanced"
-    prompts: Path | None = None
-    negative_prompt: str = ""
-    size: tuple[int, int] | None = None
-    reduced: bool = False
-    compile: bool = False
-    config: Path | None = None
-    trust: bool = False
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,6 +42,27 @@ class Conditions:
     prepare: Callable[[Iterable[int]], None] | None = None
 
 
+def label_conditions(
+    labels: Sequence[int], device: torch.device, null: int | None = None, draw: Draw = "balanced"
+) -> Conditions:
+    """Condition ``{"label": int64 [n]}`` of a model with the class labels ``labels``.
+
+    ``null``: label of no class, which classifier-free guidance leads away from; None where the model has none.
+    """
+    known = torch.tensor(list(labels), dtype=torch.int64, device=device)
+
+    def rows(chosen: Sequence[int]) -> Condition:
+        return {"label": known[torch.tensor(list(chosen), dtype=torch.int64, device=device)]}
+
+    def negative(count: int) -> Condition:
+        assert null is not None
+        return {"label": torch.full((count,), null, device=device)}
+
+    described = json.dumps({"labels": list(labels), "null": null, "draw": draw})
+    fingerprint = hashlib.sha256(described.encode()).hexdigest()
+    return Conditions("labels", len(labels), rows, negative if null is not None else None, fingerprint, draw)
+
+
 @dataclass(frozen=True, eq=False)
 class Model:
     """A frozen diffusion model on one device.
@@ -76,8 +72,8 @@ class Model:
     conditional model a ``Denoiser`` that also takes conditions.
     ``units``: names of the skippable units in execution order. ``reference``: statistics of the data the
     model was trained on, for an extractor; None where the model ships with none.
-    ``conditions``: None where the model is unconditional. ``guidance``: how a scale acts; ``scale``: the one used
-    where the study sets none. ``decode``: float32 [B, C, H, W] states -> images in [-1, 1], None where states are
+    ``conditions``: None where the model is unconditional. ``guidance``: how a scale acts; ``scale``: the model's own,
+    used where the study sets none. ``decode``: float32 [B, C, H, W] states -> images in [-1, 1], None where states are
     images; ``encode``: the way back, None where it is not known. ``image_shape``: (C, H, W) of an image, None for the
     state's.
     ``latent_scale``: what latents are multiplied by. ``weights``: some of them by name, see ``weights_sample``.
@@ -103,7 +99,6 @@ class Model:
     image_shape: tuple[int, int, int] | None = None
     kind: str = "UNet2DModel"
     notes: tuple[str, ...] = ()
-    _costs: dict[tuple[CostKind, int], UnitCosts] = field(default_factory=dict, repr=False)
 
     @property
     def picture_shape(self) -> tuple[int, int, int]:
@@ -127,12 +122,12 @@ class Model:
         """``ConfigError`` where a guidance scale is given to a model that has no guidance."""
         if scale is not None and self.guidance == "none":
             raise ConfigError(
-                f"guidance {scale:g} was given, but model {self.name!r} has none (it is unconditional, or has neither "
-                "a classifier nor an empty condition); leave guidance out"
+                f"guidance {scale:g} was given, but model {self.name!r} has none (it is unconditional, was distilled "
+                "to need none, or has neither a classifier nor an empty condition); leave guidance out"
             )
 
     def costs(self, kind: CostKind = "macs", batch: int = 1) -> UnitCosts:
-        """Cost of one evaluation and what each unit saves of it; found once, then kept.
+        """Cost of one evaluation and what each unit saves of it.
 
         ``batch``: images an evaluation, for ``"latency"`` only; fewer are timed where they do not fit.
         Classifier-free guidance counts both of its halves; a classifier, which skips nothing, is not counted.
@@ -140,11 +135,6 @@ class Model:
         """
         kind = check_kind(kind)
         batch = 1 if kind == "macs" else batch
-        if (kind, batch) not in self._costs:
-            self._costs[kind, batch] = self._find_costs(kind, batch)
-        return self._costs[kind, batch]
-
-    def _find_costs(self, kind: CostKind, batch: int) -> UnitCosts:
         x = torch.zeros(batch, *self.shape, device=self.device)
         denoise = self.bind([0] * batch, 0.0 if self.guidance == "classifier" else None)
 
@@ -160,7 +150,7 @@ class Model:
                     f"{self.name}: the device ran out of memory with a single image; use a lower model.precision or "
                     "another device"
                 ) from None
-        return self._find_costs(kind, batch // 2)
+        return self.costs(kind, batch // 2)
 
     def to_images(self, x: Tensor) -> Tensor:
         """uint8 [B, C, H, W] of states ``x`` float [B, C, H, W]: [-1, 1] becomes [0, 255], clamped and rounded."""

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Collection, Iterable
 from pathlib import Path, PurePosixPath
 
 from autodiffusion_optuna.errors import ModelError
-from autodiffusion_optuna.evaluation.models.parts import STEM, first_line, read_json
+from autodiffusion_optuna.evaluation.files import first_line, read_json
+from autodiffusion_optuna.evaluation.models.checkpoints import STEM
+from autodiffusion_optuna.evaluation.models.parts import INDEX
 
 SOURCE = re.compile(r"(?P<id>[\w.-]+/[\w.-]+)(@(?P<revision>[\w./-]+))?")
-INDEX = "model_index.json"
 TEXTS = (".json", ".txt", ".model")
 """Configs, indices of shards, and tokenizers; .model is SentencePiece's."""
 WEIGHTS = re.compile(
-    rf"(?P<stem>{STEM}|model|pytorch_model)(\.(?P<variant>fp16))?(?P<shard>-\d+-of-\d+)?\.(?P<kind>safetensors|bin)"
+    rf"(?P<stem>{STEM}|model|pytorch_model)(\.(?P<variant>fp16))?(-\d+-of-(?P<total>\d+))?\.(?P<kind>safetensors|bin)"
 )
 SECONDS = 20.0
 """How long the hub may take to answer at all."""
@@ -67,11 +69,8 @@ def _parts(index: Path) -> list[str]:
 def _has_weights(folder: Path) -> bool:
     """Whether all files of one format are there; a file of the cache is a link, and may lead nowhere."""
     found = [match for path in folder.iterdir() if path.is_file() and (match := WEIGHTS.fullmatch(path.name))]
-    shards = {match["shard"].partition("-of-")[2]: 0 for match in found if match["shard"]}
-    return any(not match["shard"] for match in found) or any(
-        len([1 for match in found if match["shard"] and match["shard"].endswith(f"-of-{total}")]) >= int(total)
-        for total in shards
-    )
+    shards = Counter(match["total"] for match in found)  # None for a single file
+    return any(total is None or count >= int(total) for total, count in shards.items())
 
 
 def needed_files(files: Iterable[str], parts: Collection[str]) -> list[str]:
@@ -89,7 +88,7 @@ def needed_files(files: Iterable[str], parts: Collection[str]) -> list[str]:
         if path.suffix in TEXTS:
             wanted.append(name)
         elif match := WEIGHTS.fullmatch(path.name):
-            rank = (match["variant"] is not None, match["kind"] == "bin", match["shard"] is not None)
+            rank = (match["variant"] is not None, match["kind"] == "bin", match["total"] is not None)
             weights.setdefault(path.parent, {}).setdefault(rank, []).append(name)
     return wanted + [name for formats in weights.values() for name in formats[min(formats)]]
 

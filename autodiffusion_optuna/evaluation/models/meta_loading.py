@@ -1,104 +1,45 @@
-"""Large networks, built without memory and then filled file by file."""
+"""Large networks: built on the meta device, where shapes take no memory, and then filled file by file."""
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from autodiffusion_optuna.errors import ConfigError, ModelError
-from autodiffusion_optuna.evaluation.models.parts import fill, first_line, open_safetensors, read_weights
-from autodiffusion_optuna.evaluation.tensors import PLAIN, Weights, is_scale, weights_of
-
-_TYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-    "C64": torch.complex64,
-}
-"""The dtypes that safetensors has names for."""
+from autodiffusion_optuna.errors import ModelError
+from autodiffusion_optuna.evaluation.models.checkpoints import read_shapes, read_weights
+from autodiffusion_optuna.evaluation.models.parts import fill
+from autodiffusion_optuna.evaluation.tensors import Weights, is_scale, weights_of
 
 
-def blueprint(kind: str, config: Mapping[str, Any], path: Path) -> nn.Module:
-    """The network of diffusers' class ``kind`` that a config describes, on the meta device: shapes without memory.
-
-    ``ModelError`` that names ``path`` where the config describes none.
-    """
-    import diffusers
-
-    built: Any = getattr(diffusers, kind)
-    known = inspect.signature(built.__init__).parameters
-    try:
-        with torch.device("meta"):
-            network: nn.Module = built.from_config({key: value for key, value in config.items() if key in known})
-    except Exception as error:  # whatever a constructor makes of a wrong value
-        raise ModelError(f"{path}: diffusers cannot build this model ({first_line(error)})") from error
-    return network
+def check_fit(network: nn.Module, stored: Weights, file: Path) -> None:
+    """``ModelError`` that names the first weight of ``file`` that does not fit the ``network`` on the meta device."""
+    fill(network, {name: tensor.to("meta") for name, tensor in stored.items()}, file, "config.json")
 
 
-def check_fit(network: nn.Module, stored: Weights, file: Path, config: str) -> None:
-    """``ModelError`` that names the first weight of ``file``, given by shape and dtype, that does not fit."""
-    shapes = {name: torch.empty(tensor.shape, dtype=tensor.dtype, device="meta") for name, tensor in stored.items()}
-    fill(network, shapes, file, config)
-
-
-def stored_shapes(files: Sequence[Path], notes: list[str] | None = None) -> Weights:
-    """Every tensor in the files on the meta device: its data is not read. ``ModelError`` where a file is damaged.
-
-    ``notes``: as of ``read_weights``.
-    """
-    return {name: tensor for file in files for name, tensor in _shapes(file, notes).items()}
-
-
-def _shapes(file: Path, notes: list[str] | None = None) -> Weights:
-    if file.suffix != ".safetensors":
-        return read_weights([file], notes)
-    with open_safetensors(file) as stored:
-        kinds = {name: stored.get_slice(name) for name in stored.keys()}  # noqa: SIM118
-        return {name: _on_meta(kind.get_shape(), kind.get_dtype(), f"{file}: {name}") for name, kind in kinds.items()}
-
-
-def _on_meta(shape: Sequence[int], kind: str, where: str) -> Tensor:
-    if kind not in _TYPES:
-        raise ModelError(f"{where} holds {kind}, not floating-point numbers; {PLAIN}")
-    return torch.empty(tuple(shape), dtype=_TYPES[kind], device="meta")
-
-
-def each_file(network: nn.Module, files: Sequence[Path]) -> Iterator[Weights]:
-    """The weights of ``network`` in one file after the other."""
+def weights_by_file(network: nn.Module, files: Sequence[Path]) -> Iterator[Weights]:
+    """The weights of ``network`` in one file after the other; scales may lie in other files than what they scale."""
     wanted = network.state_dict().keys()
-    scales = {name: tensor for file in files for name, tensor in _read_scales(file, wanted).items()}
-    return (weights_of(read_weights([file]), file, wanted, scales) for file in files)
+    scales: dict[str, Tensor] = {}
+    for file in files:
+        if names := [name for name in read_shapes([file]) if is_scale(name) and name not in wanted]:
+            stored = read_weights([file])
+            scales |= {name: stored[name].clone() for name in names}
+    for file in files:
+        yield weights_of(read_weights([file]), file, wanted, scales)
 
 
-def _read_scales(file: Path, wanted: Collection[str]) -> Weights:
-    names = [name for name in _shapes(file) if is_scale(name) and name not in wanted]
-    stored = read_weights([file]) if names else {}
-    return {name: stored[name].clone() for name in names}
+def materialise(network: nn.Module, weights: Iterable[Weights], device: torch.device) -> None:
+    """Give ``network`` all its weights, in its own dtypes, on ``device`` and frozen.
 
-
-def materialise(network: nn.Module, parts: Iterable[Weights], device: torch.device) -> nn.Module:
-    """``network`` with all its weights, in its own dtypes, on ``device`` and frozen.
-
-    Weights go to the device a part at a time, so that no more than one part lies in main memory besides.
+    They go to the device a piece at a time, so that no more than one piece lies in main memory besides.
     """
     wanted = {name: tensor.dtype for name, tensor in network.state_dict().items()}
-    for part in parts:
+    for piece in weights:
         # Copied even where nothing changes: what was read is the file itself, mapped into memory.
-        placed = {name: tensor.to(device, wanted[name], copy=True) for name, tensor in part.items() if name in wanted}
+        placed = {name: tensor.to(device, wanted[name], copy=True) for name, tensor in piece.items() if name in wanted}
         network.load_state_dict(placed, strict=False, assign=True)
     empty = [name for name, tensor in [*network.named_parameters(), *network.named_buffers()] if tensor.is_meta]
     if empty:
@@ -106,152 +47,4 @@ def materialise(network: nn.Module, parts: Iterable[Weights], device: torch.devi
             f"weights of {type(network).__name__} hold nothing for {empty[0]!r}, which diffusers computes or renames; "
             "load the model in diffusers and save it with save_pretrained"
         )
-    return network.eval().requires_grad_(False)
-
-
-def read_single_file(
-    path: Path, kind: str, config: Path, subfolder: str, dtype: torch.dtype = torch.float32
-) -> tuple[Weights, tuple[str, ...]]:
-    """Weights of diffusers' class ``kind`` from one file in the layout of its authors, by diffusers' names.
-
-    Where the file holds a moving average besides the weights in training, it is the average, as in the folders that
-    the authors publish. ``config``: a pipeline's folder, in whose ``subfolder`` the class's config lies. ``dtype``: the
-    one in which matrices are kept in the end. The second value says what of the file is used where it holds more, a
-    line each. ``ModelError`` where the file does not hold such weights, or holds any that the converter would drop;
-    ``ConfigError`` where diffusers cannot read single files of this class.
-    """
-    import diffusers
-
-    original: Any = getattr(diffusers, kind)
-    if not hasattr(original, "from_single_file"):
-        raise ConfigError(f"{path}: diffusers cannot read a {kind} from a single file; give the folder of its pipeline")
-    stored = read_weights([path])
-    own = {name: tensor for name, tensor in stored.items() if not name.startswith(OTHER_PARTS) and name not in MARKERS}
-    weights = dict(weights_of(own, path, dtype=dtype))
-    averaged = sum(name.startswith("model_ema.") for name in weights) > 100  # fewer are none to diffusers
-    converted = _convert(original, weights.copy(), path, config, subfolder)
-    # The same once more with each tensor's number in its place tells which ones the converter takes. It looks at no
-    # more than their rows.
-    numbers = {
-        name: torch.tensor(i).expand((*tensor.shape[:1], *[1] * (tensor.ndim - 1)))
-        for i, (name, tensor) in enumerate(weights.items())
-    }
-    places = _convert(original, numbers, path, config, subfolder)
-    taken = {int(number) for rows in places.values() for number in rows.flatten().tolist()}
-    training = {name for name in weights if averaged and name.startswith("model.")}
-    unused = [name for i, name in enumerate(weights) if i not in taken and name not in training]
-    if unused:
-        raise ModelError(
-            f"{path}: holds tensors that are no weights of the {kind} in {config / subfolder}, {len(unused)} of them, "
-            f"first {unused[0]!r}, and what they mean is not known; give a file of the plain weights, and in "
-            "model.config the folder of a pipeline of the same kind"
-        )
-    return converted, tuple(_notes(path, stored, averaged, config))
-
-
-OTHER_PARTS = ("first_stage_model.", "cond_stage_model.", "conditioner.", "text_encoders.", "vae.", "safety_checker.")
-"""What names of the other parts of a pipeline begin with, in a file that holds them as well."""
-
-EDM = ("edm_vpred.sigma_max", "edm_vpred.sigma_min", "edm_mean", "edm_std")
-MARKERS = ("v_pred", "ztsnr", "scale_factor", *EDM)
-"""Names of tensors that say how the network was trained."""
-
-
-PREDICTION_TYPES = {
-    "epsilon": "epsilon",
-    "eps": "epsilon",
-    "v": "v_prediction",
-    "v_prediction": "v_prediction",
-    "sample": "sample",
-    "x0": "sample",
-}
-"""What ``modelspec.prediction_type`` says -> diffusers' name; what else is said of flows is of no consequence."""
-
-
-def training_facts(path: Path) -> dict[str, Any]:
-    """What a single file itself says of the training of its network, by the names of diffusers' configs.
-
-    ``prediction_type`` and ``rescale_betas_zero_snr`` where they are marked, ``scaling_factor`` of the latents,
-    ``alphas_cumprod`` float [T]. ``ModelError`` where it was trained on other noise than the pipelines read here, or
-    contradicts itself.
-    """
-    with open_safetensors(path) as stored:
-        names = set(stored.keys())
-        told = {name: stored.get_tensor(name).float() for name in ("scale_factor", "alphas_cumprod") if name in names}
-        metadata = stored.metadata() or {}
-    if found := sorted(names.intersection(EDM)):
-        raise ModelError(
-            f"{path}: holds {found[0]!r}, so it was trained on EDM's noise levels or latents, which a pipeline of "
-            "betas does not have; write a plug-in for it (python:module:function)"
-        )
-    facts: dict[str, Any] = {}
-    if predictions := _predictions(names, metadata):
-        facts["prediction_type"] = next(iter(predictions.values()))
-    if len(set(predictions.values())) > 1:
-        said = ", ".join(f"{place} says {value}" for place, value in predictions.items())
-        raise ModelError(f"{path}: contradicts itself: {said}; save it anew without the wrong one")
-    if "ztsnr" in names:
-        facts["rescale_betas_zero_snr"] = True
-    if "scale_factor" in told and told["scale_factor"].numel() == 1:
-        facts["scaling_factor"] = float(told["scale_factor"])
-    if "alphas_cumprod" in told and told["alphas_cumprod"].ndim == 1:
-        facts["alphas_cumprod"] = told["alphas_cumprod"].numpy()
-    return facts
-
-
-def _predictions(names: Collection[str], metadata: Mapping[str, str]) -> dict[str, str]:
-    """Each place in a file that says what its network predicts, and what it says."""
-    found = {"the tensor v_pred": "v_prediction"} if "v_pred" in names else {}
-    if metadata.get("ss_v_parameterization", "").lower() == "true":
-        found["ss_v_parameterization"] = "v_prediction"
-    written = metadata.get("modelspec.prediction_type", "").lower()
-    if written in PREDICTION_TYPES:
-        found["modelspec.prediction_type"] = PREDICTION_TYPES[written]
-    return found
-
-
-def _notes(path: Path, stored: Weights, averaged: bool, config: Path) -> Iterator[str]:
-    if averaged:
-        yield f"{path.name} holds weights twice: the moving average model_ema is used, not those in training"
-    others = sorted({name.split(".")[0] for name in stored if name.startswith(OTHER_PARTS)})
-    if others:
-        yield f"of {path.name} the denoising network alone is used, not {', '.join(others)}: those of {config} are"
-
-
-def _convert(original: Any, stored: dict[str, Tensor], path: Path, config: Path, subfolder: str) -> dict[str, Tensor]:
-    """``stored`` by the names of diffusers' class ``original``, in whatever shapes."""
-    import diffusers
-
-    converted: dict[str, Tensor] = {}
-
-    def from_config(cls: Any, *args: Any, **kwargs: Any) -> Any:
-        with torch.device("meta"):
-            return super(caught, cls).from_config(*args, **kwargs)
-
-    def load_state_dict(self: nn.Module, weights: Weights, strict: bool = True) -> tuple[list[str], list[str]]:
-        converted.update(weights)
-        return [], []
-
-    # The class itself would leave weights that the file lacks at random, and say so nowhere.
-    methods = {"from_config": classmethod(from_config), "load_state_dict": load_state_dict}
-    caught: Any = type(original.__name__, (original,), methods)
-    log = diffusers.utils.logging
-    level = log.get_verbosity()
-    log.set_verbosity_error()
-    try:
-        caught.from_single_file(
-            stored,
-            config=str(config),
-            subfolder=subfolder,
-            local_files_only=True,
-            low_cpu_mem_usage=False,
-            extract_ema=True,
-        )
-    except Exception as error:  # a KeyError for a weight that is not there, and whatever else
-        raise ModelError(
-            f"{path}: holds no weights of the {original.__name__} in {config / subfolder} ({type(error).__name__}: "
-            f"{first_line(error)}); give model.config the folder of a pipeline of the same kind"
-        ) from error
-    finally:
-        log.set_verbosity(level)
-    return converted
+    network.eval().requires_grad_(False)

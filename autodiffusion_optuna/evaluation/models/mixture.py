@@ -10,14 +10,13 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from autodiffusion_optuna.errors import ModelError
 from autodiffusion_optuna.evaluation.features import Extractor
 from autodiffusion_optuna.evaluation.models.base import Model, find_device
 from autodiffusion_optuna.evaluation.references.reference import Reference, build_reference
-from autodiffusion_optuna.noise import NoiseSchedule, linear
+from autodiffusion_optuna.noise import linear
 
 COMPONENTS = 8
 SHAPE = (1, 4, 4)
@@ -58,28 +57,6 @@ class GaussianMixture:
         noise = torch.from_numpy(rng.standard_normal((n, self.means.shape[1])))
         return self.means[component] + self.stds[component, None] * noise
 
-    def mean(self) -> NDArray[np.float64]:
-        """Exact mean, float64 [D]."""
-        exact: NDArray[np.float64] = (self.weights @ self.means).numpy()
-        return exact
-
-    def covariance(self) -> NDArray[np.float64]:
-        """Exact covariance, float64 [D, D]."""
-        centred = self.means - self.weights @ self.means
-        between = (self.weights[:, None] * centred).T @ centred
-        within = (self.weights @ self.stds**2) * torch.eye(self.means.shape[1], dtype=torch.float64)
-        exact: NDArray[np.float64] = (between + within).numpy()
-        return exact
-
-    def fingerprint(self, schedule: NoiseSchedule) -> str:
-        """sha256 over all parameters and the noise schedule."""
-        digest = hashlib.sha256(b"mixture")
-        for part in (self.weights, self.means, self.stds):
-            digest.update(part.numpy().tobytes())
-        for levels in (schedule.alphas, schedule.sigmas):
-            digest.update(levels.tobytes())
-        return digest.hexdigest()
-
 
 def default_mixture() -> GaussianMixture:
     """The built-in mixture: 8 components in 16 dimensions, nearly all of its mass inside [-1, 1]."""
@@ -106,9 +83,10 @@ def mixture_model(T: int = 1000, device: str = "cpu", clip: bool = False) -> Mod
             x0 = mixture.x0(x, schedule.alpha(t), schedule.sigma(t))
             return x0.clamp(-1.0, 1.0) if clip else x0
 
-    model = Model(
-        "mixture", mixture.fingerprint(schedule), SHAPE, schedule, denoise, find_device(device), kind="mixture"
-    )
+    numbers = [part.numpy() for part in (mixture.weights, mixture.means, mixture.stds)]
+    described = b"".join(part.tobytes() for part in (*numbers, schedule.alphas, schedule.sigmas))
+    fingerprint = hashlib.sha256(b"mixture" + described).hexdigest()
+    model = Model("mixture", fingerprint, SHAPE, schedule, denoise, find_device(device), kind="mixture")
 
     def reference(extractor: Extractor) -> Reference:
         draws = mixture.sample(REFERENCE_IMAGES, REFERENCE_SEED).reshape(-1, *SHAPE)

@@ -13,6 +13,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from autodiffusion_optuna.config import ModelConfig
 from autodiffusion_optuna.errors import AdoptError, ConfigError, ModelError
 from autodiffusion_optuna.evaluation.denoiser import (
     PREDICTIONS,
@@ -22,11 +23,9 @@ from autodiffusion_optuna.evaluation.denoiser import (
     Network,
     store_reduced,
 )
-from autodiffusion_optuna.evaluation.models.base import Model, Options, find_device
-from autodiffusion_optuna.evaluation.models.checks import check_options, check_precision, choose_clip, trace_units
-from autodiffusion_optuna.evaluation.models.labels import label_conditions
-from autodiffusion_optuna.evaluation.models.parts import first_line
-from autodiffusion_optuna.evaluation.skip import compile_units
+from autodiffusion_optuna.evaluation.files import first_line
+from autodiffusion_optuna.evaluation.models.assembly import assemble, check_unused, choose_clip, trace_units
+from autodiffusion_optuna.evaluation.models.base import Model, label_conditions
 from autodiffusion_optuna.noise import NoiseSchedule
 
 
@@ -53,17 +52,11 @@ class PluginModel:
     decode: Callable[[Tensor], Tensor] | None = None
 
 
-def load_plugin(
-    source: str,
-    device: str = "cpu",
-    precision: str = "float32",
-    clip: bool | None = None,
-    options: Options | None = None,
-) -> Model:
-    """The model that a user's function makes; ``source``: ``"python:module:function"``.
+def load_plugin(config: ModelConfig, device: torch.device, trust: bool) -> Model:
+    """The model that a user's function makes; ``model.source``: ``"python:module:function"``.
 
     The module is imported with the current folder on the path, and ``function(device=torch.device(...))`` returns a
-    ``PluginModel``, a mapping with its fields, or a whole ``Model``. As this runs code, ``options.trust`` must be set.
+    ``PluginModel``, a mapping with its fields, or a whole ``Model``. As this runs code, ``trust`` must be given.
     A file ``mine.py`` with this function is the source ``"python:mine:shrink"``::
 
         import torch
@@ -77,51 +70,47 @@ def load_plugin(
                 return sigma[:, None, None, None] * x
             return PluginModel(network, (3, 8, 8), schedule, "epsilon", fingerprint="standard normal, 1")
 
-    ``clip``: clamp x0 to [-1, 1]; None: of pixels. A whole ``Model`` sets its own precision and clip.
-    ``ConfigError`` without trust or with an option that the model does not use, ``ModelError`` that names the function
+    A whole ``Model`` sets its own precision and clip.
+    ``ConfigError`` without trust or with a setting that the model does not use, ``ModelError`` that names the function
     where it, or later its network, raises or returns something else.
     """
-    options = options or Options()
-    if not options.trust:
-        raise ConfigError(f"{source} would run Python code of your own; add --trust if you mean it to")
-    check_precision(precision)
-    place = find_device(device)
-    name = source.removeprefix("python:")
-    check_options(options, name)
-    made = _guarded(_function(name), name)(device=place)
+    if not trust:
+        raise ConfigError(f"{config.source} would run Python code of your own; add --trust if you mean it to")
+    name = config.source.removeprefix("python:")
+    check_unused(config, name)
+    made = _guarded(_function(name), name)(device=device)
     if isinstance(made, Model):
-        return _whole(made, name, precision, clip, options)
+        for setting, given in (("precision", config.precision != "float32"), ("clip", config.clip is not None)):
+            if given:
+                raise ConfigError(
+                    f"{name} returns a whole Model, which sets its own {setting}; leave model.{setting} out"
+                )
+        return made
     plugin = _check(made, name)
-    clip = choose_clip(clip, name, latent=plugin.decode is not None)
-    conditions = label_conditions(range(plugin.labels), place, draw=options.labels) if plugin.labels else None
+    conditions = label_conditions(range(plugin.labels), device, draw=config.labels) if plugin.labels else None
     some = conditions.rows([0]) if conditions else UNCONDITIONAL
-    network: Network = plugin.network
     units = None
-    if isinstance(network, nn.Module):
-        network.to(place).eval().requires_grad_(False)
-        if options.reduced:
-            store_reduced(network, precision)
-        run = _guarded(lambda x, t: plugin.network(x, t, some), name)
-        units = trace_units(network, run, plugin.shape, place, precision, name)
-    if units and options.compile:
-        compile_units(units)
-    denoiser = Denoiser(_guarded(network, name), plugin.schedule, plugin.prediction, place, precision, clip, units)
+    network: Network = _guarded(plugin.network, name)
+    if isinstance(plugin.network, nn.Module):
+        plugin.network.to(device).eval().requires_grad_(False)
+        store_reduced(plugin.network, config.precision)
+        units = trace_units(
+            plugin.network, lambda x, t: network(x, t, some), plugin.shape, device, config.precision, name
+        )
+    clip = choose_clip(config.clip, name, latent=plugin.decode is not None)
+    denoiser = Denoiser(network, plugin.schedule, plugin.prediction, device, config.precision, clip, units)
     decode = None if plugin.decode is None else _guarded(plugin.decode, name)
-    model = Model(
-        name,
-        _fingerprint(plugin),
-        plugin.shape,
-        plugin.schedule,
+    return assemble(
+        config,
         denoiser,
-        place,
-        units.names if units else (),
+        name=name,
+        fingerprint=_fingerprint(plugin),
+        shape=plugin.shape,
         conditions=conditions,
         decode=decode,
         image_shape=_try(denoiser, plugin, decode, some, name),
         kind="plugin",
     )
-    model.check_scale(options.guidance)
-    return model
 
 
 def _function(name: str) -> Callable[..., Any]:
@@ -138,7 +127,7 @@ def _function(name: str) -> Callable[..., Any]:
 
 
 def _guarded(function: Callable[..., Any], name: str) -> Callable[..., Any]:
-    """``function`` whose errors are one line; what the evaluator mends itself, too little memory, goes through."""
+    """``function`` whose errors are one line; what the evaluator handles itself, too little memory, goes through."""
 
     def guarded(*args: Any, **kwargs: Any) -> Any:
         try:
@@ -146,18 +135,9 @@ def _guarded(function: Callable[..., Any], name: str) -> Callable[..., Any]:
         except (AdoptError, torch.OutOfMemoryError):
             raise
         except Exception as error:  # whatever a user's code raises
-            raise ModelError(f"{name} raised {type(error).__name__}: {first_line(error)}; mend the plug-in") from error
+            raise ModelError(f"{name} raised {type(error).__name__}: {first_line(error)}; fix the plug-in") from error
 
     return guarded
-
-
-def _whole(model: Model, name: str, precision: str, clip: bool | None, options: Options) -> Model:
-    """A ``Model`` as it was made; ``ConfigError`` where the study sets what the function has already decided."""
-    for setting, given in (("precision", precision != "float32"), ("clip", clip is not None)):
-        if given:
-            raise ConfigError(f"{name} returns a whole Model, which sets its own {setting}; leave model.{setting} out")
-    model.check_scale(options.guidance)
-    return model if options.guidance is None else replace(model, scale=options.guidance)
 
 
 def _check(made: object, name: str) -> PluginModel:

@@ -32,17 +32,13 @@ def read_prompts(path: Path) -> tuple[str, ...]:
         raise ConfigError(f"{path}: is not UTF-8 text (byte {error.start}); save it as UTF-8") from error
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read ({error.strerror}); give a file of prompts") from error
-    if text and (told := not_content(text[:START].encode())):
-        raise ConfigError(f"{path}: {told}")
+    if text and (reason := not_content(text[:START].encode())):
+        raise ConfigError(f"{path}: {reason}")
     read = (prompt.strip() for prompt in READERS[path.suffix.lower()](text, path))
     prompts = tuple(prompt for prompt in read if prompt)
     if not prompts:
         raise ConfigError(f"{path}: holds no prompts; give at least one")
     return prompts
-
-
-def _read_lines(text: str, path: Path) -> Iterable[str]:
-    return text.split("\n")  # and not at the rarer separators, which a prompt may hold
 
 
 def _read_csv(text: str, path: Path) -> Iterable[str]:
@@ -66,7 +62,7 @@ def _read_csv(text: str, path: Path) -> Iterable[str]:
             prompts.append(row[column] or "")
     except csv.Error as error:
         raise ConfigError(
-            f"{path}: cannot be read as csv after line {table.line_num} ({error}); save it anew"
+            f"{path}: cannot be read as csv after line {table.line_num} ({error}); save it again"
         ) from error
     return prompts
 
@@ -111,13 +107,13 @@ def _parse(text: str, where: str) -> Any:
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise ConfigError(f"{where}: cannot be read as JSON ({error}); save it anew") from error
+        raise ConfigError(f"{where}: cannot be read as JSON ({error}); save it again") from error
 
 
 READERS: dict[str, Callable[[str, Path], Iterable[str]]] = {
     ".csv": _read_csv,
     ".json": _read_coco,
     ".jsonl": _read_jsonl,
-    ".txt": _read_lines,
+    ".txt": lambda text, path: text.split("\n"),  # and not at the rarer separators, which a prompt may hold
 }
 """Suffix -> (text, path) -> prompts."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import os
 import re
 import sys
@@ -17,9 +16,9 @@ from torch import Tensor
 from torch.nn import functional
 
 from autodiffusion_optuna.errors import ConfigError, ModelError
-from autodiffusion_optuna.evaluation.files import check_content
-from autodiffusion_optuna.evaluation.models.meta_loading import stored_shapes
-from autodiffusion_optuna.evaluation.models.parts import digest, find_weights, first_line, read_json
+from autodiffusion_optuna.evaluation.files import check_content, first_line, read_json
+from autodiffusion_optuna.evaluation.models.checkpoints import find_weights, read_shapes
+from autodiffusion_optuna.evaluation.models.parts import digest
 from autodiffusion_optuna.evaluation.tensors import PLAIN, check_numbers, is_scale, weights_of
 
 ENCODERS = ("CLIPTextModel", "CLIPTextModelWithProjection", "T5EncoderModel")
@@ -163,7 +162,7 @@ class PromptCache:
 
 def _check_room(each: int, prompts: int) -> None:
     """``ConfigError`` where prompts of ``each`` bytes do not fit; 40,000 of Flux are 160 GiB."""
-    room = _memory() // 2
+    room = machine_memory() // 2
     if each * prompts > room:
         raise ConfigError(
             f"{prompts:,} different prompts are drawn, which take {each * prompts / 2**30:.1f} GiB encoded; at most "
@@ -171,7 +170,7 @@ def _check_room(each: int, prompts: int) -> None:
         )
 
 
-def _memory() -> int:
+def machine_memory() -> int:
     """Bytes of the machine's main memory; endless where the system does not say."""
     try:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
@@ -189,9 +188,9 @@ def load_encoders(
     """
     encoders = {}
     for name in _present(index):
-        path, tokenizer_path = folder / name, folder / name.replace("text_encoder", "tokenizer")
-        model = _load_model(path, index[name][1], device, dtype)
-        tokenizer = _load_tokenizer(tokenizer_path, index.get(tokenizer_path.name))
+        tokenizer_name = name.replace("text_encoder", "tokenizer")
+        model = _load_model(folder / name, index[name][1], dtype).to(device).eval().requires_grad_(False)
+        tokenizer = _load_tokenizer(folder / tokenizer_name, index.get(tokenizer_name))
         longest = getattr(model.config, "max_position_embeddings", None)
         length = min(tokenizer.model_max_length, longest) if longest else t5_length
         encoders[name] = TextEncoder(tokenizer, model, length)
@@ -200,13 +199,13 @@ def load_encoders(
 
 def encoders_digest(folder: Path, index: Mapping[str, Any]) -> str:
     """sha256 in hexadecimal over configs, weights and tokenizers of the text encoders in ``folder``."""
-    whole = hashlib.sha256()
+    parts = {}
     for name in _present(index):
         path, tokenizer = folder / name, folder / name.replace("text_encoder", "tokenizer")
-        whole.update(name.encode() + digest(_find_weights(path), read_json(path / "config.json")).encode())
-        for file in sorted(file for file in tokenizer.iterdir() if file.is_file()):
-            whole.update(file.name.encode() + hashlib.sha256(file.read_bytes()).digest())
-    return whole.hexdigest()
+        files = sorted(file for file in tokenizer.iterdir() if file.is_file())
+        names = {"tokenizer": [file.name for file in files]}
+        parts[name] = digest([*_find_weights(path), *files], read_json(path / "config.json"), names)
+    return digest([], parts)
 
 
 def _present(index: Mapping[str, Any]) -> list[str]:
@@ -214,7 +213,52 @@ def _present(index: Mapping[str, Any]) -> list[str]:
     return [name for name in NAMES if isinstance(index.get(name), list) and None not in index[name]]
 
 
-def _transformers() -> Any:
+def _find_weights(path: Path) -> list[Path]:
+    """Files of a text encoder's weights; transformers has names of its own for them."""
+    return find_weights(path, "model", "pytorch_model")
+
+
+def _load_model(path: Path, kind: str, dtype: torch.dtype) -> Any:
+    with _transformers(path, kind, ENCODERS) as loaded:
+        files = _find_weights(path)
+        for file in (path / "config.json", *files):
+            check_content(file, ModelError)
+        if read_json(path / "config.json").get("quantization_config"):
+            raise ModelError(f"{path / 'config.json'}: has a quantization_config; {PLAIN}")
+        stored = read_shapes(files)
+        weights_of(stored, files[0])
+        if scale := next(filter(is_scale, stored), None):
+            raise ModelError(f"{files[0]}: {scale} scales a weight, which transformers would leave out; {PLAIN}")
+        check_numbers(stored, (name for name in stored if not name.endswith("position_ids")), files[0])
+        model, info = loaded.from_pretrained(
+            path,
+            dtype=dtype,
+            variant="fp16" if ".fp16" in files[0].name else None,
+            use_safetensors=files[0].suffix == ".safetensors",
+            weights_only=True,  # of a .bin file no code is run
+            local_files_only=True,
+            output_loading_info=True,
+        )
+    unknown = [key for key in info["unexpected_keys"] if not OTHER_HALF.match(key)]
+    for what, keys in (("missing", sorted(info["missing_keys"])), ("unexpected", sorted(unknown))):
+        if keys:
+            raise ModelError(f"{path}: weights do not fit config.json, {len(keys)} {what}, first {keys[0]!r}")
+    return model
+
+
+def _load_tokenizer(path: Path, entry: Any) -> Any:
+    kind = entry[1] if isinstance(entry, list) and len(entry) == 2 else None
+    with _transformers(path, kind, TOKENIZERS) as loaded:
+        if not path.is_dir():
+            raise ModelError(f"{path}: no such folder; copy the whole pipeline")
+        for file in sorted(path.iterdir()):
+            check_content(file, ModelError)
+        return loaded.from_pretrained(path, local_files_only=True)
+
+
+@contextlib.contextmanager
+def _transformers(path: Path, kind: Any, known: Sequence[str]) -> Iterator[Any]:
+    """The class ``kind`` of transformers, which is quiet inside the block, and whose errors are one line."""
     try:
         import transformers
     except ImportError:
@@ -222,78 +266,20 @@ def _transformers() -> Any:
             "text-to-image models need transformers, which is not installed; "
             "run pip install 'autodiffusion-optuna[text]'"
         ) from None
-    return transformers
-
-
-def _find_weights(path: Path) -> list[Path]:
-    """Files of a text encoder's weights; transformers has names of its own for them."""
-    return find_weights(path, "model", "pytorch_model")
-
-
-def _load_model(path: Path, kind: str, device: torch.device, dtype: torch.dtype) -> Any:
-    transformers = _transformers()
-    if kind not in ENCODERS:
-        raise ModelError(f"{path}: is a {kind}; only {', '.join(ENCODERS)} are supported")
-    files = _find_weights(path)
-    for file in (path / "config.json", *files):
-        check_content(file, ModelError)
-    if read_json(path / "config.json").get("quantization_config"):
-        raise ModelError(f"{path / 'config.json'}: has a quantization_config; {PLAIN}")
-    stored = stored_shapes(files)
-    weights_of(stored, files[0])
-    for name in stored:
-        if is_scale(name):
-            raise ModelError(f"{files[0]}: {name} scales a weight, which transformers would leave out; {PLAIN}")
-    check_numbers(stored, (name for name in stored if not name.endswith("position_ids")), files[0])
-    first = files[0].name
-    variant = "fp16" if ".fp16" in first else None
-    try:
-        with _quiet(transformers):
-            model, info = getattr(transformers, kind).from_pretrained(
-                path,
-                dtype=dtype,
-                variant=variant,
-                use_safetensors=first.endswith(".safetensors"),
-                weights_only=True,  # of a .bin file no code is run
-                local_files_only=True,
-                output_loading_info=True,
-            )
-    except Exception as error:  # whatever transformers makes of a broken file
-        raise ModelError(f"{path}: transformers cannot load this {kind} ({first_line(error)}); copy it anew") from error
-    if info["missing_keys"]:
-        missing = sorted(info["missing_keys"])
-        raise ModelError(f"{path}: weights do not fit config.json, {len(missing)} missing, first {missing[0]!r}")
-    unknown = sorted(key for key in info["unexpected_keys"] if not OTHER_HALF.match(key))
-    if unknown:
-        raise ModelError(f"{path}: weights do not fit config.json, {len(unknown)} unexpected, first {unknown[0]!r}")
-    return model.to(device).eval().requires_grad_(False)
-
-
-def _load_tokenizer(path: Path, entry: Any) -> Any:
-    transformers = _transformers()
-    kind = entry[1] if isinstance(entry, list) and len(entry) == 2 else None
-    if kind not in TOKENIZERS:
-        raise ModelError(f"{path}: is a {kind}; only {', '.join(TOKENIZERS)} are supported")
-    if not path.is_dir():
-        raise ModelError(f"{path}: no such folder; copy the whole pipeline")
-    for file in sorted(path.iterdir()):
-        check_content(file, ModelError)
-    try:
-        with _quiet(transformers):
-            return getattr(transformers, kind).from_pretrained(path, local_files_only=True)
-    except Exception as error:  # whatever transformers makes of a broken file
-        raise ModelError(f"{path}: transformers cannot load this {kind} ({first_line(error)}); copy it anew") from error
-
-
-@contextlib.contextmanager
-def _quiet(transformers: Any) -> Iterator[None]:
-    """No progress bars and no warnings of transformers inside the block."""
+    if kind not in known:
+        raise ModelError(f"{path}: is a {kind}; only {', '.join(known)} are supported")
     log = transformers.utils.logging
     level, bars = log.get_verbosity(), log.is_progress_bar_enabled()
     log.set_verbosity_error()
     log.disable_progress_bar()
     try:
-        yield
+        yield getattr(transformers, kind)
+    except ModelError:
+        raise
+    except Exception as error:  # whatever transformers makes of a broken file
+        raise ModelError(
+            f"{path}: transformers cannot load this {kind} ({first_line(error)}); copy it again"
+        ) from error
     finally:
         log.set_verbosity(level)
         if bars:

@@ -95,7 +95,7 @@ def load_vae(
         channels,
         factor,
         digest(part.files, {**stored, **override}),
-        _Sliced(decode, factor),
+        SlicedDecode(decode, factor),
         encode=encode,
         notes=tuple(notes),
         scale=float(1 / gain.mean()),
@@ -122,12 +122,12 @@ def _affine(
     if not fits:
         raise ModelError(
             f"{folder / 'config.json'}: scaling_factor {factor!r}, shift_factor {shift!r}, latents_mean {mean!r} and "
-            f"latents_std {std!r} do not scale latents of {channels} channels; copy the config anew"
+            f"latents_std {std!r} do not scale latents of {channels} channels; copy the config again"
         )
     return gain.to(device), offset.to(device)
 
 
-class _Sliced:
+class SlicedDecode:
     """Decodes a few images at a time, and fewer from then on if even they do not fit the device's memory."""
 
     def __init__(self, decode: Callable[[Tensor], Tensor], factor: int) -> None:

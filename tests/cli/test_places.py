@@ -96,7 +96,7 @@ def test_a_study_file_is_run_from_another_folder(project: Path, folder: Path, ad
     assert config.score.reference == str(project / "data" / "reference.npz")
 
 
-def test_moved_files_are_named_and_can_be_given_anew(elsewhere: Path, project: Path, adopt: Adopt) -> None:
+def test_moved_files_are_named_and_their_new_places_are_taken(elsewhere: Path, project: Path, adopt: Adopt) -> None:
     moved = project.rename(project.with_name("moved"))
     lost = adopt("sample", "--study", "mine", "--out", "x.png", "--storage", DATABASE)
     assert lost.code == 1

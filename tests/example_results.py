@@ -1,34 +1,36 @@
-"""Schedules without a study, and the images that our own sampler draws by them."""
+"""Results without a study, and the images that our own sampler draws by them."""
 
 from __future__ import annotations
 
 import functools
 import json
+import runpy
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from autodiffusion_optuna.config import ModelConfig, ScoreConfig
 from autodiffusion_optuna.evaluation.denoiser import Denoiser
-from autodiffusion_optuna.evaluation.models import Model, Options, load_model
-from autodiffusion_optuna.evaluation.prefix_cache import NfeCounter, cached_denoise
-from autodiffusion_optuna.evaluation.sampling import Sampling
-from autodiffusion_optuna.evaluation.solvers import times
-from autodiffusion_optuna.export.schedule import ConfigPart, ModelPart, NoisePart, Result, ScorePart
+from autodiffusion_optuna.evaluation.models import Model, load_model
+from autodiffusion_optuna.export.draw import draw
+from autodiffusion_optuna.export.formats import result_text
+from autodiffusion_optuna.export.result import ConfigPart, ModelPart, NoisePart, Result, ScorePart
 from autodiffusion_optuna.noise import NoiseSchedule, linear
 
 OPTIONS = ("clip", "fields", "negative_prompt", "prompts", "size")
 
 
 def example(noise: NoiseSchedule | None = None, **fields: Any) -> Result:
-    """A schedule of 3 steps of a UNet2DModel; keywords replace its fields. ``model``: a dict replaces fields of it."""
+    """A result of 3 steps of a UNet2DModel; keywords replace its fields. ``model``: a dict replaces fields of it."""
     noise = noise or linear()
     model: Any = fields.pop("model", {})
     if isinstance(model, dict):
         part = {"source": "net", "sha256": "0", "kind": "UNet2DModel", "prediction": "epsilon", "clip": False}
-        model = ModelPart(**{**part, **model})
+        shapes = {"shape": (3, 16, 16), "image_shape": (3, 16, 16), "units": ()}
+        model = ModelPart(**{**part, **shapes, **model})
     given: dict[str, Any] = {
         "study": "mine",
         "model": model,
@@ -38,6 +40,7 @@ def example(noise: NoiseSchedule | None = None, **fields: Any) -> Result:
         "timesteps": (901, 500, 40),
         "cost": 1.0,
         "score": ScorePart(metric="FD(pixels)", value=1.25, images=64),
+        "config": ConfigPart(model=ModelConfig(source=model.source), score=ScoreConfig(extractor="pixels")),
         **fields,
     }
     given.setdefault("skips", ((),) * len(given["timesteps"]))
@@ -45,8 +48,8 @@ def example(noise: NoiseSchedule | None = None, **fields: Any) -> Result:
     return Result(**given)
 
 
-def schedule_of(source: Path, options: dict[str, Any] | None = None, **fields: Any) -> Result:
-    """A schedule of the model in a folder. ``options``: as in the study's ``[model]``; ``fields``: of ``Schedule``.
+def result_for(source: Path, options: dict[str, Any] | None = None, **fields: Any) -> Result:
+    """A result of the model in a folder. ``options``: as in the study's ``[model]``; ``fields``: of ``Result``.
 
     ``skips``: indices of units by step.
     """
@@ -84,25 +87,22 @@ def open_model(source: str, options: dict[str, Any] | None = None) -> Model:
 
 @functools.lru_cache(maxsize=2)
 def _open(source: str, options: str) -> Model:
-    given = json.loads(options)
-    clip = given.pop("clip", None)
-    if "prompts" in given:
-        given["prompts"] = Path(given["prompts"])
-    if "size" in given:
-        given["size"] = tuple(given["size"])
-    return load_model(source, clip=clip, options=Options(**given))
+    return load_model(ModelConfig(source=source, **json.loads(options)))
 
 
-def ours(schedule: Result, images: int, chosen: Sequence[int] = ()) -> torch.Tensor:
-    """uint8 [images, C, H, W] of our own sampler, from the noise that diffusers' pipelines draw for seed 0."""
-    assert schedule.config is not None
-    settings = schedule.config.model.model_dump(mode="json", exclude_defaults=True)
-    model = open_model(schedule.model.source, {key: value for key, value in settings.items() if key in OPTIONS})
-    candidate = schedule.candidate(model.units, T=model.schedule.T)
-    sampling = Sampling(**schedule.sampling_settings())
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(images, *model.shape, generator=generator)
-    solve = sampling.find_solver(lambda step: torch.randn(x.shape, generator=generator))
-    nodes = times(model.schedule, candidate.timesteps, sampling.final)
-    denoise = cached_denoise(model.bind(chosen, sampling.guidance), candidate, None, (), NfeCounter())
-    return model.to_images(solve(denoise, x, nodes))
+def ours(result: Result, images: int, chosen: Sequence[int] = ()) -> torch.Tensor:
+    """uint8 [images, C, H, W] of our own sampler on the result's model; see ``draw``."""
+    settings = result.config.model.model_dump(mode="json", exclude_defaults=True)
+    model = open_model(result.model.source, {key: value for key, value in settings.items() if key in OPTIONS})
+    return draw(result, model, images, chosen)
+
+
+def run_script(folder: Path, result: Result) -> torch.Tensor:
+    """int32 [B, C, H, W] that the script draws, run as printed in the folder of its JSON."""
+    result.write(folder / f"{result.study}.json")
+    script = folder / f"{result.study}.py"
+    script.write_text(result_text(result, "diffusers"))
+    images = runpy.run_path(str(script))["images"]
+    if isinstance(images, torch.Tensor):
+        return images.int()
+    return torch.stack([torch.from_numpy(np.array(image)).permute(2, 0, 1) for image in images]).int()

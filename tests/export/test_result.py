@@ -1,4 +1,4 @@
-"""The JSON of a schedule: what is written is read back exactly, and nothing else is read."""
+"""The JSON of a result: what is written is read back exactly, and nothing else is read."""
 
 from __future__ import annotations
 
@@ -12,31 +12,18 @@ from typing import Any
 
 import numpy as np
 import pytest
-from example_schedules import example
+from example_results import example
 
 from autodiffusion_optuna import Result
 from autodiffusion_optuna.candidate import Candidate
 from autodiffusion_optuna.config import ModelConfig, ScoreConfig
 from autodiffusion_optuna.errors import ConfigError
-from autodiffusion_optuna.export.schedule import ConfigPart, HeldOutPart, ScorePart
+from autodiffusion_optuna.export.result import ConfigPart, HeldOutPart, ScorePart
 from autodiffusion_optuna.noise import flow, scaled_linear
-
-FORMAT_1 = {
-    "format": 1,
-    "study": "old",
-    "model": {"source": "digits", "sha256": "abc", "clip": True},
-    "solver": {"name": "dpmpp_2m", "final": "sigma_min"},
-    "train_timesteps": 1000,
-    "timesteps": [940, 613],
-    "skips": [[], ["mid_block.attentions.0"]],
-    "cost": 0.96,
-    "score": {"metric": "FD(digits)", "value": 41.5, "images": 256, "held_out": None},
-    "made_with": {"autodiffusion_optuna": "0.1.0", "optuna": "5.0.0"},
-}
 
 
 def full() -> Result:
-    """A schedule with every field set."""
+    """A result with every field set."""
     return example(
         scaled_linear(),
         solver="deis_3",
@@ -60,11 +47,11 @@ def full() -> Result:
 
 
 def test_what_is_written_is_read_back_exactly(tmp_path: Path) -> None:
-    schedule = full()
-    schedule.write(tmp_path / "best.json")
-    assert Result.read(tmp_path / "best.json") == schedule
-    assert Result.read(str(tmp_path / "best.json")).text() == schedule.text()
-    assert json.loads(schedule.text())["format"] == 3
+    result = full()
+    result.write(tmp_path / "best.json")
+    assert Result.read(tmp_path / "best.json") == result
+    assert Result.read(str(tmp_path / "best.json")).text() == result.text()
+    assert json.loads(result.text())["format"] == 3
 
 
 @pytest.mark.parametrize("noise", [scaled_linear(), flow(1000, 3.0)], ids=["eps", "flow"])
@@ -72,22 +59,21 @@ def test_the_noise_is_kept_bit_for_bit(noise: Any) -> None:
     read = Result.parse(example(noise).text())
     for name in ("alphas", "sigmas", "model_times"):
         np.testing.assert_array_equal(getattr(read.noise_schedule(), name), getattr(noise, name))
-    assert read.noise is not None
     assert read.noise.alpha == (*(noise.alpha(t) for t in read.timesteps), 1.0)
     assert read.noise.sigma == (*(noise.sigma(t) for t in read.timesteps), 0.0)
     assert read.noise.model_times == tuple(noise.model_times[list(read.timesteps)])
-    first = example(noise, final="sigma_min").require_noise()
+    first = example(noise, final="sigma_min").noise
     assert (first.alpha[-1], first.sigma[-1]) == (noise.alpha(0), noise.sigma(0))
 
 
-def test_a_schedule_is_a_candidate_of_any_model_with_its_layers() -> None:
-    schedule = full()
-    assert schedule.candidate(("down.0", "mid", "up.1")) == Candidate((999, 631, 77), (0b001, 0, 0b101))
-    assert schedule.candidate(("up.1", "down.0"), T=1000) == Candidate((999, 631, 77), (0b10, 0, 0b11))
+def test_a_result_is_a_candidate_of_any_model_with_its_layers() -> None:
+    result = full()
+    assert result.candidate(("down.0", "mid", "up.1")) == Candidate((999, 631, 77), (0b001, 0, 0b101))
+    assert result.candidate(("up.1", "down.0"), T=1000) == Candidate((999, 631, 77), (0b10, 0, 0b11))
     with pytest.raises(ConfigError, match=r"skips 'up\.1', and the model has no such layer"):
-        schedule.candidate(("down.0", "mid"))
+        result.candidate(("down.0", "mid"))
     with pytest.raises(ConfigError, match="indexes 1000 timesteps and the model has 4000"):
-        schedule.candidate(("down.0", "up.1"), T=4000)
+        result.candidate(("down.0", "up.1"), T=4000)
     assert example().candidate(()) == Candidate((901, 500, 40))
 
 
@@ -95,22 +81,6 @@ def test_sampling_settings_are_those_of_the_sampler() -> None:
     from autodiffusion_optuna.evaluation.sampling import Sampling
 
     assert Sampling(**full().sampling_settings()) == Sampling("deis_3", "sigma_min", 7.5, 0.0, 8.0)
-
-
-def test_format_1_is_still_read(tmp_path: Path) -> None:
-    path = tmp_path / "old.json"
-    path.write_text(json.dumps(FORMAT_1))
-    schedule = Result.read(path)
-    assert (schedule.format, schedule.solver, schedule.final) == (2, "dpmpp_2m", "sigma_min")
-    assert schedule.model.kind == "UNet2DModel"
-    assert schedule.candidate(("a", "mid_block.attentions.0")) == Candidate((940, 613), (0, 2))
-    assert Result.parse(schedule.text()) == schedule
-    with pytest.raises(ConfigError, match="no noise levels, being of an older version"):
-        schedule.noise_schedule()
-    del (other := dict(FORMAT_1))["solver"]
-    path.write_text(json.dumps(other))
-    with pytest.raises(ConfigError, match="format 1 has no 'solver'"):
-        Result.read(path)
 
 
 def damaged(**changes: Any) -> str:
@@ -129,11 +99,13 @@ BOMB = base64.b64encode(zlib.compress(bytes(2**26), 9)).decode()
     [
         ("{", "not valid JSON"),
         ("[" * 100_000, "not valid JSON"),
-        ("[1]", "says no format"),
-        ('{"timesteps": [5]}', "says no format"),
-        ('{"format": "2"}', "says no format"),
-        ('{"format": 4}', "format 4, this version reads up to 3; upgrade"),
-        ('{"format": 2}', "field 'study' is missing"),
+        ("[1]", "has no format, this version reads format 3"),
+        ('{"timesteps": [5]}', "has no format"),
+        ('{"format": "3"}', "has format '3', this version reads format 3"),
+        ('{"format": 4}', "format 4, this version reads format 3; give a file of adopt export"),
+        ('{"format": 2}', "format 2, this version reads format 3"),
+        ('{"format": 3}', "field 'study' is missing"),
+        (damaged(noise=None), "'noise': input should be an object"),
         (damaged(colour="red"), "unknown field 'colour'"),
         (damaged(model__colour="red"), r"unknown field 'model\.colour'"),
         (damaged(config={"model": {"source": "x", "sauce": 1}}), r"unknown field 'config\.model\.sauce'"),
@@ -159,16 +131,16 @@ BOMB = base64.b64encode(zlib.compress(bytes(2**26), 9)).decode()
     ],
 )
 def test_what_is_damaged_is_refused_in_one_line(tmp_path: Path, text: str, message: str) -> None:
-    path = tmp_path / "schedule.json"
+    path = tmp_path / "result.json"
     path.write_text(text)
     with pytest.raises(ConfigError, match=message) as caught:
         Result.read(path)
     assert "\n" not in str(caught.value)
-    assert "schedule.json" in str(caught.value)
+    assert "result.json" in str(caught.value)
 
 
 def test_files_that_cannot_be_read_or_written_are_named(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"cannot read schedule '.*gone\.json': No such file"):
+    with pytest.raises(ConfigError, match=r"cannot read result '.*gone\.json': No such file"):
         Result.read(tmp_path / "gone.json")
     (tmp_path / "picture.json").write_bytes(b"\x89PNG\xff")
     with pytest.raises(ConfigError, match="it is not text"):
@@ -177,7 +149,7 @@ def test_files_that_cannot_be_read_or_written_are_named(tmp_path: Path) -> None:
         full().write(tmp_path / "gone" / "best.json")
 
 
-def test_the_package_and_a_schedule_need_neither_torch_nor_optuna() -> None:
+def test_the_package_and_a_result_need_neither_torch_nor_optuna() -> None:
     code = (
         "import sys, autodiffusion_optuna as package\n"
         "assert {'apply', 'remove', 'Result', 'SearchSpace'} <= set(dir(package))\n"
@@ -194,7 +166,7 @@ def test_the_package_and_a_schedule_need_neither_torch_nor_optuna() -> None:
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
 
 
-def test_a_pointer_in_place_of_a_schedule_is_called_so(tmp_path: Path) -> None:
+def test_a_pointer_in_place_of_a_result_is_called_so(tmp_path: Path) -> None:
     path = tmp_path / "best.json"
     path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
     with pytest.raises(ConfigError, match=r"best\.json: is a Git LFS pointer: run git lfs pull"):

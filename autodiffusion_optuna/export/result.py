@@ -1,4 +1,4 @@
-"""Schedule: a result outside its study, as a JSON file that repeats it. Torch-free."""
+"""Result: one candidate outside its study, as a JSON file that repeats its images. Torch-free."""
 
 from __future__ import annotations
 
@@ -38,11 +38,11 @@ class Table(Section):
 
 
 class ModelPart(Table):
-    """The model that the schedule was found for; see ``evaluation.models.Model``.
+    """The model that the result was found on; see ``evaluation.models.Model``.
 
-    ``clip`` is what was done, never "the model's own". ``guidance``: what a guidance scale acts on.
-    ``weights``: some of the network's by name, see ``evaluation.denoiser.weights_sample``. ``units``: names of all
-    layers that could be skipped. None where the file or the model does not say; ``latent_scale`` also of pixels.
+    ``clip`` is what was done, never "the model's own". ``guidance``: what a guidance scale acts on. ``weights``: some
+    of the network's by name, see ``evaluation.denoiser.weights_sample``. ``units``: names of all layers that could be
+    skipped. ``prediction`` and ``weights`` are None where the model has none, ``latent_scale`` also of pixels.
     """
 
     source: str
@@ -52,11 +52,11 @@ class ModelPart(Table):
     clip: bool
     precision: Literal["float32", "bfloat16", "float16"] = "float32"
     guidance: Literal["none", "free", "embedded", "classifier"] = "none"
-    shape: Shape | None = None
-    image_shape: Shape | None = None
+    shape: Shape
+    image_shape: Shape
     latent_scale: float | None = None
     weights: dict[str, float] | None = None
-    units: tuple[str, ...] | None = None
+    units: tuple[str, ...]
 
 
 class NoisePart(Table):
@@ -84,7 +84,7 @@ class NoisePart(Table):
 
 
 class HeldOutPart(Table):
-    """Mean on held-out banks of noise and its 95 % interval; see ``records.Held-out``."""
+    """Mean on held-out banks of noise and its 95 % interval; see ``results.held_out.HeldOut``."""
 
     mean: float
     low: float
@@ -94,7 +94,7 @@ class HeldOutPart(Table):
 
 
 class ScorePart(Table):
-    """What the schedule scored: on the ``images`` of the search, and on held-out ones if it was scored there."""
+    """What the candidate scored: on the ``images`` of the search, and on held-out ones if it was scored there."""
 
     metric: str
     value: float
@@ -114,16 +114,15 @@ class Result(Table):
 
     ``train_timesteps``: T, the size of the grid that ``timesteps`` index. ``solver``: a name of ``SOLVERS``.
     ``guidance``: the scale used, None where the model has no guidance. ``skips``: names of the units skipped at each
-    step. ``cost``: relative to the study's full run. ``conditions``: fingerprint of the labels or prompts.
-    ``noise`` and ``config``: None in files of format 1, which did not hold them; format 2 knew less of the model.
+    step. ``cost``: relative to the study's full run. ``conditions``: fingerprint of the labels or prompts, if any.
     """
 
-    format: Literal[2, 3] = FORMAT
+    format: Literal[3] = FORMAT
     study: Name
     model: ModelPart
     train_timesteps: Annotated[int, Field(ge=1, le=MAX_TIMESTEPS)]
     solver: Identifier
-    final: Literal["zero", "sigma_min"]
+    final: Final
     eta: Annotated[float, Field(ge=0, le=1)] = 0.0
     amplification_cap: Annotated[float, Field(ge=1)] | None = None
     guidance: Annotated[float, Field(ge=0)] | None = None
@@ -132,8 +131,8 @@ class Result(Table):
     cost: float
     score: ScorePart
     conditions: str | None = None
-    noise: NoisePart | None = None
-    config: ConfigPart | None = None
+    noise: NoisePart
+    config: ConfigPart
     made_with: Annotated[dict[str, str], Field(default_factory=dict)]
 
     @model_validator(mode="after")
@@ -142,50 +141,51 @@ class Result(Table):
             raise ValueError(f"timesteps must descend strictly within [0, {self.train_timesteps - 1}]")
         if len(self.skips) != len(self.timesteps):
             raise ValueError(f"{len(self.timesteps)} timesteps but skips for {len(self.skips)}")
-        if self.noise is not None:
-            found = NoisePart.of(_unpack(self.noise.packed, self.train_timesteps), self.timesteps, self.final)
-            for name in ("model_times", "alpha", "sigma"):
-                given, packed = getattr(self.noise, name), getattr(found, name)
-                if len(given) != len(packed) or not np.allclose(given, packed, rtol=1e-9, atol=1e-12):
-                    raise ValueError(f"noise.{name} is not what noise.packed holds at the timesteps")
+        unpacked = NoisePart.of(self.noise_schedule(), self.timesteps, self.final)
+        for name in ("model_times", "alpha", "sigma"):
+            given, packed = getattr(self.noise, name), getattr(unpacked, name)
+            if len(given) != len(packed) or not np.allclose(given, packed, rtol=1e-9, atol=1e-12):
+                raise ValueError(f"noise.{name} is not what noise.packed holds at the timesteps")
         return self
+
+    def __str__(self) -> str:
+        """As messages name it."""
+        return f"the result of study {self.study!r}"
 
     @classmethod
     def read(cls, path: str | Path) -> Result:
-        """The schedule in a JSON file of format 3, or of those that older versions wrote (ConfigError)."""
+        """The result in a JSON file (ConfigError)."""
         path = Path(path)
         try:
             text = path.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
             reason = getattr(error, "strerror", None) or "it is not text"
             raise ConfigError(
-                f"cannot read schedule {str(path)!r}: {reason}; give a file of adopt export --format json"
+                f"cannot read result {str(path)!r}: {reason}; give a file of adopt export --format json"
             ) from None
-        if told := not_content(text[:START].encode()):
-            raise ConfigError(f"{path}: {told}")
+        if problem := not_content(text[:START].encode()):
+            raise ConfigError(f"{path}: {problem}")
         return cls.parse(text, path.name)
 
     @classmethod
     def parse(cls, text: str, name: str = "text") -> Result:
-        """The schedule in JSON text; ``name`` stands for it in a ConfigError."""
-        foreign = f"schedule {name} is not one that adopt export wrote"
+        """The result in JSON text; ``name`` stands for it in a ConfigError."""
+        foreign = f"result {name} is not one that adopt export wrote"
         try:
             data = json.loads(text)
         except (ValueError, RecursionError) as error:
             raise ConfigError(f"{foreign}: it is not valid JSON ({error}); export it again") from None
         version = data.get("format") if isinstance(data, dict) else None
-        if type(version) is not int or version < 1:
-            raise ConfigError(f"{foreign}: it says no format; give a file of adopt export --format json")
-        if version > FORMAT:
+        if version != FORMAT:
+            given = "no format" if version is None else f"format {version!r}"
             raise ConfigError(
-                f"schedule {name} has format {version}, this version reads up to {FORMAT}; upgrade autodiffusion-optuna"
+                f"result {name} has {given}, this version reads format {FORMAT}; give a file of adopt export "
+                "--format json"
             )
         try:
-            return cls.model_validate_json(text if version > 1 else json.dumps(_upgraded(data)))
+            return cls.model_validate_json(text)
         except ValidationError as error:
             raise ConfigError(f"{foreign}: {_first_problem(error)}; export it again") from None
-        except (KeyError, TypeError, AttributeError) as error:
-            raise ConfigError(f"{foreign}: format 1 has no {error}; export it again") from None
 
     def text(self) -> str:
         """The file's text: indented JSON, floats exact."""
@@ -203,23 +203,28 @@ class Result(Table):
         """Whether any step skips a unit."""
         return any(self.skips)
 
+    @property
+    def is_flow(self) -> bool:
+        """Whether the network predicts a flow: its levels are s in [0, 1] and not sigma / alpha."""
+        return self.model.prediction == "flow_prediction"
+
     def candidate(self, units: Sequence[str], T: int | None = None) -> Candidate:
-        """The candidate for a model with the given unit names, which may be another than the schedule's.
+        """The candidate for a model with the given unit names, which may be another than the result's.
 
         ``T``: number of that model's time indices; None to take it for granted. ``ConfigError`` naming the first unit
         that the model lacks, or both numbers where they differ.
         """
         if T is not None and self.train_timesteps != T:
             raise ConfigError(
-                f"the schedule of study {self.study!r} indexes {self.train_timesteps} timesteps and the model has {T}; "
-                "use it with a model of the same number, or search for this model"
+                f"{self} indexes {self.train_timesteps} timesteps and the model has {T}; use it with a model of the "
+                "same number, or search for this model"
             )
         position = {name: index for index, name in enumerate(units)}
         for name in itertools.chain.from_iterable(self.skips):
             if name not in position:
                 raise ConfigError(
-                    f"the schedule of study {self.study!r} skips {name!r}, and the model has no such layer; "
-                    "use it with a model of the same architecture, or search for this model"
+                    f"{self} skips {name!r}, and the model has no such layer; use it with a model of the same "
+                    "architecture, or search for this model"
                 )
         return Candidate(self.timesteps, tuple(skip_set(position[name] for name in names) for names in self.skips))
 
@@ -234,17 +239,14 @@ class Result(Table):
         }
 
     def noise_schedule(self) -> NoiseSchedule:
-        """The whole noise schedule, exact (ConfigError for a file of format 1)."""
-        return _unpack(self.require_noise().packed, self.train_timesteps)
+        """The whole noise schedule, exact."""
+        return _unpack(self.noise.packed, self.train_timesteps)
 
-    def require_noise(self) -> NoisePart:
-        """``noise``; ConfigError where the schedule was written by a version that did not keep it."""
-        if self.noise is None:
-            raise ConfigError(
-                f"the schedule of study {self.study!r} has no noise levels, being of an older version; continue the "
-                f"study with adopt run --study {self.study} and export it again"
-            )
-        return self.noise
+    def with_model(self, **changes: Any) -> Result:
+        """The same result with another ``source`` or ``precision`` of its model."""
+        model = self.config.model.model_copy(update=changes)
+        config = self.config.model_copy(update={"model": model})
+        return self.model_copy(update={"model": self.model.model_copy(update=changes), "config": config})
 
 
 def _unpack(text: str, T: int) -> NoiseSchedule:
@@ -261,19 +263,6 @@ def _unpack(text: str, T: int) -> NoiseSchedule:
     if not (np.isfinite(arrays).all() and (noise.alphas > 0).all() and (noise.sigmas > 0).all()):
         raise ValueError("noise.packed holds levels that are not positive and finite")
     return noise
-
-
-def _upgraded(data: dict[str, Any]) -> dict[str, Any]:
-    """A table of format 1 as a later one. Its version knew one kind of network, the mixture, and pixels alone."""
-    model, solver = data["model"], data["solver"]
-    kind = "mixture" if model["source"] == "mixture" else "UNet2DModel"
-    return {
-        **{key: value for key, value in data.items() if key not in ("format", "model", "solver")},
-        "format": 2,
-        "model": {**model, "kind": kind},
-        "solver": solver["name"],
-        "final": solver["final"],
-    }
 
 
 def _first_problem(error: ValidationError) -> str:
