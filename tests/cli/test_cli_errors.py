@@ -11,26 +11,13 @@ import numpy as np
 import optuna
 import pytest
 import torch
-from command import Adopt, Result
+from command import Adopt, check_refused, listing
 from diffusers import DDIMScheduler, UNet2DModel
 
 from autodiffusion_optuna import __version__
 from autodiffusion_optuna.evaluation.models import DIGITS
 from autodiffusion_optuna.report import dashboard
 from autodiffusion_optuna.storage.attrs import CONFIG, VERSION
-
-
-def check_refused(result: Result, *expected: str) -> None:
-    assert result.code == 1, result
-    assert result.err.startswith("error: ")
-    assert result.err.count("\n") == 1, result.err
-    assert "Traceback" not in result.err
-    for text in expected:
-        assert text in result.err
-
-
-def listing(folder: Path) -> list[str]:
-    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*"))
 
 
 @pytest.fixture(scope="module")

@@ -26,7 +26,6 @@ from optuna.trial import TrialState, create_trial
 from optuna_dashboard import get_note, save_note
 from optuna_dashboard._custom_plot_data import get_plotly_graph_objects
 from optuna_dashboard._inmemory_cache import _CachedExtraStudyProperty
-from test_study import run
 
 from autodiffusion_optuna.candidate import Candidate
 from autodiffusion_optuna.config import load_config, load_preset, parse_config, presets, tomllib
@@ -45,6 +44,7 @@ from autodiffusion_optuna.storage.attrs import (
 )
 from autodiffusion_optuna.storage.database import open_storage
 from autodiffusion_optuna.storage.studies import load_study
+from studies import run
 
 URL = "sqlite:///adopt.db"
 

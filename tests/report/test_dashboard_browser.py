@@ -15,11 +15,11 @@ import pytest
 from optuna.artifacts import upload_artifact
 from PIL import Image
 from test_dashboard import serving
-from test_study import run
 
 from autodiffusion_optuna.report import dashboard
 from autodiffusion_optuna.storage.artifacts import open_store
 from autodiffusion_optuna.storage.attrs import ARTIFACTS, COST, GENERATION, NOTABLE, OPERATOR, STAGE
+from studies import run
 
 webdriver = pytest.importorskip("selenium.webdriver")
 

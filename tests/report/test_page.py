@@ -15,11 +15,10 @@ from typing import Any
 import numpy as np
 import optuna
 import pytest
-from command import Adopt
+from command import Adopt, check_refused, listing
 from numpy.typing import NDArray
 from optuna.trial import create_trial
 from PIL import Image
-from test_cli_errors import check_refused, listing
 
 from autodiffusion_optuna.report.page import page
 from autodiffusion_optuna.results.summary import read_summary

@@ -11,13 +11,13 @@ from command import Adopt
 from long_study import long_report
 from optuna.trial import TrialState
 from rich.console import Console
-from test_study import run
 
 from autodiffusion_optuna.cli import output
 from autodiffusion_optuna.report import dashboard
 from autodiffusion_optuna.results.held_out import HeldOut
 from autodiffusion_optuna.results.summary import read_summary
 from autodiffusion_optuna.storage.attrs import BASELINES, REFERENCE_IMAGES, held_out_key
+from studies import run
 
 URL = "sqlite:///adopt.db"
 

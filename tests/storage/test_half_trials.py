@@ -11,7 +11,6 @@ import optuna
 import pytest
 from command import Adopt
 from optuna.trial import TrialState, create_trial
-from test_study import run
 
 from autodiffusion_optuna.report.dashboard import publish
 from autodiffusion_optuna.storage import lease as claims
@@ -30,6 +29,7 @@ from autodiffusion_optuna.storage.attrs import (
     WARNINGS,
 )
 from autodiffusion_optuna.storage.trials import FINISHED
+from studies import run
 
 GENES = {f"t_{k:02d}": optuna.distributions.IntDistribution(0, 999) for k in range(3)}
 WHOLE = {"t_00": 900, "t_01": 500, "t_02": 100}

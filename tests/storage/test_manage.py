@@ -21,7 +21,6 @@ from command import Adopt
 from optuna.artifacts import FileSystemArtifactStore, upload_artifact
 from optuna.storages import RDBStorage
 from optuna.trial import TrialState
-from test_study import rows, run
 
 from autodiffusion_optuna.errors import AdoptError
 from autodiffusion_optuna.results.summary import read_summary
@@ -30,6 +29,7 @@ from autodiffusion_optuna.storage.attrs import ARTIFACTS, CANDIDATE, GENERATION,
 from autodiffusion_optuna.storage.database import open_storage
 from autodiffusion_optuna.storage.lease import OWNER, owner
 from autodiffusion_optuna.storage.studies import load_study, stored_config, study_names
+from studies import rows, run
 
 
 @pytest.fixture(params=["sqlite", pytest.param("postgres", marks=pytest.mark.slow)])

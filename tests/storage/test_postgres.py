@@ -16,14 +16,14 @@ import psycopg
 import pytest
 from command import Adopt
 from sqlalchemy.engine import make_url
-from test_study import rows, run
-from test_workers import as_owner, check_whole, control, wait_for
+from worker_processes import as_owner, check_whole, control, wait_for
 
 from autodiffusion_optuna.errors import StorageError
 from autodiffusion_optuna.storage import lease as claims
 from autodiffusion_optuna.storage.database import open_storage
 from autodiffusion_optuna.storage.studies import find_study, load_study
 from autodiffusion_optuna.storage.url import storage_url
+from studies import rows, run
 
 
 def test_the_command_line_on_an_empty_database(server: str, folder: Path, adopt: Adopt) -> None:

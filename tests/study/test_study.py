@@ -19,7 +19,6 @@ from command import Adopt
 from optuna.trial import TrialState
 from PIL import Image
 
-from autodiffusion_optuna.config import StudyConfig, load_config
 from autodiffusion_optuna.errors import StudyError
 from autodiffusion_optuna.results.held_out import HeldOut
 from autodiffusion_optuna.results.summary import read_summary
@@ -30,30 +29,7 @@ from autodiffusion_optuna.storage.manage import delete_study, rename_study
 from autodiffusion_optuna.storage.studies import load_study, study_names
 from autodiffusion_optuna.storage.trials import count_finished
 from autodiffusion_optuna.study import components, lifecycle, loop, validation
-
-Row = tuple[int, str, str, float | None]
-
-
-def rows(url: str, name: str) -> list[Row]:
-    """(number, state, candidate, value) of every trial."""
-    found = load_study(open_storage(url, create=False), name)
-    return [
-        (t.number, t.state.name, t.user_attrs.get(CANDIDATE, ""), t.values[0] if t.values else None)
-        for t in found.get_trials(deepcopy=False)
-    ]
-
-
-def config_with(path: Path, *overrides: str) -> StudyConfig:
-    return load_config(path, overrides)
-
-
-def run(path: Path, url: str, *overrides: str) -> optuna.Study:
-    """A study run in this process to its budget, without held-out scores."""
-    parts = components.build(config_with(path, *overrides))
-    database = open_storage(url)
-    opened = lifecycle.open_study(parts, database)
-    loop.work(parts, opened, database)
-    return opened
+from studies import Row, config_with, rows, run
 
 
 @pytest.fixture

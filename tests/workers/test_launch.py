@@ -13,8 +13,6 @@ from threading import Barrier
 import pytest
 import torch
 from command import Adopt
-from test_study import config_with
-from test_workers import begin
 
 from autodiffusion_optuna.errors import ConfigError, ModelError, StudyError
 from autodiffusion_optuna.storage.attrs import BASELINE, CONFIG
@@ -23,6 +21,7 @@ from autodiffusion_optuna.storage.url import is_of_this_host
 from autodiffusion_optuna.study import components, lifecycle
 from autodiffusion_optuna.workers import launch, worker
 from autodiffusion_optuna.workers.worker import Job
+from studies import begin, config_with
 
 URL = "sqlite:///adopt.db"
 

@@ -5,13 +5,11 @@ from __future__ import annotations
 import copy
 import os
 import random
-import shlex
 import signal
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
 from datetime import datetime, timedelta
 from functools import partial
 from pathlib import Path
@@ -24,7 +22,7 @@ import pytest
 import sqlalchemy
 from command import Adopt
 from optuna.trial import TrialState
-from test_study import config_with, rows, run
+from worker_processes import check_whole, control, end, freeze, names, start, wait_for
 
 from autodiffusion_optuna.cli.run import _Board
 from autodiffusion_optuna.results import status
@@ -32,15 +30,18 @@ from autodiffusion_optuna.results.status import read_status
 from autodiffusion_optuna.storage import artifacts
 from autodiffusion_optuna.storage import database as db
 from autodiffusion_optuna.storage import lease as claims
-from autodiffusion_optuna.storage.attrs import CANDIDATE
-from autodiffusion_optuna.storage.database import StudyStorage, open_storage
+from autodiffusion_optuna.storage.database import open_storage
 from autodiffusion_optuna.storage.studies import load_study
 from autodiffusion_optuna.storage.trials import count_finished
 from autodiffusion_optuna.storage.url import storage_url
 from autodiffusion_optuna.study import components, lifecycle, loop
-from autodiffusion_optuna.workers.worker import Job
+from studies import begin, config_with, counted, rows, run
 
 TRIALS = 60
+
+
+def name_of(request: pytest.FixtureRequest) -> str:
+    return "".join(c for c in request.node.name if c.isalnum())[:60]
 
 
 @pytest.fixture(params=["sqlite", pytest.param("postgres", marks=pytest.mark.slow)])
@@ -50,61 +51,6 @@ def database(request: pytest.FixtureRequest, folder: Path) -> str:
         return "sqlite:///shared.db"
     url: str = request.getfixturevalue("server")
     return url
-
-
-def name_of(request: pytest.FixtureRequest) -> str:
-    return "".join(c for c in request.node.name if c.isalnum())[:60]
-
-
-def start(folder: Path, url: str, *settings: str) -> subprocess.Popen[bytes]:
-    """One worker process; its study must have begun."""
-    config = config_with(folder / "quick.toml", *settings)
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "autodiffusion_optuna.workers.worker"]
-    worker = subprocess.Popen(command, cwd=folder, stdin=subprocess.PIPE, stderr=subprocess.PIPE, env=environment)
-    assert worker.stdin is not None
-    worker.stdin.write(Job.of(config, url, workers=4).dumps().encode() + b"\n")
-    worker.stdin.flush()
-    return worker
-
-
-def end(worker: subprocess.Popen[bytes], seconds: float = 300.0) -> str:
-    """Wait until it has done its part; what it said. Its input stays open: it is what keeps it going."""
-    code = worker.wait(seconds)
-    assert worker.stderr is not None
-    said = worker.stderr.read().decode()
-    assert code == 0, said
-    return said
-
-
-def begin(folder: Path, url: str, *settings: str) -> optuna.Study:
-    """Write down what the study is."""
-    return lifecycle.open_study(components.build(config_with(folder / "quick.toml", *settings)), open_storage(url))
-
-
-def check_whole(url: str, name: str, trials: int, *, cut_off: bool = False) -> None:
-    """Exactly ``trials`` finished, no two alike, none left over.
-
-    ``cut_off``: trials may have been begun twice, in calls that were cut off after they were carried out; the second
-    ones are given up at once.
-    """
-    found = load_study(open_storage(url), name).get_trials(deepcopy=False)
-    given_up = [t for t in found if t.user_attrs.get(claims.FAILURE, "").startswith("given up at once")]
-    failed = len(given_up) if cut_off else 0
-    states = [t.state for t in found]
-    assert states.count(TrialState.COMPLETE) == trials
-    assert states.count(TrialState.FAIL) == failed
-    assert len(states) == trials + failed
-    keys = [t.user_attrs[CANDIDATE] for t in found if t.state == TrialState.COMPLETE]
-    assert len(set(keys)) == trials
-    assert sorted(t.number for t in found) == list(range(len(found)))
-
-
-def wait_for(condition: Callable[[], bool], seconds: float = 120.0) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "waited too long"
-        time.sleep(0.05)
 
 
 def test_four_workers_finish_exactly_the_budget(
@@ -197,18 +143,6 @@ def test_a_worker_frozen_past_the_grace_lives_on_and_counts_once(
     assert len({t.user_attrs[claims.OWNER] for t in found.trials}) == 2
 
 
-def freeze(worker: subprocess.Popen[bytes], found: optuna.Study) -> int:
-    """Stop a worker in the middle of a trial; that trial's number."""
-    wait_for(lambda: count_finished(found) >= 2)
-    while True:
-        worker.send_signal(signal.SIGSTOP)
-        held = found.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
-        if held:
-            return held[0].number
-        worker.send_signal(signal.SIGCONT)
-        time.sleep(0.05)
-
-
 @pytest.mark.parametrize("moment", ["at the first rung", "before the picture", "before the end"])
 def test_a_trial_that_another_worker_finished_meanwhile_is_left_to_it(
     folder: Path, monkeypatch: pytest.MonkeyPatch, moment: str
@@ -267,30 +201,6 @@ def test_workers_outlive_restarts_of_postgres(folder: Path, tmp_path_factory: py
             worker.kill()
     check_whole(url, "restarted", 150, cut_off=True)
     started.cleanup()
-
-
-def control(server: Any, action: str) -> None:
-    """Stop or start a server under its clients, with the options that it was started with."""
-    folder = Path(server.pgdata)
-    program, *options = shlex.split((folder / "postmaster.opts").read_text())
-    extra = ["-m", "immediate"] if action == "stop" else ["-o", shlex.join(options[2:])]  # without -D FOLDER
-    command = [
-        str(Path(program).with_name("pg_ctl")),
-        "-D",
-        str(folder),
-        "-w",
-        "-l",
-        str(folder / "log"),
-        *extra,
-        action,
-    ]
-    subprocess.run(command, check=True, capture_output=True, **as_owner(folder))
-
-
-def as_owner(folder: Path) -> dict[str, Any]:
-    """Postgres does not run as root: act as whoever its files belong to."""
-    owner = folder.stat()
-    return {"user": owner.st_uid, "group": owner.st_gid} if os.getuid() == 0 != owner.st_uid else {}
 
 
 @pytest.mark.parametrize("seen", [0, 4, 9])
@@ -454,14 +364,6 @@ def test_ctrl_c_stops_all_workers_and_puts_their_trials_back(folder: Path) -> No
     assert states["fail"] == 0
 
 
-def names(url: str) -> set[str]:
-    """Owners of the trials of the study, if it has begun."""
-    database: StudyStorage = open_storage(url)
-    studies = [s.study_name for s in database.get_all_studies()]
-    trials = load_study(database, "quick").get_trials(deepcopy=False) if "quick" in studies else []
-    return {t.user_attrs[claims.OWNER] for t in trials if claims.OWNER in t.user_attrs}
-
-
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
@@ -599,8 +501,3 @@ def test_workers_whose_connections_are_ended_again_and_again_find_what_one_does(
     check_whole(server, name, trials, cut_off=True)
     run(folder / "quick.toml", "sqlite:///one.db", *settings)
     assert counted(server, name) == counted("sqlite:///one.db", "quick")
-
-
-def counted(url: str, name: str) -> list[tuple[str, float | None]]:
-    """Candidates that count, by number, and their values."""
-    return [(candidate, value) for _, state, candidate, value in rows(url, name) if state == "COMPLETE"]
