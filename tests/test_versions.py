@@ -44,5 +44,5 @@ def test_a_bounded_library_is_of_a_version_that_was_tried(name: str) -> None:
 def test_every_bound_says_what_to_look_at_when_it_is_lifted() -> None:
     assert {name for name, requirement in REQUIREMENTS.items() if "<" in str(requirement.specifier)} == set(BOUNDED)
     for paths in BOUNDED.values():
-        for path in re.findall(r"tests/\w+(?:/\w+\.py)?", paths):
+        for path in re.findall(r"tests/[\w/]+(?:\.py)?", paths):
             assert (Path(__file__).parent.parent / path).exists(), path
