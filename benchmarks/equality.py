@@ -30,8 +30,9 @@ from autodiffusion_optuna.config import load_preset
 from autodiffusion_optuna.evaluation.evaluator import Evaluator, Score, Seconds
 from autodiffusion_optuna.evaluation.solvers import SOLVERS
 from autodiffusion_optuna.storage.attrs import CANDIDATE
+from autodiffusion_optuna.storage.database import open_storage
 from autodiffusion_optuna.study.components import build
-from autodiffusion_optuna.study.lifecycle import open_run
+from autodiffusion_optuna.study.lifecycle import open_study
 from autodiffusion_optuna.study.loop import work
 
 TRIALS, TOGETHER, CANDIDATES, IMAGES = 200, 20, 20, 64
@@ -59,11 +60,12 @@ def proposals(preset: str, overrides: list[str]) -> list[str]:
     """Keys of a search's candidates, in their order."""
     config = load_preset(preset, [f"search.trials={TRIALS}", "model.check=false", *overrides])
     with tempfile.TemporaryDirectory() as folder:
-        opened = open_run(config, f"sqlite:///{folder}/a.db")
-        real = opened.parts.evaluator
+        components, storage = build(config), open_storage(f"sqlite:///{folder}/a.db")
+        study = open_study(components, storage)
+        real = components.evaluator
         guess = Guess(**{field.name: getattr(real, field.name) for field in fields(real) if field.init})
-        work(replace(opened.parts, evaluator=guess), opened.study, opened.storage)
-        return [trial.user_attrs[CANDIDATE] for trial in opened.study.get_trials(deepcopy=False)]
+        work(replace(components, evaluator=guess), study, storage)
+        return [trial.user_attrs[CANDIDATE] for trial in study.get_trials(deepcopy=False)]
 
 
 def values(solver: str) -> list[str]:
