@@ -332,7 +332,8 @@ def test_the_whole_command_line(folder: Path, adopt: Adopt) -> None:
     assert scored.code == 0
     assert adopt("score", "--study", "quick", "--images", "80").code == 0
     report = json.loads(adopt("show", "--study", "quick", "--json").out)
-    assert all(baseline["held_out"]["images"] == 80 and baseline["held_out"]["banks"] == 3 for baseline in report["baselines"])
+    held_out = [baseline["held_out"] for baseline in report["baselines"]]
+    assert all((scores["images"], scores["banks"]) == (80, 3) for scores in held_out)
 
 
 def check_json(data: dict[str, Any]) -> None:
