@@ -65,7 +65,7 @@ def facts() -> str:
     poll = "poll with a new trial, seconds"
     storage = load("storage")
     sleeping = storage["sleeping"]
-    taking = ", ".join(
+    bookkeeping = ", ".join(
         f"{sizes['100']['together']:.0f} ms at trial 100, {sizes['1000']['together']:.0f} at 1,000 and "
         f"{sizes['5000']['together']:.0f} at 5,000 in {name}"
         for name, sizes in zip(("SQLite", "Postgres"), storage["milliseconds"].values(), strict=True)
@@ -73,8 +73,8 @@ def facts() -> str:
     lines = [
         f"Overhead: a search takes {overhead['ratio']:.2f} times the bare network time of the same evaluations "
         "([overhead.json](benchmarks/results/overhead.json)).",
-        f"Taking and finishing a trial of {storage['parameters']} parameters (10 steps, 58 layers), median: "
-        f"{taking}; "
+        f"Bookkeeping for a trial of {storage['parameters']} parameters (10 steps, 58 layers), the proposal included, "
+        f"median: {bookkeeping}; "
         f"{sleeping['workers']} workers on one Postgres, each trial a second's sleep, are "
         f"{sleeping['speed_up']:.1f} times as fast as one, on {storage['cores']} cores "
         "([storage.json](benchmarks/results/storage.json)).",
