@@ -1,6 +1,6 @@
 """Whether a refactoring changed what is proposed or computed: compares both, bit for bit, with a recording.
 
-    python benchmarks/equality.py                                            # two minutes on one core
+    python benchmarks/equality.py                                            # minutes on one core
     python benchmarks/equality.py --record benchmarks/results/equality.json  # where they were meant to change
 
 The first 200 proposals of four searches, which learn from a made-up value instead of a network's, and the values of 20
