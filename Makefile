@@ -11,8 +11,9 @@ demo: $(VENV)/installed
 	$(BIN)/adopt run --study digits-4
 	$(BIN)/adopt sample --study digits-4 --out digits-4.png
 
+# On all cores; a process that runs out of tests takes some of another's.
 test: $(VENV)/tested
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --maxprocesses 8 --dist worksteal
 
 slow: $(VENV)/tested
 	$(BIN)/python -m pytest -m slow

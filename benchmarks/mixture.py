@@ -40,8 +40,8 @@ def search(values: dict[tuple[int, ...], float], preset: str, seed: int, warm: b
     """Best value after each trial."""
     space = SearchSpace(T=GRID, min_steps=STEPS, max_steps=STEPS)
     study = optuna.create_study(sampler=AutoDiffusionSampler(space, preset=preset, seed=seed))
-    known = baseline_timesteps(mixture_model(GRID).schedule, STEPS)
-    for timesteps in dict.fromkeys(known.values()) if warm else [known["uniform"]]:
+    baselines = baseline_timesteps(mixture_model(GRID).schedule, STEPS)
+    for timesteps in dict.fromkeys(baselines.values()) if warm else [baselines["uniform"]]:
         study.enqueue_trial(space.encode(Candidate(timesteps)))
     study.optimize(lambda trial: values[space.suggest(trial).timesteps], n_trials=max(BUDGETS))
     best = itertools.accumulate((trial.value for trial in study.trials), min)

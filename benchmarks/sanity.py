@@ -197,7 +197,7 @@ def row(model: Model, states: Tensor) -> dict[str, Any]:
     """Errors over a linear filter's, shares that rescaling leaves, and what the check makes of them."""
     levels = measure(model, states, 64)
     ratios = [round(level.ratio, 3) for level in levels]
-    return {"ratio": ratios, "kept": [round(level.kept, 3) for level in levels], "told": doubt(levels) is not None}
+    return {"ratio": ratios, "kept": [round(level.kept, 3) for level in levels], "warned": doubt(levels) is not None}
 
 
 def main() -> None:

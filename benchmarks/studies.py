@@ -53,7 +53,7 @@ def shown(name: str) -> dict[str, Any]:
 
 
 def layer_comparison(name: str) -> dict[str, Any]:
-    """Held-out scores of the winner's rivals that skip no layer."""
+    """Held-out scores of candidates that skip no layer, to compare the winner with."""
     storage = open_storage(f"sqlite:///{database(name)}", create=False)
     study = load_study(storage, name)
     config = load_preset(name)
@@ -78,19 +78,19 @@ def main() -> None:
         seconds = run_from_nothing(name)
         data = shown(name)
         config = load_preset(name)
-        known = {k["name"]: k for k in data["baselines"]}
-        best_known = min((k for k in data["baselines"] if k["value"] is not None), key=lambda k: k["value"])
+        baselines = {baseline["name"]: baseline for baseline in data["baselines"]}
+        best_baseline = min((b for b in data["baselines"] if b["value"] is not None), key=lambda b: b["value"])
         best = data["best"]["held_out"]
         ratios = {
-            "best / uniform": best["mean"] / known["uniform"]["held_out"]["mean"],
-            "best / best known": best["mean"] / best_known["held_out"]["mean"],
+            "best / uniform": best["mean"] / baselines["uniform"]["held_out"]["mean"],
+            "best / best baseline": best["mean"] / best_baseline["held_out"]["mean"],
         }
         result = {
             "wall_seconds": seconds,
             "seed": config.search.seed,
             "noise_seed": config.score.seed,
-            "best_known": best_known["name"],
-            "ratios_on_fresh_noise": ratios,
+            "best_baseline": best_baseline["name"],
+            "ratios_on_held_out_noise": ratios,
             "show": data,
         }
         if config.search.max_skip:

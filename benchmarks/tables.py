@@ -29,13 +29,13 @@ def studies() -> str:
     for name in STUDIES:
         result = load(name)
         show = result["show"]
-        known = {k["name"]: k for k in show["baselines"]}
-        best_known = result["best_known"]
+        baselines = {baseline["name"]: baseline for baseline in show["baselines"]}
+        best = result["best_baseline"]
         evaluations = show["evaluations"]
         saved = evaluations["saved"] / (evaluations["saved"] + evaluations["run"])
-        uniform, found = known["uniform"]["held_out"], show["best"]["held_out"]
+        uniform, found = baselines["uniform"]["held_out"], show["best"]["held_out"]
         lines.append(
-            f"| `{name}` | {interval(uniform)} | {interval(known[best_known]['held_out'])} ({best_known}) "
+            f"| `{name}` | {interval(uniform)} | {interval(baselines[best]['held_out'])} ({best}) "
             f"| **{interval(found)}** | {found['mean'] / uniform['mean']:.2f} | {show['finished']} "
             f"| {saved:.0%} | {result['wall_seconds']:.0f} |"
         )
@@ -43,13 +43,13 @@ def studies() -> str:
 
 
 def layers() -> str:
-    """Held-out FD of the layer search beside its rivals that skip nothing."""
+    """Held-out FD of the layer search beside candidates that skip nothing."""
     result = load("digits-10-layers")
     best = result["show"]["best"]
     skipped = sum(len(names) for names in best["skips"])
     rows = [(f"found: {len(best['timesteps'])} steps, {skipped} layers skipped", best["cost"], best["held_out"])]
-    for name, rival in result["without_skips"].items():
-        rows.append((f"{name}: {len(rival['timesteps'])} steps", rival["cost"], rival["held_out"]))
+    for name, other in result["without_skips"].items():
+        rows.append((f"{name}: {len(other['timesteps'])} steps", other["cost"], other["held_out"]))
     lines = ["| `digits-10-layers` | cost | FD(digits) |", "|---|---|---|"]
     lines += [f"| {what} | {cost:.2f} | {interval(held_out)} |" for what, cost, held_out in rows]
     return "\n".join(lines)
@@ -64,7 +64,7 @@ def facts() -> str:
     window = load("dashboard")
     storage = load("storage")
     sleeping = storage["sleeping"]
-    taking = ", ".join(
+    bookkeeping = ", ".join(
         f"{sizes['100']['together']:.0f} ms at trial 100, {sizes['1000']['together']:.0f} at 1,000 and "
         f"{sizes['5000']['together']:.0f} at 5,000 in {name}"
         for name, sizes in zip(("SQLite", "Postgres"), storage["milliseconds"].values(), strict=True)
@@ -72,8 +72,8 @@ def facts() -> str:
     lines = [
         f"Overhead: a search takes {overhead['ratio']:.2f} times the bare network time of the same evaluations "
         "([overhead.json](benchmarks/results/overhead.json)).",
-        f"Taking and finishing a trial of {storage['parameters']} parameters (10 steps, 58 layers), median: "
-        f"{taking}; "
+        f"Bookkeeping for a trial of {storage['parameters']} parameters (10 steps, 58 layers), the proposal included, "
+        f"median: {bookkeeping}; "
         f"{sleeping['workers']} workers on one Postgres, each trial a second's sleep, are "
         f"{sleeping['speed_up']:.1f} times as fast as one, on {storage['cores']} cores "
         "([storage.json](benchmarks/results/storage.json)).",

@@ -11,6 +11,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+# Before numpy is imported, and for all processes that tests start: small arrays gain nothing from threads, several
+# test processes would fight for the cores, and what forks (tests/storage/killed.py) deadlocks with them.
+os.environ |= dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
+
 import pytest
 import torch
 from command import Adopt, Result
@@ -20,7 +24,7 @@ if TYPE_CHECKING:
 
 # Where a script runs the tests in the background they ignore Ctrl-C, and what they start would too.
 signal.signal(signal.SIGINT, signal.default_int_handler)
-torch.set_num_threads(1)  # small tensors: more threads only add noise
+torch.set_num_threads(1)
 
 QUICK = """
 description = "a study for tests"

@@ -52,6 +52,15 @@ def test_pictures_and_result_files_exist() -> None:
         assert (ROOT / target).exists(), target
 
 
+def test_files_that_contributors_are_sent_to_exist() -> None:
+    named = re.findall(r"`([\w/]+\.py)`", (ROOT / "CONTRIBUTING.md").read_text())
+    assert len(named) > 15
+    package = ROOT / "autodiffusion_optuna"
+    for path in named:
+        places = [ROOT, package, package / "evaluation", ROOT / "tests" / "evaluation"]
+        assert any((place / path).exists() for place in places), path
+
+
 def test_the_changelog_has_a_place_for_what_comes_next() -> None:
     text = (ROOT / "CHANGELOG.md").read_text()
     assert "## [Unreleased]" in text or f"## [{__version__}]" in text

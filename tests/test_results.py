@@ -25,13 +25,13 @@ def test_every_result_names_its_machine_and_versions(path: Path) -> None:
 def test_the_demo_finds_a_far_better_schedule_in_minutes() -> None:
     demo = result("digits-4")
     show = demo["show"]
-    known = {k["name"]: k["held_out"] for k in show["baselines"]}
+    baselines = {b["name"]: b["held_out"] for b in show["baselines"]}
     best = show["best"]["held_out"]
     assert demo["wall_seconds"] < 300
     assert (best["images"], best["banks"]) == (1000, 3)
-    assert best["mean"] <= 0.65 * known["uniform"]["mean"]
-    assert best["mean"] <= 0.75 * known[demo["best_known"]]["mean"]
-    assert best["high"] < min(known["uniform"]["low"], known[demo["best_known"]]["low"])
+    assert best["mean"] <= 0.65 * baselines["uniform"]["mean"]
+    assert best["mean"] <= 0.75 * baselines[demo["best_baseline"]]["mean"]
+    assert best["high"] < min(baselines["uniform"]["low"], baselines[demo["best_baseline"]]["low"])
 
 
 def test_the_layer_search_stays_within_its_cost() -> None:
@@ -41,7 +41,7 @@ def test_the_layer_search_stays_within_its_cost() -> None:
     assert {"uniform, every layer on", "best without skips"} == set(layers["without_skips"])
 
 
-def test_the_prefix_memory_changed_no_bit() -> None:
+def test_the_prefix_cache_changed_no_bit() -> None:
     prefix = result("prefix")
     assert prefix["candidates"] >= 200
     assert prefix["candidates whose values differ in any bit"] == 0
@@ -83,10 +83,10 @@ def test_the_dashboard_bears_thousands_of_trials() -> None:
 
 def test_the_check_at_load_tells_the_clear_cases_apart() -> None:
     sanity = result("sanity")
-    told = {name: row["images"]["told"] for name, row in sanity["rows"].items()}
+    warned = {name: row["images"]["warned"] for name, row in sanity["rows"].items()}
     for kind in ("digits", "ADM"):
-        assert not told[f"{kind}, right"]
-        assert not sanity["rows"][f"{kind}, right"]["own samples"]["told"]
+        assert not warned[f"{kind}, right"]
+        assert not sanity["rows"][f"{kind}, right"]["own samples"]["warned"]
         for wrong in (
             "prediction: sample",
             "prediction: v",
@@ -99,11 +99,11 @@ def test_the_check_at_load_tells_the_clear_cases_apart() -> None:
             "states doubled",
             "states halved",
         ):
-            assert told[f"{kind}, {wrong}"], (kind, wrong)
+            assert warned[f"{kind}, {wrong}"], (kind, wrong)
     for name in ("digits, states doubled", "ADM, states doubled"):  # a right model that does not clip
-        assert not sanity["rows"][name]["own samples"]["told"]
-    assert told["ADM, attention: other order"]
-    assert not told["digits, attention: other order"]  # it hardly matters there
+        assert not sanity["rows"][name]["own samples"]["warned"]
+    assert warned["ADM, attention: other order"]
+    assert not warned["digits, attention: other order"]  # it hardly matters there
     for name, worst in sanity["false alarms"].items():
         assert worst["largest ratio"] < 0.6, name
         assert worst["least kept"] > 0.9, name

@@ -62,7 +62,7 @@ def build(
     ``unit_costs``, ``batch``: the shares and the batch it was begun with. ``device``: this worker's, instead of the
     config's, which all share.
     """
-    if config.folder is not None and config.folder not in sys.path:
+    if trust and config.folder is not None and config.folder not in sys.path:
         sys.path.insert(0, config.folder)  # and left there, for what the plug-ins import later
     plan = read_sampling(config.sampling)  # a wrong solver is refused before a large model is loaded
     model = load_model(config.model, device=device, trust=trust)

@@ -52,10 +52,10 @@ def short_search(folder: Path, name: str, *settings: str) -> optuna.Study:
     return opened
 
 
-def test_a_short_search_beats_the_known_schedules(tmp_path: Path) -> None:
+def test_a_short_search_beats_the_baselines(tmp_path: Path) -> None:
     report = read_summary(short_search(tmp_path, "digits-4", "search.trials=40"))
     assert report.best is not None
-    assert report.best.value < 0.85 * min(known.value for known in report.baselines if known.value is not None)
+    assert report.best.value < 0.85 * min(baseline.value for baseline in report.baselines if baseline.value is not None)
 
 
 def test_the_layer_search_goes_through_both_stages_within_its_cost(tmp_path: Path) -> None:

@@ -83,7 +83,7 @@ def test_a_study_of_before_is_given_what_computes_it_now(folder: Path) -> None:
     assert runtime_warnings(again.study.user_attrs) == []
 
 
-def test_fresh_values_computed_otherwise_are_said_too(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_held_out_values_computed_otherwise_are_said_too(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     opened = run(2)
     describe = loop.describe_runtime
     monkeypatch.setattr(loop, "describe_runtime", lambda evaluator: {**describe(evaluator), "torch": "9.9"})

@@ -44,13 +44,13 @@ def test_three_resumed_parts_equal_one_run(folder: Path, undisturbed: list[Row])
     assert rows("sqlite:///parts.db", "quick") == undisturbed
 
 
-def test_known_schedules_come_first_and_are_named(folder: Path, undisturbed: list[Row]) -> None:
+def test_baselines_come_first_and_are_named(folder: Path, undisturbed: list[Row]) -> None:
     report = read_summary(load_study(open_storage("sqlite:///whole.db"), "quick"))
     assert report.baselines[0].name == "uniform"
     assert undisturbed[0][2] == "666,333,0"
-    assert all(known.value is not None for known in report.baselines)
+    assert all(baseline.value is not None for baseline in report.baselines)
     assert report.best is not None
-    assert report.best.value <= min(known.value for known in report.baselines if known.value is not None)
+    assert report.best.value <= min(baseline.value for baseline in report.baselines if baseline.value is not None)
 
 
 def test_ctrl_c_puts_the_running_trial_back(
@@ -143,7 +143,7 @@ def test_killed_at_any_write_of_its_beginning_a_study_is_begun_in_full(
     assert rows("sqlite:///cut.db", "quick") == undisturbed
 
 
-def test_stopped_while_scoring_on_fresh_noise_it_scores_the_rest(
+def test_stopped_while_scoring_on_held_out_noise_it_scores_the_rest(
     folder: Path, adopt: Adopt, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     real, calls = validation.score_held_out, []
@@ -164,7 +164,7 @@ def test_stopped_while_scoring_on_fresh_noise_it_scores_the_rest(
     report = read_summary(load_study(open_storage("sqlite:///adopt.db"), "quick"))
     assert report.best is not None
     assert report.best.held_out is not None
-    assert sum(known.held_out is not None for known in report.baselines) == 2
+    assert sum(baseline.held_out is not None for baseline in report.baselines) == 2
 
 
 @pytest.mark.parametrize("workers", ["1", "2"])
@@ -332,7 +332,8 @@ def test_the_whole_command_line(folder: Path, adopt: Adopt) -> None:
     assert scored.code == 0
     assert adopt("score", "--study", "quick", "--images", "80").code == 0
     report = json.loads(adopt("show", "--study", "quick", "--json").out)
-    assert all(known["held_out"]["images"] == 80 and known["held_out"]["banks"] == 3 for known in report["baselines"])
+    held_out = [baseline["held_out"] for baseline in report["baselines"]]
+    assert all((scores["images"], scores["banks"]) == (80, 3) for scores in held_out)
 
 
 def check_json(data: dict[str, Any]) -> None:
@@ -345,7 +346,7 @@ def check_json(data: dict[str, Any]) -> None:
         "trial", "timesteps", "skips", "settings", "variance_ratio", "value", "images", "bank", "cost",
         "held_out",
     ]  # fmt: skip
-    assert {(known["images"], known["bank"]) for known in data["baselines"]} == {(64, 0)}
+    assert {(baseline["images"], baseline["bank"]) for baseline in data["baselines"]} == {(64, 0)}
     assert list(data["best"]["held_out"]) == ["mean", "low", "high", "images", "banks"]
     assert data["best"]["held_out"]["low"] < data["best"]["held_out"]["mean"] < data["best"]["held_out"]["high"]
     assert data["best"]["skips"] == [[], [], []]

@@ -9,7 +9,6 @@ import subprocess
 import sys
 import threading
 import time
-from datetime import datetime, timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,7 +23,6 @@ from optuna.trial import TrialState
 from worker_processes import check_whole, control, end, freeze, names, start, wait_for
 
 from autodiffusion_optuna.cli.run import Board
-from autodiffusion_optuna.results import status
 from autodiffusion_optuna.results.status import read_status
 from autodiffusion_optuna.storage import artifacts, lease
 from autodiffusion_optuna.storage import database as db
@@ -237,25 +235,6 @@ def test_status_tells_who_is_alive(folder: Path, adopt: Adopt) -> None:
     assert "2 workers alive" in result.out
     assert "no heartbeat yet" in result.out
     assert '"alive": true' in adopt("status", "--study", "quick", "--json").out
-
-
-@pytest.mark.parametrize(
-    ("seconds_ago", "rate"),
-    [
-        ([30, 20, 10, 0], 0.1),
-        ([86430, 86420, 86410, 30, 20, 10, 0], 0.1),  # a day's pause
-        ([60, 50, 40], 2 / 60),  # a wait that lasts
-        ([5000, 4990, 4980], 0.1),  # nobody works any more
-        ([10], None),
-    ],
-    ids=str,
-)
-def test_the_rate_is_that_of_work(seconds_ago: list[int], rate: float | None) -> None:
-    now = datetime.now()
-    ended = [optuna.trial.create_trial(value=0.0) for _ in seconds_ago]
-    for trial, ago in zip(ended, seconds_ago, strict=True):
-        trial.datetime_complete = now - timedelta(seconds=ago)
-    assert status._rate(ended) == (rate if rate is None else pytest.approx(rate, rel=0.01))
 
 
 def test_a_trial_without_a_heartbeat_is_freed_after_the_grace(folder: Path) -> None:
