@@ -44,6 +44,7 @@ from autodiffusion_optuna.storage.attrs import (
     METRIC,
     NOISE,
     OPERATOR,
+    OWNER,
     PARENTS,
     READY,
     SCORE,
@@ -51,7 +52,6 @@ from autodiffusion_optuna.storage.attrs import (
     STAGE,
 )
 from autodiffusion_optuna.storage.database import open_storage
-from autodiffusion_optuna.storage.lease import OWNER
 
 TRIALS, STEPS, LAYERS, POPULATION, POLLS = 5000, 10, 58, 50, 3
 LONGER_THAN_KEPT = 10.5

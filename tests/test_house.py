@@ -209,7 +209,7 @@ def test_help_and_listings_need_no_torch() -> None:
         "import sys; sys.argv = ['adopt', '--help']\n"
         f"from {NAME}.cli.main import main\n"
         "try: main()\nexcept SystemExit: pass\n"
-        f"import {NAME}.results.status, {NAME}.export.scripts\n"
+        f"import {NAME}.results.status, {NAME}.export.formats\n"
         "heavy = {'torch', 'diffusers', 'cleanfid', 'scipy'} & set(sys.modules)\n"
         "assert not heavy, heavy\n"
     )
