@@ -33,7 +33,7 @@ def dashboard(
 
     url = storage_url(storage)
     database, found = existing(study, url)
-    app = wsgi(database, artifact_store=_pictures(found, url, artifacts))
+    app = wsgi(database, artifact_store=pictures(found, url, artifacts))
     page = f"/dashboard/studies/{database.get_study_id_from_name(study)}"
     with make_server(app, host, port) as server, published(found, url, lambda trouble: warn([trouble])):
         if not is_loopback(host):
@@ -42,7 +42,7 @@ def dashboard(
         server.serve_forever()
 
 
-def _pictures(study: optuna.Study, url: str, given: str | None) -> Any:
+def pictures(study: optuna.Study, url: str, given: str | None) -> Any:
     """The store to show pictures from; None, with a warning, where the study's own cannot be opened."""
     from autodiffusion_optuna.storage.artifacts import location_of, open_store
     from autodiffusion_optuna.storage.attrs import ARTIFACTS

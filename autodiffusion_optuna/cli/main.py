@@ -106,14 +106,14 @@ def _score_study(study: str, places: list[str] | None, settings: list[str], stor
     from autodiffusion_optuna.study import validation
 
     url = storage_url(storage)
-    found, parts = load_components(study, url, trust, places, settings)
+    found, components = load_components(study, url, trust, places, settings)
     best = validation.winner(found).user_attrs["candidate"]
-    keys = dict.fromkeys([best, *(candidate.key for candidate in parts.baselines.values())])
-    held_out = parts.config.score
+    keys = dict.fromkeys([best, *(candidate.key for candidate in components.baselines.values())])
+    held_out = components.config.score
     for position, key in enumerate(keys, 1):
         err.print(f"scoring {position} of {len(keys)}: {key}")
         validation.score_held_out(
-            parts, found, Candidate.from_key(key), held_out.held_out_images, held_out.held_out_banks
+            components, found, Candidate.from_key(key), held_out.held_out_images, held_out.held_out_banks
         )
     report = read_summary(found, (held_out.held_out_images, held_out.held_out_banks))
     print_table(report)
@@ -126,7 +126,7 @@ def _score_result(path: Path, overrides: list[str], trust: bool) -> None:
 
     opened = transfer.open_result(Result.read(path), overrides, trust=trust)
     warn([opened.other] if opened.other else [])
-    settings = opened.parts.config.score
+    settings = opened.components.config.score
     err.print(
         f"scoring {', '.join(opened.compared)} on "
         f"{settings.held_out_banks} banks of {settings.held_out_images} images …"
@@ -134,14 +134,14 @@ def _score_result(path: Path, overrides: list[str], trust: bool) -> None:
     scored = transfer.score_compared(opened)
     table = Table(box=None, pad_edge=False)
     noise = f"held-out noise, {settings.held_out_banks} x {settings.held_out_images}, 95 %"
-    for column in ("schedule", f"{components.metric_name(opened.parts)}, {noise}", "timesteps"):
+    for column in ("schedule", f"{components.metric_name(opened.components)}, {noise}", "timesteps"):
         table.add_column(column, overflow="fold")
     for name, held_out in scored.items():
         timesteps = " ".join(map(str, opened.compared[name].timesteps))
         table.add_row(name, f"{held_out.mean:.4g} ± {held_out.half_width:.2g}", timesteps)
-    say(f"model {opened.parts.model.name}, solver {opened.parts.evaluator.sampling.solver}")
+    say(f"model {opened.components.model.name}, solver {opened.components.evaluator.sampling.solver}")
     out.print(table)
-    warn(components.warnings(opened.parts, settings.held_out_images))
+    warn(components.warnings(opened.components, settings.held_out_images))
 
 
 def _wants_result(study: str | None, result: Path | None, **others: object) -> bool:
@@ -188,14 +188,14 @@ def sample(
         assert result is not None
         opened = transfer.open_result(Result.read(result), overrides or [], trust=trust)
         warn([opened.other] if opened.other else [])
-        parts, rows = opened.parts, transfer.sample_compared(opened, images)
+        components, rows = opened.components, transfer.sample_compared(opened, images)
     else:
         assert study is not None
-        found, parts = load_components(study, storage_url(storage), trust, overrides)
-        rows = validation.sample_rows(parts, found, images, steps)
+        found, components = load_components(study, storage_url(storage), trust, overrides)
+        rows = validation.sample_rows(components, found, images, steps)
     draw_grid(rows, path)
     say(f"wrote {path}")
-    warn([*parts.model.notes, *parts.sanity])
+    warn([*components.model.notes, *components.sanity])
 
 
 FORMS = {"json": "{}.json", "diffusers": "{}.py", "comfyui": "{}-sigmas.txt"}

@@ -155,8 +155,8 @@ def _search(job: Job) -> optuna.Study:
     warn(_known_doubts(opened.study))
     with still_there(opened.study):
         with _watched(Board(config, opened.study)) as board:
-            loop.work(opened.parts, opened.study, opened.storage, lambda _: board.show(), opened.store)
-        _validate(opened.parts, opened.study)
+            loop.work(opened.components, opened.study, opened.storage, lambda _: board.show(), opened.store)
+        _validate(opened.components, opened.study)
     return opened.study
 
 
@@ -196,7 +196,7 @@ def _launch(job: Job, engine: str, options: dict[str, str]) -> optuna.Study:
         opened = _open(job.model_copy(update={"config": config, "known": True}))
         study = opened.study
         with still_there(study):
-            _validate(opened.parts, study)
+            _validate(opened.components, study)
     return study
 
 

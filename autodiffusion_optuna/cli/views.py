@@ -70,11 +70,11 @@ def _pictures(
 ) -> list[tuple[str, NDArray[np.uint8]]]:
     """Rows of samples from one held-out noise: uniform, then the best; none, with a warning, without the model."""
     try:
-        parts = load_components(study, url, trust, places)[1]
+        components = load_components(study, url, trust, places)[1]
         err.print(f"drawing {images} images with each of two schedules …")
-        uniform = parts.baselines["uniform"]
+        uniform = components.baselines["uniform"]
         rows = {f"uniform, {uniform.steps} steps": uniform, f"adopt, {best.steps} steps": best}
-        return [(label, parts.evaluator.sample(c, 0, images, bank=1).cpu().numpy()) for label, c in rows.items()]
+        return [(label, components.evaluator.sample(c, 0, images, bank=1).cpu().numpy()) for label, c in rows.items()]
     except AdoptError as error:
         warn([f"the page has no pictures: {' '.join(str(error).split())}"])
         return []

@@ -231,10 +231,10 @@ class StudySummary:
     def _best_json(self, best: Best) -> dict[str, Any]:
         return {
             "trial": best.trial,
+            **self._row_json(best),
             "skips": best.candidate.skip_names(self.units),
             "variance_ratio": None if best.trace_ratio is None else round(math.exp(best.trace_ratio), 6),
             "cost": best.cost,
-            **self._row_json(best),
         }
 
 
@@ -245,7 +245,7 @@ def read_summary(study: optuna.Study, size: tuple[int, int] | None = None) -> St
     """
     attrs = study.user_attrs
     trials = study.get_trials(deepcopy=False)
-    scored = [t for t in scored_trials(trials) if COST in t.user_attrs]
+    scored = scored_trials(trials)
     values = {t.user_attrs[CANDIDATE]: t.values[0] for t in scored}
     costs = attrs.get(BASELINE_COSTS, {})
 

@@ -105,7 +105,7 @@ class StudyStorage(_Storage):
         return self.rdb.engine
 
     def _prepare_connections(self) -> None:
-        listeners = {"sqlite": _on_sqlite, "postgresql": _on_postgres}
+        listeners = {"sqlite": configure_sqlite, "postgresql": configure_postgres}
         if self.engine.name in listeners:
             sqlalchemy.event.listen(self.engine, "connect", listeners[self.engine.name])
             self.engine.dispose()  # connections opened before the listener would go back without the setting
@@ -331,11 +331,13 @@ def _hold(trial_id: int, state: str) -> sqlalchemy.Update:
     return TRIALS.update().where(TRIALS.c.trial_id == trial_id, TRIALS.c.state == now).values(state=TRIALS.c.state)
 
 
-def _on_sqlite(connection: Any, _record: object) -> None:
+def configure_sqlite(connection: Any, _record: object) -> None:
+    """What every new connection to SQLite is set to."""
     connection.execute("PRAGMA synchronous=NORMAL")  # in WAL mode a killed process loses nothing by it
 
 
-def _on_postgres(connection: Any, _record: object) -> None:
+def configure_postgres(connection: Any, _record: object) -> None:
+    """What every new connection to Postgres is set to."""
     with connection.cursor() as cursor:
         cursor.execute("SET TIME ZONE 'UTC'")
     connection.commit()

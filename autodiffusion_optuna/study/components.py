@@ -160,7 +160,7 @@ def _baselines(model: Model, space: SearchSpace) -> dict[str, Candidate]:
 
 
 def _check_features(evaluator: Evaluator) -> None:
-    """Embed two empty images, so that parts that do not fit are refused before anything is written."""
+    """Embed two empty images, so that components that do not fit are refused before anything is written."""
     blank = torch.zeros(2, *evaluator.model.picture_shape, dtype=torch.uint8, device=evaluator.model.device)
     given, wanted = evaluator.extractor(blank).shape[1], len(evaluator.reference.mu)
     if given != wanted:
@@ -247,36 +247,44 @@ def warm_starts(config: StudyConfig, baselines: dict[str, Candidate]) -> list[st
     return names
 
 
-def full_steps(parts: StudyComponents) -> int:
+def full_steps(components: StudyComponents) -> int:
     """Number of steps whose cost, with every layer on and the first of the solvers, is 1.0."""
-    return parts.config.search.cost_steps or parts.space.max_steps
+    return components.config.search.cost_steps or components.space.max_steps
 
 
-def relative_cost(parts: StudyComponents, candidate: Candidate) -> float:
+def relative_cost(components: StudyComponents, candidate: Candidate) -> float:
     """Cost of a candidate, 1.0 being ``full_steps`` steps with every layer on."""
-    return parts.space.cost(candidate) / len(parts.space.visits(full_steps(parts), {}))
+    return components.space.cost(candidate) / len(components.space.visits(full_steps(components), {}))
 
 
-def metric_name(parts: StudyComponents) -> str:
+def metric_name(components: StudyComponents) -> str:
     """How the value is called in print: FID for Inception alone, else FD or KID with the extractor's name."""
-    extractor = parts.evaluator.extractor
-    if parts.config.score.metric == "kid":
+    extractor = components.evaluator.extractor
+    if components.config.score.metric == "kid":
         return f"KID({extractor.name})"
     return "FID" if extractor.metric == "FID" else f"FD({extractor.name})"
 
 
-def too_few_images(parts: StudyComponents, images: int) -> str | None:
+def too_few_images(components: StudyComponents, images: int) -> str | None:
     """A warning where a distance of so many images is no measure; None where there is nothing to say."""
-    return too_few(images, len(parts.evaluator.reference.mu)) if parts.config.score.metric == "frechet" else None
-
-
-def warnings(parts: StudyComponents, images: int) -> list[str]:
-    """What to know about distances of so many images in this study, a line each; none where there is nothing."""
-    few = too_few_images(parts, images)
-    slow = parts.model.device.type == "cpu" and parts.config.model.precision != "float32"
-    reduced = (
-        f"model.precision {parts.config.model.precision!r} is mostly slower than float32 on a CPU" if slow else None
+    return (
+        too_few(images, len(components.evaluator.reference.mu)) if components.config.score.metric == "frechet" else None
     )
-    reference = parts.evaluator.reference
-    doubtful = doubts(reference, parts.model.picture_shape, parts.config.score.metric)
-    return [line for line in (*parts.model.notes, *parts.sanity, *reference.notes, *doubtful, few, reduced) if line]
+
+
+def warnings(components: StudyComponents, images: int) -> list[str]:
+    """What to know about distances of so many images in this study, a line each; none where there is nothing."""
+    few = too_few_images(components, images)
+    slow = components.model.device.type == "cpu" and components.config.model.precision != "float32"
+    reduced = (
+        f"model.precision {components.config.model.precision!r} is mostly slower than float32 on a CPU"
+        if slow
+        else None
+    )
+    reference = components.evaluator.reference
+    doubtful = doubts(reference, components.model.picture_shape, components.config.score.metric)
+    return [
+        line
+        for line in (*components.model.notes, *components.sanity, *reference.notes, *doubtful, few, reduced)
+        if line
+    ]

@@ -58,17 +58,17 @@ from autodiffusion_optuna.study.components import (
 )
 
 
-def open_study(parts: StudyComponents, storage: StudyStorage, pictures: str | None = None) -> optuna.Study:
+def open_study(components: StudyComponents, storage: StudyStorage, pictures: str | None = None) -> optuna.Study:
     """Create the study, or resume it after checking that it measures the same.
 
     ``pictures``: where a new study keeps them, as it is stored. Raises StudyError with the differences where it
     does not.
     """
     study = optuna.create_study(
-        study_name=parts.config.name,
+        study_name=components.config.name,
         storage=storage,
-        sampler=parts.sampler,
-        pruner=_pruner(parts.config),
+        sampler=components.sampler,
+        pruner=_pruner(components.config),
         direction="minimize",
         load_if_exists=True,
     )
@@ -77,11 +77,11 @@ def open_study(parts: StudyComponents, storage: StudyStorage, pictures: str | No
         if not begun and study.get_trials(deepcopy=False, states=(TrialState.RUNNING, TrialState.COMPLETE)):
             raise StudyError(f"study {study.study_name!r} exists but was not made by adopt; choose another name")
         if CONFIG in study.user_attrs:  # also where whoever began it was stopped: its queue is of that config
-            check_same(parts, study)
+            check_same(components, study)
         if not begun:
-            _begin(parts, study, pictures)
+            _begin(components, study, pictures)
     if begun:
-        _describe_run(parts, study)
+        _describe_run(components, study)
     return study
 
 
@@ -89,7 +89,7 @@ def open_study(parts: StudyComponents, storage: StudyStorage, pictures: str | No
 class Run:
     """A study that is ready to be worked on."""
 
-    parts: StudyComponents
+    components: StudyComponents
     study: optuna.Study
     storage: StudyStorage
     store: ArtifactStore | None
@@ -104,7 +104,7 @@ def open_run(
     device: str | None = None,
     known: bool = False,
 ) -> Run:
-    """Build a study's parts, and create or resume it at ``url``.
+    """Build a study's components, and create or resume it at ``url``.
 
     ``artifacts``: where its pictures go, as ``artifacts.open_store`` takes it; None leaves that as it is, or for a new
     study in SQLite beside the database. ``device``: this worker's, instead of the config's. ``known``: whether the
@@ -114,19 +114,21 @@ def open_run(
     if begun is not None:
         require_same(begun, config)
         require_files(begun, config)
-    parts = build(config, trust=trust, unit_costs=stored_unit_costs(begun), device=device, batch=stored_batch(begun))
+    components = build(
+        config, trust=trust, unit_costs=stored_unit_costs(begun), device=device, batch=stored_batch(begun)
+    )
     check_place(url)
-    parts.evaluator.prepare(0, config.score.images)  # prompts too many for this machine are refused here
+    components.evaluator.prepare(0, config.score.images)  # prompts too many for this machine are refused here
     location = _location(begun, url, artifacts)
     store = None if location is None else open_store(location_of(location, url))
     storage = open_storage(url, known=True)  # it answered a moment ago
-    study = open_study(parts, storage, location)
+    study = open_study(components, storage, location)
     batch = stored_batch(study)
     if batch is not None and begun is None:  # another worker that started together with this one has begun the study
-        parts = replace(parts, evaluator=replace(parts.evaluator, batch=batch))
+        components = replace(components, evaluator=replace(components.evaluator, batch=batch))
     if location is not None and location != study.user_attrs.get(ARTIFACTS):
         study.set_user_attr(ARTIFACTS, location)
-    return Run(parts, study, storage, store)
+    return Run(components, study, storage, store)
 
 
 def _location(begun: optuna.Study | None, url: str, given: str | None) -> str | None:
@@ -138,9 +140,9 @@ def _location(begun: optuna.Study | None, url: str, given: str | None) -> str | 
     return None if location is None else stored_location(location, url)
 
 
-def _describe_model(parts: StudyComponents, study: optuna.Study) -> None:
+def _describe_model(components: StudyComponents, study: optuna.Study) -> None:
     """Write down what an export needs to know of the model."""
-    model = parts.model
+    model = components.model
     facts = {
         "kind": model.kind,
         "prediction": model.denoiser.prediction if isinstance(model.denoiser, Denoiser) else None,
@@ -165,64 +167,64 @@ def _pruner(config: StudyConfig) -> BasePruner:
     return NopPruner()
 
 
-def _identity(parts: StudyComponents) -> dict[str, Any]:
+def _identity(components: StudyComponents) -> dict[str, Any]:
     """What must be equal for values to be compared, besides the config; stored with the study."""
-    conditions = parts.model.conditions
+    conditions = components.model.conditions
     return {
-        "codec": parts.space.codec(),
-        "model": parts.model.fingerprint,
-        "extractor": parts.evaluator.extractor.fingerprint,
-        "reference": parts.evaluator.reference.digest,
+        "codec": components.space.codec(),
+        "model": components.model.fingerprint,
+        "extractor": components.evaluator.extractor.fingerprint,
+        "reference": components.evaluator.reference.digest,
         "conditions": None if conditions is None else conditions.fingerprint,
     }
 
 
-def _describe_run(parts: StudyComponents, study: optuna.Study) -> None:
+def _describe_run(components: StudyComponents, study: optuna.Study) -> None:
     """Write what is so in this run: a longer budget, where files are now, and what there is to be warned of."""
-    study.set_user_attr(CONFIG, parts.config.model_dump(mode="json"))
-    study.set_user_attr(WARNINGS, warnings(parts, parts.config.score.images))
-    if parts.config.model.check:  # else what an earlier check found stays true
-        study.set_user_attr(SANITY, list(parts.sanity))
-    study.set_user_attr(REFERENCE_IMAGES, parts.evaluator.reference.n)
+    study.set_user_attr(CONFIG, components.config.model_dump(mode="json"))
+    study.set_user_attr(WARNINGS, warnings(components, components.config.score.images))
+    if components.config.model.check:  # else what an earlier check found stays true
+        study.set_user_attr(SANITY, list(components.sanity))
+    study.set_user_attr(REFERENCE_IMAGES, components.evaluator.reference.n)
 
 
-def _begin(parts: StudyComponents, study: optuna.Study, pictures: str | None) -> None:
+def _begin(components: StudyComponents, study: optuna.Study, pictures: str | None) -> None:
     """Write what the study is and enqueue the baselines; may be killed anywhere and repeated."""
-    _describe_run(parts, study)
+    _describe_run(components, study)
     if pictures is not None:
         study.set_user_attr(ARTIFACTS, pictures)
-    for key, value in _identity(parts).items():
+    for key, value in _identity(components).items():
         study.set_user_attr(key, value)
-    _describe_model(parts, study)
-    study.set_user_attr(RUNTIME, describe_runtime(parts.evaluator))
+    _describe_model(components, study)
+    study.set_user_attr(RUNTIME, describe_runtime(components.evaluator))
     study.set_user_attr(VERSION, __version__)
-    study.set_user_attr(METRIC, metric_name(parts))
-    study.set_user_attr(UNIT_COSTS, list(parts.space.unit_costs))
-    costs = {name: relative_cost(parts, candidate) for name, candidate in parts.baselines.items()}
+    study.set_user_attr(METRIC, metric_name(components))
+    study.set_user_attr(UNIT_COSTS, list(components.space.unit_costs))
+    costs = {name: relative_cost(components, candidate) for name, candidate in components.baselines.items()}
     study.set_user_attr(BASELINE_COSTS, costs)
-    study.set_user_attr(BASELINES, {name: candidate.key for name, candidate in parts.baselines.items()})
+    study.set_user_attr(BASELINES, {name: candidate.key for name, candidate in components.baselines.items()})
     starts: dict[str, str] = {}
-    for name in warm_starts(parts.config, parts.baselines):
-        starts.setdefault(parts.baselines[name].key, name)  # two names may mean the same list
+    for name in warm_starts(components.config, components.baselines):
+        starts.setdefault(components.baselines[name].key, name)  # two names may mean the same list
     enqueued = len(study.get_trials(deepcopy=False))
     for key, name in list(starts.items())[enqueued:]:
-        params = parts.space.encode(Candidate.from_key(key))
+        params = components.space.encode(Candidate.from_key(key))
         study.enqueue_trial(params, user_attrs={BASELINE: name})
     study.set_user_attr(READY, True)
 
 
-def check_same(parts: StudyComponents, study: optuna.Study) -> None:
+def check_same(components: StudyComponents, study: optuna.Study) -> None:
     """StudyError naming what differs where new values could not be compared with the study's."""
-    require_same(study, parts.config)
+    require_same(study, components.config)
     attrs = study.user_attrs
     if attrs.get(VERSION, __version__) != __version__:
         raise StudyError(
-            f"study {parts.config.name!r} was begun with adopt {attrs.get(VERSION)}, this is {__version__}; "
+            f"study {components.config.name!r} was begun with adopt {attrs.get(VERSION)}, this is {__version__}; "
             f"install that version to go on, or start another with --set name=NEW"
         )
-    for key, value in _identity(parts).items():
+    for key, value in _identity(components).items():
         if attrs.get(key, value) != value:
             raise StudyError(
-                f"study {parts.config.name!r} was begun with another {key} ({attrs.get(key)} -> {value}); "
+                f"study {components.config.name!r} was begun with another {key} ({attrs.get(key)} -> {value}); "
                 "its values cannot be compared with new ones; start another with --set name=NEW"
             )

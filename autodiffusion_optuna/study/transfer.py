@@ -22,13 +22,13 @@ from autodiffusion_optuna.study.components import StudyComponents, build
 
 @dataclass(frozen=True, eq=False)
 class Opened:
-    """A result on a model: the parts that score it, and what is compared.
+    """A result on a model: the components that score it, and what is compared.
 
     ``compared``: uniform with as many steps, then the result itself, both with the result's solver. ``other``: see
     ``other_model``.
     """
 
-    parts: StudyComponents
+    components: StudyComponents
     compared: dict[str, Candidate]
     other: str | None = None
 
@@ -38,10 +38,10 @@ def open_result(result: Result, overrides: Iterable[str] = (), *, trust: bool = 
 
     ``ConfigError`` where the result does not fit the model.
     """
-    parts = build(result_config(result, overrides), trust=trust)
-    found = result.candidate(parts.model.units, parts.model.schedule.T)
-    uniform = Candidate(BASELINES["uniform"](parts.model.schedule, found.steps))
-    return Opened(parts, {"uniform": uniform, result.study: found}, other_model(result, parts.model))
+    components = build(result_config(result, overrides), trust=trust)
+    found = result.candidate(components.model.units, components.model.schedule.T)
+    uniform = Candidate(BASELINES["uniform"](components.model.schedule, found.steps))
+    return Opened(components, {"uniform": uniform, result.study: found}, other_model(result, components.model))
 
 
 def other_model(result: Result, model: Model) -> str | None:
@@ -113,7 +113,7 @@ def result_config(result: Result, overrides: Iterable[str] = ()) -> StudyConfig:
 
 def score_compared(opened: Opened) -> dict[str, HeldOut]:
     """Values of uniform and of the result on the config's held-out banks."""
-    score, evaluator = opened.parts.config.score, opened.parts.evaluator
+    score, evaluator = opened.components.config.score, opened.components.evaluator
     banks = range(1, score.held_out_banks + 1)
     return {
         name: HeldOut(
@@ -127,6 +127,9 @@ def score_compared(opened: Opened) -> dict[str, HeldOut]:
 def sample_compared(opened: Opened, images: int) -> list[tuple[str, NDArray[np.uint8]]]:
     """Labelled samples from the same held-out noises, uint8 [images, C, H, W] each: uniform, then the result."""
     return [
-        (f"{name}, {candidate.steps} steps", opened.parts.evaluator.sample(candidate, 0, images, bank=1).cpu().numpy())
+        (
+            f"{name}, {candidate.steps} steps",
+            opened.components.evaluator.sample(candidate, 0, images, bank=1).cpu().numpy(),
+        )
         for name, candidate in opened.compared.items()
     ]

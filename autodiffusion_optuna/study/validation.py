@@ -30,7 +30,7 @@ def winner(study: optuna.Study) -> FrozenTrial:
 
 
 def score_held_out(
-    parts: StudyComponents, study: optuna.Study, candidate: Candidate, images: int, banks: int
+    components: StudyComponents, study: optuna.Study, candidate: Candidate, images: int, banks: int
 ) -> HeldOut:
     """Score a candidate on ``banks`` banks of noise that the search never saw, and store the values.
 
@@ -39,53 +39,53 @@ def score_held_out(
     stored = stored_held_out(study.user_attrs, candidate.key, images, banks)
     if stored is not None:
         return stored
-    values = tuple(parts.evaluator.score(candidate, [images], bank=bank).value for bank in range(1, banks + 1))
-    note_runtime(parts, study)
-    scored = HeldOut(images, values, too_few_images(parts, images))
+    values = tuple(components.evaluator.score(candidate, [images], bank=bank).value for bank in range(1, banks + 1))
+    note_runtime(components, study)
+    scored = HeldOut(images, values, too_few_images(components, images))
     study.set_user_attr(held_out_key(candidate.key, images, banks), scored.to_json())
     return scored
 
 
-def to_validate(parts: StudyComponents, study: optuna.Study) -> dict[str, Candidate]:
+def to_validate(components: StudyComponents, study: optuna.Study) -> dict[str, Candidate]:
     """What a finished study scores on held-out noise: uniform, the best other baseline, and the winner.
 
     The winner comes last: once it has its score, all have.
     """
     best = Candidate.from_key(winner(study).user_attrs[CANDIDATE])
-    found = {"uniform": parts.baselines["uniform"]}
+    found = {"uniform": components.baselines["uniform"]}
     values = values_by_key(study)
-    scored = {name: values[c.key] for name, c in parts.baselines.items() if c.key in values and name != "uniform"}
+    scored = {name: values[c.key] for name, c in components.baselines.items() if c.key in values and name != "uniform"}
     if scored:
         name = min(scored, key=lambda name: scored[name])
-        found[name] = parts.baselines[name]
+        found[name] = components.baselines[name]
     return {**found, "best": best}
 
 
 def validate(
-    parts: StudyComponents, study: optuna.Study, on_score: Callable[[str, int, int], None] | None = None
+    components: StudyComponents, study: optuna.Study, on_score: Callable[[str, int, int], None] | None = None
 ) -> None:
     """Score all of ``to_validate`` on the config's held-out banks; ``on_score`` is called with (name, done, all)."""
-    images, banks = parts.config.score.held_out_images, parts.config.score.held_out_banks
-    candidates = to_validate(parts, study)
+    images, banks = components.config.score.held_out_images, components.config.score.held_out_banks
+    candidates = to_validate(components, study)
     for done, (name, candidate) in enumerate(candidates.items(), 1):
-        score_held_out(parts, study, candidate, images, banks)
+        score_held_out(components, study, candidate, images, banks)
         if on_score is not None:
             on_score(name, done, len(candidates))
 
 
 def sample_rows(
-    parts: StudyComponents, study: optuna.Study, images: int, many_steps: int
+    components: StudyComponents, study: optuna.Study, images: int, many_steps: int
 ) -> list[tuple[str, NDArray[np.uint8]]]:
     """Labelled rows of samples from the same held-out noises: uniform, best found, and uniform with many steps.
 
     Arrays are uint8 [images, C, H, W].
     """
     best = Candidate.from_key(winner(study).user_attrs[CANDIDATE])
-    T = parts.model.schedule.T
+    T = components.model.schedule.T
     if many_steps > T:
         raise ConfigError(f"--many-steps {many_steps} is more than the model's {T} timesteps; give {T} or fewer")
-    many = Candidate(BASELINES["uniform"](parts.model.schedule, many_steps))
-    uniform = parts.baselines["uniform"]
+    many = Candidate(BASELINES["uniform"](components.model.schedule, many_steps))
+    uniform = components.baselines["uniform"]
     rows = {f"uniform, {uniform.steps} steps": uniform, f"adopt, {best.steps} steps": best}
     rows[f"uniform, {many_steps} steps"] = many
-    return [(label, parts.evaluator.sample(c, 0, images, bank=1).cpu().numpy()) for label, c in rows.items()]
+    return [(label, components.evaluator.sample(c, 0, images, bank=1).cpu().numpy()) for label, c in rows.items()]

@@ -84,9 +84,9 @@ def run_job(job: Job) -> None:
         device=own_device(job, torch.cuda.device_count()),
         known=job.known,
     )
-    loop.work(opened.parts, opened.study, opened.storage, store=opened.store)
+    loop.work(opened.components, opened.study, opened.storage, store=opened.store)
     if job.scores and job.index == 0:
-        validation.validate(opened.parts, opened.study)
+        validation.validate(opened.components, opened.study)
 
 
 def own_device(job: Job, gpus: int) -> str | None:

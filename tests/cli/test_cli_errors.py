@@ -53,7 +53,7 @@ def tiny_unet(width: int) -> UNet2DModel:
         (["sampling.solver=dim"], ["unknown solver 'dim'", "did you mean 'ddim'", "heun", "plms"]),
         (["score.extractor=pixel"], ["unknown extractor 'pixel'", "did you mean 'pixels'", "digits"]),
         (["search.preset=papr"], ["unknown preset 'papr'", "did you mean 'paper'", "adopt"]),
-        (["search.warm_starts=['karas']"], ["unknown schedule 'karas'", "did you mean 'karras'"]),
+        (["search.warm_starts=['karas']"], ["unknown baseline 'karas'", "did you mean 'karras'"]),
         (["score.images=0"], ["'score.images'", "given: 0"]),
         (["score.images=100001"], ["'score.images'", "100000"]),
         (["score.pruner=percentile", "score.rungs=[32, 16]"], ["rungs [32, 16] must increase"]),

@@ -17,7 +17,7 @@ from optuna.artifacts.exceptions import ArtifactNotFound
 from optuna.trial import FrozenTrial, TrialState, create_trial
 from PIL import Image
 
-from autodiffusion_optuna.cli.dashboard import _pictures as shown_by_dashboard
+from autodiffusion_optuna.cli.dashboard import pictures as shown_by_dashboard
 from autodiffusion_optuna.errors import StorageError
 from autodiffusion_optuna.storage import artifacts
 from autodiffusion_optuna.storage.artifacts import (

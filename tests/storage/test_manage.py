@@ -201,7 +201,7 @@ def test_a_store_that_fails_is_one_line_and_keeps_the_study(
     assert "Permission denied" in copied.err
     deleted = adopt("studies", "delete", "--study", "quick", "--yes")
     assert (deleted.code, deleted.err.count("\n")) == (1, 1)
-    assert "AccessDenied: not yours; mend that and try again, or give --force" in deleted.err
+    assert "AccessDenied: not yours; fix that and try again, or give --force" in deleted.err
     assert study_names(open_storage("sqlite:///adopt.db")) == ["quick"]
     forced = adopt("studies", "delete", "--study", "quick", "--yes", "--force")
     assert (forced.code, forced.out) == (0, "deleted quick\n")

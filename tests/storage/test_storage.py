@@ -23,6 +23,7 @@ from autodiffusion_optuna.storage import database as db
 from autodiffusion_optuna.storage import lease
 from autodiffusion_optuna.storage import url as urls
 from autodiffusion_optuna.storage.attrs import OWNER, RETRIES
+from autodiffusion_optuna.storage.study_storage import is_away
 
 
 @pytest.mark.parametrize(
@@ -170,10 +171,10 @@ def test_what_waiting_mends() -> None:
     def error(original: Exception) -> OperationalError:
         return OperationalError("SELECT 1", {}, original)
 
-    assert db._is_away(error(psycopg.OperationalError("connection to /disk1/readonly/.s.PGSQL failed: refused")))
-    assert db._is_away(error(sqlite3.OperationalError("database is locked")))
-    assert not db._is_away(error(sqlite3.OperationalError("disk I/O error")))
-    assert not db._is_away(error(sqlite3.OperationalError("attempt to write a readonly database")))
+    assert is_away(error(psycopg.OperationalError("connection to /disk1/readonly/.s.PGSQL failed: refused")))
+    assert is_away(error(sqlite3.OperationalError("database is locked")))
+    assert not is_away(error(sqlite3.OperationalError("disk I/O error")))
+    assert not is_away(error(sqlite3.OperationalError("attempt to write a readonly database")))
 
 
 def waiting_trial(database: db.StudyStorage) -> tuple[optuna.Study, int]:

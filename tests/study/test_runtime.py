@@ -25,7 +25,7 @@ def quick(trials: int) -> StudyConfig:
 
 def run(trials: int) -> lifecycle.Run:
     opened = lifecycle.open_run(quick(trials), URL)
-    loop.work(opened.parts, opened.study, opened.storage)
+    loop.work(opened.components, opened.study, opened.storage)
     return opened
 
 
@@ -35,7 +35,7 @@ def test_a_study_keeps_the_batch_that_its_first_worker_found(folder: Path, monke
     assert stored_batch(first.study) == 16
     monkeypatch.setattr(components, "largest_batch", lambda model: 64)  # a larger card
     second = run(4)
-    assert second.parts.evaluator.batch == 16
+    assert second.components.evaluator.batch == 16
     assert runtime_warnings(second.study.user_attrs) == []
 
 
@@ -79,7 +79,7 @@ def test_a_study_of_before_is_given_what_computes_it_now(folder: Path) -> None:
     first.study.set_user_attr(RUNTIME, {})
     assert stored_batch(first.study) is None
     again = run(3)
-    assert again.parts.evaluator.batch == stored_batch(again.study) == 64
+    assert again.components.evaluator.batch == stored_batch(again.study) == 64
     assert runtime_warnings(again.study.user_attrs) == []
 
 
@@ -87,7 +87,7 @@ def test_held_out_values_computed_otherwise_are_said_too(folder: Path, monkeypat
     opened = run(2)
     describe = loop.describe_runtime
     monkeypatch.setattr(loop, "describe_runtime", lambda evaluator: {**describe(evaluator), "torch": "9.9"})
-    validation.score_held_out(opened.parts, opened.study, opened.parts.baselines["uniform"], 8, 2)
+    validation.score_held_out(opened.components, opened.study, opened.components.baselines["uniform"], 8, 2)
     (line,) = runtime_warnings(opened.study.user_attrs)
     assert "-> 9.9" in line
 

@@ -343,8 +343,7 @@ def check_json(data: dict[str, Any]) -> None:
     ]  # fmt: skip
     assert (data["finished"], data["budget"]) == (26, 26)
     assert list(data["best"]) == [
-        "trial", "timesteps", "skips", "settings", "variance_ratio", "value", "images", "bank", "cost",
-        "held_out",
+        "trial", "timesteps", "settings", "value", "images", "bank", "held_out", "skips", "variance_ratio", "cost",
     ]  # fmt: skip
     assert {(baseline["images"], baseline["bank"]) for baseline in data["baselines"]} == {(64, 0)}
     assert list(data["best"]["held_out"]) == ["mean", "low", "high", "images", "banks"]

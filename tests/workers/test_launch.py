@@ -136,7 +136,7 @@ def test_one_of_many_begins_the_study(folder: Path) -> None:
 def test_a_workers_own_device_is_not_the_studys(folder: Path) -> None:
     config = config_with(folder / "quick.toml", "model.device=auto")
     opened = lifecycle.open_run(config, URL, device="cpu")
-    assert opened.parts.model.device.type == "cpu"
+    assert opened.components.model.device.type == "cpu"
     assert opened.study.user_attrs[CONFIG]["model"]["device"] == "auto"
     several = job(folder, config=config)
     devices = [worker.own_device(several.model_copy(update={"index": index}), 2) for index in range(3)]

@@ -24,8 +24,7 @@ from worker_processes import check_whole, control, end, freeze, names, start, wa
 
 from autodiffusion_optuna.cli.run import Board
 from autodiffusion_optuna.results.status import read_status
-from autodiffusion_optuna.storage import artifacts, lease
-from autodiffusion_optuna.storage import database as db
+from autodiffusion_optuna.storage import artifacts, lease, study_storage
 from autodiffusion_optuna.storage.attrs import CANDIDATE, FAILURE, OWNER, RETRIES
 from autodiffusion_optuna.storage.database import open_storage
 from autodiffusion_optuna.storage.studies import load_study
@@ -406,7 +405,7 @@ def test_a_database_that_fails_ends_in_one_line_and_goes_on_later(
     def limited(connection: Any, record: object) -> None:
         connection.execute("PRAGMA " + pragma.format(pages + 1))
 
-    monkeypatch.setattr(db, "_on_sqlite", limited)
+    monkeypatch.setattr(study_storage, "configure_sqlite", limited)
     result = adopt("run", "--study", "quick.toml", "--storage", "adopt.db")
     assert result.code == 1
     assert result.err.count("\n") == 1, result.err
