@@ -207,10 +207,10 @@ def work_beside_others(url: str, barrier: Any, results: Any) -> None:
     torch.set_num_threads(1)
     parts = make_parts(WORKERS * SLEEPS, 1.0)
     storage, study = open_bench(url, parts)
-    done: list[loop.Progress] = []
+    done: list[float] = []
     barrier.wait()
     used = resource.getrusage(resource.RUSAGE_SELF)
-    loop.work(parts, study, storage, done.append)
+    loop.work(parts, study, storage, lambda: done.append(time.perf_counter()))
     after = resource.getrusage(resource.RUSAGE_SELF)
     cpu = after.ru_utime + after.ru_stime - used.ru_utime - used.ru_stime
     results.put((len(done), cpu))

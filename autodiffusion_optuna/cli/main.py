@@ -12,6 +12,7 @@ import typer
 from rich.table import Table
 
 from autodiffusion_optuna._version import __version__
+from autodiffusion_optuna.candidate import Candidate
 from autodiffusion_optuna.cli.dashboard import dashboard
 from autodiffusion_optuna.cli.output import (
     EXIT_INTERRUPTED,
@@ -35,9 +36,13 @@ from autodiffusion_optuna.cli.run import run, status
 from autodiffusion_optuna.cli.studies import storage_app, studies_app
 from autodiffusion_optuna.cli.views import report
 from autodiffusion_optuna.errors import AdoptError, ConfigError, choose_from
+from autodiffusion_optuna.search.timesteps import uniform_timesteps
+from autodiffusion_optuna.storage.url import storage_option, storage_url
 
 if TYPE_CHECKING:
     from autodiffusion_optuna.export.result import Result
+    from autodiffusion_optuna.study.components import StudyComponents
+    from autodiffusion_optuna.study.transfer import Opened
 
 app = typer.Typer(
     add_completion=False,
@@ -65,7 +70,6 @@ def show(
 ) -> None:
     """The best schedule, the baselines beside it, evaluations run and saved, and the history."""
     from autodiffusion_optuna.results.summary import read_summary
-    from autodiffusion_optuna.storage.url import storage_option, storage_url
 
     url = storage_url(storage)
     summary = read_summary(existing(study, url)[1])
@@ -89,43 +93,37 @@ def score(
     trust: Trust = False,
 ) -> None:
     """Score the winner and the baselines, or a result from a file, on held-out noise, with 95 % intervals."""
-    settings = _held_out_overrides(images, banks)
+    given = {"images": images, "banks": banks}
+    settings = [f"score.held_out_{name}={value}" for name, value in given.items() if value is not None]
     if _wants_result(study, result, model=model):
         assert result is not None
-        given = [] if model is None else [f"model.source={json.dumps(model)}"]
-        _score_result(result, [*given, *(overrides or []), *settings], trust)
+        source = [] if model is None else [f"model.source={json.dumps(model)}"]
+        _score_result(result, [*source, *(overrides or []), *settings], trust)
     else:
         assert study is not None
         _score_study(study, overrides, settings, storage, trust)
 
 
 def _score_study(study: str, places: list[str] | None, settings: list[str], storage: str | None, trust: bool) -> None:
-    from autodiffusion_optuna.candidate import Candidate
     from autodiffusion_optuna.results.summary import read_summary
-    from autodiffusion_optuna.storage.url import storage_option, storage_url
     from autodiffusion_optuna.study import validation
 
     url = storage_url(storage)
     found, components = load_components(study, url, trust, places, settings)
-    best = validation.winner(found).user_attrs["candidate"]
-    keys = dict.fromkeys([best, *(candidate.key for candidate in components.baselines.values())])
-    held_out = components.config.score
-    for position, key in enumerate(keys, 1):
-        err.print(f"scoring {position} of {len(keys)}: {key}")
-        validation.score_held_out(
-            components, found, Candidate.from_key(key), held_out.held_out_images, held_out.held_out_banks
-        )
-    report = read_summary(found, (held_out.held_out_images, held_out.held_out_banks))
-    print_table(report)
-    warn(report.warnings(storage_option(url)))
+    candidates = dict.fromkeys([validation.best_candidate(found), *components.baselines.values()])
+    size = components.config.score.held_out_images, components.config.score.held_out_banks
+    for position, candidate in enumerate(candidates, 1):
+        err.print(f"scoring {position} of {len(candidates)}: {candidate.key}")
+        validation.score_held_out(components, found, candidate, *size)
+    summary = read_summary(found, size)
+    print_table(summary)
+    warn(summary.warnings(storage_option(url)))
 
 
 def _score_result(path: Path, overrides: list[str], trust: bool) -> None:
-    from autodiffusion_optuna.export.result import Result
     from autodiffusion_optuna.study import components, transfer
 
-    opened = transfer.open_result(Result.read(path), overrides, trust=trust)
-    warn([opened.other] if opened.other else [])
+    opened = _open_result(path, overrides, trust)
     settings = opened.components.config.score
     err.print(
         f"scoring {', '.join(opened.compared)} on "
@@ -144,6 +142,16 @@ def _score_result(path: Path, overrides: list[str], trust: bool) -> None:
     warn(components.warnings(opened.components, settings.held_out_images))
 
 
+def _open_result(path: Path, overrides: list[str], trust: bool) -> Opened:
+    """An exported result on a model, with a warning where that is not the one it was found on."""
+    from autodiffusion_optuna.export.result import Result
+    from autodiffusion_optuna.study.transfer import open_result
+
+    opened = open_result(Result.read(path), overrides, trust=trust)
+    warn([opened.other] if opened.other else [])
+    return opened
+
+
 def _wants_result(study: str | None, result: Path | None, **others: object) -> bool:
     """Whether an exported result is meant rather than a study; ConfigError where neither is given, or both are."""
     if (study is None) == (result is None):
@@ -155,11 +163,6 @@ def _wants_result(study: str | None, result: Path | None, **others: object) -> b
         if value:
             raise ConfigError(f"--{name} goes with --result; a study keeps its own settings")
     return False
-
-
-def _held_out_overrides(images: int | None, banks: int | None) -> list[str]:
-    given = {"score.held_out_images": images, "score.held_out_banks": banks}
-    return [f"{key}={value}" for key, value in given.items() if value is not None]
 
 
 @app.command()
@@ -174,10 +177,8 @@ def sample(
     trust: Trust = False,
 ) -> None:
     """Draw the same noises with uniform steps and with the best schedule; of a study also with many steps."""
-    from autodiffusion_optuna.export.result import Result
     from autodiffusion_optuna.images import draw_grid
-    from autodiffusion_optuna.storage.url import storage_url
-    from autodiffusion_optuna.study import transfer, validation
+    from autodiffusion_optuna.study import validation
 
     from_file = _wants_result(study, result)
     if not path.parent.is_dir():
@@ -186,16 +187,24 @@ def sample(
         )
     if from_file:
         assert result is not None
-        opened = transfer.open_result(Result.read(result), overrides or [], trust=trust)
-        warn([opened.other] if opened.other else [])
-        components, rows = opened.components, transfer.sample_compared(opened, images)
+        opened = _open_result(result, overrides or [], trust)
+        components, named = opened.components, list(opened.compared.items())
     else:
         assert study is not None
         found, components = load_components(study, storage_url(storage), trust, overrides)
-        rows = validation.sample_rows(components, found, images, steps)
-    draw_grid(rows, path)
+        named = [("uniform", components.baselines["uniform"]), ("adopt", validation.best_candidate(found))]
+        named.append(("uniform", _uniform(components, steps)))
+    draw_grid(validation.samples(components, named, images), path)
     say(f"wrote {path}")
     warn([*components.model.notes, *components.sanity])
+
+
+def _uniform(components: StudyComponents, steps: int) -> Candidate:
+    """Uniform timesteps, as many as ``--many-steps`` asks for."""
+    T = components.model.schedule.T
+    if steps > T:
+        raise ConfigError(f"--many-steps {steps} is more than the model's {T} timesteps; give {T} or fewer")
+    return Candidate(uniform_timesteps(T, steps))
 
 
 FORMS = {"json": "{}.json", "diffusers": "{}.py", "comfyui": "{}-sigmas.txt"}
@@ -217,7 +226,6 @@ def export(
     from autodiffusion_optuna.export.formats import result_of, result_text
     from autodiffusion_optuna.export.scripts import reads_json
     from autodiffusion_optuna.results.summary import read_summary
-    from autodiffusion_optuna.storage.url import storage_option, storage_url
 
     form = "diffusers" if form == "python" else form
     if form not in FORMS:

@@ -142,8 +142,8 @@ def print_table(summary: StudySummary) -> None:
             interval += f" ({banks_of(row.held_out.size)})"
         cells = [row.name, "-" if row.value is None else f"{row.value:.4g}", interval, f"{row.cost:.2f}"]
         if best.settings:
-            cells.append(", ".join(f"{name} {value}" for name, value in row.candidate.settings))
-        table.add_row(*cells, " ".join(map(str, row.candidate.timesteps)))
+            cells.append(row.settings)
+        table.add_row(*cells, row.timesteps)
     out.print(table)
     if any(best.skips):
         say("\nlayers skipped by the best schedule:")

@@ -155,7 +155,7 @@ def _search(job: Job) -> optuna.Study:
     warn(_known_doubts(opened.study))
     with still_there(opened.study):
         with _watched(Board(config, opened.study)) as board:
-            loop.work(opened.components, opened.study, opened.storage, lambda _: board.show(), opened.store)
+            loop.work(opened.components, opened.study, opened.storage, board.show, opened.store)
         _validate(opened.components, opened.study)
     return opened.study
 

@@ -68,13 +68,13 @@ def report(
 def _pictures(
     best: Candidate, study: str, url: str, images: int, places: list[str] | None, trust: bool
 ) -> list[tuple[str, NDArray[np.uint8]]]:
-    """Rows of samples from one held-out noise: uniform, then the best; none, with a warning, without the model."""
+    """Samples from the same held-out noises: uniform, then the best; none, with a warning, without the model."""
+    from autodiffusion_optuna.study import validation
+
     try:
         components = load_components(study, url, trust, places)[1]
         err.print(f"drawing {images} images with each of two schedules …")
-        uniform = components.baselines["uniform"]
-        rows = {f"uniform, {uniform.steps} steps": uniform, f"adopt, {best.steps} steps": best}
-        return [(label, components.evaluator.sample(c, 0, images, bank=1).cpu().numpy()) for label, c in rows.items()]
+        return validation.samples(components, [("uniform", components.baselines["uniform"]), ("adopt", best)], images)
     except AdoptError as error:
         warn([f"the page has no pictures: {' '.join(str(error).split())}"])
         return []

@@ -27,7 +27,7 @@ from autodiffusion_optuna.storage.artifacts import ArtifactStore, attach_picture
 from autodiffusion_optuna.storage.attrs import CANDIDATE, COST, FAILURE, IMAGES, RUNTIME, SCORE, rung_key, runtime_key
 from autodiffusion_optuna.storage.lease import Heartbeat, Lease, acquire, is_mine, release_all
 from autodiffusion_optuna.storage.study_storage import StudyStorage
-from autodiffusion_optuna.storage.trials import FINISHED, count_finished
+from autodiffusion_optuna.storage.trials import count_finished
 from autodiffusion_optuna.study.components import StudyComponents, relative_cost
 
 _log = logging.getLogger("autodiffusion_optuna")
@@ -43,15 +43,6 @@ PICTURES = 16
 
 
 @dataclass(frozen=True)
-class Progress:
-    """What the screen shows after every trial."""
-
-    trial: FrozenTrial
-    finished: int
-    seconds: float
-
-
-@dataclass(frozen=True)
 class Outcome:
     """How a trial ended: its state, its score where it has one, and the reason where it failed."""
 
@@ -60,19 +51,17 @@ class Outcome:
     reason: str | None = None
 
 
-OnTrial = Callable[[Progress], None]
-
-
 def work(
     components: StudyComponents,
     study: optuna.Study,
     storage: StudyStorage,
-    on_trial: OnTrial | None = None,
+    on_trial: Callable[[], None] | None = None,
     store: ArtifactStore | None = None,
 ) -> None:
     """Evaluate candidates until the budget is met, beside any other workers of the study.
 
-    ``store``: where pictures of notable trials go. Ctrl-C puts the running trial back in the queue and is re-raised.
+    ``on_trial``: called after each. ``store``: where pictures of notable trials go. Ctrl-C puts the running trial back
+    in the queue and is re-raised.
     """
     search = components.config.search
     failures, idle, tell_seconds = 0, FIRST_WAIT, 0.0
@@ -104,9 +93,7 @@ def work(
             if failures >= MAX_FAILURES:
                 raise StudyError(f"the last {failures} trials failed ({outcome.reason}); fix the cause and run again")
             if on_trial is not None:
-                trials = study.get_trials(deepcopy=False)
-                finished = sum(trial.state in FINISHED for trial in trials)
-                on_trial(Progress(trials[lease.number], finished, time.perf_counter() - started))
+                on_trial()
 
 
 def propose(components: StudyComponents, study: optuna.Study, trial: optuna.Trial) -> None:

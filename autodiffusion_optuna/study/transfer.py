@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from autodiffusion_optuna.candidate import Candidate
 from autodiffusion_optuna.config import StudyConfig, parse_config
@@ -122,14 +121,3 @@ def score_compared(opened: Opened) -> dict[str, HeldOut]:
         )
         for name, candidate in opened.compared.items()
     }
-
-
-def sample_compared(opened: Opened, images: int) -> list[tuple[str, NDArray[np.uint8]]]:
-    """Labelled samples from the same held-out noises, uint8 [images, C, H, W] each: uniform, then the result."""
-    return [
-        (
-            f"{name}, {candidate.steps} steps",
-            opened.components.evaluator.sample(candidate, 0, images, bank=1).cpu().numpy(),
-        )
-        for name, candidate in opened.compared.items()
-    ]

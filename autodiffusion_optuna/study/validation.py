@@ -2,31 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import numpy as np
 import optuna
 from numpy.typing import NDArray
-from optuna.trial import FrozenTrial
 
 from autodiffusion_optuna.candidate import Candidate
-from autodiffusion_optuna.errors import ConfigError, StudyError
+from autodiffusion_optuna.errors import StudyError
 from autodiffusion_optuna.results.held_out import HeldOut, stored_held_out
-from autodiffusion_optuna.search.timesteps import BASELINES
 from autodiffusion_optuna.storage.attrs import CANDIDATE, held_out_key
 from autodiffusion_optuna.storage.trials import scored_trials, values_by_key
 from autodiffusion_optuna.study.components import StudyComponents, too_few_images
 from autodiffusion_optuna.study.loop import note_runtime
 
 
-def winner(study: optuna.Study) -> FrozenTrial:
-    """The best complete trial, the earlier one of equals (StudyError where there is none)."""
+def best_candidate(study: optuna.Study) -> Candidate:
+    """Of the best complete trial, the earlier one of equals (StudyError where there is none)."""
     complete = scored_trials(study.get_trials(deepcopy=False))
     if not complete:
         raise StudyError(
             f"study {study.study_name!r} has no finished trial yet; run it first: adopt run --study {study.study_name}"
         )
-    return min(complete, key=lambda trial: (trial.value, trial.number))
+    return Candidate.from_key(min(complete, key=lambda trial: (trial.value, trial.number)).user_attrs[CANDIDATE])
 
 
 def score_held_out(
@@ -51,14 +49,13 @@ def to_validate(components: StudyComponents, study: optuna.Study) -> dict[str, C
 
     The winner comes last: once it has its score, all have.
     """
-    best = Candidate.from_key(winner(study).user_attrs[CANDIDATE])
     found = {"uniform": components.baselines["uniform"]}
     values = values_by_key(study)
     scored = {name: values[c.key] for name, c in components.baselines.items() if c.key in values and name != "uniform"}
     if scored:
         name = min(scored, key=lambda name: scored[name])
         found[name] = components.baselines[name]
-    return {**found, "best": best}
+    return {**found, "best": best_candidate(study)}
 
 
 def validate(
@@ -73,19 +70,9 @@ def validate(
             on_score(name, done, len(candidates))
 
 
-def sample_rows(
-    components: StudyComponents, study: optuna.Study, images: int, many_steps: int
+def samples(
+    components: StudyComponents, named: Iterable[tuple[str, Candidate]], images: int
 ) -> list[tuple[str, NDArray[np.uint8]]]:
-    """Labelled rows of samples from the same held-out noises: uniform, best found, and uniform with many steps.
-
-    Arrays are uint8 [images, C, H, W].
-    """
-    best = Candidate.from_key(winner(study).user_attrs[CANDIDATE])
-    T = components.model.schedule.T
-    if many_steps > T:
-        raise ConfigError(f"--many-steps {many_steps} is more than the model's {T} timesteps; give {T} or fewer")
-    many = Candidate(BASELINES["uniform"](components.model.schedule, many_steps))
-    uniform = components.baselines["uniform"]
-    rows = {f"uniform, {uniform.steps} steps": uniform, f"adopt, {best.steps} steps": best}
-    rows[f"uniform, {many_steps} steps"] = many
-    return [(label, components.evaluator.sample(c, 0, images, bank=1).cpu().numpy()) for label, c in rows.items()]
+    """Labelled samples of named candidates from the same held-out noises, uint8 [images, C, H, W] each."""
+    labelled = {f"{name}, {candidate.steps} steps": candidate for name, candidate in named}
+    return [(label, components.evaluator.sample(c, 0, images, bank=1).cpu().numpy()) for label, c in labelled.items()]
