@@ -122,7 +122,7 @@ def _options(given: list[str]) -> dict[str, str]:
 def _resolve(name: str, overrides: list[str], url: str) -> StudyConfig:
     """The config that ``--study`` means: a file, what a study in the database was last run with, or a preset."""
     from autodiffusion_optuna.config import load_config, load_preset, parse_config, presets
-    from autodiffusion_optuna.storage.studies import existing_names, find_study, stored_config
+    from autodiffusion_optuna.storage.studies import find_storage, find_study, stored_config, study_names
 
     if name.endswith(".toml") or "/" in name or Path(name).is_file():
         return load_config(Path(name), overrides)
@@ -131,7 +131,9 @@ def _resolve(name: str, overrides: list[str], url: str) -> StudyConfig:
         return parse_config(stored_config(begun).model_dump(mode="json"), overrides)
     if name in presets():
         return load_preset(name, overrides)
-    raise ConfigError(choose_from("study", name, [*presets(), *existing_names(url)]) + "; or give a study file.toml")
+    database = find_storage(url)
+    names = [*presets(), *(study_names(database) if database else [])]
+    raise ConfigError(choose_from("study", name, names) + "; or give a study file.toml")
 
 
 def _complete(study: optuna.Study, config: StudyConfig) -> bool:

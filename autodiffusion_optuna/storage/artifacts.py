@@ -13,12 +13,12 @@ import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, Protocol
+from typing import Any, BinaryIO, TypeAlias
 
 import numpy as np
 import optuna
 from numpy.typing import NDArray
-from optuna.artifacts import Boto3ArtifactStore, FileSystemArtifactStore, GCSArtifactStore
+from optuna.artifacts import Boto3ArtifactStore, FileSystemArtifactStore, GCSArtifactStore, get_all_artifact_meta
 from optuna.trial import FrozenTrial, TrialState
 
 from autodiffusion_optuna.errors import StorageError
@@ -36,22 +36,6 @@ BASELINES, NEW_BEST, BEST_OF_GENERATION = "baseline", "new best", "best of its g
 _log = logging.getLogger("autodiffusion_optuna")
 
 
-class ArtifactStore(Protocol):
-    """What Optuna's artifact stores can do."""
-
-    def open_reader(self, artifact_id: str) -> BinaryIO:
-        """A file to read (``ArtifactNotFound``)."""
-        ...
-
-    def write(self, artifact_id: str, content_body: BinaryIO) -> None:
-        """Keep a file's content."""
-        ...
-
-    def remove(self, artifact_id: str) -> None:
-        """Forget a file (``ArtifactNotFound``)."""
-        ...
-
-
 @dataclass(frozen=True)
 class Prefixed:
     """An artifact store whose files have names below ``prefix``: several studies may then share a bucket."""
@@ -59,7 +43,7 @@ class Prefixed:
     store: ArtifactStore
     prefix: str
 
-    def open_reader(self, artifact_id: str) -> BinaryIO:  # noqa: D102 (the protocol's)
+    def open_reader(self, artifact_id: str) -> BinaryIO:  # noqa: D102 (as Optuna's stores have it)
         return self.store.open_reader(f"{self.prefix}/{artifact_id}")
 
     def write(self, artifact_id: str, content_body: BinaryIO) -> None:  # noqa: D102
@@ -67,6 +51,9 @@ class Prefixed:
 
     def remove(self, artifact_id: str) -> None:  # noqa: D102
         self.store.remove(f"{self.prefix}/{artifact_id}")
+
+
+ArtifactStore: TypeAlias = FileSystemArtifactStore | Boto3ArtifactStore | GCSArtifactStore | Prefixed
 
 
 def default_folder(url: str) -> str | None:
@@ -177,7 +164,7 @@ def attach_picture(trial: optuna.Trial, store: ArtifactStore, images: NDArray[np
     A trial that was taken back after its picture was kept is left that one. A store that fails costs the picture,
     never the trial, and is warned of; errors of the study's database are raised.
     """
-    if not _has_picture(trial):
+    if all(kept.filename != FILE for kept in get_all_artifact_meta(trial)):
         picture = str(uuid.uuid4())
         try:
             # The content first: what the database lists, the dashboard shows. Optuna's upload_artifact lists it first.
@@ -186,23 +173,14 @@ def attach_picture(trial: optuna.Trial, store: ArtifactStore, images: NDArray[np
             _remove(store, picture)
             _warn_of(error)
             return False
+        meta = {"artifact_id": picture, "filename": FILE, "mimetype": "image/png", "encoding": None}
         try:
-            trial.storage.set_trial_system_attr(trial._trial_id, ATTR + picture, _meta(picture))
+            trial.storage.set_trial_system_attr(trial._trial_id, ATTR + picture, json.dumps(meta))
         except Exception:
             _remove(store, picture)
             raise
     trial.set_user_attr(NOTABLE, why)
     return True
-
-
-def _has_picture(trial: optuna.Trial) -> bool:
-    attrs = trial.storage.get_trial_system_attrs(trial._trial_id)
-    return any(key.startswith(ATTR) and json.loads(value)["filename"] == FILE for key, value in attrs.items())
-
-
-def _meta(picture: str) -> str:
-    """What ``optuna.artifacts.get_all_artifact_meta`` and the dashboard read of an artifact."""
-    return json.dumps({"artifact_id": picture, "filename": FILE, "mimetype": "image/png", "encoding": None})
 
 
 def _remove(store: ArtifactStore, picture: str) -> None:
@@ -220,8 +198,8 @@ def _warn_of(error: Exception) -> None:
     if type(error) in WARNED:
         return
     WARNED.add(type(error))
-    reason = reason_of(error)
-    _log.warning("pictures are not kept (%s); the search goes on without. Fix it, or give another --artifacts", reason)
+    why = reason_of(error)
+    _log.warning("pictures are not kept (%s); the search goes on without. Fix it, or give another --artifacts", why)
 
 
 def reason_of(error: Exception) -> str:

@@ -17,13 +17,7 @@ from optuna.exceptions import OptunaError, StorageInternalError
 from optuna.storages import RDBStorage
 from optuna.storages._rdb import models  # private: names of the tables, and what a KeyError says
 from sqlalchemy.engine import URL
-from sqlalchemy.exc import (
-    DBAPIError,
-    IntegrityError,
-    OperationalError,
-    ProgrammingError,
-    SQLAlchemyError,
-)
+from sqlalchemy.exc import DBAPIError, IntegrityError, OperationalError, ProgrammingError, SQLAlchemyError
 
 from autodiffusion_optuna.errors import StorageError
 from autodiffusion_optuna.storage.study_storage import StudyStorage, is_away
@@ -99,13 +93,11 @@ def open_storage(url: str, *, create: bool = True, known: bool = False) -> Study
     Raises StorageError where the URL does not parse, or the database does not open or is another program's.
     """
     parsed = parse_url(url)
-    sqlite = parsed.get_backend_name() == "sqlite"
     optuna.logging.set_verbosity(optuna.logging.ERROR)  # what the database says is said here, in one line
     try:
-        if sqlite:
-            _check_sqlite(parsed, create)
+        check_place(url, create=create)
         storage = _opened(lambda: _open(url, create), parsed, known)
-        if sqlite and create:
+        if parsed.get_backend_name() == "sqlite" and create:
             storage.use_wal()
     # RuntimeError: Optuna's word for tables of another version.
     except (SQLAlchemyError, OptunaError, ImportError, OSError, RuntimeError) as error:
@@ -133,25 +125,17 @@ def _once_made(make: Callable[[], T]) -> T:
     return make()
 
 
-def check_place(url: str) -> None:
-    """StorageError where a SQLite file could not be made or written at ``url``; nothing is created."""
-    parsed = parse_url(url)
-    if parsed.get_backend_name() == "sqlite":
-        _check_sqlite(parsed, create=True)
-
-
 def is_empty(url: str, *, known: bool = False) -> bool:
     """Whether there is no database at ``url`` yet, or one without tables; looking never creates one.
 
     ``known`` as in ``open_storage``. Raises StorageError where the URL does not parse or the database does not open.
     """
-    parsed = parse_url(url)
-    path = sqlite_path(url)
+    parsed, path = parse_url(url), sqlite_path(url)
     if path is not None and not path.exists():
         return True
     try:
         if path is not None:
-            _check_sqlite(parsed, create=False)
+            check_place(url, create=False)
         tables = _opened(lambda: _tables(parsed), parsed, known)
     except (SQLAlchemyError, ImportError, OSError) as error:
         raise StorageError(_reason(url, error)) from None
@@ -182,10 +166,17 @@ def _check_tables(parsed: URL, create: bool) -> None:
     raise StorageError(f"database {shown!r} {what}; give another with --storage")
 
 
-def _check_sqlite(url: URL, create: bool) -> None:
-    if not url.database or url.database == ":memory:":
+def check_place(url: str, *, create: bool = True) -> None:
+    """StorageError where there is no SQLite file at ``url``, or with ``create`` none could be made or written there.
+
+    Nothing is created. Servers are not asked.
+    """
+    parsed = parse_url(url)
+    if parsed.get_backend_name() != "sqlite":
+        return
+    if not parsed.database or parsed.database == ":memory:":
         raise StorageError("storage sqlite in memory would forget the study; give a file: sqlite:///FILE.db")
-    path = Path(url.database)
+    path = Path(parsed.database)
     if path.is_dir():
         raise StorageError(f"storage {str(path)!r} is a folder; give a file: sqlite:///{path}/adopt.db")
     if path.exists():
@@ -231,8 +222,7 @@ def upgrade_storage(url: str) -> str:
     """
     parsed = parse_url(url)
     try:
-        if parsed.get_backend_name() == "sqlite":
-            _check_sqlite(parsed, create=False)
+        check_place(url, create=False)
         _check_tables(parsed, create=False)
         storage = RDBStorage(
             escaped(url), engine_options(parsed), skip_compatibility_check=True, skip_table_creation=True

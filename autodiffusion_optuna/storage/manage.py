@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import re
 import uuid
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from copy import copy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import optuna
 import sqlalchemy
 from optuna.artifacts.exceptions import ArtifactNotFound
-from optuna.trial import FrozenTrial, TrialState, create_trial
+from optuna.trial import FrozenTrial, TrialState
 from sqlalchemy.exc import IntegrityError
 
 from autodiffusion_optuna.config import NAME_PATTERN
@@ -106,19 +107,15 @@ def delete_study(storage: StudyStorage, name: str, *, force: bool = False) -> De
 
 def _check_at_rest(study: optuna.Study, force: bool) -> None:
     """StudyError where somebody runs the study."""
-    running = [t for t in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)) if _has_worker(t)]
-    if running and not force:
-        workers = sorted({t.user_attrs.get(OWNER, "unknown") for t in running})
+    # A worker on another host, or one that has no name, may be alive.
+    running = study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
+    workers = [name for t in running if not is_dead(name := str(t.user_attrs.get(OWNER, "unknown")))]
+    if workers and not force:
         raise StudyError(
-            f"study {study.study_name!r} is being run: {len(running)} running trials of {', '.join(workers)}; "
+            f"study {study.study_name!r} is being run: {len(workers)} running trials of "
+            f"{', '.join(sorted(set(workers)))}; "
             "stop its workers first, or give --force"
         )
-
-
-def _has_worker(trial: FrozenTrial) -> bool:
-    """Whether a running trial's worker may be alive: one on another host, or not yet written down, may be."""
-    name = trial.user_attrs.get(OWNER)
-    return name is None or not is_dead(name)
 
 
 def _check_free(storage: StudyStorage, name: str) -> None:
@@ -188,17 +185,10 @@ def _copy_into(
 
 def _template(trial: FrozenTrial, system_attrs: dict[str, Any]) -> FrozenTrial:
     """What a trial is created from. One that is running has no worker in the copy: it waits, with what it has."""
-    running = trial.state == TrialState.RUNNING
-    template = create_trial(
-        state=TrialState.WAITING if running else trial.state,
-        params=trial.params,
-        distributions=trial.distributions,
-        user_attrs=trial.user_attrs,
-        system_attrs=system_attrs,
-        intermediate_values=trial.intermediate_values,
-        values=trial.values,
-    )
-    template.datetime_start, template.datetime_complete = trial.datetime_start, trial.datetime_complete
+    template = copy(trial)
+    template.system_attrs = system_attrs
+    if trial.state == TrialState.RUNNING:
+        template.state = TrialState.WAITING
     return template
 
 
@@ -220,19 +210,17 @@ def _copy_pictures(store: ArtifactStore | None, location: str | None, ids: Mappi
     if store is None:
         return
     for old, new in ids.items():
-        with _told_as_storage_error("copy", location):
-            try:
-                with store.open_reader(old) as picture:
-                    store.write(new, picture)
-            except ArtifactNotFound:
-                continue  # lost before: the copy has lost it too
+        with _storage_error("copy", location), store.open_reader(old) as picture:
+            store.write(new, picture)
 
 
 @contextmanager
-def _told_as_storage_error(what: str, location: str | None) -> Iterator[None]:
-    """Errors of a store as StorageError, one line."""
+def _storage_error(what: str, location: str | None) -> Iterator[None]:
+    """Errors of a store as StorageError, one line; none for a picture that was lost before."""
     try:
         yield
+    except ArtifactNotFound:
+        pass
     except Exception as error:  # the errors of buckets' clients have no common base
         where = shown(location or "")
         raise StorageError(f"cannot {what} pictures in {where!r}: {reason_of(error)}; fix that and try again") from None
@@ -244,16 +232,22 @@ def _delete(storage: StudyStorage, study_id: int, *, leave_pictures: bool = Fals
     StorageError, and the study is kept, where a picture cannot be removed; with ``leave_pictures`` it is deleted.
     """
     location = _location(storage, storage.get_study_user_attrs(study_id))
-    pictures = [] if location is None else _own_pictures(storage, study_id)
-    gone, why = dict[str, bool](), ""
+    left = [] if location is None else _own_pictures(storage, study_id)
+    removed, why = 0, ""
     try:
-        _delete_pictures(location, pictures, gone)
+        store = _open_store(location) if location is not None and left else None
+        while left:
+            if store is not None:
+                with _storage_error("remove", location):
+                    store.remove(left[0])
+                    removed += 1
+            del left[0]
     except StorageError as error:
         if not leave_pictures:
             raise StorageError(f"{error}, or give --force to delete the study and leave its pictures") from None
         why = str(error)
     storage.delete_study(study_id)
-    return Deleted(sum(gone.values()), tuple(picture for picture in pictures if picture not in gone), why)
+    return Deleted(removed, tuple(left), why)
 
 
 def _own_pictures(storage: StudyStorage, study_id: int) -> list[str]:
@@ -264,23 +258,6 @@ def _own_pictures(storage: StudyStorage, study_id: int) -> list[str]:
         if own and study._study_id != study_id:
             others |= _picture_ids(storage, study._study_id)
     return sorted(own - others)
-
-
-def _delete_pictures(location: str | None, pictures: Sequence[str], gone: dict[str, bool]) -> None:
-    """Remove pictures from their store (StorageError). Notes down those that are gone: now (True), or before."""
-    store = _open_store(location) if location is not None and pictures else None
-    for picture in pictures:
-        gone[picture] = store is not None and _remove(store, location, picture)
-
-
-def _remove(store: ArtifactStore, location: str | None, picture: str) -> bool:
-    """Remove a picture (StorageError); False where it was lost before."""
-    with _told_as_storage_error("remove", location):
-        try:
-            store.remove(picture)
-        except ArtifactNotFound:
-            return False
-    return True
 
 
 def _picture_ids(storage: StudyStorage, study_id: int) -> set[str]:

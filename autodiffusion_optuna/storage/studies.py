@@ -9,13 +9,7 @@ import optuna
 from pydantic import ValidationError
 
 from autodiffusion_optuna._version import __version__
-from autodiffusion_optuna.config import (
-    StudyConfig,
-    differences,
-    explain,
-    flatten,
-    missing_files,
-)
+from autodiffusion_optuna.config import StudyConfig, differences, explain, flatten, missing_files
 from autodiffusion_optuna.errors import StudyError, choose_from
 from autodiffusion_optuna.storage.attrs import CONFIG, READY, RUNTIME, UNIT_COSTS, VERSION
 from autodiffusion_optuna.storage.database import is_empty, open_storage
@@ -57,12 +51,6 @@ def find_study(url: str, name: str, *, known: bool = False, ready: bool = True) 
     study = optuna.load_study(study_name=name, storage=storage)
     needed = {CONFIG, READY} if ready else {CONFIG}
     return study if needed <= study.user_attrs.keys() else None
-
-
-def existing_names(url: str) -> list[str]:
-    """Names of the studies in the database at ``url``, if there is one."""
-    storage = find_storage(url)
-    return study_names(storage) if storage else []
 
 
 def require_same(study: optuna.Study, config: StudyConfig) -> None:

@@ -1,4 +1,4 @@
-"""open_storage(url): Optuna's RDBStorage, made to survive."""
+"""URLs of databases: what the user gives, what others may read of it, and how it is connected to."""
 
 from __future__ import annotations
 
@@ -9,27 +9,16 @@ from pathlib import Path
 from typing import Any
 
 from sqlalchemy.engine import URL, make_url
-from sqlalchemy.exc import (
-    ArgumentError,
-    SQLAlchemyError,
-)
+from sqlalchemy.exc import ArgumentError, SQLAlchemyError
 
 from autodiffusion_optuna.errors import StorageError
 
 SECRET = "pass|secret|token|key"
 """What the names of secrets in a URL's query hold."""
-
-
 DEFAULT_URL = "sqlite:///adopt.db"
-
-
 ENVIRONMENT = "ADOPT_STORAGE"
-
-
 BUSY_TIMEOUT = 60
 """Seconds to wait for another process's SQLite lock."""
-
-
 LIBPQ = {
     "connect_timeout": 10,
     "keepalives_idle": 30,
@@ -38,14 +27,8 @@ LIBPQ = {
     "tcp_user_timeout": 30_000,
 }
 """A server that falls silent is known to be away within the minute; by default that takes many."""
-
-
 PYTHON_ONLY = {"autocommit", "row_factory", "cursor_factory", "context"}
 """Options of psycopg that take objects: any text would count as true, and a study would not be written whole."""
-
-
-NUMBERS = re.compile("threshold|timeout|keepalives")
-"""Options of a connection that are numbers; in a URL's query they are text."""
 
 
 def storage_url(given: str | None) -> str:
@@ -121,10 +104,8 @@ def parse_url(url: str) -> URL:
 
 def engine_options(url: URL) -> dict[str, Any]:
     """How the database at ``url`` is connected to (StorageError for options that cannot be meant)."""
-    sqlite = url.get_backend_name() == "sqlite"
-    numbers = {name: _number(name, value, sqlite) for name, value in url.query.items() if NUMBERS.search(name)}
-    if sqlite:
-        return {"connect_args": {} if "timeout" in numbers else {"timeout": BUSY_TIMEOUT}}
+    if url.get_backend_name() == "sqlite":
+        return {"connect_args": {} if "timeout" in url.query else {"timeout": BUSY_TIMEOUT}}
     for name in PYTHON_ONLY & url.query.keys():
         raise StorageError(f"{name}={url.query[name]} in the storage URL is not for text; leave it out")
     driver = url.get_driver_name()
@@ -133,15 +114,10 @@ def engine_options(url: URL) -> dict[str, Any]:
     if driver == "psycopg":
         # Statements are prepared in one of the server's sessions, but a pooler may give each transaction another one.
         # This option is Python's, and needs a number; all others are the C library's, which reads text.
-        given["prepare_threshold"] = numbers.get("prepare_threshold")
+        threshold = url.query.get("prepare_threshold", "none")
+        if threshold != "none" and not str(threshold).isdecimal():
+            raise StorageError(
+                f"prepare_threshold={threshold} in the storage URL is no whole number; give one, or leave it out"
+            )
+        given["prepare_threshold"] = None if threshold == "none" else int(str(threshold))
     return {"pool_pre_ping": True, "connect_args": given}
-
-
-def _number(name: str, value: str | tuple[str, ...], sqlite: bool) -> float | None:
-    """Value of an option of a connection, whole but for SQLite; "none" for a threshold that is never met."""
-    if value == "none" and name == "prepare_threshold":
-        return None
-    try:
-        return float(value) if sqlite else int(value)  # type: ignore[arg-type]
-    except (TypeError, ValueError):
-        raise StorageError(f"{name}={value} in the storage URL is no whole number; give one, or leave it out") from None
