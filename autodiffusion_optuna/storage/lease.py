@@ -113,8 +113,7 @@ def _keeps(study: optuna.Study, storage: StudyStorage, lease: Lease, known: int,
 
 
 def _give_up(storage: StudyStorage, trial_id: int, why: str) -> None:
-    storage.set_trial_user_attr(trial_id, FAILURE, f"given up at once: {why}")
-    storage.end_trial(trial_id, TrialState.FAIL, None, owner())
+    storage.end_trial(trial_id, TrialState.FAIL, None, owner(), (FAILURE, f"given up at once: {why}"))
 
 
 def reclaim(study: optuna.Study, storage: StudyStorage, grace: float) -> list[int]:
@@ -158,13 +157,10 @@ def take_back(storage: StudyStorage, trial: FrozenTrial, reason: str) -> bool:
     trial_id, holder = trial._trial_id, trial.user_attrs.get(OWNER)
     retries = int(trial.user_attrs.get(RETRIES, 0)) + 1
     if retries > MAX_RETRIES:
-        storage.set_trial_user_attr(trial_id, FAILURE, f"its worker {reason}, {retries} times in all")
-        storage.end_trial(trial_id, TrialState.FAIL, None, holder)
+        why = f"its worker {reason}, {retries} times in all"
+        storage.end_trial(trial_id, TrialState.FAIL, None, holder, (FAILURE, why))
         return False
-    if not storage.end_trial(trial_id, TrialState.WAITING, None, holder):
-        return False
-    storage.set_trial_user_attr(trial_id, RETRIES, retries)
-    return True
+    return storage.end_trial(trial_id, TrialState.WAITING, None, holder, (RETRIES, retries))
 
 
 def release(storage: StudyStorage, trial_id: int) -> None:

@@ -71,6 +71,25 @@ def _patient(name: str) -> Callable[..., Any]:
     return call
 
 
+def _while_mine(name: str) -> Callable[..., Any]:
+    """A write to a trial of Optuna's storage, which a worker makes only while the trial is its.
+
+    In one transaction with the check: a worker that was frozen must not change what another one runs by now.
+    """
+
+    def call(self: StudyStorage, trial_id: int, *args: Any, **kwargs: Any) -> None:
+        write = functools.partial(getattr(self.inner, name), trial_id, *args, **kwargs)
+        if self.worker is None:
+            self.until_back(write)
+            return
+        check = _hold(trial_id, "RUNNING").where(_is_of(trial_id, self.worker))
+        if not self.until_back(lambda: self.in_one_transaction((check,), write)):
+            self.get_trial(trial_id)  # KeyError where the study is deleted
+            raise UpdateFinishedTrialError(f"trial {trial_id} is another worker's by now")
+
+    return call
+
+
 if TYPE_CHECKING:
     _Storage = RDBStorage
 else:
@@ -129,6 +148,11 @@ class StudyStorage(_Storage):
             template_trial = create_trial(state=TrialState.RUNNING, user_attrs={OWNER: self.worker})
         return self.until_back(lambda: self.inner.create_new_trial(study_id, template_trial))
 
+    set_trial_param = _while_mine("set_trial_param")
+    set_trial_intermediate_value = _while_mine("set_trial_intermediate_value")
+    set_trial_user_attr = _while_mine("set_trial_user_attr")
+    set_trial_system_attr = _while_mine("set_trial_system_attr")
+
     def set_trial_state_values(self, trial_id: int, state: TrialState, values: Sequence[float] | None = None) -> bool:
         """As Optuna's, but a worker ends only what is still its: else UpdateFinishedTrialError."""
         if self.worker is not None and state.is_finished():
@@ -141,25 +165,30 @@ class StudyStorage(_Storage):
 
     def _take(self, trial_id: int, worker: str) -> bool:
         """Begin a waiting trial under its worker's name: in between, nobody could tell whose it is."""
-        name = (USER_ATTRS.c.trial_id == trial_id) & (USER_ATTRS.c.key == OWNER)
-        row = {"trial_id": trial_id, "key": OWNER, "value_json": json.dumps(worker)}
-        statements = (_hold(trial_id, "WAITING"), USER_ATTRS.delete().where(name), USER_ATTRS.insert().values(row))
+        statements = (_hold(trial_id, "WAITING"), *_set_attr(trial_id, OWNER, worker))
         return self.in_one_transaction(
             statements, lambda: self.rdb.set_trial_state_values(trial_id, TrialState.RUNNING)
         )
 
-    def end_trial(self, trial_id: int, state: TrialState, values: Sequence[float] | None, holder: str | None) -> bool:
+    def end_trial(
+        self,
+        trial_id: int,
+        state: TrialState,
+        values: Sequence[float] | None,
+        holder: str | None,
+        attr: tuple[str, Any] | None = None,
+    ) -> bool:
         """End a running trial, or have it wait again, in one transaction with the check that it is ``holder``'s.
 
-        ``holder``: as its user attr names its worker, None for one without. False, and nothing is written, where the
-        trial is another's or runs no more; True also where this very call was carried out before it was cut off.
+        ``holder``: as its user attr names its worker, None for one without. ``attr``: a user attr to write with it.
+        False, and nothing is written, where the trial is another's or runs no more; True also where this very call was
+        carried out before it was cut off.
         """
-        owned = sqlalchemy.exists().where(USER_ATTRS.c.trial_id == trial_id, USER_ATTRS.c.key == OWNER)
-        his = ~owned if holder is None else owned.where(USER_ATTRS.c.value_json == json.dumps(holder))
-        check = (_hold(trial_id, "RUNNING").where(his),)
+        check = _hold(trial_id, "RUNNING").where(_is_of(trial_id, holder))
+        statements = (check, *(() if attr is None else _set_attr(trial_id, *attr)))
 
         def end() -> bool:
-            if self.in_one_transaction(check, lambda: self.rdb.set_trial_state_values(trial_id, state, values)):
+            if self.in_one_transaction(statements, lambda: self.rdb.set_trial_state_values(trial_id, state, values)):
                 return True
             now = self.inner.get_trial(trial_id)
             return now.state == state and now.user_attrs.get(OWNER) == holder
@@ -329,6 +358,19 @@ def _hold(trial_id: int, state: str) -> sqlalchemy.Update:
     # The column is an enumeration in Postgres, which does not take a text for it.
     now: sqlalchemy.ColumnClause[Any] = sqlalchemy.literal_column(f"'{state}'")
     return TRIALS.update().where(TRIALS.c.trial_id == trial_id, TRIALS.c.state == now).values(state=TRIALS.c.state)
+
+
+def _is_of(trial_id: int, holder: str | None) -> sqlalchemy.ColumnElement[bool]:
+    """Whether a trial's user attr names this worker, or none."""
+    owned = sqlalchemy.exists().where(USER_ATTRS.c.trial_id == trial_id, USER_ATTRS.c.key == OWNER)
+    return ~owned if holder is None else owned.where(USER_ATTRS.c.value_json == json.dumps(holder))
+
+
+def _set_attr(trial_id: int, key: str, value: Any) -> tuple[sqlalchemy.Executable, ...]:
+    """Statements that write a user attr of a trial."""
+    old = (USER_ATTRS.c.trial_id == trial_id) & (USER_ATTRS.c.key == key)
+    row = {"trial_id": trial_id, "key": key, "value_json": json.dumps(value)}
+    return USER_ATTRS.delete().where(old), USER_ATTRS.insert().values(row)
 
 
 def configure_sqlite(connection: Any, _record: object) -> None:

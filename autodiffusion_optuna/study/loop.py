@@ -70,15 +70,15 @@ def work(
     with Heartbeat(storage, search.grace / BEATS) as heartbeat, _leaving(study, storage):
         while True:
             started = time.perf_counter()
-            lease = acquire(study, storage, search.trials, publish, grace=search.grace, ready=ready)
-            if lease == "done":
-                return
-            if lease == "wait":
-                time.sleep(idle)
-                idle = min(2 * idle, LONGEST_WAIT)
-                continue
-            idle = FIRST_WAIT
             try:
+                lease = acquire(study, storage, search.trials, publish, grace=search.grace, ready=ready)
+                if lease == "done":
+                    return
+                if lease == "wait":
+                    time.sleep(idle)
+                    idle = min(2 * idle, LONGEST_WAIT)
+                    continue
+                idle = FIRST_WAIT
                 with heartbeat.of(lease), _failed_if_broken(study, lease):
                     candidate = describe(components, study, lease.trial)
                     storage_seconds = time.perf_counter() - started + tell_seconds
@@ -216,7 +216,6 @@ def finish(study: optuna.Study, lease: Lease, outcome: Outcome, storage_seconds:
 
     ``storage_seconds``: what taking it and ending the one before it took.
     """
-    _check_mine(study, lease)
     score, attrs = outcome.score, dict[str, Any]()
     if outcome.reason is not None:
         attrs[FAILURE] = " ".join(outcome.reason.split())[:500]
@@ -231,13 +230,9 @@ def finish(study: optuna.Study, lease: Lease, outcome: Outcome, storage_seconds:
     try:
         study.tell(lease.trial, score.value if score is not None and complete else None, state=outcome.state)
     except ValueError:  # Optuna's word for a trial that waits again, or is finished
-        _check_mine(study, lease)
-        raise
-
-
-def _check_mine(study: optuna.Study, lease: Lease) -> None:
-    if not is_mine(study.get_trials(deepcopy=False)[lease.number]):
-        raise UpdateFinishedTrialError(f"trial {lease.number} is another worker's by now")
+        if is_mine(study.get_trials(deepcopy=False)[lease.number]):
+            raise
+        raise UpdateFinishedTrialError(f"trial {lease.number} is another worker's by now") from None
 
 
 def rungs(config: StudyConfig) -> list[int]:

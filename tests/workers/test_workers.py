@@ -175,6 +175,39 @@ def test_a_trial_that_another_worker_finished_meanwhile_is_left_to_it(
     assert found[2].values == [1e9]
 
 
+@pytest.mark.parametrize("moment", ["before its proposal", "before its parameters"])
+@pytest.mark.parametrize("finishes", [True, False])
+def test_a_worker_frozen_while_it_begins_a_trial_writes_nothing_to_it_any_more(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, moment: str, finishes: bool
+) -> None:
+    """Another worker has taken the trial over meanwhile, and runs it or has finished it."""
+    parts = components.build(config_with(folder / "quick.toml", "search.trials=4", "search.warm_starts=['uniform']"))
+    database = open_storage("sqlite:///adopt.db")
+    opened = lifecycle.open_study(parts, database)
+    others = open_storage("sqlite:///adopt.db")
+    step = "propose" if moment == "before its proposal" else "describe"
+    real, theirs = getattr(loop, step), list[int]()
+
+    def frozen(parts: Any, study: optuna.Study, trial: optuna.Trial) -> Any:
+        if trial.number == 2 and not theirs:
+            theirs.append(trial._trial_id)
+            others.set_trial_user_attr(trial._trial_id, OWNER, "elsewhere/1/1")
+            others.set_trial_user_attr(trial._trial_id, CANDIDATE, "4,3,2,1")
+            if finishes:
+                assert others.end_trial(trial._trial_id, TrialState.COMPLETE, [1e9], "elsewhere/1/1")
+        elif theirs and not finishes:
+            others.end_trial(theirs[0], TrialState.COMPLETE, [1e9], "elsewhere/1/1")
+        return real(parts, study, trial)
+
+    monkeypatch.setattr(loop, step, frozen)
+    loop.work(parts, opened, database)
+    found = opened.get_trials(deepcopy=False)
+    assert [t.state for t in found] == [TrialState.COMPLETE] * 4
+    assert found[2].values == [1e9]
+    assert found[2].user_attrs[CANDIDATE] == "4,3,2,1"
+    assert found[2].params == {}
+
+
 @pytest.mark.slow
 def test_workers_outlive_restarts_of_postgres(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
     place = tmp_path_factory.mktemp("restarted")
@@ -259,7 +292,7 @@ def test_without_the_lock_the_budget_still_holds(folder: Path, monkeypatch: pyte
         """Another worker was a moment faster."""
         loop.propose(parts, opened, trial)
         key = opened.trials[trial.number].user_attrs[CANDIDATE]
-        database.set_trial_user_attr(theirs.pop(), CANDIDATE, key)
+        rival._storage.set_trial_user_attr(theirs.pop(), CANDIDATE, key)
 
     theirs: list[int] = []
     ask = opened.ask
