@@ -170,7 +170,7 @@ class SearchConfig(Section):
     warm_starts: list[str] | None = None
     """Names of baselines to evaluate first; unset: all (``paper``: uniform alone)."""
     max_skip: Annotated[float, Field(ge=0, le=1)] = 0.0
-    """Largest share of layers that one step may skip; 0 searches timesteps alone."""
+    """Largest ratio of layers that one step may skip; 0 searches timesteps alone."""
     max_cost: Annotated[float, Field(gt=0)] | None = None
     """Largest cost of a candidate, 1.0 being ``cost_steps`` steps with every layer on."""
     cost_steps: Count | None = None
@@ -298,8 +298,6 @@ def apply_override(table: dict[str, Any], override: str) -> None:
     key, equals, text = (part.strip() for part in override.partition("="))
     if not equals or not key:
         raise ConfigError(f"--set {override!r} has no '='; write --set key=value, for example --set search.trials=100")
-    if not key.startswith("model.fields.") and not any(f"{known}.".startswith(f"{key}.") for known in known_keys()):
-        raise ConfigError("--set: " + unknown_key(key))
     *path, name = key.split(".")
     given: dict[str, Any] = {name: _toml_value(text)}
     for part in reversed(path):
@@ -388,11 +386,12 @@ def unknown_key(key: str) -> str:
 def explain(error: ValidationError) -> str:
     """First problem of a config as one line: the setting, what was given, what is allowed."""
     first = _most_telling(error.errors())
+    *path, last = first["loc"]
     # A union of an int and a table puts the member's name in the location.
     parts = {part for key in known_keys() for part in key.split(".")}
     where = ".".join(str(part) for part in first["loc"] if isinstance(part, int) or part in parts)
     if first["type"] == "extra_forbidden":
-        return unknown_key(".".join(str(part) for part in first["loc"]))
+        return unknown_key(".".join([*(str(part) for part in path if part in parts), str(last)]))
     if first["type"] == "missing":
         return f"setting {where!r} is missing; add it to the study file"
     message = first["msg"].removeprefix("Value error, ")

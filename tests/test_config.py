@@ -136,7 +136,7 @@ def test_settings_of_the_solver_may_be_lists_and_ranges() -> None:
     [
         ("sampling.guidance=-1", "greater than or equal to 0"),
         ("sampling.guidance={min=4, max=1}", "min 4.0 must not be negative and must be smaller than max 1.0"),
-        ("sampling.guidance={lo=4, max=1}", "unknown setting"),
+        ("sampling.guidance={lo=4, max=1}", "unknown setting 'sampling.guidance.lo'"),
         ("sampling.solver=[]", "at least 1 item"),
         ("sampling.final=last", "'zero' or 'sigma_min'"),
         ("sampling.eta=2", "less than or equal to 1"),

@@ -129,10 +129,6 @@ class AutoDiffusionSampler(BaseSampler):
             made = replace(made, candidate=candidate, operator="baseline" if enqueued else "unknown", parents=())
         return made
 
-    def describe(self, study: optuna.Study, number: int) -> dict[str, Any]:
-        """``proposal`` without its candidate, as JSON: {generation, stage, operator, skip_ratio, parents}."""
-        return self.proposal(study, number).origin
-
     def read(self, study: optuna.Study) -> None:
         """Read the study's trials now, which takes a while where it is long, rather than with the next proposal."""
         if self.space is not None:

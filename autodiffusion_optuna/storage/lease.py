@@ -65,7 +65,7 @@ def acquire(
     storage.worker = owner()
     with storage.locked(study):
         trials = study.get_trials(deepcopy=False)
-        if _reclaim(storage, study._study_id, trials, grace):
+        if reclaim(study, storage, trials, grace):
             trials = study.get_trials(deepcopy=False)
         unfinished = [t for t in trials if t.state not in FINISHED]
         places = budget - (len(trials) - len(unfinished))
@@ -116,21 +116,16 @@ def _give_up(storage: StudyStorage, trial_id: int, why: str) -> None:
     storage.end_trial(trial_id, TrialState.FAIL, None, owner(), (FAILURE, f"given up at once: {why}"))
 
 
-def reclaim(study: optuna.Study, storage: StudyStorage, grace: float) -> list[int]:
+def reclaim(study: optuna.Study, storage: StudyStorage, trials: Sequence[FrozenTrial], grace: float) -> list[int]:
     """Put trials of dead workers back in the queue under their own numbers, so that nothing shifts.
 
     A worker is dead where it ran on this host and runs no more, or where its trial had no heartbeat for ``grace``
     seconds and this process saw none for half of them: a database that was away, or the clock that was set, silences
-    no one. Returns the numbers taken back. A trial that was taken back ``MAX_RETRIES`` times is failed, with the
-    reason in its user attrs, since it may be what kills its worker.
+    no one. ``trials``: all of the study, just read. Returns the numbers taken back. A trial that was taken back
+    ``MAX_RETRIES`` times is failed, with the reason in its user attrs, since it may be what kills its worker.
     """
-    return _reclaim(storage, study._study_id, study.get_trials(deepcopy=False), grace)
-
-
-def _reclaim(storage: StudyStorage, study_id: int, trials: Sequence[FrozenTrial], grace: float) -> list[int]:
-    """``reclaim`` for trials just read."""
     running = [t for t in trials if t.state == TrialState.RUNNING and not is_mine(t)]
-    beats = storage.beats(study_id) if running else {}
+    beats = storage.beats(study._study_id) if running else {}
     taken = []
     for trial in running:
         name, beat = trial.user_attrs.get(OWNER), beats.get(trial._trial_id)

@@ -247,14 +247,10 @@ def warm_starts(config: StudyConfig, baselines: dict[str, Candidate]) -> list[st
     return names
 
 
-def full_steps(components: StudyComponents) -> int:
-    """Number of steps whose cost, with every layer on and the first of the solvers, is 1.0."""
-    return components.config.search.cost_steps or components.space.max_steps
-
-
 def relative_cost(components: StudyComponents, candidate: Candidate) -> float:
-    """Cost of a candidate, 1.0 being ``full_steps`` steps with every layer on."""
-    return components.space.cost(candidate) / len(components.space.visits(full_steps(components), {}))
+    """Cost of a candidate, 1.0 being ``search.cost_steps`` steps with every layer on and the first of the solvers."""
+    full = components.config.search.cost_steps or components.space.max_steps
+    return components.space.cost(candidate) / len(components.space.visits(full, {}))
 
 
 def metric_name(components: StudyComponents) -> str:

@@ -14,6 +14,7 @@ from autodiffusion_optuna.candidate import Candidate
 from autodiffusion_optuna.config import StudyConfig
 from autodiffusion_optuna.errors import StudyError
 from autodiffusion_optuna.evaluation.denoiser import Denoiser
+from autodiffusion_optuna.evaluation.models import Model
 from autodiffusion_optuna.evaluation.runtime import describe_runtime
 from autodiffusion_optuna.storage.artifacts import (
     ArtifactStore,
@@ -27,11 +28,16 @@ from autodiffusion_optuna.storage.attrs import (
     BASELINE,
     BASELINE_COSTS,
     BASELINES,
+    CODEC,
+    CONDITIONS,
     CONFIG,
+    EXTRACTOR,
     METRIC,
+    MODEL,
     MODEL_FACTS,
     NOISE,
     READY,
+    REFERENCE,
     REFERENCE_IMAGES,
     RUNTIME,
     SANITY,
@@ -140,10 +146,9 @@ def _location(begun: optuna.Study | None, url: str, given: str | None) -> str | 
     return None if location is None else stored_location(location, url)
 
 
-def _describe_model(components: StudyComponents, study: optuna.Study) -> None:
-    """Write down what an export needs to know of the model."""
-    model = components.model
-    facts = {
+def _model_facts(model: Model) -> dict[str, Any]:
+    """What an export needs to know of the model."""
+    return {
         "kind": model.kind,
         "prediction": model.denoiser.prediction if isinstance(model.denoiser, Denoiser) else None,
         "shape": list(model.shape),
@@ -154,8 +159,6 @@ def _describe_model(components: StudyComponents, study: optuna.Study) -> None:
         "guidance": model.guidance,
         "scale": model.scale,
     }
-    study.set_user_attr(MODEL_FACTS, facts)
-    study.set_user_attr(NOISE, model.schedule.pack())
 
 
 def _pruner(config: StudyConfig) -> BasePruner:
@@ -171,11 +174,11 @@ def _identity(components: StudyComponents) -> dict[str, Any]:
     """What must be equal for values to be compared, besides the config; stored with the study."""
     conditions = components.model.conditions
     return {
-        "codec": components.space.codec(),
-        "model": components.model.fingerprint,
-        "extractor": components.evaluator.extractor.fingerprint,
-        "reference": components.evaluator.reference.digest,
-        "conditions": None if conditions is None else conditions.fingerprint,
+        CODEC: components.space.codec(),
+        MODEL: components.model.fingerprint,
+        EXTRACTOR: components.evaluator.extractor.fingerprint,
+        REFERENCE: components.evaluator.reference.digest,
+        CONDITIONS: None if conditions is None else conditions.fingerprint,
     }
 
 
@@ -193,16 +196,19 @@ def _begin(components: StudyComponents, study: optuna.Study, pictures: str | Non
     _describe_run(components, study)
     if pictures is not None:
         study.set_user_attr(ARTIFACTS, pictures)
-    for key, value in _identity(components).items():
-        study.set_user_attr(key, value)
-    _describe_model(components, study)
-    study.set_user_attr(RUNTIME, describe_runtime(components.evaluator))
-    study.set_user_attr(VERSION, __version__)
-    study.set_user_attr(METRIC, metric_name(components))
-    study.set_user_attr(UNIT_COSTS, list(components.space.unit_costs))
-    costs = {name: relative_cost(components, candidate) for name, candidate in components.baselines.items()}
-    study.set_user_attr(BASELINE_COSTS, costs)
-    study.set_user_attr(BASELINES, {name: candidate.key for name, candidate in components.baselines.items()})
+    attrs = {
+        **_identity(components),
+        MODEL_FACTS: _model_facts(components.model),
+        NOISE: components.model.schedule.pack(),
+        RUNTIME: describe_runtime(components.evaluator),
+        VERSION: __version__,
+        METRIC: metric_name(components),
+        UNIT_COSTS: list(components.space.unit_costs),
+        BASELINE_COSTS: {name: relative_cost(components, c) for name, c in components.baselines.items()},
+        BASELINES: {name: candidate.key for name, candidate in components.baselines.items()},
+    }
+    for name, value in attrs.items():
+        study.set_user_attr(name, value)
     starts: dict[str, str] = {}
     for name in warm_starts(components.config, components.baselines):
         starts.setdefault(components.baselines[name].key, name)  # two names may mean the same list

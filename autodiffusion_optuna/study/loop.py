@@ -18,7 +18,6 @@ from optuna.trial import FrozenTrial, TrialState
 from sqlalchemy.exc import SQLAlchemyError
 
 from autodiffusion_optuna.candidate import Candidate
-from autodiffusion_optuna.config import StudyConfig
 from autodiffusion_optuna.errors import AdoptError, ConfigError, StatisticsError, StudyError
 from autodiffusion_optuna.evaluation.evaluator import Score
 from autodiffusion_optuna.evaluation.runtime import describe_runtime
@@ -116,7 +115,7 @@ def describe(components: StudyComponents, study: optuna.Study, trial: optuna.Tri
     """
     try:
         candidate = components.space.suggest(trial)
-        origin = components.sampler.describe(study, trial.number)
+        origin = components.sampler.proposal(study, trial.number).origin
     except (ConfigError, TypeError, ValueError, OverflowError) as error:
         return f"the enqueued parameters are no candidate: {error}"
     attrs = {CANDIDATE: candidate.key, COST: relative_cost(components, candidate), **origin}
@@ -189,9 +188,10 @@ def evaluate(
     if isinstance(candidate, str):
         return Outcome(TrialState.FAIL, reason=candidate)
     try:
-        on_rung = None if components.config.score.pruner == "none" else _reporter(study, lease)
+        config = components.config.score
+        on_rung = _reporter(study, lease) if config.rungs else None
         preview = PICTURES if store else 0
-        score = components.evaluator.score(candidate, rungs(components.config), on_rung=on_rung, preview=preview)
+        score = components.evaluator.score(candidate, [*config.rungs, config.images], on_rung=on_rung, preview=preview)
         if not math.isfinite(score.value):
             raise StatisticsError(f"the distance is {score.value}")
     except (AdoptError, torch.OutOfMemoryError, MemoryError) as error:
@@ -233,13 +233,6 @@ def finish(study: optuna.Study, lease: Lease, outcome: Outcome, storage_seconds:
         if is_mine(study.get_trials(deepcopy=False)[lease.number]):
             raise
         raise UpdateFinishedTrialError(f"trial {lease.number} is another worker's by now") from None
-
-
-def rungs(config: StudyConfig) -> list[int]:
-    """Image counts at which a candidate is scored, the last one being its value's."""
-    if config.score.pruner == "none":
-        return [config.score.images]
-    return [*config.score.rungs, config.score.images]
 
 
 def _reporter(study: optuna.Study, lease: Lease) -> Callable[[int, float], bool]:

@@ -189,7 +189,7 @@ def test_enqueued_baselines_take_places_and_become_parents() -> None:
     study.enqueue_trial(SPACE.encode(baseline), user_attrs={"baseline": "best"})
     sampler = sampler_of(study)
     go(study, 16)
-    origin = sampler.describe(study, 0)
+    origin = sampler.proposal(study, 0).origin
     assert origin == {"generation": 0, "stage": 1, "operator": "baseline", "skip_ratio": 0.0, "parents": []}
     assert sampler.proposal(study, 0).candidate == baseline
     assert sampler.proposal(study, 8).generation == 1
@@ -202,7 +202,7 @@ def test_another_sampler_describes_a_serial_run_alike() -> None:
     other = AutoDiffusionSampler(SPACE, population_size=8)
     for number in range(30):
         assert other.proposal(study, number) == sampler_of(study).proposal(study, number)
-        json.dumps(other.describe(study, number))
+        json.dumps(other.proposal(study, number).origin)
 
 
 def test_directions_are_respected() -> None:

@@ -55,7 +55,7 @@ def test_what_is_stored_of_its_origin_stays() -> None:
     study = fresh()
     go(study, 10)
     begun(study, **{CANDIDATE: BEGUN.key, **ORIGIN})
-    assert sampler_of(study).describe(study, 10) == ORIGIN
+    assert sampler_of(study).proposal(study, 10).origin == ORIGIN
 
 
 @pytest.mark.parametrize("key", ["nonsense", "", 5, None, "5000,10", "9:ffffffffff,5,2,1", "900,700"])

@@ -125,7 +125,7 @@ def test_beats_behind_a_pooler_are_not_read_in_another_clients_time_zone(pooled:
             other.execute("SELECT 1")
         database.record_heartbeat(trial._trial_id)
         assert abs(database.beats(study._study_id)[trial._trial_id].silence) < 60
-    lease.reclaim(study, database, 60)
+    lease.reclaim(study, database, study.trials, 60)
     assert load_study(database, "beats").trials[trial.number].state.name == "RUNNING"
 
 

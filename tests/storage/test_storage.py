@@ -227,12 +227,12 @@ def test_silence_counts_while_it_is_watched(tmp_path: Path) -> None:
     study, trial = waiting_trial(database)
     take(database, trial, "elsewhere/1/1")
     age_heartbeats(database)
-    assert lease.reclaim(study, database, 0.4) == []
+    assert lease.reclaim(study, database, study.trials, 0.4) == []
     time.sleep(0.3)
     database.until_back(iter_of(StorageInternalError("gone"), None))  # away for a moment
-    assert lease.reclaim(study, database, 0.4) == []
+    assert lease.reclaim(study, database, study.trials, 0.4) == []
     time.sleep(0.3)
-    assert lease.reclaim(study, database, 0.4) == [0]
+    assert lease.reclaim(study, database, study.trials, 0.4) == [0]
 
 
 def test_an_outage_that_only_the_heart_meets_silences_no_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -240,12 +240,12 @@ def test_an_outage_that_only_the_heart_meets_silences_no_one(tmp_path: Path, mon
     study, trial = waiting_trial(database)
     take(database, trial, "elsewhere/1/1")
     age_heartbeats(database)
-    assert lease.reclaim(study, database, 0.4) == []
+    assert lease.reclaim(study, database, study.trials, 0.4) == []
     time.sleep(0.3)
     with monkeypatch.context() as away:
         away.setattr(optuna.storages.RDBStorage, "record_heartbeat", fails(StorageInternalError("gone")))
         database.record_heartbeat(trial)
-    assert lease.reclaim(study, database, 0.4) == []
+    assert lease.reclaim(study, database, study.trials, 0.4) == []
 
 
 def fails(error: Exception) -> Callable[..., None]:
@@ -312,9 +312,9 @@ def test_a_worker_of_an_earlier_boot_is_dead_sooner(tmp_path: Path) -> None:
     assert not lease.ran_here_before(lease.owner())
     assert not lease.ran_here_before("elsewhere/1/1")
     take(database, trial, f"{earlier}/1/1")
-    assert lease.reclaim(study, database, 60) == []  # a copy of this machine may beat still
+    assert lease.reclaim(study, database, study.trials, 60) == []  # a copy of this machine may beat still
     age_heartbeats(database)
-    assert lease.reclaim(study, database, 60) == [0]
+    assert lease.reclaim(study, database, study.trials, 60) == [0]
 
 
 def test_a_study_that_was_deleted_is_one_line(tmp_path: Path) -> None:

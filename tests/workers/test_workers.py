@@ -274,8 +274,8 @@ def test_a_trial_without_a_heartbeat_is_freed_after_the_grace(folder: Path) -> N
     found = begin(folder, "sqlite:///adopt.db")
     database = open_storage("sqlite:///adopt.db")
     found.ask().set_user_attr(OWNER, "elsewhere/1/1")
-    assert lease.reclaim(found, database, 1) == []
-    wait_for(lambda: lease.reclaim(found, database, 1) == [0], seconds=10)
+    assert lease.reclaim(found, database, found.trials, 1) == []
+    wait_for(lambda: lease.reclaim(found, database, found.trials, 1) == [0], seconds=10)
     assert found.trials[0].state == TrialState.WAITING
 
 
