@@ -24,6 +24,7 @@ from optuna.trial import FrozenTrial, TrialState
 from autodiffusion_optuna.errors import StorageError
 from autodiffusion_optuna.images import square_grid
 from autodiffusion_optuna.storage.attrs import BASELINE, GENERATION, NOTABLE
+from autodiffusion_optuna.storage.study_storage import id_of_trial
 from autodiffusion_optuna.storage.url import sqlite_path
 
 ATTR = "artifacts:"
@@ -175,7 +176,7 @@ def attach_picture(trial: optuna.Trial, store: ArtifactStore, images: NDArray[np
             return False
         meta = {"artifact_id": picture, "filename": FILE, "mimetype": "image/png", "encoding": None}
         try:
-            trial.storage.set_trial_system_attr(trial._trial_id, ATTR + picture, json.dumps(meta))
+            trial.storage.set_trial_system_attr(id_of_trial(trial), ATTR + picture, json.dumps(meta))
         except Exception:
             _remove(store, picture)
             raise

@@ -17,13 +17,13 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import optuna
 from optuna.trial import FrozenTrial, TrialState
 
 from autodiffusion_optuna.storage.attrs import CANDIDATE, FAILURE, OWNER, RETRIES
-from autodiffusion_optuna.storage.study_storage import StudyStorage
+from autodiffusion_optuna.storage.study_storage import StudyStorage, id_of_study, id_of_trial
 from autodiffusion_optuna.storage.trials import FINISHED
 
 _log = logging.getLogger("autodiffusion_optuna")
@@ -43,6 +43,10 @@ class Lease:
     def number(self) -> int:
         """Number of the trial."""
         return self.trial.number
+
+    def set_system_attr(self, key: str, value: Any) -> None:
+        """Write a system attr of the trial, for which Optuna's trial has no call."""
+        self.trial.storage.set_trial_system_attr(self.id, key, value)
 
 
 def acquire(
@@ -70,20 +74,25 @@ def acquire(
         unfinished = [t for t in trials if t.state not in FINISHED]
         places = budget - (len(trials) - len(unfinished))
         # A call that was cut off after it was carried out, and made again, leaves a trial of this worker behind.
-        left = next((t for t in unfinished if is_mine(t)), None)
-        queued = left is not None or any(t.state == TrialState.WAITING for t in unfinished)
+        mine = [t for t in unfinished if is_mine(t)]
         if places <= 0:
-            if left is not None:
-                _give_up(storage, left._trial_id, "the budget is met")
+            for trial in mine:
+                _give_up(storage, id_of_trial(trial), "the budget is met")
             return "done"
+        left = mine[0] if mine else None
+        waiting = any(t.state == TrialState.WAITING for t in unfinished)
         if left is None and sum(t.state == TrialState.RUNNING for t in unfinished) >= places:
             return "wait"
-        if not queued and not ready(trials):
+        if left is None and not waiting and not ready(trials):
             return "wait"
-        trial = study.ask() if left is None else optuna.Trial(study, left._trial_id)
-        publish(trial)
-    storage.record_heartbeat(trial._trial_id)
-    lease = Lease(trial, trial._trial_id)
+        asked = study.ask() if left is None else optuna.Trial(study, id_of_trial(left))
+        lease = Lease(asked, id_of_trial(asked))
+        if left is None and waiting and lease.number >= len(trials):
+            # Without the lock another worker took what waited, and Optuna has made a trial that nobody asked for.
+            _give_up(storage, lease.id, "another worker took the trial that waited")
+            return "wait"
+        publish(asked)
+    storage.record_heartbeat(lease.id)
     if left is None and not _keeps(study, storage, lease, len(trials), budget):
         return "wait"
     return lease
@@ -125,10 +134,10 @@ def reclaim(study: optuna.Study, storage: StudyStorage, trials: Sequence[FrozenT
     ``MAX_RETRIES`` times is failed, with the reason in its user attrs, since it may be what kills its worker.
     """
     running = [t for t in trials if t.state == TrialState.RUNNING and not is_mine(t)]
-    beats = storage.beats(study._study_id) if running else {}
+    beats = storage.beats(id_of_study(study)) if running else {}
     taken = []
     for trial in running:
-        name, beat = trial.user_attrs.get(OWNER), beats.get(trial._trial_id)
+        name, beat = trial.user_attrs.get(OWNER), beats.get(id_of_trial(trial))
         if name is not None and is_dead(name):
             reason = "died"
         elif name is not None and beat is not None and ran_here_before(name) and beat.silence > grace / 2:
@@ -137,7 +146,7 @@ def reclaim(study: optuna.Study, storage: StudyStorage, trials: Sequence[FrozenT
             reason = f"was silent for {grace:g} s"
         else:
             if beat is None:  # died before its first beat, or about to beat: its time starts now
-                storage.record_heartbeat(trial._trial_id)
+                storage.record_heartbeat(id_of_trial(trial))
             continue
         if take_back(storage, trial, reason):
             taken.append(trial.number)
@@ -149,7 +158,7 @@ def take_back(storage: StudyStorage, trial: FrozenTrial, reason: str) -> bool:
 
     ``trial``: as it was when its worker seemed dead.
     """
-    trial_id, holder = trial._trial_id, trial.user_attrs.get(OWNER)
+    trial_id, holder = id_of_trial(trial), trial.user_attrs.get(OWNER)
     retries = int(trial.user_attrs.get(RETRIES, 0)) + 1
     if retries > MAX_RETRIES:
         why = f"its worker {reason}, {retries} times in all"
@@ -167,7 +176,7 @@ def release_all(study: optuna.Study, storage: StudyStorage) -> None:
     """``release`` for whatever this worker runs, also a trial that it was about to begin or to end."""
     for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
         if is_mine(trial):
-            release(storage, trial._trial_id)
+            release(storage, id_of_trial(trial))
 
 
 def is_mine(trial: FrozenTrial) -> bool:
@@ -256,7 +265,7 @@ def workers(study: optuna.Study, storage: StudyStorage, grace: float) -> list[Wo
     beats = storage.beats(study_id)
     found = []
     for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
-        beat = beats.get(trial._trial_id)
+        beat = beats.get(id_of_trial(trial))
         silence = None if beat is None else beat.silence
         name = trial.user_attrs.get(OWNER, "unknown")
         alive = (silence is None or silence <= grace) and not is_dead(name)

@@ -24,7 +24,7 @@ from autodiffusion_optuna.storage.artifacts import ATTR, location_of, open_store
 from autodiffusion_optuna.storage.attrs import ARTIFACTS, CONFIG, OWNER
 from autodiffusion_optuna.storage.lease import is_dead, owner
 from autodiffusion_optuna.storage.studies import load_study, study_names
-from autodiffusion_optuna.storage.study_storage import StudyStorage
+from autodiffusion_optuna.storage.study_storage import StudyStorage, id_of_study
 
 if TYPE_CHECKING:
     from autodiffusion_optuna.storage.artifacts import ArtifactStore
@@ -65,7 +65,7 @@ def rename_study(storage: StudyStorage, old: str, new: str, *, force: bool = Fal
     with storage.locked(study):  # no worker begins a trial between the check and the change
         _check_at_rest(study, force)
         _check_free(storage, new)
-        _set_name(storage, study._study_id, new, study.user_attrs[CONFIG])
+        _set_name(storage, id_of_study(study), new, study.user_attrs[CONFIG])
 
 
 def copy_study(
@@ -102,7 +102,7 @@ def delete_study(storage: StudyStorage, name: str, *, force: bool = False) -> De
     study = load_study(storage, name)
     with storage.locked(study):  # a trial begun meanwhile would be left behind without its study
         _check_at_rest(study, force)
-        return _delete(storage, study._study_id, leave_pictures=force)
+        return _delete(storage, id_of_study(study), leave_pictures=force)
 
 
 def _check_at_rest(study: optuna.Study, force: bool) -> None:
@@ -255,8 +255,8 @@ def _own_pictures(storage: StudyStorage, study_id: int) -> list[str]:
     # Optuna's copy and the dashboard's rename leave two studies with the same pictures: those stay.
     own, others = _picture_ids(storage, study_id), set[str]()
     for study in storage.get_all_studies():
-        if own and study._study_id != study_id:
-            others |= _picture_ids(storage, study._study_id)
+        if own and id_of_study(study) != study_id:
+            others |= _picture_ids(storage, id_of_study(study))
     return sorted(own - others)
 
 

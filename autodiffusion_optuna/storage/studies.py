@@ -13,7 +13,7 @@ from autodiffusion_optuna.config import StudyConfig, differences, explain, flatt
 from autodiffusion_optuna.errors import StudyError, choose_from
 from autodiffusion_optuna.storage.attrs import CONFIG, READY, RUNTIME, UNIT_COSTS, VERSION
 from autodiffusion_optuna.storage.database import is_empty, open_storage
-from autodiffusion_optuna.storage.study_storage import StudyStorage
+from autodiffusion_optuna.storage.study_storage import StudyStorage, id_of_study
 
 
 def load_study(storage: StudyStorage, name: str) -> optuna.Study:
@@ -92,7 +92,7 @@ def study_names(storage: StudyStorage) -> list[str]:
 def current_name(study: optuna.Study) -> str:
     """The study's name as it is now: others may have renamed it since it was opened (KeyError where it is deleted)."""
     storage = study._storage  # of a study that Optuna opened by itself, its own
-    return storage.current_name(study._study_id) if isinstance(storage, StudyStorage) else study.study_name
+    return storage.current_name(id_of_study(study)) if isinstance(storage, StudyStorage) else study.study_name
 
 
 def is_deleted(study: optuna.Study) -> bool:

@@ -32,7 +32,7 @@ from sqlalchemy.exc import (
 )
 
 from autodiffusion_optuna.errors import StorageError
-from autodiffusion_optuna.storage.attrs import OWNER
+from autodiffusion_optuna.storage.attrs import FAILURE, OWNER
 
 LOCK_SECONDS = 10
 """Seconds to wait for another worker that takes a trial, and after which the database ends one that stopped there."""
@@ -48,8 +48,20 @@ BEATS = sqlalchemy.text(
     "SELECT b.trial_id, b.heartbeat FROM trial_heartbeats b JOIN trials t ON t.trial_id = b.trial_id "
     "WHERE t.study_id = :study AND t.state = 'RUNNING'"
 ).columns(trial_id=sqlalchemy.Integer, heartbeat=sqlalchemy.DateTime)
+HEARTBEATS = sqlalchemy.table("trial_heartbeats", *map(sqlalchemy.column, ("trial_id", "heartbeat")))
+STUDIES = sqlalchemy.table("studies", *map(sqlalchemy.column, ("study_id", "study_name")))
 TRIALS = sqlalchemy.table("trials", *map(sqlalchemy.column, ("trial_id", "study_id", "state")))
 USER_ATTRS = sqlalchemy.table("trial_user_attributes", *map(sqlalchemy.column, ("trial_id", "key", "value_json")))
+
+
+def id_of_study(study: optuna.Study | Any) -> int:
+    """The database's id of a study; private in Optuna, which knows studies by name."""
+    return study._study_id
+
+
+def id_of_trial(trial: optuna.Trial | FrozenTrial) -> int:
+    """The database's id of a trial; private in Optuna, which knows trials by number."""
+    return trial._trial_id
 
 
 class Beat(NamedTuple):
@@ -144,9 +156,16 @@ class StudyStorage(_Storage):
 
     def create_new_trial(self, study_id: int, template_trial: FrozenTrial | None = None) -> int:
         """A new trial; one that a worker begins is its from the first moment on (KeyError without the study)."""
-        if template_trial is None and self.worker is not None:
-            template_trial = create_trial(state=TrialState.RUNNING, user_attrs={OWNER: self.worker})
-        return self.until_back(lambda: self.inner.create_new_trial(study_id, template_trial))
+        if template_trial is not None or self.worker is None:
+            return self.until_back(lambda: self.inner.create_new_trial(study_id, template_trial))
+        begun = create_trial(state=TrialState.RUNNING, user_attrs={OWNER: self.worker})
+        made: list[int] = []
+        # SQLite lets others write until the first row is in: the study may have been deleted in between.
+        here = STUDIES.update().where(STUDIES.c.study_id == study_id).values(study_name=STUDIES.c.study_name)
+        self.until_back(
+            lambda: self.in_one_transaction((here,), lambda: made.append(self.inner.create_new_trial(study_id, begun)))
+        )
+        return made[-1] if made else self.inner.create_new_trial(study_id, begun)  # KeyError
 
     set_trial_param = _while_mine("set_trial_param")
     set_trial_intermediate_value = _while_mine("set_trial_intermediate_value")
@@ -164,11 +183,21 @@ class StudyStorage(_Storage):
         return self.until_back(lambda: self.inner.set_trial_state_values(trial_id, state, values))
 
     def _take(self, trial_id: int, worker: str) -> bool:
-        """Begin a waiting trial under its worker's name: in between, nobody could tell whose it is."""
-        statements = (_hold(trial_id, "WAITING"), *_set_attr(trial_id, OWNER, worker))
-        return self.in_one_transaction(
-            statements, lambda: self.rdb.set_trial_state_values(trial_id, TrialState.RUNNING)
+        """Begin a waiting trial under its worker's name: in between, nobody could tell whose it is.
+
+        An earlier worker's last heartbeat and its reason to fail go with it. True also where this very call was carried
+        out before it was cut off.
+        """
+        statements = (
+            _hold(trial_id, "WAITING"),
+            *_set_attr(trial_id, OWNER, worker),
+            _forget_attr(trial_id, FAILURE),
+            HEARTBEATS.update().where(HEARTBEATS.c.trial_id == trial_id).values(heartbeat=sqlalchemy.func.now()),
         )
+        if self.in_one_transaction(statements, lambda: self.rdb.set_trial_state_values(trial_id, TrialState.RUNNING)):
+            return True
+        now = self.inner.get_trial(trial_id)
+        return now.state == TrialState.RUNNING and now.user_attrs.get(OWNER) == worker
 
     def end_trial(
         self,
@@ -208,20 +237,19 @@ class StudyStorage(_Storage):
                 if place == 0 and not result.rowcount:
                     session.rollback()
                     return False
-        except IntegrityError:
+            call()
+        except BaseException as error:
             session.rollback()
+            if isinstance(error, SQLAlchemyError) and not isinstance(error, IntegrityError):
+                raise StorageInternalError("the statement failed") from error
             raise
-        except SQLAlchemyError as error:
-            session.rollback()
-            raise StorageInternalError("the statement failed") from error
-        call()
         return True
 
     def delete_study(self, study_id: int) -> None:
         """Delete a study, all of it (KeyError). Optuna's own gives up silently where others write to it meanwhile."""
         for _ in range(DELETE_TRIES):
             self.until_back(lambda: self.inner.delete_study(study_id))
-            if all(study._study_id != study_id for study in self.get_all_studies()):
+            if all(id_of_study(study) != study_id for study in self.get_all_studies()):
                 return
         raise StorageError(f"study {study_id} is still being written to; stop its workers, then delete it again")
 
@@ -261,7 +289,7 @@ class StudyStorage(_Storage):
         not get it within ``LOCK_SECONDS`` goes on without: its holder may be frozen. A killed holder's is free at once.
         """
         holder = {"sqlite": self._file_lock, "postgresql": self._advisory_lock}.get(self.engine.name)
-        release = holder(study._study_id) if holder else None
+        release = holder(id_of_study(study)) if holder else None
         try:
             yield
         finally:
@@ -366,11 +394,15 @@ def _is_of(trial_id: int, holder: str | None) -> sqlalchemy.ColumnElement[bool]:
     return ~owned if holder is None else owned.where(USER_ATTRS.c.value_json == json.dumps(holder))
 
 
+def _forget_attr(trial_id: int, key: str) -> sqlalchemy.Executable:
+    """A statement that removes a user attr of a trial, if it has it."""
+    return USER_ATTRS.delete().where(USER_ATTRS.c.trial_id == trial_id, USER_ATTRS.c.key == key)
+
+
 def _set_attr(trial_id: int, key: str, value: Any) -> tuple[sqlalchemy.Executable, ...]:
     """Statements that write a user attr of a trial."""
-    old = (USER_ATTRS.c.trial_id == trial_id) & (USER_ATTRS.c.key == key)
     row = {"trial_id": trial_id, "key": key, "value_json": json.dumps(value)}
-    return USER_ATTRS.delete().where(old), USER_ATTRS.insert().values(row)
+    return _forget_attr(trial_id, key), USER_ATTRS.insert().values(row)
 
 
 def configure_sqlite(connection: Any, _record: object) -> None:

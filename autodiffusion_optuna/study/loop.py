@@ -6,7 +6,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -98,12 +98,17 @@ def work(
 def propose(components: StudyComponents, study: optuna.Study, trial: optuna.Trial) -> None:
     """Have the sampler propose, and publish the candidate's key, so that no other worker tries the same.
 
-    What is no candidate is not published: the trial fails when its parameters are asked for.
+    What is no candidate is not published: the trial fails when its parameters are asked for. Nor is one that was
+    enqueued in part, before it has all its parameters: they tell more than its key.
     """
-    assert trial.relative_params is not None  # asked for here, the sampler proposes while the others wait
+    if not trial.relative_params:  # asked for here, the sampler proposes while the others wait
+        return
     try:
+        given = study.get_trials(deepcopy=False)[trial.number].system_attrs.get("fixed_params")
+        if given is not None:
+            components.space.decode(given)
         candidate = components.sampler.proposal(study, trial.number).candidate
-    except ConfigError:
+    except (ConfigError, TypeError, ValueError, OverflowError):
         return
     trial.set_user_attr(CANDIDATE, candidate.key)
 
@@ -161,7 +166,8 @@ def _failed_if_broken(study: optuna.Study, lease: Lease) -> Iterator[None]:
     except (OptunaError, SQLAlchemyError):
         raise  # the database's fault: the trial is taken back later
     except Exception as error:
-        finish(study, lease, Outcome(TrialState.FAIL, reason=f"{type(error).__name__}: {error}"))
+        with suppress(UpdateFinishedTrialError):
+            finish(study, lease, Outcome(TrialState.FAIL, reason=f"{type(error).__name__}: {error}"))
         raise
 
 
@@ -223,7 +229,7 @@ def finish(study: optuna.Study, lease: Lease, outcome: Outcome, storage_seconds:
         attrs |= {rung_key(images): value for images, value in score.rungs[:-1]}
         attrs[IMAGES] = score.images
         said = {**score.to_json(), "seconds_storage": round(storage_seconds, 4)}
-        lease.trial.storage.set_trial_system_attr(lease.id, SCORE, said)
+        lease.set_system_attr(SCORE, said)
     for name, value in attrs.items():
         lease.trial.set_user_attr(name, value)
     complete = outcome.state == TrialState.COMPLETE
