@@ -208,13 +208,12 @@ class StudyStorage(_Storage):
                 if place == 0 and not result.rowcount:
                     session.rollback()
                     return False
-        except IntegrityError:
+            call()
+        except BaseException as error:  # also Ctrl-C: the next call would commit what was written so far
             session.rollback()
+            if isinstance(error, SQLAlchemyError) and not isinstance(error, IntegrityError):
+                raise StorageInternalError("the statement failed") from error
             raise
-        except SQLAlchemyError as error:
-            session.rollback()
-            raise StorageInternalError("the statement failed") from error
-        call()
         return True
 
     def delete_study(self, study_id: int) -> None:
