@@ -261,8 +261,7 @@ class Worker:
 
 def workers(study: optuna.Study, storage: StudyStorage, grace: float) -> list[Worker]:
     """Who runs the study's running trials, and whether they live."""
-    study_id = storage.get_study_id_from_name(study.study_name)
-    beats = storage.beats(study_id)
+    beats = storage.beats(study._study_id)
     found = []
     for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
         beat = beats.get(id_of_trial(trial))

@@ -163,16 +163,14 @@ def _copy_into(
     if location is not None:  # first, so that pictures of a copy that was killed can be found
         destination.set_study_user_attr(copy_id, ARTIFACTS, stored_location(location, _url(destination)))
     trials = study.get_trials(deepcopy=False)
-    old_id = storage.get_study_id_from_name(study.study_name)
     new_ids: dict[int, int] = {}
     for count, trial in enumerate(trials, 1):
         attrs, pictures = _with_own_pictures(trial.system_attrs)
-        new_id = destination.create_new_trial(copy_id, _template(trial, attrs))
-        new_ids[storage.get_trial_id_from_study_id_trial_number(old_id, trial.number)] = new_id
+        new_ids[trial._trial_id] = destination.create_new_trial(copy_id, _template(trial, attrs))
         _copy_pictures(store, location, pictures)
         if on_copied is not None:
             on_copied(count, len(trials))
-    system_attrs, pictures = _with_own_pictures(storage.get_study_system_attrs(old_id))
+    system_attrs, pictures = _with_own_pictures(storage.get_study_system_attrs(study._study_id))
     for key, value in system_attrs.items():
         note = NOTE.match(key)
         own = f"dashboard:{new_ids.get(int(note[1]))}:{note[2]}" if note else key

@@ -238,7 +238,7 @@ class StudyStorage(_Storage):
                     session.rollback()
                     return False
             call()
-        except BaseException as error:
+        except BaseException as error:  # also Ctrl-C: the next call would commit what was written so far
             session.rollback()
             if isinstance(error, SQLAlchemyError) and not isinstance(error, IntegrityError):
                 raise StorageInternalError("the statement failed") from error

@@ -203,6 +203,18 @@ def test_a_waiting_trial_is_taken_once(tmp_path: Path) -> None:
     assert other.beats(study._study_id).keys() == {trial}
 
 
+def test_half_of_a_transaction_that_was_stopped_is_not_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ctrl-C in the middle of a write: the next call would commit what was written before it."""
+    database = db.open_storage(f"sqlite:///{tmp_path}/a.db")
+    study, trial = waiting_trial(database)
+    with monkeypatch.context() as stopped:
+        stopped.setattr(database.rdb, "set_trial_state_values", fails(KeyboardInterrupt()))
+        with pytest.raises(KeyboardInterrupt):
+            take(database, trial, "elsewhere/1/1")
+    assert study.trials[0].state == TrialState.WAITING
+    assert OWNER not in study.trials[0].user_attrs
+
+
 def test_a_trial_that_another_took_meanwhile_is_not_taken_back(tmp_path: Path) -> None:
     database = db.open_storage(f"sqlite:///{tmp_path}/a.db")
     study, trial = waiting_trial(database)
@@ -248,7 +260,7 @@ def test_an_outage_that_only_the_heart_meets_silences_no_one(tmp_path: Path, mon
     assert lease.reclaim(study, database, study.trials, 0.4) == []
 
 
-def fails(error: Exception) -> Callable[..., None]:
+def fails(error: BaseException) -> Callable[..., None]:
     def call(*args: object) -> None:
         raise error
 
