@@ -261,7 +261,7 @@ class Worker:
 
 def workers(study: optuna.Study, storage: StudyStorage, grace: float) -> list[Worker]:
     """Who runs the study's running trials, and whether they live."""
-    beats = storage.beats(study._study_id)
+    beats = storage.beats(id_of_study(study))
     found = []
     for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
         beat = beats.get(id_of_trial(trial))

@@ -170,7 +170,7 @@ def _copy_into(
         _copy_pictures(store, location, pictures)
         if on_copied is not None:
             on_copied(count, len(trials))
-    system_attrs, pictures = _with_own_pictures(storage.get_study_system_attrs(study._study_id))
+    system_attrs, pictures = _with_own_pictures(storage.get_study_system_attrs(id_of_study(study)))
     for key, value in system_attrs.items():
         note = NOTE.match(key)
         own = f"dashboard:{new_ids.get(int(note[1]))}:{note[2]}" if note else key
