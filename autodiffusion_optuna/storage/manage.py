@@ -24,7 +24,7 @@ from autodiffusion_optuna.storage.artifacts import ATTR, location_of, open_store
 from autodiffusion_optuna.storage.attrs import ARTIFACTS, CONFIG, OWNER
 from autodiffusion_optuna.storage.lease import is_dead, owner
 from autodiffusion_optuna.storage.studies import load_study, study_names
-from autodiffusion_optuna.storage.study_storage import StudyStorage, id_of_study
+from autodiffusion_optuna.storage.study_storage import StudyStorage, id_of_study, id_of_trial
 
 if TYPE_CHECKING:
     from autodiffusion_optuna.storage.artifacts import ArtifactStore
@@ -166,7 +166,7 @@ def _copy_into(
     new_ids: dict[int, int] = {}
     for count, trial in enumerate(trials, 1):
         attrs, pictures = _with_own_pictures(trial.system_attrs)
-        new_ids[trial._trial_id] = destination.create_new_trial(copy_id, _template(trial, attrs))
+        new_ids[id_of_trial(trial)] = destination.create_new_trial(copy_id, _template(trial, attrs))
         _copy_pictures(store, location, pictures)
         if on_copied is not None:
             on_copied(count, len(trials))
