@@ -40,7 +40,7 @@ LEFT_OUT = re.compile(
 PLAIN = "give the model's own weights, not quantised ones"
 
 
-def weights_of(
+def plain_weights(
     stored: Weights,
     file: Path,
     wanted: Collection[str] = (),

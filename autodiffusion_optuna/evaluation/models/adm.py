@@ -32,7 +32,7 @@ from autodiffusion_optuna.evaluation.models.base import Model, label_conditions
 from autodiffusion_optuna.evaluation.models.checkpoints import read_weights
 from autodiffusion_optuna.evaluation.models.parts import digest
 from autodiffusion_optuna.evaluation.skip import Units, find_units
-from autodiffusion_optuna.evaluation.tensors import check_numbers, misfit, weights_of
+from autodiffusion_optuna.evaluation.tensors import check_numbers, misfit, plain_weights
 
 Built = TypeVar("Built", bound=nn.Module)
 
@@ -129,7 +129,7 @@ def _load(path: Path, build: Callable[[Mapping[str, Tensor]], Built], notes: lis
     """The network that ``build`` makes of the checkpoint; its errors name the file."""
     if not path.is_file():
         raise ModelError(f"{path}: no such file; give a checkpoint as guided-diffusion saves it, or as safetensors")
-    weights = weights_of(read_weights([path], notes), path)
+    weights = plain_weights(read_weights([path], notes), path)
     try:
         return build(weights)
     except ModelError as error:

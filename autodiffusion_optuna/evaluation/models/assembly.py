@@ -11,9 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from autodiffusion_optuna.config import ModelConfig
-from autodiffusion_optuna.errors import ConfigError, ModelError
+from autodiffusion_optuna.errors import ConfigError, ModelError, first_line
 from autodiffusion_optuna.evaluation.denoiser import PRECISIONS, Denoiser
-from autodiffusion_optuna.evaluation.files import first_line
 from autodiffusion_optuna.evaluation.models.base import Model
 from autodiffusion_optuna.evaluation.models.vae import Vae
 from autodiffusion_optuna.evaluation.skip import Units, compile_units, find_units

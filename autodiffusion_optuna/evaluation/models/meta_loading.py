@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from autodiffusion_optuna.errors import ModelError
 from autodiffusion_optuna.evaluation.models.checkpoints import read_shapes, read_weights
 from autodiffusion_optuna.evaluation.models.parts import fill
-from autodiffusion_optuna.evaluation.tensors import Weights, is_scale, weights_of
+from autodiffusion_optuna.evaluation.tensors import Weights, is_scale, plain_weights
 
 
 def check_fit(network: nn.Module, stored: Weights, file: Path) -> None:
@@ -28,7 +28,7 @@ def weights_by_file(network: nn.Module, files: Sequence[Path]) -> Iterator[Weigh
             stored = read_weights([file])
             scales |= {name: stored[name].clone() for name in names}
     for file in files:
-        yield weights_of(read_weights([file]), file, wanted, scales)
+        yield plain_weights(read_weights([file]), file, wanted, scales)
 
 
 def materialise(network: nn.Module, weights: Iterable[Weights], device: torch.device) -> None:

@@ -15,11 +15,11 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from autodiffusion_optuna.errors import ModelError
+from autodiffusion_optuna.errors import ModelError, first_line
 from autodiffusion_optuna.evaluation.denoiser import store_reduced
-from autodiffusion_optuna.evaluation.files import first_line, read_json
+from autodiffusion_optuna.evaluation.files import read_json
 from autodiffusion_optuna.evaluation.models.checkpoints import STEM, find_weights, missing_file, read_weights
-from autodiffusion_optuna.evaluation.tensors import PLAIN, check_numbers, misfit, weights_of
+from autodiffusion_optuna.evaluation.tensors import PLAIN, check_numbers, misfit, plain_weights
 
 INDEX = "model_index.json"
 
@@ -128,12 +128,12 @@ def _modern(key: str) -> str:
 
 
 def fill(network: nn.Module, stored: Mapping[str, Tensor], file: Path, config: str) -> None:
-    """Give ``network`` exactly the weights that are ``stored`` (``tensors.weights_of``), in its own dtypes.
+    """Give ``network`` exactly the weights that are ``stored`` (``tensors.plain_weights``), in its own dtypes.
 
     ``ModelError`` that names the first weight that does not fit, and ``file`` and ``config``.
     """
     wanted = network.state_dict()
-    weights = weights_of(stored, file, wanted)
+    weights = plain_weights(stored, file, wanted)
     given = {key if key in wanted else _modern(key): value for key, value in weights.items()}
     if problem := misfit(given, {key: tensor.shape for key, tensor in wanted.items()}):
         raise ModelError(f"{file}: weights do not fit {config}, {problem}; take both from one model")

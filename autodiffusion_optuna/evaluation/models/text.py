@@ -15,11 +15,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from autodiffusion_optuna.errors import ConfigError, ModelError
-from autodiffusion_optuna.evaluation.files import check_content, first_line, read_json
+from autodiffusion_optuna.errors import ConfigError, ModelError, first_line
+from autodiffusion_optuna.evaluation.files import check_content, read_json
 from autodiffusion_optuna.evaluation.models.checkpoints import find_weights, read_shapes
 from autodiffusion_optuna.evaluation.models.parts import digest
-from autodiffusion_optuna.evaluation.tensors import PLAIN, check_numbers, is_scale, weights_of
+from autodiffusion_optuna.evaluation.tensors import PLAIN, check_numbers, is_scale, plain_weights
 
 ENCODERS = ("CLIPTextModel", "CLIPTextModelWithProjection", "T5EncoderModel")
 TOKENIZERS = ("CLIPTokenizer", "CLIPTokenizerFast", "T5Tokenizer", "T5TokenizerFast")
@@ -226,7 +226,7 @@ def _load_model(path: Path, kind: str, dtype: torch.dtype) -> Any:
         if read_json(path / "config.json").get("quantization_config"):
             raise ModelError(f"{path / 'config.json'}: has a quantization_config; {PLAIN}")
         stored = read_shapes(files)
-        weights_of(stored, files[0])
+        plain_weights(stored, files[0])
         if scale := next(filter(is_scale, stored), None):
             raise ModelError(f"{files[0]}: {scale} scales a weight, which transformers would leave out; {PLAIN}")
         check_numbers(stored, (name for name in stored if not name.endswith("position_ids")), files[0])

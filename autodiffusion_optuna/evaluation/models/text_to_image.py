@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from autodiffusion_optuna.config import ModelConfig
-from autodiffusion_optuna.errors import ConfigError, ModelError, choose_from
+from autodiffusion_optuna.errors import ConfigError, ModelError, choose_from, first_line
 from autodiffusion_optuna.evaluation.denoiser import (
     PRECISIONS,
     Condition,
@@ -25,7 +25,7 @@ from autodiffusion_optuna.evaluation.denoiser import (
     store_reduced,
     weights_sample,
 )
-from autodiffusion_optuna.evaluation.files import first_line, read_json
+from autodiffusion_optuna.evaluation.files import read_json
 from autodiffusion_optuna.evaluation.models.assembly import (
     assemble,
     check_channels,
