@@ -21,7 +21,6 @@ from autodiffusion_optuna.evaluation.models.adm import (
     ATTENTION,
     RESIDUAL,
     adm_blocks,
-    build_classifier,
     build_unet,
     convert,
     convert_classifier,
@@ -210,7 +209,7 @@ def test_the_keys_are_those_of_released_checkpoints() -> None:
 @pytest.mark.parametrize(("name", "parameters"), [("imagenet64", 65_438_568), ("imagenet256", 54_096_360)])
 def test_presets_have_the_published_classifiers(name: str, parameters: int) -> None:
     with torch.device("meta"):
-        classifier = build_classifier(PRESETS[name])
+        classifier = EncoderUNetModel(PRESETS[name])
     assert sum(weight.numel() for weight in classifier.parameters()) == parameters
     logits = classifier(
         torch.zeros(2, 3, *[PRESETS[name].image_size] * 2, device="meta"), torch.zeros(2, device="meta")
@@ -219,9 +218,8 @@ def test_presets_have_the_published_classifiers(name: str, parameters: int) -> N
 
 
 def test_the_classifier_is_the_official_one() -> None:
-    described, tensors = golden("adm_classifier")
-    arguments = {k: v for k, v in described["encoder_unet_arguments"].items() if k not in ("use_fp16", "pool")}
-    classifier = EncoderUNetModel(**arguments)
+    tensors = golden("adm_classifier")[1]
+    classifier = EncoderUNetModel(replace(fields_of("adm_unet_a"), **CLASSIFIER_FIELDS))
     classifier.load_state_dict(state(tensors), strict=True)
     classifier.eval().requires_grad_(False)
     model_times = tensors["in.t"].float()
@@ -245,7 +243,7 @@ def test_the_classifier_is_the_official_one() -> None:
 
 def test_a_classifier_without_residual_resampling_has_convolutions() -> None:
     adm = replace(fields_of("adm_unet_a"), **CLASSIFIER_FIELDS, classifier_resblock_updown=False)
-    classifier = build_classifier(replace(adm, classifier_use_scale_shift_norm=False))
+    classifier = EncoderUNetModel(replace(adm, classifier_use_scale_shift_norm=False))
     shapes = {key: tuple(value.shape) for key, value in classifier.state_dict().items()}
     assert shapes["input_blocks.2.0.op.weight"] == (32, 32, 3, 3)
     assert shapes["input_blocks.1.0.emb_layers.1.weight"] == (32, 128)
