@@ -14,8 +14,7 @@ from autodiffusion_optuna.config import ModelConfig
 from autodiffusion_optuna.errors import ConfigError, ModelError, choose_from
 from autodiffusion_optuna.evaluation.files import check_content
 from autodiffusion_optuna.evaluation.models.adm import load_adm
-from autodiffusion_optuna.evaluation.models.assembly import check_unused
-from autodiffusion_optuna.evaluation.models.base import Conditions, Model, find_device
+from autodiffusion_optuna.evaluation.models.base import Conditions, Model, check_unused, find_device
 from autodiffusion_optuna.evaluation.models.checkpoints import read_checkpoint
 from autodiffusion_optuna.evaluation.models.diffusers_folder import UNET, load_folder
 from autodiffusion_optuna.evaluation.models.hub import resolve

@@ -26,8 +26,14 @@ from autodiffusion_optuna.evaluation.models.adm_fields import (
     noise_schedule,
     resolve_fields,
 )
-from autodiffusion_optuna.evaluation.models.assembly import assemble, check_unused, choose_clip, trace_units
-from autodiffusion_optuna.evaluation.models.base import Model, label_conditions
+from autodiffusion_optuna.evaluation.models.base import (
+    Model,
+    assemble,
+    check_unused,
+    choose_clip,
+    label_conditions,
+    trace_units,
+)
 from autodiffusion_optuna.evaluation.models.checkpoints import read_weights
 from autodiffusion_optuna.evaluation.models.parts import digest
 from autodiffusion_optuna.evaluation.tensors import check_numbers, misfit, plain_weights

@@ -13,16 +13,17 @@ from torch import Tensor
 from autodiffusion_optuna.config import ModelConfig
 from autodiffusion_optuna.errors import ConfigError, ModelError
 from autodiffusion_optuna.evaluation.denoiser import UNCONDITIONAL, Condition, Denoiser, weights_sample
-from autodiffusion_optuna.evaluation.models.assembly import (
+from autodiffusion_optuna.evaluation.models.base import (
+    Conditions,
+    Model,
     assemble,
     check_channels,
     check_unused,
     choose_clip,
-    decoded_shape,
+    label_conditions,
     sides_of,
     trace_units,
 )
-from autodiffusion_optuna.evaluation.models.base import Conditions, Model, label_conditions
 from autodiffusion_optuna.evaluation.models.parts import Pipeline, digest, load_part, networks_beside, read_config
 from autodiffusion_optuna.evaluation.models.scheduler import load_scheduler
 from autodiffusion_optuna.evaluation.models.vae import load_vae
@@ -101,7 +102,7 @@ def load_folder(config: ModelConfig, device: torch.device, pipeline: Pipeline, n
         weights=weights_sample(network),
         conditions=conditions,
         scale=DIT_SCALE if kind == DIT else 1.0,
-        image_shape=decoded_shape(vae, shape, path) if vae else None,
+        image_shape=vae.image_shape(shape, path) if vae else None,
         kind=pipeline.kind or kind,
         notes=(
             *networks_beside(folder),

@@ -8,18 +8,25 @@ import inspect
 import json
 import os
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from autodiffusion_optuna.errors import ModelError, first_line
 from autodiffusion_optuna.evaluation.denoiser import store_reduced
 from autodiffusion_optuna.evaluation.files import read_json
-from autodiffusion_optuna.evaluation.models.checkpoints import STEM, find_weights, missing_file, read_weights
-from autodiffusion_optuna.evaluation.tensors import PLAIN, check_numbers, misfit, plain_weights
+from autodiffusion_optuna.evaluation.models.checkpoints import (
+    STEM,
+    find_weights,
+    missing_file,
+    read_shapes,
+    read_weights,
+)
+from autodiffusion_optuna.evaluation.tensors import PLAIN, Weights, check_numbers, is_scale, misfit, plain_weights
 
 INDEX = "model_index.json"
 
@@ -139,6 +146,42 @@ def fill(network: nn.Module, stored: Mapping[str, Tensor], file: Path, config: s
         raise ModelError(f"{file}: weights do not fit {config}, {problem}; take both from one model")
     check_numbers(given, (key for key, tensor in wanted.items() if tensor.is_floating_point()), file)
     network.load_state_dict(given)
+
+
+def check_fit(network: nn.Module, stored: Weights, file: Path) -> None:
+    """``ModelError`` that names the first weight of ``file`` that does not fit the ``network`` on the meta device."""
+    fill(network, {name: tensor.to("meta") for name, tensor in stored.items()}, file, "config.json")
+
+
+def weights_by_file(network: nn.Module, files: Sequence[Path]) -> Iterator[Weights]:
+    """The weights of ``network`` in one file after the other; scales may lie in other files than what they scale."""
+    wanted = network.state_dict().keys()
+    scales: dict[str, Tensor] = {}
+    for file in files:
+        if names := [name for name in read_shapes([file]) if is_scale(name) and name not in wanted]:
+            stored = read_weights([file])
+            scales |= {name: stored[name].clone() for name in names}
+    for file in files:
+        yield plain_weights(read_weights([file]), file, wanted, scales)
+
+
+def materialise(network: nn.Module, weights: Iterable[Weights], device: torch.device) -> None:
+    """Give ``network`` all its weights, in its own dtypes, on ``device`` and frozen.
+
+    They go to the device a piece at a time, so that no more than one piece lies in main memory besides.
+    """
+    wanted = {name: tensor.dtype for name, tensor in network.state_dict().items()}
+    for piece in weights:
+        # Copied even where nothing changes: what was read is the file itself, mapped into memory.
+        placed = {name: tensor.to(device, wanted[name], copy=True) for name, tensor in piece.items() if name in wanted}
+        network.load_state_dict(placed, strict=False, assign=True)
+    empty = [name for name, tensor in [*network.named_parameters(), *network.named_buffers()] if tensor.is_meta]
+    if empty:
+        raise ModelError(
+            f"weights of {type(network).__name__} hold nothing for {empty[0]!r}, which diffusers computes or renames; "
+            "load the model in diffusers and save it with save_pretrained"
+        )
+    network.eval().requires_grad_(False)
 
 
 def digest(files: Sequence[Path], *configs: Mapping[str, Any]) -> str:

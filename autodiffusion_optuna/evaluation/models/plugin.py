@@ -23,8 +23,14 @@ from autodiffusion_optuna.evaluation.denoiser import (
     Network,
     store_reduced,
 )
-from autodiffusion_optuna.evaluation.models.assembly import assemble, check_unused, choose_clip, trace_units
-from autodiffusion_optuna.evaluation.models.base import Model, label_conditions
+from autodiffusion_optuna.evaluation.models.base import (
+    Model,
+    assemble,
+    check_unused,
+    choose_clip,
+    label_conditions,
+    trace_units,
+)
 from autodiffusion_optuna.noise import NoiseSchedule
 
 

@@ -26,26 +26,28 @@ from autodiffusion_optuna.evaluation.denoiser import (
     weights_sample,
 )
 from autodiffusion_optuna.evaluation.files import read_json
-from autodiffusion_optuna.evaluation.models.assembly import (
+from autodiffusion_optuna.evaluation.models.base import (
+    Conditions,
+    Model,
     assemble,
     check_channels,
     check_unused,
     choose_clip,
-    decoded_shape,
     sides_of,
     trace_units,
 )
-from autodiffusion_optuna.evaluation.models.base import Conditions, Model
 from autodiffusion_optuna.evaluation.models.checkpoints import find_weights, read_shapes
-from autodiffusion_optuna.evaluation.models.meta_loading import check_fit, materialise, weights_by_file
 from autodiffusion_optuna.evaluation.models.parts import (
     INDEX,
     Pipeline,
     build_network,
+    check_fit,
     digest,
+    materialise,
     network_notes,
     networks_beside,
     read_config,
+    weights_by_file,
 )
 from autodiffusion_optuna.evaluation.models.prompts import read_prompts
 from autodiffusion_optuna.evaluation.models.scheduler import Scheduler, load_scheduler
@@ -185,7 +187,7 @@ def load_text_to_image(
     scaling = None if scaled else facts.get("scaling_factor")
     vae = load_vae(folder / "vae", device, config.precision, scaling, usual=True)
     shape = _latent_shape(network, kind, vae, config.size, path)
-    image_shape = decoded_shape(vae, shape, path)
+    image_shape = vae.image_shape(shape, path)
     files = [file] if file else find_weights(path.parent)
     training: list[str] = []
     if file is None:

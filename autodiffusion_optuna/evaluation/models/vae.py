@@ -39,6 +39,16 @@ class Vae:
     scale: float = 1.0
     """What latents were multiplied by for the diffusion model, in the mean of their channels."""
 
+    def image_shape(self, shape: tuple[int, int, int], where: Path) -> tuple[int, int, int]:
+        """(3, H, W) of the images of latents of ``shape``. ``ModelError``, naming ``where``, where they do not fit."""
+        channels, height, width = shape
+        if channels != self.channels:
+            raise ModelError(
+                f"{where}: states have {channels} channels, but the decoder beside it takes {self.channels}; "
+                "take both from one model"
+            )
+        return 3, height * self.factor, width * self.factor
+
 
 def load_vae(
     folder: Path,
