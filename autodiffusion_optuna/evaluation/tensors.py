@@ -78,11 +78,6 @@ def plain_weights(
     return weights
 
 
-def is_scale(key: str) -> bool:
-    """Whether a tensor of this name scales a weight."""
-    return bool(SCALE.fullmatch(key))
-
-
 def _scaled(weight: Tensor, scale: Tensor, where: str) -> Tensor:
     """``weight`` times a scale, one for all or one for each of its rows, in float32: float8 is exact in it."""
     rows = weight.shape[:1]

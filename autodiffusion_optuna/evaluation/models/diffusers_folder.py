@@ -64,7 +64,7 @@ def load_folder(config: ModelConfig, device: torch.device, pipeline: Pipeline, n
     facts = {**DIT_DEFAULTS, **stored} if kind == DIT else stored
     shape = _state_shape(facts, kind, path)
     conditions = _conditions(facts, kind, config, name, path, device)
-    part = load_part(folder, kind, stored, config.precision)
+    network, files, notes = load_part(folder, kind, stored, config.precision)
     scheduler = load_scheduler(pipeline.folder)
     if scheduler.filled.get("use_dynamic_shifting"):
         raise ModelError(
@@ -73,7 +73,7 @@ def load_folder(config: ModelConfig, device: torch.device, pipeline: Pipeline, n
             "shift"
         )
     vae = load_vae(decoder, device, config.precision, usual=kind == DIT) if decoder else None
-    network = part.network.to(device)
+    network.to(device)
 
     def predict(x: Tensor, model_times: Tensor, condition: Condition) -> Tensor:
         output: Tensor = network(x, model_times, class_labels=condition.get("label"), return_dict=False)[0]
@@ -97,7 +97,7 @@ def load_folder(config: ModelConfig, device: torch.device, pipeline: Pipeline, n
         denoiser,
         vae,
         name=name,
-        fingerprint=digest(part.files, stored, scheduler.config, {"vae": vae and vae.digest}),
+        fingerprint=digest(files, stored, scheduler.config, {"vae": vae and vae.digest}),
         shape=shape,
         weights=weights_sample(network),
         conditions=conditions,
@@ -106,7 +106,7 @@ def load_folder(config: ModelConfig, device: torch.device, pipeline: Pipeline, n
         kind=pipeline.kind or kind,
         notes=(
             *networks_beside(folder),
-            *part.notes,
+            *notes,
             *scheduler.notes,
             *(vae.notes if vae else _clip_notes(scheduler.filled, config.clip)),
             *_class_notes(path, kind, conditions, config),

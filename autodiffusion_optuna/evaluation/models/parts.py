@@ -26,7 +26,7 @@ from autodiffusion_optuna.evaluation.models.checkpoints import (
     read_shapes,
     read_weights,
 )
-from autodiffusion_optuna.evaluation.tensors import PLAIN, Weights, check_numbers, is_scale, misfit, plain_weights
+from autodiffusion_optuna.evaluation.tensors import PLAIN, SCALE, Weights, check_numbers, misfit, plain_weights
 
 INDEX = "model_index.json"
 
@@ -56,24 +56,7 @@ def find_pipeline(folder: Path) -> Pipeline:
     whole, network = Path(os.path.abspath(folder)), ""
     if (folder / "config.json").is_file() and not (folder / INDEX).exists() and (whole.parent / INDEX).is_file():
         folder, network = whole.parent, whole.name
-    return Pipeline(folder, read_index(folder), network)
-
-
-def read_index(folder: Path) -> dict[str, Any]:
-    """``model_index.json`` of a pipeline; empty where there is none."""
-    return read_json(folder / INDEX) if (folder / INDEX).is_file() else {}
-
-
-@dataclass(frozen=True, eq=False)
-class Part:
-    """A frozen network on the CPU and the files of its weights.
-
-    ``notes``: what the files do not say and was assumed, or hold besides, a line each.
-    """
-
-    network: nn.Module
-    files: Sequence[Path]
-    notes: tuple[str, ...] = ()
+    return Pipeline(folder, read_json(folder / INDEX) if (folder / INDEX).is_file() else {}, network)
 
 
 def read_config(folder: Path, kinds: Collection[str]) -> dict[str, Any]:
@@ -89,22 +72,25 @@ def read_config(folder: Path, kinds: Collection[str]) -> dict[str, Any]:
     return config
 
 
-def load_part(folder: Path, kind: str, config: Mapping[str, Any], precision: str = "float32") -> Part:
-    """The network in ``folder``, of diffusers' class ``kind`` and with its weights, which are kept in ``precision``.
+def load_part(
+    folder: Path, kind: str, config: Mapping[str, Any], precision: str = "float32"
+) -> tuple[nn.Module, list[Path], list[str]]:
+    """The network in ``folder``, of diffusers' class ``kind``, frozen on the CPU, and the files of its weights.
 
-    Nothing is downloaded. ``ModelError`` where weights are missing or broken or do not fit the config.
+    Its weights are kept in ``precision``. The third value says what the files do not say and was assumed, or hold
+    besides, a line each. Nothing is downloaded. ``ModelError`` where weights are missing, broken or do not fit the
+    config.
     """
     from diffusers.models.modeling_utils import no_init_weights
 
-    path = folder / "config.json"
     files = find_weights(folder)
-    network = build_network(kind, config, path, no_init_weights())  # drawing them takes most of a load
+    network = build_network(kind, config, folder / "config.json", no_init_weights())  # drawing them would take long
     notes: list[str] = []
-    fill(network, read_weights(files, notes), files[0], path.name)
+    check_fit(network, read_shapes(files, notes), files[0])
     for child in list(network.children())[1:]:  # the first one, which is small, tells diffusers the dtype
         store_reduced(child, precision)
-    notes += network_notes(folder, config, network, files)
-    return Part(network.eval().requires_grad_(False), files, tuple(notes))
+    materialise(network, weights_by_file(network, files), torch.device("cpu"))
+    return network, files, notes + network_notes(folder, config, network, files)
 
 
 def build_network(
@@ -127,30 +113,22 @@ def build_network(
 
 
 LEGACY = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
+"""What older versions of diffusers called attention's projections -> their present names."""
 
 
-def _modern(key: str) -> str:
-    """The present name of a weight; older versions of diffusers named attention's projections otherwise."""
-    return ".".join(LEGACY.get(part, part) for part in key.split("."))
-
-
-def fill(network: nn.Module, stored: Mapping[str, Tensor], file: Path, config: str) -> None:
-    """Give ``network`` exactly the weights that are ``stored`` (``tensors.plain_weights``), in its own dtypes.
-
-    ``ModelError`` that names the first weight that does not fit, and ``file`` and ``config``.
-    """
-    wanted = network.state_dict()
-    weights = plain_weights(stored, file, wanted)
-    given = {key if key in wanted else _modern(key): value for key, value in weights.items()}
-    if problem := misfit(given, {key: tensor.shape for key, tensor in wanted.items()}):
-        raise ModelError(f"{file}: weights do not fit {config}, {problem}; take both from one model")
-    check_numbers(given, (key for key, tensor in wanted.items() if tensor.is_floating_point()), file)
-    network.load_state_dict(given)
+def _renamed(weights: Weights, wanted: Collection[str]) -> dict[str, Tensor]:
+    """``weights`` by their present names."""
+    present = {name: ".".join(LEGACY.get(part, part) for part in name.split(".")) for name in weights}
+    return {name if name in wanted else present[name]: tensor for name, tensor in weights.items()}
 
 
 def check_fit(network: nn.Module, stored: Weights, file: Path) -> None:
-    """``ModelError`` that names the first weight of ``file`` that does not fit the ``network`` on the meta device."""
-    fill(network, {name: tensor.to("meta") for name, tensor in stored.items()}, file, "config.json")
+    """``ModelError`` that names the first weight ``stored`` in ``file`` that does not fit; no number is looked at."""
+    wanted = network.state_dict()
+    given = _renamed(plain_weights(stored, file, wanted), wanted)
+    if problem := misfit(given, {name: tensor.shape for name, tensor in wanted.items()}):
+        raise ModelError(f"{file}: weights do not fit config.json, {problem}; take both from one model")
+    check_numbers(given, (name for name, tensor in wanted.items() if tensor.is_floating_point()), file)
 
 
 def weights_by_file(network: nn.Module, files: Sequence[Path]) -> Iterator[Weights]:
@@ -158,7 +136,7 @@ def weights_by_file(network: nn.Module, files: Sequence[Path]) -> Iterator[Weigh
     wanted = network.state_dict().keys()
     scales: dict[str, Tensor] = {}
     for file in files:
-        if names := [name for name in read_shapes([file]) if is_scale(name) and name not in wanted]:
+        if names := [name for name in read_shapes([file]) if SCALE.fullmatch(name) and name not in wanted]:
             stored = read_weights([file])
             scales |= {name: stored[name].clone() for name in names}
     for file in files:
@@ -173,7 +151,11 @@ def materialise(network: nn.Module, weights: Iterable[Weights], device: torch.de
     wanted = {name: tensor.dtype for name, tensor in network.state_dict().items()}
     for piece in weights:
         # Copied even where nothing changes: what was read is the file itself, mapped into memory.
-        placed = {name: tensor.to(device, wanted[name], copy=True) for name, tensor in piece.items() if name in wanted}
+        placed = {
+            name: tensor.to(device, wanted[name], copy=True, memory_format=torch.contiguous_format)
+            for name, tensor in _renamed(piece, wanted).items()
+            if name in wanted
+        }
         network.load_state_dict(placed, strict=False, assign=True)
     empty = [name for name, tensor in [*network.named_parameters(), *network.named_buffers()] if tensor.is_meta]
     if empty:
@@ -197,9 +179,7 @@ def digest(files: Sequence[Path], *configs: Mapping[str, Any]) -> str:
     return whole.hexdigest()
 
 
-def network_notes(
-    folder: Path, config: Mapping[str, Any], network: nn.Module, files: Sequence[Path]
-) -> tuple[str, ...]:
+def network_notes(folder: Path, config: Mapping[str, Any], network: nn.Module, files: Sequence[Path]) -> list[str]:
     """What the ``config`` of a network does not say and no weight shows, and other weights beside its ``files``."""
     full: Any = network.config
     absent = [key for key in INVISIBLE if key in full and key not in config and not is_settled(key, config)]
@@ -208,7 +188,7 @@ def network_notes(
     others = sorted(path.name for path in folder.iterdir() if (_variant(path.name) or used) not in (used, *ROUNDED))
     if others:
         notes.append(f"{folder}: {files[0].name} is used, not {', '.join(others)} beside it")
-    return tuple(notes)
+    return notes
 
 
 INVISIBLE = (

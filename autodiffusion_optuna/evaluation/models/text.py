@@ -19,7 +19,7 @@ from autodiffusion_optuna.errors import ConfigError, ModelError, first_line
 from autodiffusion_optuna.evaluation.files import check_content, read_json
 from autodiffusion_optuna.evaluation.models.checkpoints import find_weights, read_shapes
 from autodiffusion_optuna.evaluation.models.parts import digest
-from autodiffusion_optuna.evaluation.tensors import PLAIN, check_numbers, is_scale, plain_weights
+from autodiffusion_optuna.evaluation.tensors import PLAIN, SCALE, check_numbers, plain_weights
 
 ENCODERS = ("CLIPTextModel", "CLIPTextModelWithProjection", "T5EncoderModel")
 TOKENIZERS = ("CLIPTokenizer", "CLIPTokenizerFast", "T5Tokenizer", "T5TokenizerFast")
@@ -227,7 +227,7 @@ def _load_model(path: Path, kind: str, dtype: torch.dtype) -> Any:
             raise ModelError(f"{path / 'config.json'}: has a quantization_config; {PLAIN}")
         stored = read_shapes(files)
         plain_weights(stored, files[0])
-        if scale := next(filter(is_scale, stored), None):
+        if scale := next(filter(SCALE.fullmatch, stored), None):
             raise ModelError(f"{files[0]}: {scale} scales a weight, which transformers would leave out; {PLAIN}")
         check_numbers(stored, (name for name in stored if not name.endswith("position_ids")), files[0])
         model, info = loaded.from_pretrained(

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from autodiffusion_optuna.config import ModelConfig
 from autodiffusion_optuna.errors import ConfigError, ModelError, choose_from, first_line
@@ -64,7 +65,7 @@ from autodiffusion_optuna.evaluation.models.text import (
     encoders_digest,
     load_encoders,
 )
-from autodiffusion_optuna.evaluation.models.vae import AUTOENCODERS, Vae, load_vae
+from autodiffusion_optuna.evaluation.models.vae import Vae, load_vae
 from autodiffusion_optuna.noise import NoiseSchedule, flow
 
 MARKED = ("prediction_type", "rescale_betas_zero_snr")
@@ -135,16 +136,12 @@ def _predict_flux(network: nn.Module, x: Tensor, model_times: Tensor, condition:
 
 def pack(x: Tensor) -> Tensor:
     """[B, C, 2h, 2w] -> [B, h w, 4C]: each 2x2 square becomes one vector, channels first, as Flux takes them."""
-    b, c, height, width = x.shape
-    squares = x.reshape(b, c, height // 2, 2, width // 2, 2).permute(0, 2, 4, 1, 3, 5)
-    return squares.reshape(b, height * width // 4, 4 * c)
+    return functional.pixel_unshuffle(x, 2).flatten(2).mT.contiguous()
 
 
 def unpack(sequence: Tensor, height: int, width: int) -> Tensor:
     """[B, height width, 4C] -> [B, C, 2 height, 2 width]; the inverse of ``pack``."""
-    b, _, c = sequence.shape
-    squares = sequence.reshape(b, height, width, c // 4, 2, 2).permute(0, 3, 1, 4, 2, 5)
-    return squares.reshape(b, c // 4, 2 * height, 2 * width)
+    return functional.pixel_shuffle(sequence.mT.reshape(len(sequence), -1, height, width), 2)
 
 
 PIPELINES: dict[str, Kind] = {
@@ -183,9 +180,7 @@ def load_text_to_image(
     used = {"prompts", "size", *(["negative_prompt"] if guidance == "free" else []), *(["config"] if file else [])}
     check_unused(config, name, used)
     facts = training_facts(file) if file else {}
-    scaled = "scaling_factor" in read_config(folder / "vae", AUTOENCODERS)
-    scaling = None if scaled else facts.get("scaling_factor")
-    vae = load_vae(folder / "vae", device, config.precision, scaling, usual=True)
+    vae = load_vae(folder / "vae", device, config.precision, facts.get("scaling_factor"), usual=True)
     shape = _latent_shape(network, kind, vae, config.size, path)
     image_shape = vae.image_shape(shape, path)
     files = [file] if file else find_weights(path.parent)

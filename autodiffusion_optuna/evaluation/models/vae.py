@@ -60,23 +60,24 @@ def load_vae(
     """The decoder of the AutoencoderKL or VQModel in ``folder``, which holds its ``config.json`` and weights.
 
     Latents are divided by ``scaling_factor`` and moved by ``shift_factor``, or scaled and moved by channel where the
-    config has ``latents_mean`` and ``latents_std`` (arXiv 2112.10752, section D.1). ``scaling``: in place of the
-    config's factor. ``precision``: of the decoder, under autocast; float16 is raised to float32 where the config has
+    config has ``latents_mean`` and ``latents_std`` (arXiv 2112.10752, section D.1). ``scaling``: where the config
+    has no factor. ``precision``: of the decoder, under autocast; float16 is raised to float32 where the config has
     ``force_upcast``, because such decoders overflow. Nothing is downloaded.
     Where the config has no factor it is 1 for a VQModel, as CompVis trained with those, and else the class's default.
     ``usual``: whether the pipeline always scaled by that one while configs did not name it, which then needs no note.
     ``ModelError`` where a file is missing or broken, or the class is another.
     """
     stored = read_config(folder, AUTOENCODERS)
-    part = load_part(folder, stored["_class_name"], stored)
-    config: Any = part.network.config
-    notes = list(part.notes)
-    if scaling is None and "scaling_factor" not in stored:
+    network: Any
+    network, files, notes = load_part(folder, stored["_class_name"], stored)
+    config: Any = network.config
+    if "scaling_factor" in stored:
+        scaling = None
+    elif scaling is None:
         scaling = 1.0 if stored["_class_name"] == "VQModel" else None
         chosen = "1, as VQ models were trained" if scaling else f"{config.scaling_factor:g}, the default of its class"
         if not (usual and is_settled("scaling_factor", stored)):
             notes.append(f"{folder / 'config.json'} gives no scaling_factor of latents; assumed is {chosen}")
-    network: Any = part.network
     encoder = nn.Sequential(network.encoder, network.quant_conv or nn.Identity()).cpu()
     network.encoder = network.quant_conv = nn.Identity()  # a third of the weights, and hardly ever run
     network.to(device)
@@ -104,7 +105,7 @@ def load_vae(
     return Vae(
         channels,
         factor,
-        digest(part.files, {**stored, **override}),
+        digest(files, {**stored, **override}),
         SlicedDecode(decode, factor),
         encode=encode,
         notes=tuple(notes),
