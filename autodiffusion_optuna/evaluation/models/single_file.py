@@ -16,7 +16,7 @@ from autodiffusion_optuna.evaluation.tensors import Weights, plain_weights
 
 def read_single_file(
     path: Path, kind: str, config: Path, subfolder: str, dtype: torch.dtype = torch.float32
-) -> tuple[Weights, tuple[str, ...]]:
+) -> tuple[Weights, list[str]]:
     """Weights of diffusers' class ``kind`` from one file in the layout of its authors, by diffusers' names.
 
     Where the file holds a moving average besides the weights in training, it is the average, as in the folders that
@@ -51,7 +51,7 @@ def read_single_file(
             f"first {unused[0]!r}, and what they mean is not known; give a file of the plain weights, and in "
             "model.config the folder of a pipeline of the same kind"
         )
-    return converted, tuple(_notes(path, stored, averaged, config))
+    return converted, list(_notes(path, stored, averaged, config))
 
 
 OTHER_PARTS = ("first_stage_model.", "cond_stage_model.", "conditioner.", "text_encoders.", "vae.", "safety_checker.")

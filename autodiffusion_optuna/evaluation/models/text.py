@@ -18,7 +18,7 @@ from torch.nn import functional
 from autodiffusion_optuna.errors import ConfigError, ModelError, first_line
 from autodiffusion_optuna.evaluation.files import check_content, read_json
 from autodiffusion_optuna.evaluation.models.checkpoints import find_weights, read_shapes
-from autodiffusion_optuna.evaluation.models.parts import digest
+from autodiffusion_optuna.evaluation.models.parts import Pipeline, digest
 from autodiffusion_optuna.evaluation.tensors import PLAIN, SCALE, check_numbers, plain_weights
 
 ENCODERS = ("CLIPTextModel", "CLIPTextModelWithProjection", "T5EncoderModel")
@@ -179,14 +179,15 @@ def machine_memory() -> int:
 
 
 def load_encoders(
-    folder: Path, index: Mapping[str, Any], device: torch.device, dtype: torch.dtype, t5_length: int
+    pipeline: Pipeline, device: torch.device, dtype: torch.dtype, t5_length: int
 ) -> dict[str, TextEncoder]:
-    """The text encoders of the pipeline in ``folder``, whose ``model_index.json`` is ``index``.
+    """The text encoders of a pipeline.
 
     ``t5_length``: tokens of a prompt for T5; for CLIP the tokenizer says. Nothing is downloaded.
     ``ModelError`` where transformers is not installed, or a part is missing, broken or of another class.
     """
     encoders = {}
+    folder, index = pipeline.folder, pipeline.index
     for name in _present(index):
         tokenizer_name = name.replace("text_encoder", "tokenizer")
         model = _load_model(folder / name, index[name][1], dtype).to(device).eval().requires_grad_(False)
@@ -197,11 +198,11 @@ def load_encoders(
     return encoders
 
 
-def encoders_digest(folder: Path, index: Mapping[str, Any]) -> str:
-    """sha256 in hexadecimal over configs, weights and tokenizers of the text encoders in ``folder``."""
+def encoders_digest(pipeline: Pipeline) -> str:
+    """sha256 in hexadecimal over configs, weights and tokenizers of a pipeline's text encoders."""
     parts = {}
-    for name in _present(index):
-        path, tokenizer = folder / name, folder / name.replace("text_encoder", "tokenizer")
+    for name in _present(pipeline.index):
+        path, tokenizer = pipeline.folder / name, pipeline.folder / name.replace("text_encoder", "tokenizer")
         files = sorted(file for file in tokenizer.iterdir() if file.is_file())
         names = {"tokenizer": [file.name for file in files]}
         parts[name] = digest([*_find_weights(path), *files], read_json(path / "config.json"), names)
