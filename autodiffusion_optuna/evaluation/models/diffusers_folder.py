@@ -81,6 +81,12 @@ def load_folder(config: ModelConfig, device: torch.device, pipeline: Pipeline, n
 
     some = conditions.rows([0]) if conditions else UNCONDITIONAL
     units = trace_units(network, lambda x, t: predict(x, t, some), shape, device, config.precision, path)
+    notes += [*scheduler.notes, *(vae.notes if vae else _clip_notes(scheduler.filled, config.clip))]
+    if kind == UNET and conditions is not None and "null_class" not in config.fields:
+        notes.append(
+            f"{path} does not say whether one of its {conditions.count} classes means no class; all are drawn. Say it: "
+            "model.fields.null_class = NUMBER, or false for none"
+        )
     guided = conditions is not None and conditions.negative is not None
     denoiser = Denoiser(
         predict,
@@ -104,13 +110,7 @@ def load_folder(config: ModelConfig, device: torch.device, pipeline: Pipeline, n
         scale=DIT_SCALE if kind == DIT else 1.0,
         image_shape=vae.image_shape(shape, path) if vae else None,
         kind=pipeline.kind or kind,
-        notes=(
-            *networks_beside(folder),
-            *notes,
-            *scheduler.notes,
-            *(vae.notes if vae else _clip_notes(scheduler.filled, config.clip)),
-            *_class_notes(path, kind, conditions, config),
-        ),
+        notes=(*networks_beside(folder), *notes),
     )
 
 
@@ -179,11 +179,3 @@ def _clip_notes(scheduler: Mapping[str, Any], clip: bool | None) -> Iterator[str
     ]
     if clip is None and other:
         yield f"x0 is clamped to [-1, 1], but the scheduler has {', '.join(other)}; set model.clip to say which"
-
-
-def _class_notes(path: Path, kind: str, conditions: Conditions | None, config: ModelConfig) -> Iterator[str]:
-    if kind == UNET and conditions is not None and "null_class" not in config.fields:
-        yield (
-            f"{path} does not say whether one of its {conditions.count} classes means no class; all are drawn. Say it: "
-            "model.fields.null_class = NUMBER, or false for none"
-        )

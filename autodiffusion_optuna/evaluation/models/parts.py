@@ -83,14 +83,12 @@ def load_part(
     """
     from diffusers.models.modeling_utils import no_init_weights
 
-    files = find_weights(folder)
     network = build_network(kind, config, folder / "config.json", no_init_weights())  # drawing them would take long
-    notes: list[str] = []
-    check_fit(network, read_shapes(files, notes), files[0])
+    files, notes = fitting_weights(network, folder, config)
     for child in list(network.children())[1:]:  # the first one, which is small, tells diffusers the dtype
         store_reduced(child, precision)
     materialise(network, weights_by_file(network, files), torch.device("cpu"))
-    return network, files, notes + network_notes(folder, config, network, files)
+    return network, files, notes
 
 
 def build_network(
@@ -129,6 +127,24 @@ def check_fit(network: nn.Module, stored: Weights, file: Path) -> None:
     if problem := misfit(given, {name: tensor.shape for name, tensor in wanted.items()}):
         raise ModelError(f"{file}: weights do not fit config.json, {problem}; take both from one model")
     check_numbers(given, (name for name, tensor in wanted.items() if tensor.is_floating_point()), file)
+
+
+def fitting_weights(network: nn.Module, folder: Path, config: Mapping[str, Any]) -> tuple[list[Path], list[str]]:
+    """The files of a network's weights in ``folder``, all of which fit, and what is to be said of them and ``config``.
+
+    That is what the config does not say and no weight shows, and what other weights there are, a line each.
+    """
+    files, notes = find_weights(folder), list[str]()
+    check_fit(network, read_shapes(files, notes), files[0])
+    full: Any = network.config
+    absent = [key for key in INVISIBLE if key in full and key not in config and not is_settled(key, config)]
+    if absent:
+        notes.append(assumed(folder / "config.json", {key: full[key] for key in absent}))
+    used = _variant(files[0].name)
+    others = sorted(path.name for path in folder.iterdir() if (_variant(path.name) or used) not in (used, *ROUNDED))
+    if others:
+        notes.append(f"{folder}: {files[0].name} is used, not {', '.join(others)} beside it")
+    return files, notes
 
 
 def weights_by_file(network: nn.Module, files: Sequence[Path]) -> Iterator[Weights]:
@@ -179,24 +195,11 @@ def digest(files: Sequence[Path], *configs: Mapping[str, Any]) -> str:
     return whole.hexdigest()
 
 
-def network_notes(folder: Path, config: Mapping[str, Any], network: nn.Module, files: Sequence[Path]) -> list[str]:
-    """What the ``config`` of a network does not say and no weight shows, and other weights beside its ``files``."""
-    full: Any = network.config
-    absent = [key for key in INVISIBLE if key in full and key not in config and not is_settled(key, config)]
-    notes = [assumed(folder / "config.json", {key: full[key] for key in absent})] if absent else []
-    used = _variant(files[0].name)
-    others = sorted(path.name for path in folder.iterdir() if (_variant(path.name) or used) not in (used, *ROUNDED))
-    if others:
-        notes.append(f"{folder}: {files[0].name} is used, not {', '.join(others)} beside it")
-    return notes
-
-
 INVISIBLE = (
     "act_fn", "activation_fn", "attention_head_dim", "flip_sin_to_cos", "freq_shift", "mid_block_scale_factor",
     "norm_eps", "norm_num_groups", "time_embedding_type",
 )  # fmt: skip
 """Facts of a network that change what it computes and neither names nor shapes of its weights."""
-
 
 ROUNDED = (".fp16", ".bf16")
 """Variants that hold the same weights, rounded."""

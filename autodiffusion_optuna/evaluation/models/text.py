@@ -132,7 +132,10 @@ class PromptCache:
     kept: dict[str, dict[str, Tensor]] = field(default_factory=dict)
 
     def prepare(self, prompts: Iterable[str]) -> None:
-        """Encode those that are not yet. ``ConfigError`` where they would take over half of the machine's memory."""
+        """Encode those that are not yet.
+
+        ``ConfigError`` where they would take over half of the machine's memory; 40,000 of Flux are 160 GiB.
+        """
         missing = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self.kept]
         if not missing:
             return
@@ -156,18 +159,15 @@ class PromptCache:
             encoded = self.encode([prompt], encoders, self.config)
             row = {name: tensor[0].to(self.dtype) for name, tensor in encoded.items()}
             if i == 0:
-                _check_room(sum(tensor.nbytes for tensor in row.values()), len(self.kept) + len(prompts))
+                each, count = sum(tensor.nbytes for tensor in row.values()), len(self.kept) + len(prompts)
+                room = machine_memory() // 2
+                if each * count > room:
+                    raise ConfigError(
+                        f"{count:,} different prompts are drawn, which take {each * count / 2**30:.1f} GiB encoded; at "
+                        f"most {room // each:,} fit half of this machine's memory. Score fewer images, or give a file "
+                        "of fewer prompts"
+                    )
             self.kept[prompt] = row
-
-
-def _check_room(each: int, prompts: int) -> None:
-    """``ConfigError`` where prompts of ``each`` bytes do not fit; 40,000 of Flux are 160 GiB."""
-    room = machine_memory() // 2
-    if each * prompts > room:
-        raise ConfigError(
-            f"{prompts:,} different prompts are drawn, which take {each * prompts / 2**30:.1f} GiB encoded; at most "
-            f"{room // each:,} fit half of this machine's memory. Score fewer images, or give a file of fewer prompts"
-        )
 
 
 def machine_memory() -> int:

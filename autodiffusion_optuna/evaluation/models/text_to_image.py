@@ -38,15 +38,14 @@ from autodiffusion_optuna.evaluation.models.base import (
     sides_of,
     trace_units,
 )
-from autodiffusion_optuna.evaluation.models.checkpoints import find_weights, read_shapes
 from autodiffusion_optuna.evaluation.models.parts import (
     INDEX,
     Pipeline,
     build_network,
     check_fit,
     digest,
+    fitting_weights,
     materialise,
-    network_notes,
     networks_beside,
     read_config,
     weights_by_file,
@@ -176,7 +175,7 @@ def load_text_to_image(
     vae = load_vae(folder / "vae", device, config.precision, facts.get("scaling_factor"), usual=True)
     shape = _latent_shape(network, kind, vae, config.size, path)
     image_shape = vae.image_shape(shape, path)
-    files, said = ([file], []) if file else _stored(network, path.parent, stored)
+    files, said = ([file], list[str]()) if file else fitting_weights(network, path.parent, stored)
     scheduler = load_scheduler(folder, {key: facts[key] for key in MARKED if key in facts})
     schedule = _flow_schedule(scheduler, shape, kind, folder) if kind.largest_mu else scheduler.schedule
     conditions = _conditions(config, pipeline, prompts, network.config, device, guidance, image_shape)
@@ -187,6 +186,7 @@ def load_text_to_image(
     _reduce(network, config.precision)
     if file is None:
         materialise(network, weights_by_file(network, files), device)
+        said += networks_beside(path.parent)
     else:
         weights, said = read_single_file(file, kind.network, folder, kind.folder, PRECISIONS[config.precision])
         check_fit(network, weights, file)
@@ -206,13 +206,6 @@ def load_text_to_image(
         kind=pipeline.kind,
         notes=(*scheduler.notes, *vae.notes, *_notes(config, pipeline, stored, facts, scheduler), *said),
     )
-
-
-def _stored(network: nn.Module, folder: Path, config: Mapping[str, Any]) -> tuple[list[Path], list[str]]:
-    """The files of a network's weights in its ``folder``, which fit it, and what they and its config leave out."""
-    files, notes = find_weights(folder), list[str]()
-    check_fit(network, read_shapes(files, notes), files[0])
-    return files, [*notes, *networks_beside(folder), *network_notes(folder, config, network, files)]
 
 
 def _notes(
