@@ -127,9 +127,9 @@ def _affine(
     try:
         gain = torch.tensor(std or [1.0], dtype=torch.float32).reshape(1, -1, 1, 1) / float(factor)
         offset = torch.tensor(mean or [float(shift)], dtype=torch.float32).reshape(1, -1, 1, 1)
+        fits = all(t.shape[1] in (1, channels) and t.isfinite().all() for t in (gain, offset))
     except (TypeError, ValueError, ZeroDivisionError):
-        gain, offset = torch.tensor(torch.inf), torch.tensor(0.0)
-    fits = all(t.ndim == 4 and t.shape[1] in (1, channels) and t.isfinite().all() for t in (gain, offset))
+        fits = False
     if not fits:
         raise ModelError(
             f"{folder / 'config.json'}: scaling_factor {factor!r}, shift_factor {shift!r}, latents_mean {mean!r} and "
@@ -138,13 +138,13 @@ def _affine(
     return gain.to(device), offset.to(device)
 
 
+@dataclass(eq=False)
 class SlicedDecode:
     """Decodes a few images at a time, and fewer from then on if even they do not fit the device's memory."""
 
-    def __init__(self, decode: Callable[[Tensor], Tensor], factor: int) -> None:
-        self.decode = decode
-        self.factor = factor
-        self.pixels = SLICE_PIXELS
+    decode: Callable[[Tensor], Tensor]
+    factor: int
+    pixels: int = SLICE_PIXELS
 
     @torch.inference_mode()
     def __call__(self, latents: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ import torch
 from load_source import load_source
 from safetensors.torch import save_file
 from tiny_adm import CLASSIFIER_FIELDS, golden, state, write_adm
+from tiny_models import kinds_of
 from torch import Tensor, nn
 
 from autodiffusion_optuna.errors import AdoptError, ConfigError, ModelError
@@ -83,7 +84,7 @@ def test_converted_networks_compute_what_the_official_ones_do(name: str) -> None
     units = units_of(network, adm)
     assert list(unit_names(adm)) == [layer["path"] for layer in described["layers"]]
     assert tuple(unit_names(adm).values()) == units.names
-    assert [kind == "Attention" for kind in units.kinds] == [
+    assert [kind == "Attention" for kind in kinds_of(network, units)] == [
         layer["kind"] == "attention" for layer in described["layers"]
     ]
 
@@ -148,7 +149,8 @@ def test_presets_are_the_published_architectures(name: str) -> None:
     units = units_of(network, adm)
     parameters, residual, attention = SIZES[name]
     assert sum(weight.numel() for weight in network.parameters()) == parameters
-    assert (units.kinds.count("ResnetBlock2D"), units.kinds.count("Attention")) == (residual, attention)
+    kinds = kinds_of(network, units)
+    assert (kinds.count("ResnetBlock2D"), kinds.count("Attention")) == (residual, attention)
     assert tuple(unit_names(adm).values()) == units.names
 
 
