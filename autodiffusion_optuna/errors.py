@@ -50,3 +50,8 @@ def choose_from(what: str, given: str, known: Iterable[str]) -> str:
     near = difflib.get_close_matches(given, names, n=1)
     hint = f"; did you mean {near[0]!r}?" if near else "."
     return f"unknown {what} {given!r}{hint} Known: {', '.join(names)}"
+
+
+def first_line(error: BaseException) -> str:
+    """What an error of another library says, in one line of at most 200 characters."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]

@@ -35,7 +35,7 @@ def state(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 def write_adm(folder: Path) -> tuple[Path, Path, dict[str, Any]]:
     """Checkpoints of a class-conditional ADM on 3x16x16 images of 10 classes and of its classifier, and their fields.
 
-    Give the paths as ``adm:PATH`` and ``Options.classifier``, and the fields as ``Options.fields``.
+    Give the paths as ``adm:PATH`` and ``ModelConfig.classifier``, and the fields as ``ModelConfig.fields``.
     """
     paths = folder / "adm.pt", folder / "adm_classifier.pt"
     for name, path in zip(("adm_unet_a", "adm_classifier"), paths, strict=True):

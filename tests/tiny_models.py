@@ -94,3 +94,8 @@ def write_dit(folder: Path, **overrides: Any) -> Any:
     pipeline = DiTPipeline(transformer=make_dit(**overrides), vae=make_vae(), scheduler=DDIMScheduler())
     pipeline.save_pretrained(folder)
     return pipeline
+
+
+def kinds_of(network: torch.nn.Module, units: Any) -> list[str]:
+    """Class names of a network's skippable units, in order."""
+    return [type(network.get_submodule(name)).__name__ for name in units.names]

@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from autodiffusion_optuna.errors import AdoptError, ModelError
+from autodiffusion_optuna.errors import AdoptError, ModelError, first_line
 
 START = 256
 """Bytes from which ``not_content`` knows."""
@@ -49,8 +49,3 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(data, dict):
         raise ModelError(f"{path}: holds a JSON {type(data).__name__}, expected an object; save it again")
     return data
-
-
-def first_line(error: BaseException) -> str:
-    """What an error of another library says, in one line of at most 200 characters."""
-    return next(iter(str(error).splitlines()), type(error).__name__)[:200]

@@ -106,11 +106,10 @@ class _Switch:
 class Units:
     """The skippable units of one network in execution order.
 
-    ``names``: module paths. ``kinds``: class names, keys of ``RULES``. Bit u of a skip set is unit u.
+    ``names``: module paths. Bit u of a skip set is unit u.
     """
 
     names: tuple[str, ...]
-    kinds: tuple[str, ...]
     _switches: tuple[_Switch, ...]
 
     def __len__(self) -> int:
@@ -120,11 +119,6 @@ class Units:
     def mask(self) -> int:
         """The skip set now in force."""
         return sum(1 << u for u, switch in enumerate(self._switches) if switch.skip)
-
-    @property
-    def compiled(self) -> bool:
-        """Whether the units run compiled."""
-        return any(switch.compiled for switch in self._switches)
 
     def apply(self, mask: int) -> None:
         """Skip exactly the units in ``mask`` from now on. ``ModelError`` where it names none of them."""
@@ -191,8 +185,7 @@ def find_units(network: nn.Module, run: Callable[[], object]) -> Units:
             found[module] = name, shortcut
     order = _execution_order(found, run)
     names, shortcuts = [found[module][0] for module in order], [found[module][1] for module in order]
-    switches = tuple(map(_switch, order, shortcuts))
-    return Units(tuple(names), tuple(type(module).__name__ for module in order), switches)
+    return Units(tuple(names), tuple(map(_switch, order, shortcuts)))
 
 
 def _execution_order(modules: Iterable[nn.Module], run: Callable[[], object]) -> list[nn.Module]:

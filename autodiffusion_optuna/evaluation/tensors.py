@@ -40,7 +40,7 @@ LEFT_OUT = re.compile(
 PLAIN = "give the model's own weights, not quantised ones"
 
 
-def weights_of(
+def plain_weights(
     stored: Weights,
     file: Path,
     wanted: Collection[str] = (),
@@ -76,11 +76,6 @@ def weights_of(
         elif scales is None:
             raise ModelError(f"{file}: {key} scales {target}, which is not there; {PLAIN}")
     return weights
-
-
-def is_scale(key: str) -> bool:
-    """Whether a tensor of this name scales a weight."""
-    return bool(SCALE.fullmatch(key))
 
 
 def _scaled(weight: Tensor, scale: Tensor, where: str) -> Tensor:

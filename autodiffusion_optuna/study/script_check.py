@@ -16,8 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from autodiffusion_optuna.errors import AdoptError, ModelError
-from autodiffusion_optuna.evaluation.files import first_line
+from autodiffusion_optuna.errors import AdoptError, ModelError, first_line
 from autodiffusion_optuna.evaluation.models import Model, load_model
 from autodiffusion_optuna.evaluation.models.hub import is_complete
 from autodiffusion_optuna.export.check import LIMIT, difference

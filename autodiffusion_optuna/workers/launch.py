@@ -22,7 +22,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from autodiffusion_optuna.errors import ConfigError, StorageError, StudyError, choose_from
+from autodiffusion_optuna.errors import ConfigError, StorageError, StudyError, choose_from, first_line
 from autodiffusion_optuna.storage.attrs import ARTIFACTS
 from autodiffusion_optuna.storage.studies import find_study
 from autodiffusion_optuna.storage.trials import count_finished
@@ -260,7 +260,7 @@ def _cluster_at(address: str | None, advice: str) -> Iterator[None]:
         yield
     except (ConnectionError, ValueError, RuntimeError, OSError) as error:
         where = "on this host" if address in (None, "local") else f"at {address!r}"
-        raise ConfigError(f"no Ray cluster {where}: {_first_line(error)}; {advice}") from None
+        raise ConfigError(f"no Ray cluster {where}: {first_line(error)}; {advice}") from None
 
 
 @contextmanager
@@ -283,7 +283,7 @@ def slurm_jobs(job: Job, workers: int, options: Options) -> Iterator[Start]:
         executor = submitit.AutoExecutor(folder=folder, cluster=cluster)
         executor.update_parameters(**slurm_parameters(given, local=local))
     except (TypeError, ValueError, NameError, OSError) as error:
-        raise ConfigError(f"--engine-option: {_first_line(error)}") from None
+        raise ConfigError(f"--engine-option: {first_line(error)}") from None
     # submitit writes jobs to files, where a password has no place: Slurm hands on the environment.
     os.environ[ENVIRONMENT] = storage_url(job.url)
     changes["url"] = None
@@ -395,7 +395,3 @@ def _refuse(options: Options, engine: str, allowed: tuple[str, ...]) -> None:
         if name not in allowed:
             takes = f"it takes {', '.join(allowed)}" if allowed else "it takes none"
             raise ConfigError(f"--engine-option {name!r} is not one of engine {engine!r}; {takes}")
-
-
-def _first_line(error: BaseException) -> str:
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)

@@ -20,7 +20,7 @@ from torch import Tensor
 from autodiffusion_optuna.errors import ModelError
 from autodiffusion_optuna.evaluation.features import DIGITS_WEIGHTS, load_extractor
 from autodiffusion_optuna.evaluation.models import Model
-from autodiffusion_optuna.evaluation.tensors import weights_of
+from autodiffusion_optuna.evaluation.tensors import plain_weights
 
 STEM = "diffusion_pytorch_model"
 FILE = Path("file")
@@ -258,14 +258,14 @@ def test_weights_of_any_shape_are_one_line(
     ids=str,
 )
 def test_scales_that_are_not_known_are_refused(weight: Tensor, scale: Tensor) -> None:
-    message = refused(lambda: weights_of({"a.weight": weight, "a.scale_weight": scale}, FILE))
+    message = refused(lambda: plain_weights({"a.weight": weight, "a.scale_weight": scale}, FILE))
     assert message.startswith("file: a.scale_weight is ")
     assert "only finite scales of float8 weights are known" in message
 
 
 def test_names_that_a_network_has_are_its_weights() -> None:
     own = {"act.alpha": torch.ones(2), "norm.scales": torch.ones(2), "weight_scale": torch.ones(2)}
-    assert weights_of(own, FILE, own) == own
+    assert plain_weights(own, FILE, own) == own
 
 
 def test_quantised_parts_are_refused_by_their_config(ddpm: Path, sd: Path, prompts: Path, tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from autodiffusion_optuna.errors import ConfigError, ModelError, StatisticsError
+from autodiffusion_optuna.errors import ConfigError, ModelError, StatisticsError, first_line
 from autodiffusion_optuna.evaluation.features.weights import sha256_of
 from autodiffusion_optuna.evaluation.references.formats import Mode
 from autodiffusion_optuna.evaluation.tensors import check_numbers
@@ -194,11 +194,6 @@ def fingerprint(kind: str, weights: str | None, resize: str, size: int | None) -
     """16 hex digits that change with whatever changes features: kind, hash of the weights, resize, size."""
     facts = {"kind": kind, "weights": weights, "resize": resize, "size": size}
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
-
-
-def first_line(error: Exception) -> str:
-    """What an error says, in one line."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def check_floats(stored: Mapping[str, Tensor], path: Path) -> None:

@@ -17,7 +17,7 @@ from autodiffusion_optuna.evaluation.features.base import Extractor, Network, Wa
 from autodiffusion_optuna.evaluation.features.user import read_torchscript
 from autodiffusion_optuna.evaluation.features.weights import sha256_of
 from autodiffusion_optuna.evaluation.files import check_content
-from autodiffusion_optuna.evaluation.tensors import check_numbers, weights_of
+from autodiffusion_optuna.evaluation.tensors import check_numbers, plain_weights
 
 SIZE = 224
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -60,7 +60,7 @@ def _read_folder(wanted: Wanted, folder: Path) -> tuple[Network, str]:
                 output_loading_info=True,
             )
             stored = load_file(folder / WEIGHTS)
-            check_numbers(weights_of(stored, folder / WEIGHTS), stored, folder)
+            check_numbers(plain_weights(stored, folder / WEIGHTS), stored, folder)
             unknown = {key for key in info["unexpected_keys"] if not key.startswith("classifier.")}
             if unfit := sorted({*info["missing_keys"], *unknown}):
                 raise ValueError(f"{len(unfit)} weights are missing or of another model, first {unfit[0]!r}")

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import torch
 
-from autodiffusion_optuna.errors import ConfigError
-from autodiffusion_optuna.evaluation.features.base import Extractor, Network, Wanted, first_line
+from autodiffusion_optuna.errors import ConfigError, first_line
+from autodiffusion_optuna.evaluation.features.base import Extractor, Network, Wanted
 
 
 def load_torchscript(wanted: Wanted) -> Extractor:

@@ -14,13 +14,12 @@ from autodiffusion_optuna.config import ModelConfig
 from autodiffusion_optuna.errors import ConfigError, ModelError, choose_from
 from autodiffusion_optuna.evaluation.files import check_content
 from autodiffusion_optuna.evaluation.models.adm import load_adm
-from autodiffusion_optuna.evaluation.models.assembly import check_unused
-from autodiffusion_optuna.evaluation.models.base import Conditions, Model, find_device
+from autodiffusion_optuna.evaluation.models.base import Conditions, Model, check_unused, find_device
 from autodiffusion_optuna.evaluation.models.checkpoints import read_checkpoint
 from autodiffusion_optuna.evaluation.models.diffusers_folder import UNET, load_folder
 from autodiffusion_optuna.evaluation.models.hub import resolve
 from autodiffusion_optuna.evaluation.models.mixture import mixture_model
-from autodiffusion_optuna.evaluation.models.parts import Pipeline, find_pipeline, read_index
+from autodiffusion_optuna.evaluation.models.parts import Pipeline, find_pipeline
 from autodiffusion_optuna.evaluation.models.plugin import load_plugin
 from autodiffusion_optuna.evaluation.models.text_to_image import PIPELINES, load_text_to_image
 from autodiffusion_optuna.evaluation.references.reference import load_reference
@@ -127,5 +126,4 @@ def _single_file(config: ModelConfig, device: torch.device, path: Path) -> Model
             f"{path}: a single file holds neither configs nor a noise schedule; set model.config to the folder of a "
             "diffusers pipeline of the same kind"
         )
-    folder = Path(config.config)
-    return load_text_to_image(config, device, Pipeline(folder, read_index(folder)), path.stem, path)
+    return load_text_to_image(config, device, find_pipeline(Path(config.config)), path.stem, path)

@@ -15,24 +15,28 @@ import torch
 from torch import Tensor, nn
 
 from autodiffusion_optuna.config import ModelConfig
-from autodiffusion_optuna.errors import ConfigError, ModelError, choose_from
+from autodiffusion_optuna.errors import ConfigError, ModelError
 from autodiffusion_optuna.evaluation.denoiser import Condition, Denoiser, store_reduced
-from autodiffusion_optuna.evaluation.models.adm_classifier import GROUPS, EncoderUNetModel, label_gradient
+from autodiffusion_optuna.evaluation.models.adm_classifier import EncoderUNetModel, label_gradient
 from autodiffusion_optuna.evaluation.models.adm_fields import (
     CHANNELS,
+    GROUPS,
     AdmFields,
     check_fields,
-    downsampling_factors,
-    level_multipliers,
     noise_schedule,
     resolve_fields,
 )
-from autodiffusion_optuna.evaluation.models.assembly import assemble, check_unused, choose_clip
-from autodiffusion_optuna.evaluation.models.base import Model, label_conditions
+from autodiffusion_optuna.evaluation.models.base import (
+    Model,
+    assemble,
+    check_unused,
+    choose_clip,
+    label_conditions,
+    trace_units,
+)
 from autodiffusion_optuna.evaluation.models.checkpoints import read_weights
 from autodiffusion_optuna.evaluation.models.parts import digest
-from autodiffusion_optuna.evaluation.skip import Units, find_units
-from autodiffusion_optuna.evaluation.tensors import check_numbers, misfit, weights_of
+from autodiffusion_optuna.evaluation.tensors import check_numbers, misfit, plain_weights
 
 Built = TypeVar("Built", bound=nn.Module)
 
@@ -54,16 +58,19 @@ def load_adm(config: ModelConfig, device: torch.device, path: Path) -> Model:
     if config.classifier is not None:
         files.append(Path(config.classifier))
         classifier = _load(files[1], lambda weights: convert_classifier(weights, adm), notes).to(device)
-    units = _units(network, adm, device)
-    if config.precision != "float32":
-        _keep_float32(network, device)
-        _store_reduced(network, config.precision)
 
     def predict(x: Tensor, model_times: Tensor, condition: Condition) -> Tensor:
         label = condition["label"] if adm.class_cond else None
         prediction: Tensor = network(x, model_times, class_labels=label, return_dict=False)[0]
         return prediction
 
+    # On the smallest images that the network takes: the order is the same and the pass costs nothing.
+    side = 2 ** len(adm.multipliers)  # two at the last level: norms refuse a single value
+    some = {"label": torch.zeros(1, dtype=torch.int64, device=device)}
+    units = trace_units(network, lambda x, t: predict(x, t, some), (CHANNELS, side, side), device, "float32", path)
+    if config.precision != "float32":
+        _keep_float32(network, device)
+        _store_reduced(network, config.precision)
     denoiser = Denoiser(
         predict,
         noise_schedule(adm),
@@ -129,7 +136,7 @@ def _load(path: Path, build: Callable[[Mapping[str, Tensor]], Built], notes: lis
     """The network that ``build`` makes of the checkpoint; its errors name the file."""
     if not path.is_file():
         raise ModelError(f"{path}: no such file; give a checkpoint as guided-diffusion saves it, or as safetensors")
-    weights = weights_of(read_weights([path], notes), path)
+    weights = plain_weights(read_weights([path], notes), path)
     try:
         return build(weights)
     except ModelError as error:
@@ -162,7 +169,7 @@ def convert(state_dict: Mapping[str, Tensor], fields: AdmFields) -> nn.Module:
 def convert_classifier(state_dict: Mapping[str, Tensor], fields: AdmFields) -> EncoderUNetModel:
     """The classifier of ``fields`` with these weights, float32 and frozen on the CPU. ``ModelError`` for others."""
     with torch.device("meta"):
-        classifier = build_classifier(fields)
+        classifier = EncoderUNetModel(fields)
     _check_fit(state_dict, {key: tuple(value.shape) for key, value in classifier.state_dict().items()})
     classifier.load_state_dict({key: value.float().clone() for key, value in state_dict.items()}, assign=True)
     return classifier.eval().requires_grad_(False)
@@ -172,8 +179,8 @@ def build_unet(adm: AdmFields) -> nn.Module:
     """The UNet2DModel of an ADM, its weights not yet those of any."""
     from diffusers import UNet2DModel
 
-    levels = range(len(adm.multipliers))
     plain = "Resnet{}sampleBlock2D" if adm.resblock_updown else "{}Block2D"
+    levels = range(len(adm.multipliers))
     kinds = ["Attn{}Block2D" if level in adm.attention_levels else plain for level in levels]
     resample = "resnet" if adm.resblock_updown else "conv"
     network: nn.Module = UNet2DModel(
@@ -197,7 +204,9 @@ def build_unet(adm: AdmFields) -> nn.Module:
     )
     for path, module in network.named_modules():
         if type(module).__name__ == "Attention":
-            _set_heads(module, _heads_at(path, adm))
+            attention: Any = module
+            attention.heads = _heads_at(path, adm)
+            attention.scale = (attention.inner_dim // attention.heads) ** -0.5
     return network
 
 
@@ -207,39 +216,6 @@ def _heads_at(path: str, adm: AdmFields) -> int:
     if block == "up_blocks":
         return adm.head_counts[len(adm.multipliers) - 1 - int(place)][1]
     return adm.head_counts[int(place) if block == "down_blocks" else -1][0]
-
-
-def _set_heads(attention: Any, heads: int) -> None:
-    attention.heads = heads
-    attention.scale = (attention.inner_dim // heads) ** -0.5
-
-
-def build_classifier(adm: AdmFields) -> EncoderUNetModel:
-    """The classifier that guides this ADM, its weights not yet those of any. ``ConfigError`` where it cannot be."""
-    if adm.classifier_pool != "attention":
-        raise ConfigError(choose_from("ADM field classifier_pool", adm.classifier_pool, ["attention"]))
-    multipliers = level_multipliers("classifier_channel_mult", adm.classifier_channel_mult, adm.image_size)
-    text = adm.classifier_attention_resolutions
-    heads = adm.classifier_num_head_channels
-    if adm.classifier_width % GROUPS or heads < 1 or any(m * adm.classifier_width % heads for m in multipliers):
-        raise ConfigError(
-            f"ADM fields: classifier_width is {adm.classifier_width}, but must be a multiple of {GROUPS} and of "
-            f"classifier_num_head_channels {heads}"
-        )
-    if adm.image_size % 2 ** (len(multipliers) - 1):
-        raise ConfigError(f"ADM field image_size {adm.image_size} cannot be halved {len(multipliers) - 1} times")
-    return EncoderUNetModel(
-        image_size=adm.image_size,
-        in_channels=CHANNELS,
-        model_channels=adm.classifier_width,
-        out_channels=adm.num_classes,
-        num_res_blocks=adm.classifier_depth,
-        attention_resolutions=downsampling_factors("classifier_attention_resolutions", text, adm.image_size),
-        channel_mult=multipliers,
-        num_head_channels=heads,
-        use_scale_shift_norm=adm.classifier_use_scale_shift_norm,
-        resblock_updown=adm.classifier_resblock_updown,
-    )
 
 
 RESIDUAL = {
@@ -275,14 +251,14 @@ def adm_blocks(adm: AdmFields) -> Iterator[tuple[str, str, Layers]]:
     yield "middle_block.1", "mid_block.attentions.0", ATTENTION
     yield "middle_block.2", "mid_block.resnets.1", RESIDUAL
     block = 0
-    for level in reversed(levels):
+    for place, level in enumerate(reversed(levels)):
         attends = level in adm.attention_levels
         for i in range(depth + 1):
-            yield f"output_blocks.{block}.0", f"up_blocks.{len(levels) - 1 - level}.resnets.{i}", RESIDUAL
+            yield f"output_blocks.{block}.0", f"up_blocks.{place}.resnets.{i}", RESIDUAL
             if attends:
-                yield f"output_blocks.{block}.1", f"up_blocks.{len(levels) - 1 - level}.attentions.{i}", ATTENTION
+                yield f"output_blocks.{block}.1", f"up_blocks.{place}.attentions.{i}", ATTENTION
             if level > 0 and i == depth:
-                yield f"output_blocks.{block}.{1 + attends}", f"up_blocks.{len(levels) - 1 - level}.upsamplers.0", up
+                yield f"output_blocks.{block}.{1 + attends}", f"up_blocks.{place}.upsamplers.0", up
             block += 1
 
 
@@ -330,14 +306,6 @@ def _check_fit(given: Mapping[str, Tensor], wanted: Mapping[str, Sequence[int]])
         )
 
 
-def _units(network: nn.Module, adm: AdmFields, device: torch.device) -> Units:
-    """Found on the smallest images that the network takes: the order is the same and the pass costs nothing."""
-    side = 2 ** len(adm.multipliers)  # two at the last level: norms refuse a single value
-    x, t = torch.zeros(1, CHANNELS, side, side, device=device), torch.zeros(1, device=device)
-    label = torch.zeros(1, dtype=torch.int64, device=device) if adm.class_cond else None
-    return find_units(network, lambda: network(x, t, class_labels=label))
-
-
 def _exact(name: str, module: nn.Module) -> bool:
     """Whether guided-diffusion keeps a module in float32 when the network runs in half precision."""
     return isinstance(module, nn.GroupNorm) or name in ("time_embedding", "conv_out") or name.endswith("time_emb_proj")
@@ -345,17 +313,17 @@ def _exact(name: str, module: nn.Module) -> bool:
 
 def _keep_float32(network: nn.Module, device: torch.device) -> None:
     """Take norms, time embedding and the last convolution out of autocast. (Its attention sums in float32 anyway.)"""
+
+    def in_float32(forward: Callable[..., Any]) -> Callable[..., Any]:
+        def exact(x: Tensor, *args: Any, **kwargs: Any) -> Any:
+            with torch.autocast(device.type, enabled=False):
+                return forward(x.float(), *args, **kwargs)
+
+        return exact
+
     for name, module in network.named_modules():
         if _exact(name, module):
-            module.forward = _in_float32(module.forward, device)
-
-
-def _in_float32(forward: Callable[..., Any], device: torch.device) -> Callable[..., Any]:
-    def exact(x: Tensor, *args: Any, **kwargs: Any) -> Any:
-        with torch.autocast(device.type, enabled=False):
-            return forward(x.float(), *args, **kwargs)
-
-    return exact
+            module.forward = in_float32(module.forward)
 
 
 def _store_reduced(network: nn.Module, precision: str) -> None:

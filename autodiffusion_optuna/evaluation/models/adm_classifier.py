@@ -4,77 +4,73 @@ from __future__ import annotations
 
 import math
 from collections import OrderedDict
-from collections.abc import Sequence
 from typing import cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from autodiffusion_optuna.errors import ConfigError, choose_from
 from autodiffusion_optuna.evaluation.denoiser import Condition, Gradient
-
-GROUPS = 32  # of every norm
+from autodiffusion_optuna.evaluation.models.adm_fields import (
+    CHANNELS,
+    GROUPS,
+    AdmFields,
+    downsampling_factors,
+    level_multipliers,
+)
 
 
 class EncoderUNetModel(nn.Module):
-    """The encoder half of an ADM with attention pooling: (x, t) -> logits of the classes.
+    """The encoder half of an ADM with attention pooling: (x, t) -> logits of the classes, by the fields of the ADM.
 
-    Arguments are guided-diffusion's of the same name: ``model_channels`` and ``channel_mult`` give the width of each
-    level, ``attention_resolutions`` the downsampling factors that have attention. Attention blocks split heads before
-    q, k and v ("legacy" order), the pool q, k and v before heads. Keys of the state dict are those of the published
-    checkpoints.
+    Attention blocks split heads before q, k and v ("legacy" order), the pool q, k and v before heads. Keys of the state
+    dict are those of the published checkpoints. ``ConfigError`` where no classifier can have these fields.
     """
 
-    def __init__(
-        self,
-        *,
-        image_size: int,
-        model_channels: int,
-        out_channels: int,
-        num_res_blocks: int,
-        attention_resolutions: Sequence[int],
-        channel_mult: Sequence[int],
-        num_head_channels: int,
-        use_scale_shift_norm: bool,
-        resblock_updown: bool,
-        in_channels: int = 3,
-    ) -> None:
+    def __init__(self, adm: AdmFields) -> None:
         super().__init__()
-        self.model_channels = model_channels
-        embedding = 4 * model_channels
-        self.time_embed = nn.Sequential(
-            nn.Linear(model_channels, embedding), nn.SiLU(), nn.Linear(embedding, embedding)
+        multipliers = level_multipliers("classifier_channel_mult", adm.classifier_channel_mult, adm.image_size)
+        attending = downsampling_factors(
+            "classifier_attention_resolutions", adm.classifier_attention_resolutions, adm.image_size
         )
+        width, heads = adm.classifier_width, adm.classifier_num_head_channels
+        if adm.classifier_pool != "attention":
+            raise ConfigError(choose_from("ADM field classifier_pool", adm.classifier_pool, ["attention"]))
+        if width % GROUPS or heads < 1 or any(multiplier * width % heads for multiplier in multipliers):
+            raise ConfigError(
+                f"ADM fields: classifier_width is {width}, but must be a multiple of {GROUPS} and of "
+                f"classifier_num_head_channels {heads}"
+            )
+        self.width = width
+        embedding = 4 * width
+        self.time_embed = nn.Sequential(nn.Linear(width, embedding), nn.SiLU(), nn.Linear(embedding, embedding))
 
         def residual(channels: int, out: int, down: bool = False) -> nn.Module:
-            return _ResidualBlock(channels, out, embedding, use_scale_shift_norm, down)
+            return _ResidualBlock(channels, out, embedding, adm.classifier_use_scale_shift_norm, down)
 
-        channels = channel_mult[0] * model_channels
-        blocks: list[list[nn.Module]] = [[nn.Conv2d(in_channels, channels, 3, padding=1)]]
-        for level, multiplier in enumerate(channel_mult):
-            for _ in range(num_res_blocks):
-                blocks.append([residual(channels, multiplier * model_channels)])
-                channels = multiplier * model_channels
-                if 2**level in attention_resolutions:
-                    blocks[-1].append(_AttentionBlock(channels, num_head_channels))
-            if level < len(channel_mult) - 1:
+        channels = multipliers[0] * width
+        blocks: list[list[nn.Module]] = [[nn.Conv2d(CHANNELS, channels, 3, padding=1)]]
+        for level, multiplier in enumerate(multipliers):
+            for _ in range(adm.classifier_depth):
+                blocks.append([residual(channels, multiplier * width)])
+                channels = multiplier * width
+                if 2**level in attending:
+                    blocks[-1].append(_AttentionBlock(channels, heads))
+            if level < len(multipliers) - 1:
                 halving = nn.Sequential(OrderedDict(op=nn.Conv2d(channels, channels, 3, stride=2, padding=1)))
-                blocks.append([residual(channels, channels, down=True) if resblock_updown else halving])
+                blocks.append([residual(channels, channels, down=True) if adm.classifier_resblock_updown else halving])
         self.input_blocks = nn.ModuleList(nn.ModuleList(block) for block in blocks)
         self.middle_block = nn.ModuleList(
-            [
-                residual(channels, channels),
-                _AttentionBlock(channels, num_head_channels),
-                residual(channels, channels),
-            ]
+            [residual(channels, channels), _AttentionBlock(channels, heads), residual(channels, channels)]
         )
-        side = image_size // 2 ** (len(channel_mult) - 1)
-        pool = _AttentionPool(side, channels, num_head_channels, out_channels)
+        side = adm.image_size // 2 ** (len(multipliers) - 1)
+        pool = _AttentionPool(side, channels, heads, adm.num_classes)
         self.out = nn.Sequential(nn.GroupNorm(GROUPS, channels), nn.SiLU(), pool)
 
     def forward(self, x: Tensor, times: Tensor) -> Tensor:
         """Logits float32 [B, classes] of ``x`` float32 [B, 3, image_size, image_size] at model times float32 [B]."""
-        embedding = self.time_embed(_time_features(times, self.model_channels))
+        embedding = self.time_embed(_time_features(times, self.width))
         for block in (*self.input_blocks, self.middle_block):
             for layer in cast(nn.ModuleList, block):
                 x = layer(x, embedding) if isinstance(layer, _ResidualBlock) else layer(x)

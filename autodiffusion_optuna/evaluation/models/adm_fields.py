@@ -14,10 +14,10 @@ from typing import Any
 import numpy as np
 
 from autodiffusion_optuna.errors import ConfigError, choose_from
-from autodiffusion_optuna.evaluation.models.adm_classifier import GROUPS
 from autodiffusion_optuna.noise import NoiseSchedule, cosine, linear
 
 CHANNELS = 3
+GROUPS = 32  # of every norm
 
 MULTIPLIERS = {64: "1,2,3,4", 128: "1,1,2,3,4", 256: "1,1,2,2,4,4", 512: "0.5,1,1,2,2,4,4"}
 """Image size -> what an empty ``channel_mult`` means."""
@@ -168,8 +168,6 @@ def check_fields(adm: AdmFields) -> None:
         raise ConfigError(f"ADM field num_channels is {adm.num_channels}, but must be a multiple of {GROUPS}")
     if adm.multipliers[0] != 1:
         raise ConfigError(f"ADM field channel_mult is {adm.channel_mult!r}: {FIRST_WIDTH}")
-    if adm.image_size % 2 ** (len(adm.multipliers) - 1):
-        raise ConfigError(f"ADM field image_size {adm.image_size} cannot be halved {len(adm.multipliers) - 1} times")
     for level in {*adm.attention_levels, len(adm.multipliers) - 1}:
         width = adm.multipliers[level] * adm.num_channels
         for heads in adm.head_counts[level]:
@@ -227,6 +225,8 @@ def level_multipliers(name: str, text: str, image_size: int) -> tuple[int, ...]:
         numbers = (0,)
     if min(numbers) < 1:
         raise ConfigError(f"ADM field {name} is {text!r}; give integers with commas between, as '1,2,3,4'")
+    if image_size % 2 ** (len(numbers) - 1):
+        raise ConfigError(f"ADM field image_size {image_size} cannot be halved {len(numbers) - 1} times")
     return numbers
 
 

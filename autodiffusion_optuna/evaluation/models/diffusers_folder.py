@@ -13,16 +13,17 @@ from torch import Tensor
 from autodiffusion_optuna.config import ModelConfig
 from autodiffusion_optuna.errors import ConfigError, ModelError
 from autodiffusion_optuna.evaluation.denoiser import UNCONDITIONAL, Condition, Denoiser, weights_sample
-from autodiffusion_optuna.evaluation.models.assembly import (
+from autodiffusion_optuna.evaluation.models.base import (
+    Conditions,
+    Model,
     assemble,
     check_channels,
     check_unused,
     choose_clip,
-    decoded_shape,
+    label_conditions,
     sides_of,
     trace_units,
 )
-from autodiffusion_optuna.evaluation.models.base import Conditions, Model, label_conditions
 from autodiffusion_optuna.evaluation.models.parts import Pipeline, digest, load_part, networks_beside, read_config
 from autodiffusion_optuna.evaluation.models.scheduler import load_scheduler
 from autodiffusion_optuna.evaluation.models.vae import load_vae
@@ -63,7 +64,7 @@ def load_folder(config: ModelConfig, device: torch.device, pipeline: Pipeline, n
     facts = {**DIT_DEFAULTS, **stored} if kind == DIT else stored
     shape = _state_shape(facts, kind, path)
     conditions = _conditions(facts, kind, config, name, path, device)
-    part = load_part(folder, kind, stored, config.precision)
+    network, files, notes = load_part(folder, kind, stored, config.precision)
     scheduler = load_scheduler(pipeline.folder)
     if scheduler.filled.get("use_dynamic_shifting"):
         raise ModelError(
@@ -72,7 +73,7 @@ def load_folder(config: ModelConfig, device: torch.device, pipeline: Pipeline, n
             "shift"
         )
     vae = load_vae(decoder, device, config.precision, usual=kind == DIT) if decoder else None
-    network = part.network.to(device)
+    network.to(device)
 
     def predict(x: Tensor, model_times: Tensor, condition: Condition) -> Tensor:
         output: Tensor = network(x, model_times, class_labels=condition.get("label"), return_dict=False)[0]
@@ -80,6 +81,12 @@ def load_folder(config: ModelConfig, device: torch.device, pipeline: Pipeline, n
 
     some = conditions.rows([0]) if conditions else UNCONDITIONAL
     units = trace_units(network, lambda x, t: predict(x, t, some), shape, device, config.precision, path)
+    notes += [*scheduler.notes, *(vae.notes if vae else _clip_notes(scheduler.filled, config.clip))]
+    if kind == UNET and conditions is not None and "null_class" not in config.fields:
+        notes.append(
+            f"{path} does not say whether one of its {conditions.count} classes means no class; all are drawn. Say it: "
+            "model.fields.null_class = NUMBER, or false for none"
+        )
     guided = conditions is not None and conditions.negative is not None
     denoiser = Denoiser(
         predict,
@@ -96,20 +103,14 @@ def load_folder(config: ModelConfig, device: torch.device, pipeline: Pipeline, n
         denoiser,
         vae,
         name=name,
-        fingerprint=digest(part.files, stored, scheduler.config, {"vae": vae and vae.digest}),
+        fingerprint=digest(files, stored, scheduler.config, {"vae": vae and vae.digest}),
         shape=shape,
         weights=weights_sample(network),
         conditions=conditions,
         scale=DIT_SCALE if kind == DIT else 1.0,
-        image_shape=decoded_shape(vae, shape, path) if vae else None,
+        image_shape=vae.image_shape(shape, path) if vae else None,
         kind=pipeline.kind or kind,
-        notes=(
-            *networks_beside(folder),
-            *part.notes,
-            *scheduler.notes,
-            *(vae.notes if vae else _clip_notes(scheduler.filled, config.clip)),
-            *_class_notes(path, kind, conditions, config),
-        ),
+        notes=(*networks_beside(folder), *notes),
     )
 
 
@@ -178,11 +179,3 @@ def _clip_notes(scheduler: Mapping[str, Any], clip: bool | None) -> Iterator[str
     ]
     if clip is None and other:
         yield f"x0 is clamped to [-1, 1], but the scheduler has {', '.join(other)}; set model.clip to say which"
-
-
-def _class_notes(path: Path, kind: str, conditions: Conditions | None, config: ModelConfig) -> Iterator[str]:
-    if kind == UNET and conditions is not None and "null_class" not in config.fields:
-        yield (
-            f"{path} does not say whether one of its {conditions.count} classes means no class; all are drawn. Say it: "
-            "model.fields.null_class = NUMBER, or false for none"
-        )

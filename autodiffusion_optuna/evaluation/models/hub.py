@@ -7,8 +7,8 @@ from collections import Counter
 from collections.abc import Collection, Iterable
 from pathlib import Path, PurePosixPath
 
-from autodiffusion_optuna.errors import ModelError
-from autodiffusion_optuna.evaluation.files import first_line, read_json
+from autodiffusion_optuna.errors import ModelError, first_line
+from autodiffusion_optuna.evaluation.files import read_json
 from autodiffusion_optuna.evaluation.models.checkpoints import STEM
 from autodiffusion_optuna.evaluation.models.parts import INDEX
 

@@ -8,18 +8,25 @@ import inspect
 import json
 import os
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from autodiffusion_optuna.errors import ModelError
+from autodiffusion_optuna.errors import ModelError, first_line
 from autodiffusion_optuna.evaluation.denoiser import store_reduced
-from autodiffusion_optuna.evaluation.files import first_line, read_json
-from autodiffusion_optuna.evaluation.models.checkpoints import STEM, find_weights, missing_file, read_weights
-from autodiffusion_optuna.evaluation.tensors import PLAIN, check_numbers, misfit, weights_of
+from autodiffusion_optuna.evaluation.files import read_json
+from autodiffusion_optuna.evaluation.models.checkpoints import (
+    STEM,
+    find_weights,
+    missing_file,
+    read_shapes,
+    read_weights,
+)
+from autodiffusion_optuna.evaluation.tensors import PLAIN, SCALE, Weights, check_numbers, misfit, plain_weights
 
 INDEX = "model_index.json"
 
@@ -49,24 +56,7 @@ def find_pipeline(folder: Path) -> Pipeline:
     whole, network = Path(os.path.abspath(folder)), ""
     if (folder / "config.json").is_file() and not (folder / INDEX).exists() and (whole.parent / INDEX).is_file():
         folder, network = whole.parent, whole.name
-    return Pipeline(folder, read_index(folder), network)
-
-
-def read_index(folder: Path) -> dict[str, Any]:
-    """``model_index.json`` of a pipeline; empty where there is none."""
-    return read_json(folder / INDEX) if (folder / INDEX).is_file() else {}
-
-
-@dataclass(frozen=True, eq=False)
-class Part:
-    """A frozen network on the CPU and the files of its weights.
-
-    ``notes``: what the files do not say and was assumed, or hold besides, a line each.
-    """
-
-    network: nn.Module
-    files: Sequence[Path]
-    notes: tuple[str, ...] = ()
+    return Pipeline(folder, read_json(folder / INDEX) if (folder / INDEX).is_file() else {}, network)
 
 
 def read_config(folder: Path, kinds: Collection[str]) -> dict[str, Any]:
@@ -82,22 +72,23 @@ def read_config(folder: Path, kinds: Collection[str]) -> dict[str, Any]:
     return config
 
 
-def load_part(folder: Path, kind: str, config: Mapping[str, Any], precision: str = "float32") -> Part:
-    """The network in ``folder``, of diffusers' class ``kind`` and with its weights, which are kept in ``precision``.
+def load_part(
+    folder: Path, kind: str, config: Mapping[str, Any], precision: str = "float32"
+) -> tuple[nn.Module, list[Path], list[str]]:
+    """The network in ``folder``, of diffusers' class ``kind``, frozen on the CPU, and the files of its weights.
 
-    Nothing is downloaded. ``ModelError`` where weights are missing or broken or do not fit the config.
+    Its weights are kept in ``precision``. The third value says what the files do not say and was assumed, or hold
+    besides, a line each. Nothing is downloaded. ``ModelError`` where weights are missing, broken or do not fit the
+    config.
     """
     from diffusers.models.modeling_utils import no_init_weights
 
-    path = folder / "config.json"
-    files = find_weights(folder)
-    network = build_network(kind, config, path, no_init_weights())  # drawing them takes most of a load
-    notes: list[str] = []
-    fill(network, read_weights(files, notes), files[0], path.name)
+    network = build_network(kind, config, folder / "config.json", no_init_weights())  # drawing them would take long
+    files, notes = fitting_weights(network, folder, config)
     for child in list(network.children())[1:]:  # the first one, which is small, tells diffusers the dtype
         store_reduced(child, precision)
-    notes += network_notes(folder, config, network, files)
-    return Part(network.eval().requires_grad_(False), files, tuple(notes))
+    materialise(network, weights_by_file(network, files), torch.device("cpu"))
+    return network, files, notes
 
 
 def build_network(
@@ -120,25 +111,75 @@ def build_network(
 
 
 LEGACY = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
+"""What older versions of diffusers called attention's projections -> their present names."""
 
 
-def _modern(key: str) -> str:
-    """The present name of a weight; older versions of diffusers named attention's projections otherwise."""
-    return ".".join(LEGACY.get(part, part) for part in key.split("."))
+def _renamed(weights: Weights, wanted: Collection[str]) -> dict[str, Tensor]:
+    """``weights`` by their present names."""
+    present = {name: ".".join(LEGACY.get(part, part) for part in name.split(".")) for name in weights}
+    return {name if name in wanted else present[name]: tensor for name, tensor in weights.items()}
 
 
-def fill(network: nn.Module, stored: Mapping[str, Tensor], file: Path, config: str) -> None:
-    """Give ``network`` exactly the weights that are ``stored`` (``tensors.weights_of``), in its own dtypes.
-
-    ``ModelError`` that names the first weight that does not fit, and ``file`` and ``config``.
-    """
+def check_fit(network: nn.Module, stored: Weights, file: Path) -> None:
+    """``ModelError`` that names the first weight ``stored`` in ``file`` that does not fit; no number is looked at."""
     wanted = network.state_dict()
-    weights = weights_of(stored, file, wanted)
-    given = {key if key in wanted else _modern(key): value for key, value in weights.items()}
-    if problem := misfit(given, {key: tensor.shape for key, tensor in wanted.items()}):
-        raise ModelError(f"{file}: weights do not fit {config}, {problem}; take both from one model")
-    check_numbers(given, (key for key, tensor in wanted.items() if tensor.is_floating_point()), file)
-    network.load_state_dict(given)
+    given = _renamed(plain_weights(stored, file, wanted), wanted)
+    if problem := misfit(given, {name: tensor.shape for name, tensor in wanted.items()}):
+        raise ModelError(f"{file}: weights do not fit config.json, {problem}; take both from one model")
+    check_numbers(given, (name for name, tensor in wanted.items() if tensor.is_floating_point()), file)
+
+
+def fitting_weights(network: nn.Module, folder: Path, config: Mapping[str, Any]) -> tuple[list[Path], list[str]]:
+    """The files of a network's weights in ``folder``, all of which fit, and what is to be said of them and ``config``.
+
+    That is what the config does not say and no weight shows, and what other weights there are, a line each.
+    """
+    files, notes = find_weights(folder), list[str]()
+    check_fit(network, read_shapes(files, notes), files[0])
+    full: Any = network.config
+    absent = [key for key in INVISIBLE if key in full and key not in config and not is_settled(key, config)]
+    if absent:
+        notes.append(assumed(folder / "config.json", {key: full[key] for key in absent}))
+    used = _variant(files[0].name)
+    others = sorted(path.name for path in folder.iterdir() if (_variant(path.name) or used) not in (used, *ROUNDED))
+    if others:
+        notes.append(f"{folder}: {files[0].name} is used, not {', '.join(others)} beside it")
+    return files, notes
+
+
+def weights_by_file(network: nn.Module, files: Sequence[Path]) -> Iterator[Weights]:
+    """The weights of ``network`` in one file after the other; scales may lie in other files than what they scale."""
+    wanted = network.state_dict().keys()
+    scales: dict[str, Tensor] = {}
+    for file in files:
+        if names := [name for name in read_shapes([file]) if SCALE.fullmatch(name) and name not in wanted]:
+            stored = read_weights([file])
+            scales |= {name: stored[name].clone() for name in names}
+    for file in files:
+        yield plain_weights(read_weights([file]), file, wanted, scales)
+
+
+def materialise(network: nn.Module, weights: Iterable[Weights], device: torch.device) -> None:
+    """Give ``network`` all its weights, in its own dtypes, on ``device`` and frozen.
+
+    They go to the device a piece at a time, so that no more than one piece lies in main memory besides.
+    """
+    wanted = {name: tensor.dtype for name, tensor in network.state_dict().items()}
+    for piece in weights:
+        # Copied even where nothing changes: what was read is the file itself, mapped into memory.
+        placed = {
+            name: tensor.to(device, wanted[name], copy=True, memory_format=torch.contiguous_format)
+            for name, tensor in _renamed(piece, wanted).items()
+            if name in wanted
+        }
+        network.load_state_dict(placed, strict=False, assign=True)
+    empty = [name for name, tensor in [*network.named_parameters(), *network.named_buffers()] if tensor.is_meta]
+    if empty:
+        raise ModelError(
+            f"weights of {type(network).__name__} hold nothing for {empty[0]!r}, which diffusers computes or renames; "
+            "load the model in diffusers and save it with save_pretrained"
+        )
+    network.eval().requires_grad_(False)
 
 
 def digest(files: Sequence[Path], *configs: Mapping[str, Any]) -> str:
@@ -154,26 +195,11 @@ def digest(files: Sequence[Path], *configs: Mapping[str, Any]) -> str:
     return whole.hexdigest()
 
 
-def network_notes(
-    folder: Path, config: Mapping[str, Any], network: nn.Module, files: Sequence[Path]
-) -> tuple[str, ...]:
-    """What the ``config`` of a network does not say and no weight shows, and other weights beside its ``files``."""
-    full: Any = network.config
-    absent = [key for key in INVISIBLE if key in full and key not in config and not is_settled(key, config)]
-    notes = [assumed(folder / "config.json", {key: full[key] for key in absent})] if absent else []
-    used = _variant(files[0].name)
-    others = sorted(path.name for path in folder.iterdir() if (_variant(path.name) or used) not in (used, *ROUNDED))
-    if others:
-        notes.append(f"{folder}: {files[0].name} is used, not {', '.join(others)} beside it")
-    return tuple(notes)
-
-
 INVISIBLE = (
     "act_fn", "activation_fn", "attention_head_dim", "flip_sin_to_cos", "freq_shift", "mid_block_scale_factor",
     "norm_eps", "norm_num_groups", "time_embedding_type",
 )  # fmt: skip
 """Facts of a network that change what it computes and neither names nor shapes of its weights."""
-
 
 ROUNDED = (".fp16", ".bf16")
 """Variants that hold the same weights, rounded."""

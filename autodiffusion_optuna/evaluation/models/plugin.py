@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from autodiffusion_optuna.config import ModelConfig
-from autodiffusion_optuna.errors import AdoptError, ConfigError, ModelError
+from autodiffusion_optuna.errors import AdoptError, ConfigError, ModelError, first_line
 from autodiffusion_optuna.evaluation.denoiser import (
     PREDICTIONS,
     UNCONDITIONAL,
@@ -23,9 +23,14 @@ from autodiffusion_optuna.evaluation.denoiser import (
     Network,
     store_reduced,
 )
-from autodiffusion_optuna.evaluation.files import first_line
-from autodiffusion_optuna.evaluation.models.assembly import assemble, check_unused, choose_clip, trace_units
-from autodiffusion_optuna.evaluation.models.base import Model, label_conditions
+from autodiffusion_optuna.evaluation.models.base import (
+    Model,
+    assemble,
+    check_unused,
+    choose_clip,
+    label_conditions,
+    trace_units,
+)
 from autodiffusion_optuna.noise import NoiseSchedule
 
 

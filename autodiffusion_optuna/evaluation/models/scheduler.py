@@ -11,9 +11,9 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from autodiffusion_optuna.errors import ConfigError, ModelError, choose_from
+from autodiffusion_optuna.errors import ConfigError, ModelError, choose_from, first_line
 from autodiffusion_optuna.evaluation.denoiser import PREDICTIONS
-from autodiffusion_optuna.evaluation.files import first_line, read_json
+from autodiffusion_optuna.evaluation.files import read_json
 from autodiffusion_optuna.evaluation.models.parts import assumed, is_settled
 from autodiffusion_optuna.noise import NoiseSchedule, from_scheduler_config
 

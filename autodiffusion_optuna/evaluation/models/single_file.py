@@ -9,15 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from autodiffusion_optuna.errors import ConfigError, ModelError
-from autodiffusion_optuna.evaluation.files import first_line
+from autodiffusion_optuna.errors import ConfigError, ModelError, first_line
 from autodiffusion_optuna.evaluation.models.checkpoints import open_safetensors, read_weights
-from autodiffusion_optuna.evaluation.tensors import Weights, weights_of
+from autodiffusion_optuna.evaluation.tensors import Weights, plain_weights
 
 
 def read_single_file(
     path: Path, kind: str, config: Path, subfolder: str, dtype: torch.dtype = torch.float32
-) -> tuple[Weights, tuple[str, ...]]:
+) -> tuple[Weights, list[str]]:
     """Weights of diffusers' class ``kind`` from one file in the layout of its authors, by diffusers' names.
 
     Where the file holds a moving average besides the weights in training, it is the average, as in the folders that
@@ -33,7 +32,7 @@ def read_single_file(
         raise ConfigError(f"{path}: diffusers cannot read a {kind} from a single file; give the folder of its pipeline")
     stored = read_weights([path])
     own = {name: tensor for name, tensor in stored.items() if not name.startswith(OTHER_PARTS) and name not in MARKERS}
-    weights = dict(weights_of(own, path, dtype=dtype))
+    weights = dict(plain_weights(own, path, dtype=dtype))
     averaged = sum(name.startswith("model_ema.") for name in weights) > 100  # fewer are none to diffusers
     converted = _convert(original, weights.copy(), path, config, subfolder)
     # The same once more with each tensor's number in its place tells which ones the converter takes. It looks at no
@@ -52,7 +51,7 @@ def read_single_file(
             f"first {unused[0]!r}, and what they mean is not known; give a file of the plain weights, and in "
             "model.config the folder of a pipeline of the same kind"
         )
-    return converted, tuple(_notes(path, stored, averaged, config))
+    return converted, list(_notes(path, stored, averaged, config))
 
 
 OTHER_PARTS = ("first_stage_model.", "cond_stage_model.", "conditioner.", "text_encoders.", "vae.", "safety_checker.")

@@ -15,11 +15,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from autodiffusion_optuna.errors import ConfigError, ModelError
-from autodiffusion_optuna.evaluation.files import check_content, first_line, read_json
+from autodiffusion_optuna.errors import ConfigError, ModelError, first_line
+from autodiffusion_optuna.evaluation.files import check_content, read_json
 from autodiffusion_optuna.evaluation.models.checkpoints import find_weights, read_shapes
-from autodiffusion_optuna.evaluation.models.parts import digest
-from autodiffusion_optuna.evaluation.tensors import PLAIN, check_numbers, is_scale, weights_of
+from autodiffusion_optuna.evaluation.models.parts import Pipeline, digest
+from autodiffusion_optuna.evaluation.tensors import PLAIN, SCALE, check_numbers, plain_weights
 
 ENCODERS = ("CLIPTextModel", "CLIPTextModelWithProjection", "T5EncoderModel")
 TOKENIZERS = ("CLIPTokenizer", "CLIPTokenizerFast", "T5Tokenizer", "T5TokenizerFast")
@@ -132,7 +132,10 @@ class PromptCache:
     kept: dict[str, dict[str, Tensor]] = field(default_factory=dict)
 
     def prepare(self, prompts: Iterable[str]) -> None:
-        """Encode those that are not yet. ``ConfigError`` where they would take over half of the machine's memory."""
+        """Encode those that are not yet.
+
+        ``ConfigError`` where they would take over half of the machine's memory; 40,000 of Flux are 160 GiB.
+        """
         missing = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self.kept]
         if not missing:
             return
@@ -156,18 +159,15 @@ class PromptCache:
             encoded = self.encode([prompt], encoders, self.config)
             row = {name: tensor[0].to(self.dtype) for name, tensor in encoded.items()}
             if i == 0:
-                _check_room(sum(tensor.nbytes for tensor in row.values()), len(self.kept) + len(prompts))
+                each, count = sum(tensor.nbytes for tensor in row.values()), len(self.kept) + len(prompts)
+                room = machine_memory() // 2
+                if each * count > room:
+                    raise ConfigError(
+                        f"{count:,} different prompts are drawn, which take {each * count / 2**30:.1f} GiB encoded; at "
+                        f"most {room // each:,} fit half of this machine's memory. Score fewer images, or give a file "
+                        "of fewer prompts"
+                    )
             self.kept[prompt] = row
-
-
-def _check_room(each: int, prompts: int) -> None:
-    """``ConfigError`` where prompts of ``each`` bytes do not fit; 40,000 of Flux are 160 GiB."""
-    room = machine_memory() // 2
-    if each * prompts > room:
-        raise ConfigError(
-            f"{prompts:,} different prompts are drawn, which take {each * prompts / 2**30:.1f} GiB encoded; at most "
-            f"{room // each:,} fit half of this machine's memory. Score fewer images, or give a file of fewer prompts"
-        )
 
 
 def machine_memory() -> int:
@@ -179,14 +179,15 @@ def machine_memory() -> int:
 
 
 def load_encoders(
-    folder: Path, index: Mapping[str, Any], device: torch.device, dtype: torch.dtype, t5_length: int
+    pipeline: Pipeline, device: torch.device, dtype: torch.dtype, t5_length: int
 ) -> dict[str, TextEncoder]:
-    """The text encoders of the pipeline in ``folder``, whose ``model_index.json`` is ``index``.
+    """The text encoders of a pipeline.
 
     ``t5_length``: tokens of a prompt for T5; for CLIP the tokenizer says. Nothing is downloaded.
     ``ModelError`` where transformers is not installed, or a part is missing, broken or of another class.
     """
     encoders = {}
+    folder, index = pipeline.folder, pipeline.index
     for name in _present(index):
         tokenizer_name = name.replace("text_encoder", "tokenizer")
         model = _load_model(folder / name, index[name][1], dtype).to(device).eval().requires_grad_(False)
@@ -197,11 +198,11 @@ def load_encoders(
     return encoders
 
 
-def encoders_digest(folder: Path, index: Mapping[str, Any]) -> str:
-    """sha256 in hexadecimal over configs, weights and tokenizers of the text encoders in ``folder``."""
+def encoders_digest(pipeline: Pipeline) -> str:
+    """sha256 in hexadecimal over configs, weights and tokenizers of a pipeline's text encoders."""
     parts = {}
-    for name in _present(index):
-        path, tokenizer = folder / name, folder / name.replace("text_encoder", "tokenizer")
+    for name in _present(pipeline.index):
+        path, tokenizer = pipeline.folder / name, pipeline.folder / name.replace("text_encoder", "tokenizer")
         files = sorted(file for file in tokenizer.iterdir() if file.is_file())
         names = {"tokenizer": [file.name for file in files]}
         parts[name] = digest([*_find_weights(path), *files], read_json(path / "config.json"), names)
@@ -226,8 +227,8 @@ def _load_model(path: Path, kind: str, dtype: torch.dtype) -> Any:
         if read_json(path / "config.json").get("quantization_config"):
             raise ModelError(f"{path / 'config.json'}: has a quantization_config; {PLAIN}")
         stored = read_shapes(files)
-        weights_of(stored, files[0])
-        if scale := next(filter(is_scale, stored), None):
+        plain_weights(stored, files[0])
+        if scale := next(filter(SCALE.fullmatch, stored), None):
             raise ModelError(f"{files[0]}: {scale} scales a weight, which transformers would leave out; {PLAIN}")
         check_numbers(stored, (name for name in stored if not name.endswith("position_ids")), files[0])
         model, info = loaded.from_pretrained(

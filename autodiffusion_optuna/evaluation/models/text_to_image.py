@@ -14,9 +14,10 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from autodiffusion_optuna.config import ModelConfig
-from autodiffusion_optuna.errors import ConfigError, ModelError, choose_from
+from autodiffusion_optuna.errors import ConfigError, ModelError, choose_from, first_line
 from autodiffusion_optuna.evaluation.denoiser import (
     PRECISIONS,
     Condition,
@@ -25,44 +26,34 @@ from autodiffusion_optuna.evaluation.denoiser import (
     store_reduced,
     weights_sample,
 )
-from autodiffusion_optuna.evaluation.files import first_line, read_json
-from autodiffusion_optuna.evaluation.models.assembly import (
+from autodiffusion_optuna.evaluation.files import read_json
+from autodiffusion_optuna.evaluation.models import text
+from autodiffusion_optuna.evaluation.models.base import (
+    Conditions,
+    Model,
     assemble,
     check_channels,
     check_unused,
     choose_clip,
-    decoded_shape,
     sides_of,
     trace_units,
 )
-from autodiffusion_optuna.evaluation.models.base import Conditions, Model
-from autodiffusion_optuna.evaluation.models.checkpoints import find_weights, read_shapes
-from autodiffusion_optuna.evaluation.models.meta_loading import check_fit, materialise, weights_by_file
 from autodiffusion_optuna.evaluation.models.parts import (
     INDEX,
     Pipeline,
     build_network,
+    check_fit,
     digest,
-    network_notes,
+    fitting_weights,
+    materialise,
     networks_beside,
     read_config,
+    weights_by_file,
 )
 from autodiffusion_optuna.evaluation.models.prompts import read_prompts
 from autodiffusion_optuna.evaluation.models.scheduler import Scheduler, load_scheduler
 from autodiffusion_optuna.evaluation.models.single_file import read_single_file, training_facts
-from autodiffusion_optuna.evaluation.models.text import (
-    FLUX_LENGTH,
-    SD3_LENGTH,
-    Encode,
-    PromptCache,
-    encode_flux,
-    encode_sd,
-    encode_sd3,
-    encode_sdxl,
-    encoders_digest,
-    load_encoders,
-)
-from autodiffusion_optuna.evaluation.models.vae import AUTOENCODERS, Vae, load_vae
+from autodiffusion_optuna.evaluation.models.vae import Vae, load_vae
 from autodiffusion_optuna.noise import NoiseSchedule, flow
 
 MARKED = ("prediction_type", "rescale_betas_zero_snr")
@@ -76,21 +67,25 @@ META = torch.device("meta")
 class Kind:
     """What sets one of diffusers' pipelines apart.
 
-    ``network``, ``folder``: class and folder of what denoises. ``predict``: runs it. ``encode``: prompts into its
+    ``network``: class of what denoises. ``predict``: runs it. ``encode``: prompts into its
     condition. ``t5_length``: tokens of a prompt for T5. ``guidance``, ``scale``: the pipeline's defaults.
     ``patch``: side of the squares of a latent that the network takes as one token; 1 for UNets, which take any.
     ``largest_mu``: default of a dynamic shift; None where the schedule is one of betas.
     """
 
     network: str
-    folder: str
     predict: Callable[[nn.Module, Tensor, Tensor, Condition], Tensor]
-    encode: Encode
+    encode: text.Encode
     guidance: GuidanceKind
     scale: float
     t5_length: int = 0
     patch: int = 1
     largest_mu: float | None = None
+
+    @property
+    def folder(self) -> str:
+        """Where the pipeline keeps its network."""
+        return "unet" if self.network.startswith("UNet") else "transformer"
 
 
 def _predict_unet(network: nn.Module, x: Tensor, model_times: Tensor, condition: Condition) -> Tensor:
@@ -133,26 +128,22 @@ def _predict_flux(network: nn.Module, x: Tensor, model_times: Tensor, condition:
 
 def pack(x: Tensor) -> Tensor:
     """[B, C, 2h, 2w] -> [B, h w, 4C]: each 2x2 square becomes one vector, channels first, as Flux takes them."""
-    b, c, height, width = x.shape
-    squares = x.reshape(b, c, height // 2, 2, width // 2, 2).permute(0, 2, 4, 1, 3, 5)
-    return squares.reshape(b, height * width // 4, 4 * c)
+    return functional.pixel_unshuffle(x, 2).flatten(2).mT.contiguous()
 
 
 def unpack(sequence: Tensor, height: int, width: int) -> Tensor:
     """[B, height width, 4C] -> [B, C, 2 height, 2 width]; the inverse of ``pack``."""
-    b, _, c = sequence.shape
-    squares = sequence.reshape(b, height, width, c // 4, 2, 2).permute(0, 3, 1, 4, 2, 5)
-    return squares.reshape(b, c // 4, 2 * height, 2 * width)
+    return functional.pixel_shuffle(sequence.mT.reshape(len(sequence), -1, height, width), 2)
 
 
 PIPELINES: dict[str, Kind] = {
-    "StableDiffusionPipeline": Kind("UNet2DConditionModel", "unet", _predict_unet, encode_sd, "free", 7.5),
-    "StableDiffusionXLPipeline": Kind("UNet2DConditionModel", "unet", _predict_unet, encode_sdxl, "free", 5.0),
+    "StableDiffusionPipeline": Kind("UNet2DConditionModel", _predict_unet, text.encode_sd, "free", 7.5),
+    "StableDiffusionXLPipeline": Kind("UNet2DConditionModel", _predict_unet, text.encode_sdxl, "free", 5.0),
     "StableDiffusion3Pipeline": Kind(
-        "SD3Transformer2DModel", "transformer", _predict_sd3, encode_sd3, "free", 7.0, SD3_LENGTH, 2, 1.16
+        "SD3Transformer2DModel", _predict_sd3, text.encode_sd3, "free", 7.0, text.SD3_LENGTH, 2, 1.16
     ),
     "FluxPipeline": Kind(
-        "FluxTransformer2DModel", "transformer", _predict_flux, encode_flux, "embedded", 3.5, FLUX_LENGTH, 2, 1.15
+        "FluxTransformer2DModel", _predict_flux, text.encode_flux, "embedded", 3.5, text.FLUX_LENGTH, 2, 1.15
     ),
 }
 """Class of a pipeline -> how it is run."""
@@ -170,7 +161,7 @@ def load_text_to_image(
     Nothing is downloaded. ``ConfigError`` where a setting is missing or wrong, ``ModelError`` where the pipeline or the
     device cannot be used.
     """
-    folder, dtype = pipeline.folder, PRECISIONS[config.precision]
+    folder = pipeline.folder
     clip = choose_clip(config.clip, name, latent=True)
     prompts = _read_prompts(config, name)
     kind = _find_kind(pipeline)
@@ -181,34 +172,25 @@ def load_text_to_image(
     used = {"prompts", "size", *(["negative_prompt"] if guidance == "free" else []), *(["config"] if file else [])}
     check_unused(config, name, used)
     facts = training_facts(file) if file else {}
-    scaled = "scaling_factor" in read_config(folder / "vae", AUTOENCODERS)
-    scaling = None if scaled else facts.get("scaling_factor")
-    vae = load_vae(folder / "vae", device, config.precision, scaling, usual=True)
+    vae = load_vae(folder / "vae", device, config.precision, facts.get("scaling_factor"), usual=True)
     shape = _latent_shape(network, kind, vae, config.size, path)
-    image_shape = decoded_shape(vae, shape, path)
-    files = [file] if file else find_weights(path.parent)
-    training: list[str] = []
-    if file is None:
-        check_fit(network, read_shapes(files, training), files[0])
-    scheduler = load_scheduler(folder, {key: value for key, value in facts.items() if key in MARKED})
-    schedule = scheduler.schedule
-    if kind.largest_mu is not None:
-        schedule = _flow_schedule(scheduler, shape, kind.patch, kind.largest_mu, folder / "scheduler")
+    image_shape = vae.image_shape(shape, path)
+    files, said = ([file], list[str]()) if file else fitting_weights(network, path.parent, stored)
+    scheduler = load_scheduler(folder, {key: facts[key] for key in MARKED if key in facts})
+    schedule = _flow_schedule(scheduler, shape, kind, folder) if kind.largest_mu else scheduler.schedule
     conditions = _conditions(config, pipeline, prompts, network.config, device, guidance, image_shape)
     predict = partial(kind.predict, network)
     some = {key: torch.empty(tensor.shape, device=META) for key, tensor in conditions.rows([0]).items()}
     some |= {"guidance": torch.empty(1, device=META)} if guidance == "embedded" else {}
     units = trace_units(network, lambda x, t: predict(x, t, some), shape, META, "float32", path)
     _reduce(network, config.precision)
-    notes = [*scheduler.notes, *vae.notes, *_notes(config, pipeline, stored, facts, scheduler)]
     if file is None:
-        notes += [*training, *networks_beside(path.parent), *network_notes(path.parent, stored, network, files)]
         materialise(network, weights_by_file(network, files), device)
+        said += networks_beside(path.parent)
     else:
-        weights, said = read_single_file(file, kind.network, folder, kind.folder, dtype)
+        weights, said = read_single_file(file, kind.network, folder, kind.folder, PRECISIONS[config.precision])
         check_fit(network, weights, file)
         materialise(network, [weights], device)
-        notes += said
     denoiser = Denoiser(predict, schedule, scheduler.prediction, device, config.precision, clip, units, guidance)
     return assemble(
         config,
@@ -222,7 +204,7 @@ def load_text_to_image(
         scale=1.0 if guidance == "none" else kind.scale,
         image_shape=image_shape,
         kind=pipeline.kind,
-        notes=tuple(notes),
+        notes=(*scheduler.notes, *vae.notes, *_notes(config, pipeline, stored, facts, scheduler), *said),
     )
 
 
@@ -302,18 +284,17 @@ def _guidance(network: nn.Module, kind: Kind, path: Path) -> GuidanceKind:
     return "none" if kind.guidance == "embedded" and not config.guidance_embeds else kind.guidance
 
 
-def _flow_schedule(
-    scheduler: Scheduler, shape: tuple[int, int, int], patch: int, largest_mu: float, where: Path
-) -> NoiseSchedule:
-    """The schedule of a flow-matching scheduler, found in ``where``, for latents of ``shape``."""
-    config = scheduler.filled
+def _flow_schedule(scheduler: Scheduler, shape: tuple[int, int, int], kind: Kind, folder: Path) -> NoiseSchedule:
+    """The schedule of a flow-matching scheduler, found in ``folder``, for latents of ``shape``."""
+    config, where = scheduler.filled, folder / "scheduler"
+    assert kind.largest_mu is not None
     if scheduler.prediction != "flow_prediction" or config.get("invert_sigmas"):
         raise ModelError(
             f"{where}: {config.get('_class_name')} with prediction_type {scheduler.prediction!r} and invert_sigmas "
             f"{config.get('invert_sigmas', False)} is not what this pipeline was trained with; use its own scheduler"
         )
     try:
-        shift = flow_shift(config, shape[1] * shape[2] // patch**2, largest_mu)
+        shift = flow_shift(config, shape[1] * shape[2] // kind.patch**2, kind.largest_mu)
         if not (math.isfinite(shift) and shift > 0):
             raise ValueError(f"the noise levels would be shifted by {shift:g}")
     except (TypeError, ValueError, ArithmeticError) as error:
@@ -347,9 +328,9 @@ def _conditions(
 ) -> Conditions:
     """``prompts`` for a network of the config ``network``, encoded as they are drawn, and what guidance leads from."""
     kind, dtype = PIPELINES[pipeline.kind], PRECISIONS[config.precision]
-    load = partial(load_encoders, pipeline.folder, pipeline.index, dtype=dtype, t5_length=kind.t5_length)
+    load = partial(text.load_encoders, pipeline, dtype=dtype, t5_length=kind.t5_length)
     # Autocast rounds embeddings to its precision before their first product, so they may as well be kept in it.
-    cache = PromptCache(load, kind.encode, network, dtype, device)
+    cache = text.PromptCache(load, kind.encode, network, dtype, device)
     cache.prepare([config.negative_prompt, prompts[0]])  # a part that does not fit shows now
     away = cache.rows([config.negative_prompt])
     if pipeline.kind == XL and not config.negative_prompt and pipeline.index.get("force_zeros_for_empty_prompt", True):
@@ -371,7 +352,7 @@ def _conditions(
         cache.prepare(prompts[i] for i in chosen)
 
     free = guidance == "free"
-    encoders = encoders_digest(pipeline.folder, pipeline.index)
+    encoders = text.encoders_digest(pipeline)
     described = json.dumps([prompts, config.negative_prompt if free else "", config.labels, encoders])
     fingerprint = hashlib.sha256(described.encode()).hexdigest()
     return Conditions("prompts", len(prompts), rows, negative if free else None, fingerprint, config.labels, prepare)

@@ -39,6 +39,16 @@ class Vae:
     scale: float = 1.0
     """What latents were multiplied by for the diffusion model, in the mean of their channels."""
 
+    def image_shape(self, shape: tuple[int, int, int], where: Path) -> tuple[int, int, int]:
+        """(3, H, W) of the images of latents of ``shape``. ``ModelError``, naming ``where``, where they do not fit."""
+        channels, height, width = shape
+        if channels != self.channels:
+            raise ModelError(
+                f"{where}: states have {channels} channels, but the decoder beside it takes {self.channels}; "
+                "take both from one model"
+            )
+        return 3, height * self.factor, width * self.factor
+
 
 def load_vae(
     folder: Path,
@@ -50,23 +60,24 @@ def load_vae(
     """The decoder of the AutoencoderKL or VQModel in ``folder``, which holds its ``config.json`` and weights.
 
     Latents are divided by ``scaling_factor`` and moved by ``shift_factor``, or scaled and moved by channel where the
-    config has ``latents_mean`` and ``latents_std`` (arXiv 2112.10752, section D.1). ``scaling``: in place of the
-    config's factor. ``precision``: of the decoder, under autocast; float16 is raised to float32 where the config has
+    config has ``latents_mean`` and ``latents_std`` (arXiv 2112.10752, section D.1). ``scaling``: where the config
+    has no factor. ``precision``: of the decoder, under autocast; float16 is raised to float32 where the config has
     ``force_upcast``, because such decoders overflow. Nothing is downloaded.
     Where the config has no factor it is 1 for a VQModel, as CompVis trained with those, and else the class's default.
     ``usual``: whether the pipeline always scaled by that one while configs did not name it, which then needs no note.
     ``ModelError`` where a file is missing or broken, or the class is another.
     """
     stored = read_config(folder, AUTOENCODERS)
-    part = load_part(folder, stored["_class_name"], stored)
-    config: Any = part.network.config
-    notes = list(part.notes)
-    if scaling is None and "scaling_factor" not in stored:
+    network: Any
+    network, files, notes = load_part(folder, stored["_class_name"], stored)
+    config: Any = network.config
+    if "scaling_factor" in stored:
+        scaling = None
+    elif scaling is None:
         scaling = 1.0 if stored["_class_name"] == "VQModel" else None
         chosen = "1, as VQ models were trained" if scaling else f"{config.scaling_factor:g}, the default of its class"
         if not (usual and is_settled("scaling_factor", stored)):
             notes.append(f"{folder / 'config.json'} gives no scaling_factor of latents; assumed is {chosen}")
-    network: Any = part.network
     encoder = nn.Sequential(network.encoder, network.quant_conv or nn.Identity()).cpu()
     network.encoder = network.quant_conv = nn.Identity()  # a third of the weights, and hardly ever run
     network.to(device)
@@ -94,7 +105,7 @@ def load_vae(
     return Vae(
         channels,
         factor,
-        digest(part.files, {**stored, **override}),
+        digest(files, {**stored, **override}),
         SlicedDecode(decode, factor),
         encode=encode,
         notes=tuple(notes),
@@ -116,9 +127,9 @@ def _affine(
     try:
         gain = torch.tensor(std or [1.0], dtype=torch.float32).reshape(1, -1, 1, 1) / float(factor)
         offset = torch.tensor(mean or [float(shift)], dtype=torch.float32).reshape(1, -1, 1, 1)
+        fits = all(t.shape[1] in (1, channels) and t.isfinite().all() for t in (gain, offset))
     except (TypeError, ValueError, ZeroDivisionError):
-        gain, offset = torch.tensor(torch.inf), torch.tensor(0.0)
-    fits = all(t.ndim == 4 and t.shape[1] in (1, channels) and t.isfinite().all() for t in (gain, offset))
+        fits = False
     if not fits:
         raise ModelError(
             f"{folder / 'config.json'}: scaling_factor {factor!r}, shift_factor {shift!r}, latents_mean {mean!r} and "
@@ -127,13 +138,13 @@ def _affine(
     return gain.to(device), offset.to(device)
 
 
+@dataclass(eq=False)
 class SlicedDecode:
     """Decodes a few images at a time, and fewer from then on if even they do not fit the device's memory."""
 
-    def __init__(self, decode: Callable[[Tensor], Tensor], factor: int) -> None:
-        self.decode = decode
-        self.factor = factor
-        self.pixels = SLICE_PIXELS
+    decode: Callable[[Tensor], Tensor]
+    factor: int
+    pixels: int = SLICE_PIXELS
 
     @torch.inference_mode()
     def __call__(self, latents: Tensor) -> Tensor:

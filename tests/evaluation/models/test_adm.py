@@ -13,6 +13,7 @@ import torch
 from load_source import load_source
 from safetensors.torch import save_file
 from tiny_adm import CLASSIFIER_FIELDS, golden, state, write_adm
+from tiny_models import kinds_of
 from torch import Tensor, nn
 
 from autodiffusion_optuna.errors import AdoptError, ConfigError, ModelError
@@ -21,7 +22,6 @@ from autodiffusion_optuna.evaluation.models.adm import (
     ATTENTION,
     RESIDUAL,
     adm_blocks,
-    build_classifier,
     build_unet,
     convert,
     convert_classifier,
@@ -84,7 +84,7 @@ def test_converted_networks_compute_what_the_official_ones_do(name: str) -> None
     units = units_of(network, adm)
     assert list(unit_names(adm)) == [layer["path"] for layer in described["layers"]]
     assert tuple(unit_names(adm).values()) == units.names
-    assert [kind == "Attention" for kind in units.kinds] == [
+    assert [kind == "Attention" for kind in kinds_of(network, units)] == [
         layer["kind"] == "attention" for layer in described["layers"]
     ]
 
@@ -149,7 +149,8 @@ def test_presets_are_the_published_architectures(name: str) -> None:
     units = units_of(network, adm)
     parameters, residual, attention = SIZES[name]
     assert sum(weight.numel() for weight in network.parameters()) == parameters
-    assert (units.kinds.count("ResnetBlock2D"), units.kinds.count("Attention")) == (residual, attention)
+    kinds = kinds_of(network, units)
+    assert (kinds.count("ResnetBlock2D"), kinds.count("Attention")) == (residual, attention)
     assert tuple(unit_names(adm).values()) == units.names
 
 
@@ -210,7 +211,7 @@ def test_the_keys_are_those_of_released_checkpoints() -> None:
 @pytest.mark.parametrize(("name", "parameters"), [("imagenet64", 65_438_568), ("imagenet256", 54_096_360)])
 def test_presets_have_the_published_classifiers(name: str, parameters: int) -> None:
     with torch.device("meta"):
-        classifier = build_classifier(PRESETS[name])
+        classifier = EncoderUNetModel(PRESETS[name])
     assert sum(weight.numel() for weight in classifier.parameters()) == parameters
     logits = classifier(
         torch.zeros(2, 3, *[PRESETS[name].image_size] * 2, device="meta"), torch.zeros(2, device="meta")
@@ -219,9 +220,8 @@ def test_presets_have_the_published_classifiers(name: str, parameters: int) -> N
 
 
 def test_the_classifier_is_the_official_one() -> None:
-    described, tensors = golden("adm_classifier")
-    arguments = {k: v for k, v in described["encoder_unet_arguments"].items() if k not in ("use_fp16", "pool")}
-    classifier = EncoderUNetModel(**arguments)
+    tensors = golden("adm_classifier")[1]
+    classifier = EncoderUNetModel(replace(fields_of("adm_unet_a"), **CLASSIFIER_FIELDS))
     classifier.load_state_dict(state(tensors), strict=True)
     classifier.eval().requires_grad_(False)
     model_times = tensors["in.t"].float()
@@ -245,7 +245,7 @@ def test_the_classifier_is_the_official_one() -> None:
 
 def test_a_classifier_without_residual_resampling_has_convolutions() -> None:
     adm = replace(fields_of("adm_unet_a"), **CLASSIFIER_FIELDS, classifier_resblock_updown=False)
-    classifier = build_classifier(replace(adm, classifier_use_scale_shift_norm=False))
+    classifier = EncoderUNetModel(replace(adm, classifier_use_scale_shift_norm=False))
     shapes = {key: tuple(value.shape) for key, value in classifier.state_dict().items()}
     assert shapes["input_blocks.2.0.op.weight"] == (32, 32, 3, 3)
     assert shapes["input_blocks.1.0.emb_layers.1.weight"] == (32, 128)

@@ -36,6 +36,7 @@ from autodiffusion_optuna.evaluation.models import Model
 from autodiffusion_optuna.evaluation.models.text import TextEncoder
 from autodiffusion_optuna.evaluation.models.text_to_image import flow_shift, pack, unpack
 from autodiffusion_optuna.evaluation.seeds import Bank
+from autodiffusion_optuna.evaluation.skip import Units
 from autodiffusion_optuna.evaluation.solvers import SOLVERS, times
 
 STEPS = (900, 610, 95)
@@ -394,13 +395,11 @@ def conditions_of(model: Model) -> str:
 
 
 def test_units_may_be_compiled(load: Callable[..., Model], monkeypatch: pytest.MonkeyPatch) -> None:
-    from torch._dynamo import config
-
-    limits = {name: getattr(config, name) for name in ("recompile_limit", "accumulated_recompile_limit")}
-    with config.patch(limits):
-        model = load("flux", compile=True)
-    assert model.denoiser.units.compiled  # type: ignore[attr-defined]
-    assert not load("flux").denoiser.units.compiled  # type: ignore[attr-defined]
+    compiled: list[Units] = []
+    monkeypatch.setattr("autodiffusion_optuna.evaluation.models.base.compile_units", compiled.append)
+    load("flux")
+    model = load("flux", compile=True)
+    assert compiled == [model.denoiser.units]  # type: ignore[attr-defined]
 
 
 def test_a_single_file_in_its_authors_layout_is_the_same_model(
