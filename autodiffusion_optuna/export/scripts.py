@@ -92,13 +92,7 @@ def _templates() -> Environment:
 
 
 def _render(template: str, result: Result, **values: Any) -> str:
-    held_out = result.score.held_out
-    scored = (
-        f"{held_out.mean:.4g} on {held_out.banks} x {held_out.images} held-out images"
-        if held_out
-        else f"{result.score.value:.4g} on the search's {result.score.images} images"
-    )
-    return _templates().get_template(template).render(result=result, prompt=PROMPT, scored=scored, **values)
+    return _templates().get_template(template).render(result=result, prompt=PROMPT, **values)
 
 
 def _source(result: Result) -> tuple[str, str]:
@@ -214,25 +208,5 @@ def _decoder(result: Result) -> tuple[str, str] | None:
 
 def _package_script(result: Result, why: str, images: int | None) -> str:
     """With this package's own sampler."""
-    prompted = result.config.model.prompts is not None
-    return _render(
-        "package.py.j2",
-        result,
-        why=f"{why[0].upper()}{why[1:]}",
-        images=images or (IMAGES if result.model.shape == result.model.image_shape else LATENTS),
-        prompted=prompted,
-        load=_load_model(result, prompted),
-    )
-
-
-LOADED = {"clip", "precision", "preset", "fields", "classifier", "negative_prompt", "size", "config"}
-"""Settings of ``[model]`` that a script repeats; the prompts are its own."""
-
-
-def _load_model(result: Result, prompted: bool) -> str:
-    """Expression that loads the model as the study does, with the script's own prompts."""
-    settings = result.config.model.model_dump(include=LOADED, exclude_defaults=True)
-    arguments = [f"{key}={value!r}" for key, value in {"source": result.model.source, **settings}.items()]
-    arguments += ["prompts=str(prompts)"] if prompted else []
-    trust = ", trust=True" if result.model.kind == "plugin" else ""  # whoever runs the script runs the plug-in's code
-    return f"load_model(ModelConfig({', '.join(arguments)}){trust})"
+    of_pixels = result.model.shape == result.model.image_shape
+    return _render("package.py.j2", result, why=why, images=images or (IMAGES if of_pixels else LATENTS))
