@@ -125,20 +125,11 @@ def _pipeline_script(result: Result, recipe: Recipe, images: int | None) -> str:
         bundled=False,
         classes=[kind] if applied else [kind, recipe.scheduler],
         model=model,
-        load=_load_pipeline(result, revision),
+        revision=revision,
+        left_out=_left_out(result),
         scheduler="pipe.scheduler",
         wide=recipe.scales,
     )
-
-
-def _load_pipeline(result: Result, revision: str) -> str:
-    kind, precision, config = result.model.kind, result.model.precision, result.config.model.config
-    loader = f"{kind}.from_pretrained(MODEL"
-    if result.model.source.endswith(".safetensors"):
-        loader = f"{kind}.from_single_file(MODEL" + (f", config={config!r}" if config else "")
-    dtype = "" if precision == "float32" else f", torch_dtype=torch.{precision}"
-    without = "".join(f", {part}=None" for part in _left_out(result))
-    return f"{loader}{revision}{without}{dtype})"
 
 
 def _left_out(result: Result) -> list[str]:

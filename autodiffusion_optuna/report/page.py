@@ -19,7 +19,7 @@ from plotly.offline import get_plotlyjs
 from autodiffusion_optuna._version import __version__
 from autodiffusion_optuna.config import SEARCH_BANK, flatten
 from autodiffusion_optuna.errors import AdoptError
-from autodiffusion_optuna.export.formats import result_of, result_text
+from autodiffusion_optuna.export.formats import FORMATS, file_name, result_of, result_text
 from autodiffusion_optuna.images import picture
 from autodiffusion_optuna.report.figures import FIGURES
 from autodiffusion_optuna.results.held_out import HeldOut
@@ -29,8 +29,6 @@ from autodiffusion_optuna.storage.attrs import CODEC, CONDITIONS, EXTRACTOR, MOD
 ASSETS = Path(__file__).parent.parent / "assets" / "report"
 LEGEND = 30
 """Height left for a figure's legend, in pixels."""
-ENDINGS = {"json": ".json", "diffusers": ".py", "comfyui": "-sigmas.txt"}
-"""Form of an export -> end of the name of the file that the page carries."""
 NUMBERS = ("no", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve")
 Pictures = Sequence[tuple[str, NDArray[np.uint8]]]
 
@@ -63,7 +61,6 @@ def page(
         plotly=get_plotlyjs() if figures else "",
         exports=exports,
         refused=refused,
-        endings=ENDINGS,
         facts=_facts(summary),
         settings=flatten(config.model_dump(mode="json", exclude_defaults=True)),
         tail=tail,
@@ -87,6 +84,7 @@ def _template() -> Template:
         base64=lambda text: base64.b64encode(text.encode()).decode("ascii"),
         code=_code,
         count="{:,}".format,
+        file_name=file_name,
         in_script=lambda text: Markup(text.replace("<", "\\u003c")),  # JSON cannot end the element it is in
         in_words=lambda steps: NUMBERS[steps] if steps < len(NUMBERS) else str(steps),
         json=lambda value: json.dumps(value, ensure_ascii=False),
@@ -139,7 +137,7 @@ def _figure(summary: StudySummary, key: str) -> dict[str, str] | None:
 def _exports(summary: StudySummary) -> tuple[dict[str, str], str]:
     """Text of every export that this model allows, and why another is not among them."""
     result, texts, refused = result_of(summary), {}, ""
-    for form in ENDINGS:
+    for form in FORMATS:
         try:
             texts[form] = result_text(result, form)
         except AdoptError as error:
