@@ -108,9 +108,10 @@ class StudySummary:
         return f"{'bundled with the model' if path is None else Path(path).name}, {count}"
 
     @property
-    def solver(self) -> str | list[str]:
+    def solver_names(self) -> str:
         """The solver of all candidates, or those that were searched."""
-        return self.config.sampling.solver
+        solver = self.config.sampling.solver
+        return ", ".join(solver) if isinstance(solver, list) else solver
 
     def rows(self) -> list[Row]:
         """The best found, then the baselines from best to worst; nothing where no candidate is finished."""
@@ -201,7 +202,7 @@ class StudySummary:
             "finished": len(self.finished),
             "budget": self.config.search.trials,
             **self.last_origin,
-            "solver": self.solver,
+            "solver": self.config.sampling.solver,
             "metric": self.metric,
             "extractor": self.config.score.extractor,
             "images": self.config.score.images,
