@@ -74,7 +74,7 @@ def apply(pipe: Pipeline, result: str | Path | Result, *, masks: bool = True, ch
     """
     result = result if isinstance(result, Result) else Result.read(result)
     network = _network(pipe, result)
-    before, applied = pipe.scheduler, _applied(pipe)  # type: ignore[attr-defined]
+    before, applied = pipe.scheduler, getattr(pipe, APPLIED, None)  # type: ignore[attr-defined]
     if applied and applied.scheduler is before:
         before = applied.before
     _check_noise(before, result)
@@ -101,7 +101,7 @@ def apply(pipe: Pipeline, result: str | Path | Result, *, masks: bool = True, ch
 
 def remove(pipe: Pipeline) -> Pipeline:
     """Undo ``apply``: the scheduler that the pipeline had, and every layer. Without effect on other pipelines."""
-    applied = _applied(pipe)
+    applied: _Applied | None = getattr(pipe, APPLIED, None)
     if applied is None:
         return pipe
     for module, forward in applied.forwards:
@@ -113,11 +113,6 @@ def remove(pipe: Pipeline) -> Pipeline:
         pipe.scheduler = applied.before  # type: ignore[attr-defined]
     delattr(pipe, APPLIED)
     return pipe
-
-
-def _applied(pipe: object) -> _Applied | None:
-    found = getattr(pipe, APPLIED, None)
-    return found if isinstance(found, _Applied) else None
 
 
 # What the pipeline is
