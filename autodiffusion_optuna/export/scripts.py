@@ -10,6 +10,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from autodiffusion_optuna.config import BUNDLED
 from autodiffusion_optuna.errors import ConfigError
 from autodiffusion_optuna.export.recipes import NOT_PIPELINES, SCALING, TEXT_PIPELINES, Recipe, find_recipe
 from autodiffusion_optuna.export.result import Result
@@ -18,7 +19,6 @@ if TYPE_CHECKING:
     from jinja2 import Environment
 
 TEMPLATES = Path(__file__).parent.parent / "assets" / "scripts"
-BUNDLED = ("digits",)
 IMAGES = 16
 """Images that a script without prompts draws."""
 LATENTS = 2
