@@ -50,32 +50,27 @@ def find_recipe(result: Result) -> Recipe:
 
     ``ConfigError`` where there is none that takes its solver's steps on an uneven list, or none with its settings.
     """
+    recipe, how = None, "on such a list"
     if result.amplification_cap is not None:
-        raise _no_scheduler(result, f"with an amplification cap of {result.amplification_cap:g}")
-    if result.eta not in (0, 1) or (result.eta and result.solver != "ddim"):
-        raise _no_scheduler(result, f"with eta = {result.eta:g}")
-    write = RECIPES.get(result.solver)
-    recipe = write(result) if write else None
+        how = f"with an amplification cap of {result.amplification_cap:g}"
+    elif result.eta not in (0, 1) or (result.eta and result.solver != "ddim"):
+        how = f"with eta = {result.eta:g}"
+    elif result.solver in RECIPES:
+        recipe = RECIPES[result.solver](result)
     if recipe is None:
-        raise _no_scheduler(result, "on such a list")
+        raise ConfigError(
+            f"diffusers has no scheduler that takes the steps of {result.solver} {how}; draw images with adopt sample "
+            "--result FILE, or with the script of adopt export --format diffusers"
+        )
     return recipe
 
 
-def _no_scheduler(result: Result, how: str) -> ConfigError:
-    return ConfigError(
-        f"diffusers has no scheduler that takes the steps of {result.solver} {how}; draw images with adopt sample "
-        "--result FILE, or with the script of adopt export --format diffusers"
-    )
-
-
-def _sigmas(result: Result, smallest: float = 0.0) -> tuple[float, ...]:
-    """K + 1 levels as schedulers take them: sigma / alpha, and of flows sigma itself."""
-    alpha = (1.0,) * len(result.noise.alpha) if result.is_flow else result.noise.alpha
-    return tuple(max(s / a, smallest) for a, s in zip(alpha, result.noise.sigma, strict=True))
+def _positive(levels: tuple[float, ...]) -> tuple[float, ...]:
+    return tuple(max(level, NO_NOISE) for level in levels)
 
 
 def _recipe(result: Result, scheduler: str, options: dict[str, Any], **more: Any) -> Recipe:
-    given = {"timesteps": result.noise.model_times if result.is_flow else result.timesteps, "sigmas": _sigmas(result)}
+    given = {"timesteps": result.noise.model_times if result.is_flow else result.timesteps, "sigmas": result.levels}
     return Recipe(scheduler, options, len(result.timesteps), **{**given, **more})
 
 
@@ -100,8 +95,8 @@ def _dpm_solver(scheduler: str, result: Result, by_noise: bool, **options: Any) 
         **options,
         **_common(result),
     }
-    sigmas = _sigmas(result, NO_NOISE if by_noise else 0.0)
-    listed = not result.is_flow and sigmas == _sigmas(result)
+    sigmas = _positive(result.levels) if by_noise else result.levels
+    listed = not result.is_flow and sigmas == result.levels
     return _recipe(result, scheduler, all_options, sigmas=sigmas, argument="timesteps" if listed else None)
 
 
@@ -149,7 +144,7 @@ def _deis(result: Result, order: int) -> Recipe:
     to_zero = result.final == "zero"
     options = {"algorithm_type": "deis", "solver_type": "logrho", "solver_order": order}
     options |= {"lower_order_final": not to_zero and len(result.timesteps) < 10, **_common(result)}
-    return _recipe(result, "DEISMultistepScheduler", options, sigmas=_sigmas(result, NO_NOISE), euler_last=to_zero)
+    return _recipe(result, "DEISMultistepScheduler", options, sigmas=_positive(result.levels), euler_last=to_zero)
 
 
 def _lms(result: Result) -> Recipe | None:
@@ -163,7 +158,7 @@ def _heun(result: Result) -> Recipe | None:
     if result.is_flow:  # diffusers averages velocities there, over s and not over sigma / alpha
         return None
     first, *others = result.timesteps
-    start, *inner, final = _sigmas(result)
+    start, *inner, final = result.levels
     timesteps = (first, *(t for other in others for t in (other, other)))
     sigmas = (start, *(s for level in inner for s in (level, level)), final)
     if result.final != "zero":  # above no noise the last step is corrected too, which diffusers' own list never is

@@ -206,6 +206,13 @@ class Result(Table):
         """Whether the network predicts a flow: its levels are s in [0, 1] and not sigma / alpha."""
         return self.model.prediction == "flow_prediction"
 
+    @property
+    def levels(self) -> tuple[float, ...]:
+        """K + 1 noise levels as other programs take them: sigma / alpha, and s of flows."""
+        if self.is_flow:
+            return self.noise.sigma
+        return tuple(sigma / alpha for alpha, sigma in zip(self.noise.alpha, self.noise.sigma, strict=True))
+
     def candidate(self, units: Sequence[str], T: int | None = None) -> Candidate:
         """The candidate for a model with the given unit names, which may be another than the result's.
 

@@ -111,24 +111,18 @@ def _pipeline_script(result: Result, recipe: Recipe, images: int | None) -> str:
     kind = result.model.kind
     text = kind in TEXT_PIPELINES
     applied = result.masked or (recipe.scales and kind not in SCALING)
-    why = "skips layers" if result.masked else f"uses a scheduler whose states {kind} does not scale"
     model, revision = _source(result)
     return _render(
         "pipeline.py.j2",
         result,
-        why=why,
         recipe=recipe,
         images=images,
         text=text,
         applied=applied,
         injected=not applied and (recipe.argument is None or not text),
-        bundled=False,
-        classes=[kind] if applied else [kind, recipe.scheduler],
         model=model,
         revision=revision,
         left_out=_left_out(result),
-        scheduler="pipe.scheduler",
-        wide=recipe.scales,
     )
 
 
@@ -149,28 +143,18 @@ def _network_script(result: Result, recipe: Recipe, images: int | None) -> str:
     if result.model.shape != result.model.image_shape and decoder is None:
         why = "the decoder of this model's latents was not found, or is not a plain one"
         return _package_script(result, why, images)
-    masked, labelled = result.masked, result.conditions is not None
-    schedulers = ["DDPMPipeline", "DDPMScheduler"] if masked else [recipe.scheduler]
     model, revision = _source(result)
     return _render(
         "network.py.j2",
         result,
-        why="skips layers",
         recipe=recipe,
         images=images or IMAGES,
-        applied=masked,
-        injected=not masked and recipe.argument is None,
+        applied=result.masked,
+        injected=not result.masked and recipe.argument is None,
         bundled=result.model.source in BUNDLED,
-        classes=["UNet2DModel", *schedulers, *([decoder[0]] if decoder else [])],
         model=model,
         revision=revision,
         subfolder={part: _subfolder(result, part) for part in ("unet", "scheduler")},
-        scheduler="scheduler",
-        wide=False,  # the loop itself is
-        scales=recipe.scales and not masked,  # apply keeps states as this model knows them
-        labelled=labelled,
-        guided=labelled and result.model.guidance == "free" and result.guidance not in (None, 1),
-        null=result.config.model.fields.get("null_class"),
         decoder=decoder,
     )
 

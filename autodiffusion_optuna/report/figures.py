@@ -45,7 +45,9 @@ def timesteps(summary: StudySummary) -> go.Figure | None:
     The horizontal axis is the log-SNR, ln(alpha^2 / sigma^2), from noise on the left to the image on the right. None
     where no candidate is finished.
     """
-    found = _thin(_best_candidates(summary), ROWS)
+    bests = _new_bests(scored_trials(summary.finished))
+    by_generation = {generation_of(t): Candidate.from_key(t.user_attrs[CANDIDATE]) for t in bests}
+    found = _thin(sorted(by_generation.items()), ROWS)
     if not found:
         return None
     noise, uniform = summary.noise, summary.uniform.candidate if summary.uniform else None
@@ -93,12 +95,6 @@ def timesteps(summary: StudySummary) -> go.Figure | None:
         zeroline=False,
     )
     return figure
-
-
-def _best_candidates(summary: StudySummary) -> list[tuple[int, Candidate]]:
-    """(generation, best candidate at its end) of each generation that changed it."""
-    found = _new_bests(scored_trials(summary.finished))
-    return sorted({generation_of(t): Candidate.from_key(t.user_attrs[CANDIDATE]) for t in found}.items())
 
 
 def _new_bests(complete: Iterable[FrozenTrial]) -> list[FrozenTrial]:
