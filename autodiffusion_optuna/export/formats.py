@@ -12,9 +12,8 @@ from autodiffusion_optuna.errors import ConfigError, StudyError, choose_from
 from autodiffusion_optuna.export.comfyui import comfyui_sigmas
 from autodiffusion_optuna.export.result import ConfigPart, HeldOutPart, ModelPart, NoisePart, Result, ScorePart
 from autodiffusion_optuna.export.scripts import diffusers_script
-from autodiffusion_optuna.noise import NoiseSchedule
 from autodiffusion_optuna.results.summary import StudySummary
-from autodiffusion_optuna.storage.attrs import CODEC, CONDITIONS, MODEL, MODEL_FACTS, NOISE, VERSION
+from autodiffusion_optuna.storage.attrs import CODEC, CONDITIONS, MODEL, MODEL_FACTS, VERSION
 
 FORMATS: dict[str, tuple[str, Callable[[Result], str]]] = {
     "json": (".json", Result.text),
@@ -74,7 +73,7 @@ def result_of(summary: StudySummary) -> Result:
             held_out=None if best.held_out is None else HeldOutPart(**best.held_out.summary()),
         ),
         conditions=attrs[CONDITIONS],
-        noise=NoisePart.of(NoiseSchedule.unpack(attrs[NOISE]), candidate.timesteps, sampling["final"]),
+        noise=NoisePart.of(summary.noise, candidate.timesteps, sampling["final"]),
         config=ConfigPart(model=config.model, score=config.score),
         made_with={"autodiffusion_optuna": attrs[VERSION], **_versions()},
         **sampling,

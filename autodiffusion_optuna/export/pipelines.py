@@ -230,15 +230,12 @@ def _bypass(forward: Forward, shortcut: Forward, skipped: frozenset[int], run: _
 
 @dataclass
 class _Run:
-    """An applied pipeline's present run. ``evaluation``: network evaluations finished in it; -1 outside of one.
-
-    ``warned``: what the user was warned of, once each.
-    """
+    """An applied pipeline's present run."""
 
     pipe: Callable[[], Any]
     result: Result
     scheduler: Any = None
-    evaluation: int = -1
+    evaluation: int = -1  # network evaluations finished in it; -1 outside of one
     warned: set[str] = field(default_factory=set)
 
     def begin(self, steps: int | None, timesteps: Any, sigmas: Any) -> None:
@@ -349,10 +346,7 @@ def _configured(before: Any, recipe: Recipe, run: _Run, native: bool) -> Any:
 
 
 def _check_steps(before: Any, recipe: Recipe, result: Result, native: bool, network: Any) -> None:
-    """ConfigError where the scheduler, built from ``before``, goes other ways than the search's sampler.
-
-    A warning where it does so only in the precision of the pipeline's network, as states are kept in it.
-    """
+    """ConfigError where the scheduler differs from the search's sampler; a warning where only in low precision."""
     import torch
 
     def error(dtype: torch.dtype) -> float:

@@ -25,7 +25,7 @@ from autodiffusion_optuna.config import StudyConfig, flatten
 from autodiffusion_optuna.errors import AdoptError, ConfigError
 from autodiffusion_optuna.report.figures import FIGURES, nothing
 from autodiffusion_optuna.results.summary import StudySummary, banks_of, read_summary
-from autodiffusion_optuna.storage.attrs import FIGURES as SHOWN
+from autodiffusion_optuna.storage import attrs
 from autodiffusion_optuna.storage.studies import is_deleted, stored_config
 from autodiffusion_optuna.storage.trials import FINISHED, generation_of
 from autodiffusion_optuna.storage.url import storage_option
@@ -173,7 +173,7 @@ def publish(study: optuna.Study, url: str) -> None:
     if new != old:
         save_note(study, new)
     # A figure is kept in rows of 2 kB, written one at a time: slow enough to be left out where it is there already.
-    shown: dict[str, str] = study.user_attrs.get(SHOWN) or {}
+    shown: dict[str, str] = study.user_attrs.get(attrs.FIGURES) or {}
     for name, (title, draw) in FIGURES.items():
         figure = draw(summary)
         if figure is None and name in shown:
@@ -186,7 +186,7 @@ def publish(study: optuna.Study, url: str) -> None:
         if shown.get(name) != digest:
             save_plotly_graph_object(study, figure, graph_object_id=name)
             shown = {**shown, name: digest}
-            study.set_user_attr(SHOWN, shown)
+            study.set_user_attr(attrs.FIGURES, shown)
 
 
 def _users_part(note: str) -> str:

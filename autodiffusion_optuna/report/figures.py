@@ -21,13 +21,13 @@ INK, FAINT, GRID = "#1b2430", "#667085", "#e6e9ee"
 BLUE, RED, GREEN, ORANGE, SKY, PINK = "#0072b2", "#d55e00", "#009e73", "#e69f00", "#56b4e9", "#cc79a7"
 """Okabe and Ito's colours, which colour-blind readers tell apart."""
 OPERATORS = {
-    "baseline": ("baseline", INK, "diamond"),
-    "uniform": ("uniform", FAINT, "square"),
-    "random": ("random", ORANGE, "triangle-up"),
-    "mutation": ("mutation", SKY, "circle"),
-    "crossover": ("crossover", PINK, "cross"),
+    "baseline": (INK, "diamond"),
+    "uniform": (FAINT, "square"),
+    "random": (ORANGE, "triangle-up"),
+    "mutation": (SKY, "circle"),
+    "crossover": (PINK, "cross"),
 }
-"""Operator -> its name in the legend, colour and symbol."""
+"""Operator -> its colour and symbol."""
 AGES = ["#c9dcee", "#8fbbe0", "#4c93c9", "#1b6ca8", "#0a3f6b"]
 """Colours of generations from first to last: lightness alone, so that they also survive a printer."""
 KEPT, SKIPPED = "#e3e8ef", RED
@@ -193,8 +193,8 @@ def _trial_points(
                 across = STRIP * (place / (len(trials) - 1) - 0.5) if len(trials) > 1 else 0.0
                 operator = trial.user_attrs.get(OPERATOR, "baseline")
                 by_operator[operator].append((round(generation + across, 3), trial))
-    for operator, (name, colour, symbol) in OPERATORS.items():
-        points = by_operator.get(operator, [])
+    for name, (colour, symbol) in OPERATORS.items():
+        points = by_operator.get(name, [])
         if points:
             figure.add_scatter(
                 x=[x for x, _ in points], y=[_short(t.values[0]) for _, t in points], mode="markers", name=name,

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from autodiffusion_optuna.candidate import Candidate
-from autodiffusion_optuna.config import StudyConfig, parse_config
+from autodiffusion_optuna.config import parse_config
 from autodiffusion_optuna.evaluation.denoiser import Denoiser
 from autodiffusion_optuna.evaluation.models import Model
 from autodiffusion_optuna.export.check import same_weights
@@ -39,7 +39,14 @@ def open_result(result: Result, overrides: Iterable[str] = (), *, trust: bool = 
 
     ``ConfigError`` where the result does not fit the model.
     """
-    components = build(result_config(result, overrides), trust=trust)
+    settings = {"solver", "final", "guidance", "eta", "amplification_cap"}
+    table = {  # of a study of one candidate that makes and scores images as the result says
+        "name": result.study,
+        "sampling": {**result.model_dump(include=settings, exclude_none=True), "steps": len(result.timesteps)},
+        "search": {"trials": 1, "warm_starts": ["uniform"]},
+        **result.config.model_dump(mode="json"),
+    }
+    components = build(parse_config(table, overrides), trust=trust)
     found = result.candidate(components.model.units, components.model.schedule.T)
     uniform = Candidate(BASELINES["uniform"](components.model.schedule, found.steps))
     return Opened(components, {"uniform": uniform, result.study: found}, other_model(result, components.model))
@@ -89,18 +96,6 @@ def _shown(value: object) -> str:
     if isinstance(value, tuple):
         return "x".join(map(str, value))
     return f"{value:g}" if isinstance(value, float) else str(value)
-
-
-def result_config(result: Result, overrides: Iterable[str] = ()) -> StudyConfig:
-    """A study of one candidate that makes and scores images as the result says (ConfigError)."""
-    settings = {"solver", "final", "guidance", "eta", "amplification_cap"}
-    table = {
-        "name": result.study,
-        "sampling": {**result.model_dump(include=settings, exclude_none=True), "steps": len(result.timesteps)},
-        "search": {"trials": 1, "warm_starts": ["uniform"]},
-        **result.config.model_dump(mode="json"),
-    }
-    return parse_config(table, overrides)
 
 
 def score_compared(opened: Opened) -> dict[str, HeldOut]:
