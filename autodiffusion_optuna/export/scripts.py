@@ -92,7 +92,9 @@ def _templates() -> Environment:
 
 
 def _render(template: str, result: Result, **values: Any) -> str:
-    return _templates().get_template(template).render(result=result, prompt=PROMPT, **values)
+    model, revision = _source(result)
+    given = {"result": result, "model": model, "revision": revision, "prompt": PROMPT}
+    return _templates().get_template(template).render(**given, **values)
 
 
 def _source(result: Result) -> tuple[str, str]:
@@ -111,7 +113,6 @@ def _pipeline_script(result: Result, recipe: Recipe, images: int | None) -> str:
     kind = result.model.kind
     text = kind in TEXT_PIPELINES
     applied = result.masked or (recipe.scales and kind not in SCALING)
-    model, revision = _source(result)
     return _render(
         "pipeline.py.j2",
         result,
@@ -120,8 +121,6 @@ def _pipeline_script(result: Result, recipe: Recipe, images: int | None) -> str:
         text=text,
         applied=applied,
         injected=not applied and (recipe.argument is None or not text),
-        model=model,
-        revision=revision,
         left_out=_left_out(result),
     )
 
@@ -143,17 +142,12 @@ def _network_script(result: Result, recipe: Recipe, images: int | None) -> str:
     if result.model.shape != result.model.image_shape and decoder is None:
         why = "the decoder of this model's latents was not found, or is not a plain one"
         return _package_script(result, why, images)
-    model, revision = _source(result)
     return _render(
         "network.py.j2",
         result,
         recipe=recipe,
         images=images or IMAGES,
-        applied=result.masked,
-        injected=not result.masked and recipe.argument is None,
         bundled=result.model.source in BUNDLED,
-        model=model,
-        revision=revision,
         subfolder={part: _subfolder(result, part) for part in ("unet", "scheduler")},
         decoder=decoder,
     )

@@ -154,7 +154,7 @@ def _progress(study: optuna.Study) -> tuple[int, ...]:
     finished = study.get_trials(deepcopy=False, states=FINISHED)
     generation = max(map(generation_of, finished), default=-1)
     done = len(finished) >= stored_config(study).search.trials
-    return generation, int(done), sum(key.startswith("held_out:") for key in study.user_attrs)
+    return generation, int(done), sum(key.startswith(f"{attrs.HELD_OUT}:") for key in study.user_attrs)
 
 
 def publish(study: optuna.Study, url: str) -> None:
