@@ -75,9 +75,7 @@ def square_grid(images: NDArray[np.uint8], most: int = 16) -> bytes:
 
 def picture(image: NDArray[np.uint8]) -> bytes:
     """PNG file of one image, uint8 [C, H, W] with C = 1 or 3; a large one is reduced to ``LARGEST_CELL``."""
-    _, height, width = image.shape
-    size = _cell(height, width) if max(height, width) > LARGEST_CELL else (width, height)
-    drawn = _scaled(image, size)
+    drawn = _scaled(image, _cell(image.shape[1], image.shape[2], smallest=1))
     return _png(drawn.convert("L") if image.shape[0] == 1 else drawn)
 
 

@@ -207,10 +207,6 @@ def _uniform(components: StudyComponents, steps: int) -> Candidate:
     return Candidate(uniform_timesteps(T, steps))
 
 
-FORMS = {"json": "{}.json", "diffusers": "{}.py", "comfyui": "{}-sigmas.txt"}
-"""Form of an export -> name of its file."""
-
-
 @app.command()
 def export(
     study: StudyName,
@@ -223,13 +219,13 @@ def export(
 ) -> None:
     """The best schedule as Python that applies it with diffusers, as JSON, or as sigmas for ComfyUI."""
     from autodiffusion_optuna.export.comfyui import comfyui_notes
-    from autodiffusion_optuna.export.formats import result_of, result_text
+    from autodiffusion_optuna.export.formats import FORMATS, file_name, result_of, result_text
     from autodiffusion_optuna.export.scripts import reads_json
     from autodiffusion_optuna.results.summary import read_summary
 
     form = "diffusers" if form == "python" else form
-    if form not in FORMS:
-        raise ConfigError(choose_from("format", form, FORMS))
+    if form not in FORMATS:
+        raise ConfigError(choose_from("format", form, FORMATS))
     if folder is not None and not folder.absolute().parent.is_dir():
         raise ConfigError(f"folder {str(folder.parent)!r} does not exist; create it or give another --out")
     url = storage_url(storage)
@@ -249,7 +245,7 @@ def export(
         print(text, end="")
         return
     for name, content in {form: text, **({"json": result.text()} if beside else {})}.items():
-        _write(folder, FORMS[name].format(study), content)
+        _write(folder, file_name(study, name), content)
 
 
 def _checked(result: Result, text: str) -> str:

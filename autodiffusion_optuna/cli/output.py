@@ -155,10 +155,9 @@ def print_facts(summary: StudySummary) -> None:
     """Numbers of a study and its history, line by line."""
     data = summary.to_json()
     run, saved, seconds = data["evaluations"]["run"], data["evaluations"]["saved"], data["seconds"]
-    solver = ", ".join(summary.solver) if isinstance(summary.solver, list) else summary.solver
     say(
         f"\n{data['finished']} of {data['budget']} candidates finished, generation {data['generation']}, "
-        f"stage {data['stage']}, solver {solver}, {data['images']:,} images a candidate, "
+        f"stage {data['stage']}, solver {summary.solver_names}, {data['images']:,} images a candidate, "
         f"reference {summary.reference_name}",
     )
     say(f"network evaluations (an image each): {run:,} run, {saved:,} saved ({saved / max(run + saved, 1):.0%})")

@@ -28,10 +28,7 @@ def comfyui_sigmas(result: Result) -> str:
     K + 1 noise levels in ComfyUI's convention, sigma / alpha for eps and v models and s in [0, 1] for flows, the last
     one 0 with ``final = "zero"``. With 12 decimals and never an exponent, which the node does not read.
     """
-    levels = result.noise.sigma
-    if not result.is_flow:
-        levels = tuple(s / a for a, s in zip(result.noise.alpha, result.noise.sigma, strict=True))
-    return ", ".join(f"{level:.12f}".rstrip("0").rstrip(".") or "0" for level in levels) + "\n"
+    return ", ".join(f"{level:.12f}".rstrip("0").rstrip(".") or "0" for level in result.levels) + "\n"
 
 
 def comfyui_notes(result: Result) -> list[str]:

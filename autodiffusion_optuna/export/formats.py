@@ -12,16 +12,15 @@ from autodiffusion_optuna.errors import ConfigError, StudyError, choose_from
 from autodiffusion_optuna.export.comfyui import comfyui_sigmas
 from autodiffusion_optuna.export.result import ConfigPart, HeldOutPart, ModelPart, NoisePart, Result, ScorePart
 from autodiffusion_optuna.export.scripts import diffusers_script
-from autodiffusion_optuna.noise import NoiseSchedule
-from autodiffusion_optuna.results.summary import Best, StudySummary
-from autodiffusion_optuna.storage.attrs import MODEL_FACTS, NOISE, VERSION
+from autodiffusion_optuna.results.summary import StudySummary
+from autodiffusion_optuna.storage.attrs import CODEC, CONDITIONS, MODEL, MODEL_FACTS, VERSION
 
-FORMATS: dict[str, Callable[[Result], str]] = {
-    "json": Result.text,
-    "diffusers": diffusers_script,
-    "comfyui": comfyui_sigmas,
+FORMATS: dict[str, tuple[str, Callable[[Result], str]]] = {
+    "json": (".json", Result.text),
+    "diffusers": (".py", diffusers_script),
+    "comfyui": ("-sigmas.txt", comfyui_sigmas),
 }
-"""Format -> a result's text in it."""
+"""Format -> what the name of its file ends with after the study's, and a result's text in it."""
 
 
 def result_text(result: Result, form: str) -> str:
@@ -35,7 +34,12 @@ def result_text(result: Result, form: str) -> str:
         raise ConfigError(
             "the analytic mixture is not a model of diffusers or ComfyUI; export it with adopt export --format json"
         )
-    return FORMATS[form](result)
+    return FORMATS[form][1](result)
+
+
+def file_name(study: str, form: str) -> str:
+    """Name of the file of a study's result in a format."""
+    return study + FORMATS[form][0]
 
 
 def result_of(summary: StudySummary) -> Result:
@@ -43,19 +47,33 @@ def result_of(summary: StudySummary) -> Result:
     if summary.best is None:
         raise StudyError(f"study {summary.config.name!r} has no finished trial to export; run it first")
     config, best, attrs = summary.config, summary.best, summary.attrs
-    candidate = best.candidate
-    sampling = _sampling(config, candidate, attrs[MODEL_FACTS])
+    candidate, facts = best.candidate, attrs[MODEL_FACTS]
+    sampling = _sampling(config, candidate, facts)
+    said = {**facts, **{key: tuple(facts[key]) for key in ("shape", "image_shape", "units")}}
+    del said["scale"]
+    clip = config.model.clip
     return Result(
         study=config.name,
-        model=_model(summary),
-        train_timesteps=attrs["codec"]["T"],
+        model=ModelPart(
+            source=config.model.source,
+            sha256=attrs[MODEL],
+            clip=said["shape"] == said["image_shape"] if clip is None else clip,  # unset: models of pixels do
+            precision=config.model.precision,
+            **said,
+        ),
+        train_timesteps=attrs[CODEC]["T"],
         amplification_cap=config.sampling.amplification_cap,
         timesteps=candidate.timesteps,
         skips=tuple(tuple(names) for names in candidate.skip_names(summary.units)),
         cost=best.cost,
-        score=_score(summary, best),
-        conditions=attrs["conditions"],
-        noise=NoisePart.of(NoiseSchedule.unpack(attrs[NOISE]), candidate.timesteps, sampling["final"]),
+        score=ScorePart(
+            metric=summary.metric,
+            value=best.value,
+            images=config.score.images,
+            held_out=None if best.held_out is None else HeldOutPart(**best.held_out.summary()),
+        ),
+        conditions=attrs[CONDITIONS],
+        noise=NoisePart.of(summary.noise, candidate.timesteps, sampling["final"]),
         config=ConfigPart(model=config.model, score=config.score),
         made_with={"autodiffusion_optuna": attrs[VERSION], **_versions()},
         **sampling,
@@ -84,30 +102,6 @@ def _first(value: Any) -> Any:
     """A setting that is not searched: itself, or the only one of a list."""
     assert not isinstance(value, Range), "a searched setting is the candidate's"
     return value[0] if isinstance(value, list) else value
-
-
-def _model(summary: StudySummary) -> ModelPart:
-    config, facts = summary.config.model, summary.attrs[MODEL_FACTS]
-    shape, image_shape = tuple(facts["shape"]), tuple(facts["image_shape"])
-    return ModelPart(
-        source=config.source,
-        sha256=summary.attrs["model"],
-        kind=facts["kind"],
-        prediction=facts["prediction"],
-        clip=shape == image_shape if config.clip is None else config.clip,  # unset: models of pixels clip, latents not
-        precision=config.precision,
-        guidance=facts["guidance"],
-        shape=shape,
-        image_shape=image_shape,
-        latent_scale=facts["latent_scale"],
-        weights=facts["weights"],
-        units=tuple(facts["units"]),
-    )
-
-
-def _score(summary: StudySummary, best: Best) -> ScorePart:
-    held_out = None if best.held_out is None else HeldOutPart(**best.held_out.summary())
-    return ScorePart(metric=summary.metric, value=best.value, images=summary.config.score.images, held_out=held_out)
 
 
 def _versions() -> dict[str, str]:

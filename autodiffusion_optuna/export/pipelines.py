@@ -74,7 +74,7 @@ def apply(pipe: Pipeline, result: str | Path | Result, *, masks: bool = True, ch
     """
     result = result if isinstance(result, Result) else Result.read(result)
     network = _network(pipe, result)
-    before, applied = pipe.scheduler, _applied(pipe)  # type: ignore[attr-defined]
+    before, applied = pipe.scheduler, getattr(pipe, APPLIED, None)  # type: ignore[attr-defined]
     if applied and applied.scheduler is before:
         before = applied.before
     _check_noise(before, result)
@@ -101,7 +101,7 @@ def apply(pipe: Pipeline, result: str | Path | Result, *, masks: bool = True, ch
 
 def remove(pipe: Pipeline) -> Pipeline:
     """Undo ``apply``: the scheduler that the pipeline had, and every layer. Without effect on other pipelines."""
-    applied = _applied(pipe)
+    applied: _Applied | None = getattr(pipe, APPLIED, None)
     if applied is None:
         return pipe
     for module, forward in applied.forwards:
@@ -113,11 +113,6 @@ def remove(pipe: Pipeline) -> Pipeline:
         pipe.scheduler = applied.before  # type: ignore[attr-defined]
     delattr(pipe, APPLIED)
     return pipe
-
-
-def _applied(pipe: object) -> _Applied | None:
-    found = getattr(pipe, APPLIED, None)
-    return found if isinstance(found, _Applied) else None
 
 
 # What the pipeline is
@@ -235,15 +230,12 @@ def _bypass(forward: Forward, shortcut: Forward, skipped: frozenset[int], run: _
 
 @dataclass
 class _Run:
-    """An applied pipeline's present run. ``evaluation``: network evaluations finished in it; -1 outside of one.
-
-    ``warned``: what the user was warned of, once each.
-    """
+    """An applied pipeline's present run."""
 
     pipe: Callable[[], Any]
     result: Result
     scheduler: Any = None
-    evaluation: int = -1
+    evaluation: int = -1  # network evaluations finished in it; -1 outside of one
     warned: set[str] = field(default_factory=set)
 
     def begin(self, steps: int | None, timesteps: Any, sigmas: Any) -> None:
@@ -354,10 +346,7 @@ def _configured(before: Any, recipe: Recipe, run: _Run, native: bool) -> Any:
 
 
 def _check_steps(before: Any, recipe: Recipe, result: Result, native: bool, network: Any) -> None:
-    """ConfigError where the scheduler, built from ``before``, goes other ways than the search's sampler.
-
-    A warning where it does so only in the precision of the pipeline's network, as states are kept in it.
-    """
+    """ConfigError where the scheduler differs from the search's sampler; a warning where only in low precision."""
     import torch
 
     def error(dtype: torch.dtype) -> float:

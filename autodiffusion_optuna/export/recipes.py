@@ -50,48 +50,28 @@ def find_recipe(result: Result) -> Recipe:
 
     ``ConfigError`` where there is none that takes its solver's steps on an uneven list, or none with its settings.
     """
+    recipe, how = None, "on such a list"
     if result.amplification_cap is not None:
-        raise _no_scheduler(result, f"with an amplification cap of {result.amplification_cap:g}")
-    if result.eta not in (0, 1) or (result.eta and result.solver != "ddim"):
-        raise _no_scheduler(result, f"with eta = {result.eta:g}")
-    write = RECIPES.get(result.solver)
-    recipe = write(result, _Levels.of(result)) if write else None
+        how = f"with an amplification cap of {result.amplification_cap:g}"
+    elif result.eta not in (0, 1) or (result.eta and result.solver != "ddim"):
+        how = f"with eta = {result.eta:g}"
+    elif result.solver in RECIPES:
+        recipe = RECIPES[result.solver](result)
     if recipe is None:
-        raise _no_scheduler(result, "on such a list")
+        raise ConfigError(
+            f"diffusers has no scheduler that takes the steps of {result.solver} {how}; draw images with adopt sample "
+            "--result FILE, or with the script of adopt export --format diffusers"
+        )
     return recipe
 
 
-def _no_scheduler(result: Result, how: str) -> ConfigError:
-    return ConfigError(
-        f"diffusers has no scheduler that takes the steps of {result.solver} {how}; draw images with adopt sample "
-        "--result FILE, or with the script of adopt export --format diffusers"
-    )
+def _positive(levels: tuple[float, ...]) -> tuple[float, ...]:
+    return tuple(max(level, NO_NOISE) for level in levels)
 
 
-@dataclass(frozen=True)
-class _Levels:
-    """What schedulers are given: K timesteps, K + 1 sigmas."""
-
-    timesteps: tuple[Number, ...]
-    sigmas: tuple[float, ...]
-
-    @classmethod
-    def of(cls, result: Result) -> _Levels:
-        if result.is_flow:
-            return cls(result.noise.model_times, result.noise.sigma)
-        ratio = tuple(sigma / alpha for alpha, sigma in zip(result.noise.alpha, result.noise.sigma, strict=True))
-        return cls(result.timesteps, ratio)
-
-    @property
-    def steps(self) -> int:
-        return len(self.timesteps)
-
-    @property
-    def positive(self) -> tuple[float, ...]:
-        return tuple(max(sigma, NO_NOISE) for sigma in self.sigmas)
-
-    def recipe(self, scheduler: str, options: dict[str, Any], **more: Any) -> Recipe:
-        return Recipe(scheduler, options, self.steps, **{"timesteps": self.timesteps, "sigmas": self.sigmas, **more})
+def _recipe(result: Result, scheduler: str, options: dict[str, Any], **more: Any) -> Recipe:
+    given = {"timesteps": result.noise.model_times if result.is_flow else result.timesteps, "sigmas": result.levels}
+    return Recipe(scheduler, options, len(result.timesteps), **{**given, **more})
 
 
 def _common(result: Result) -> dict[str, Any]:
@@ -105,7 +85,7 @@ def _common(result: Result) -> dict[str, Any]:
     return options
 
 
-def _dpm_solver(scheduler: str, result: Result, levels: _Levels, by_noise: bool, **options: Any) -> Recipe:
+def _dpm_solver(scheduler: str, result: Result, by_noise: bool, **options: Any) -> Recipe:
     """DPM-Solver++, or DPM-Solver, which weighs the noise (``by_noise``)."""
     all_options = {
         "algorithm_type": "dpmsolver" if by_noise else "dpmsolver++",
@@ -115,21 +95,20 @@ def _dpm_solver(scheduler: str, result: Result, levels: _Levels, by_noise: bool,
         **options,
         **_common(result),
     }
-    sigmas = levels.positive if by_noise else levels.sigmas
-    listed = not result.is_flow and sigmas == levels.sigmas
-    return levels.recipe(scheduler, all_options, sigmas=sigmas, argument="timesteps" if listed else None)
+    sigmas = _positive(result.levels) if by_noise else result.levels
+    listed = not result.is_flow and sigmas == result.levels
+    return _recipe(result, scheduler, all_options, sigmas=sigmas, argument="timesteps" if listed else None)
 
 
-def _multistep(result: Result, levels: _Levels, order: int, by_noise: bool = False) -> Recipe | None:
+def _multistep(result: Result, order: int, by_noise: bool = False) -> Recipe | None:
     to_zero = result.final == "zero"
-    lower = not to_zero and levels.steps < 10  # the authors' rule; diffusers' own is below 15
+    lower = not to_zero and len(result.timesteps) < 10  # the authors' rule; diffusers' own is below 15
     stuck = order == 3 and not lower and not to_zero and result.timesteps[-1] == 0  # NaN: a step of no length
     if (by_noise and result.is_flow) or stuck:
         return None
     return _dpm_solver(
         "DPMSolverMultistepScheduler",
         result,
-        levels,
         by_noise,
         solver_order=order,  # order 1 is DDIM, exactly, on any list of timesteps
         lower_order_final=lower,
@@ -139,47 +118,47 @@ def _multistep(result: Result, levels: _Levels, order: int, by_noise: bool = Fal
     )
 
 
-def _first_order(result: Result, levels: _Levels) -> Recipe | None:
+def _first_order(result: Result) -> Recipe | None:
     if not result.is_flow or result.eta or result.model.clip:  # diffusers' scheduler of flows cannot clip
-        return _multistep(result, levels, order=1)
+        return _multistep(result, order=1)
     options = {"shift": 1.0, "use_dynamic_shifting": False, "shift_terminal": None, "stochastic_sampling": False}
     argument = "sigmas" if result.final == "zero" else None
-    return levels.recipe("FlowMatchEulerDiscreteScheduler", {**options, **NO_RAMP}, argument=argument)
+    return _recipe(result, "FlowMatchEulerDiscreteScheduler", {**options, **NO_RAMP}, argument=argument)
 
 
-def _singlestep(result: Result, levels: _Levels, by_noise: bool = False) -> Recipe | None:
+def _singlestep(result: Result, by_noise: bool = False) -> Recipe | None:
     if by_noise and (result.is_flow or result.model.clip):  # diffusers clips by the wrong levels there
         return None
-    lower = result.final == "zero" or levels.steps % 2 == 1
+    lower = result.final == "zero" or len(result.timesteps) % 2 == 1
     name = "DPMSolverSinglestepScheduler"
-    return _dpm_solver(name, result, levels, by_noise, solver_order=2, lower_order_final=lower)
+    return _dpm_solver(name, result, by_noise, solver_order=2, lower_order_final=lower)
 
 
-def _unipc(result: Result, levels: _Levels, order: int) -> Recipe:
+def _unipc(result: Result, order: int) -> Recipe:
     options = {"solver_type": "bh2", "solver_order": order, "predict_x0": True}
     options |= {"lower_order_final": True, "disable_corrector": [], **_common(result)}
-    return levels.recipe("UniPCMultistepScheduler", options)
+    return _recipe(result, "UniPCMultistepScheduler", options)
 
 
-def _deis(result: Result, levels: _Levels, order: int) -> Recipe:
+def _deis(result: Result, order: int) -> Recipe:
     to_zero = result.final == "zero"
     options = {"algorithm_type": "deis", "solver_type": "logrho", "solver_order": order}
-    options |= {"lower_order_final": not to_zero and levels.steps < 10, **_common(result)}
-    return levels.recipe("DEISMultistepScheduler", options, sigmas=levels.positive, euler_last=to_zero)
+    options |= {"lower_order_final": not to_zero and len(result.timesteps) < 10, **_common(result)}
+    return _recipe(result, "DEISMultistepScheduler", options, sigmas=_positive(result.levels), euler_last=to_zero)
 
 
-def _lms(result: Result, levels: _Levels) -> Recipe | None:
+def _lms(result: Result) -> Recipe | None:
     if result.is_flow or result.model.clip:  # it has neither
         return None
-    return levels.recipe("LMSDiscreteScheduler", {"timestep_spacing": "leading", **NO_RAMP}, scales=True)
+    return _recipe(result, "LMSDiscreteScheduler", {"timestep_spacing": "leading", **NO_RAMP}, scales=True)
 
 
-def _heun(result: Result, levels: _Levels) -> Recipe | None:
+def _heun(result: Result) -> Recipe | None:
     """Every level but the first is visited twice, before and after its step is corrected."""
     if result.is_flow:  # diffusers averages velocities there, over s and not over sigma / alpha
         return None
-    first, *others = levels.timesteps
-    start, *inner, final = levels.sigmas
+    first, *others = result.timesteps
+    start, *inner, final = result.levels
     timesteps = (first, *(t for other in others for t in (other, other)))
     sigmas = (start, *(s for level in inner for s in (level, level)), final)
     if result.final != "zero":  # above no noise the last step is corrected too, which diffusers' own list never is
@@ -187,10 +166,10 @@ def _heun(result: Result, levels: _Levels) -> Recipe | None:
     # Leading spacing scales the first noise by sqrt(1 + sigma^2).
     options = {"timestep_spacing": "leading", "clip_sample": result.model.clip, "clip_sample_range": 1.0, **NO_RAMP}
     # It takes a list of timesteps, but has betas of its own where the model's config leaves them out.
-    return levels.recipe("HeunDiscreteScheduler", options, timesteps=timesteps, sigmas=sigmas, scales=True)
+    return _recipe(result, "HeunDiscreteScheduler", options, timesteps=timesteps, sigmas=sigmas, scales=True)
 
 
-RECIPES: dict[str, Callable[[Result, _Levels], Recipe | None]] = {
+RECIPES: dict[str, Callable[[Result], Recipe | None]] = {
     "ddim": _first_order,
     "euler": _first_order,
     "heun": _heun,

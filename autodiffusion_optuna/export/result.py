@@ -21,8 +21,6 @@ from autodiffusion_optuna.evaluation.files import START, not_content
 from autodiffusion_optuna.noise import Final, NoiseSchedule
 
 FORMAT: Literal[3] = 3
-MAX_TIMESTEPS = 1_000_000
-"""Largest grid of model times that a file is believed to have."""
 
 # Names become file names and code in exports, so they hold nothing else.
 Name = Annotated[str, Field(pattern=NAME_PATTERN)]
@@ -120,7 +118,7 @@ class Result(Table):
     format: Literal[3] = FORMAT
     study: Name
     model: ModelPart
-    train_timesteps: Annotated[int, Field(ge=1, le=MAX_TIMESTEPS)]
+    train_timesteps: Annotated[int, Field(ge=1, le=1_000_000)]  # no file is believed to have a larger grid
     solver: Identifier
     final: Final
     eta: Annotated[float, Field(ge=0, le=1)] = 0.0
@@ -208,6 +206,13 @@ class Result(Table):
         """Whether the network predicts a flow: its levels are s in [0, 1] and not sigma / alpha."""
         return self.model.prediction == "flow_prediction"
 
+    @property
+    def levels(self) -> tuple[float, ...]:
+        """K + 1 noise levels as other programs take them: sigma / alpha, and s of flows."""
+        if self.is_flow:
+            return self.noise.sigma
+        return tuple(sigma / alpha for alpha, sigma in zip(self.noise.alpha, self.noise.sigma, strict=True))
+
     def candidate(self, units: Sequence[str], T: int | None = None) -> Candidate:
         """The candidate for a model with the given unit names, which may be another than the result's.
 
@@ -230,13 +235,7 @@ class Result(Table):
 
     def sampling_settings(self) -> dict[str, Any]:
         """Keywords of ``evaluation.sampling.Sampling``."""
-        return {
-            "solver": self.solver,
-            "final": self.final,
-            "guidance": self.guidance,
-            "eta": self.eta,
-            "cap": self.amplification_cap,
-        }
+        return {**self.model_dump(include={"solver", "final", "guidance", "eta"}), "cap": self.amplification_cap}
 
     def noise_schedule(self) -> NoiseSchedule:
         """The whole noise schedule, exact."""

@@ -10,6 +10,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from autodiffusion_optuna.config import BUNDLED
 from autodiffusion_optuna.errors import ConfigError
 from autodiffusion_optuna.export.recipes import NOT_PIPELINES, SCALING, TEXT_PIPELINES, Recipe, find_recipe
 from autodiffusion_optuna.export.result import Result
@@ -18,7 +19,6 @@ if TYPE_CHECKING:
     from jinja2 import Environment
 
 TEMPLATES = Path(__file__).parent.parent / "assets" / "scripts"
-BUNDLED = ("digits",)
 IMAGES = 16
 """Images that a script without prompts draws."""
 LATENTS = 2
@@ -92,13 +92,9 @@ def _templates() -> Environment:
 
 
 def _render(template: str, result: Result, **values: Any) -> str:
-    held_out = result.score.held_out
-    scored = (
-        f"{held_out.mean:.4g} on {held_out.banks} x {held_out.images} held-out images"
-        if held_out
-        else f"{result.score.value:.4g} on the search's {result.score.images} images"
-    )
-    return _templates().get_template(template).render(result=result, prompt=PROMPT, scored=scored, **values)
+    model, revision = _source(result)
+    given = {"result": result, "model": model, "revision": revision, "prompt": PROMPT}
+    return _templates().get_template(template).render(**given, **values)
 
 
 def _source(result: Result) -> tuple[str, str]:
@@ -117,34 +113,16 @@ def _pipeline_script(result: Result, recipe: Recipe, images: int | None) -> str:
     kind = result.model.kind
     text = kind in TEXT_PIPELINES
     applied = result.masked or (recipe.scales and kind not in SCALING)
-    why = "skips layers" if result.masked else f"uses a scheduler whose states {kind} does not scale"
-    model, revision = _source(result)
     return _render(
         "pipeline.py.j2",
         result,
-        why=why,
         recipe=recipe,
         images=images,
         text=text,
         applied=applied,
         injected=not applied and (recipe.argument is None or not text),
-        bundled=False,
-        classes=[kind] if applied else [kind, recipe.scheduler],
-        model=model,
-        load=_load_pipeline(result, revision),
-        scheduler="pipe.scheduler",
-        wide=recipe.scales,
+        left_out=_left_out(result),
     )
-
-
-def _load_pipeline(result: Result, revision: str) -> str:
-    kind, precision, config = result.model.kind, result.model.precision, result.config.model.config
-    loader = f"{kind}.from_pretrained(MODEL"
-    if result.model.source.endswith(".safetensors"):
-        loader = f"{kind}.from_single_file(MODEL" + (f", config={config!r}" if config else "")
-    dtype = "" if precision == "float32" else f", torch_dtype=torch.{precision}"
-    without = "".join(f", {part}=None" for part in _left_out(result))
-    return f"{loader}{revision}{without}{dtype})"
 
 
 def _left_out(result: Result) -> list[str]:
@@ -164,28 +142,13 @@ def _network_script(result: Result, recipe: Recipe, images: int | None) -> str:
     if result.model.shape != result.model.image_shape and decoder is None:
         why = "the decoder of this model's latents was not found, or is not a plain one"
         return _package_script(result, why, images)
-    masked, labelled = result.masked, result.conditions is not None
-    schedulers = ["DDPMPipeline", "DDPMScheduler"] if masked else [recipe.scheduler]
-    model, revision = _source(result)
     return _render(
         "network.py.j2",
         result,
-        why="skips layers",
         recipe=recipe,
         images=images or IMAGES,
-        applied=masked,
-        injected=not masked and recipe.argument is None,
         bundled=result.model.source in BUNDLED,
-        classes=["UNet2DModel", *schedulers, *([decoder[0]] if decoder else [])],
-        model=model,
-        revision=revision,
         subfolder={part: _subfolder(result, part) for part in ("unet", "scheduler")},
-        scheduler="scheduler",
-        wide=False,  # the loop itself is
-        scales=recipe.scales and not masked,  # apply keeps states as this model knows them
-        labelled=labelled,
-        guided=labelled and result.model.guidance == "free" and result.guidance not in (None, 1),
-        null=result.config.model.fields.get("null_class"),
         decoder=decoder,
     )
 
@@ -214,25 +177,5 @@ def _decoder(result: Result) -> tuple[str, str] | None:
 
 def _package_script(result: Result, why: str, images: int | None) -> str:
     """With this package's own sampler."""
-    prompted = result.config.model.prompts is not None
-    return _render(
-        "package.py.j2",
-        result,
-        why=f"{why[0].upper()}{why[1:]}",
-        images=images or (IMAGES if result.model.shape == result.model.image_shape else LATENTS),
-        prompted=prompted,
-        load=_load_model(result, prompted),
-    )
-
-
-LOADED = {"clip", "precision", "preset", "fields", "classifier", "negative_prompt", "size", "config"}
-"""Settings of ``[model]`` that a script repeats; the prompts are its own."""
-
-
-def _load_model(result: Result, prompted: bool) -> str:
-    """Expression that loads the model as the study does, with the script's own prompts."""
-    settings = result.config.model.model_dump(include=LOADED, exclude_defaults=True)
-    arguments = [f"{key}={value!r}" for key, value in {"source": result.model.source, **settings}.items()]
-    arguments += ["prompts=str(prompts)"] if prompted else []
-    trust = ", trust=True" if result.model.kind == "plugin" else ""  # whoever runs the script runs the plug-in's code
-    return f"load_model(ModelConfig({', '.join(arguments)}){trust})"
+    of_pixels = result.model.shape == result.model.image_shape
+    return _render("package.py.j2", result, why=why, images=images or (IMAGES if of_pixels else LATENTS))

@@ -9,27 +9,30 @@ import socket
 import sys
 import threading
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from socketserver import TCPServer, ThreadingMixIn
 from typing import Any
 from wsgiref.simple_server import WSGIRequestHandler, WSGIServer
 
 import optuna
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from optuna.exceptions import ExperimentalWarning, OptunaError
 from sqlalchemy.exc import SQLAlchemyError
 
-from autodiffusion_optuna.config import StudyConfig
+from autodiffusion_optuna.config import StudyConfig, flatten
 from autodiffusion_optuna.errors import AdoptError, ConfigError
 from autodiffusion_optuna.report.figures import FIGURES, nothing
 from autodiffusion_optuna.results.summary import StudySummary, banks_of, read_summary
-from autodiffusion_optuna.storage.attrs import FIGURES as SHOWN
+from autodiffusion_optuna.storage import attrs
 from autodiffusion_optuna.storage.studies import is_deleted, stored_config
 from autodiffusion_optuna.storage.trials import FINISHED, generation_of
 from autodiffusion_optuna.storage.url import storage_option
 
 WSGIApp = Callable[[dict[str, Any], Any], Iterable[bytes]]
 
+ASSETS = Path(__file__).parent.parent / "assets" / "report"
 LOOK_SECONDS = 5.0
 """Time between two looks at whether a generation has finished."""
 PLOT_HEIGHT = 450
@@ -110,43 +113,40 @@ def published(study: optuna.Study, url: str, on_trouble: Callable[[str], None]) 
     ``url``: of the database, for the note. ``on_trouble`` is given one line where that fails, as in a read-only
     database; the dashboard itself goes on.
     """
-    publisher = _Publisher(study, url, on_trouble)
-    publisher.look()
-    publisher.start()
+    stop, looks = threading.Event(), _publish_steadily(study, url, on_trouble)
+
+    def go_on() -> None:
+        while not stop.wait(LOOK_SECONDS):
+            next(looks)
+
+    next(looks)
+    thread = threading.Thread(target=go_on, daemon=True, name="adopt-publisher")
+    thread.start()
     try:
         yield
     finally:
-        publisher.stop.set()
-        publisher.join()
+        stop.set()
+        thread.join()
 
 
-class _Publisher(threading.Thread):
-    def __init__(self, study: optuna.Study, url: str, on_trouble: Callable[[str], None]) -> None:
-        super().__init__(daemon=True, name="adopt-publisher")
-        self.study, self.url, self.on_trouble = study, url, on_trouble
-        self.progress: tuple[int, ...] | None = None
-        self.trouble: str | None = None
-        self.stop = threading.Event()
-
-    def run(self) -> None:
-        while not self.stop.wait(LOOK_SECONDS):
-            self.look()
-
-    def look(self) -> None:
-        """Publish where the study has come further since the last time; trouble is reported once."""
+def _publish_steadily(study: optuna.Study, url: str, on_trouble: Callable[[str], None]) -> Iterator[None]:
+    """At each step, publish where the study has come further since the last one; trouble is reported once."""
+    published, reported = None, None
+    while True:
         trouble = None
         try:
-            progress = _progress(self.study)
-            if progress != self.progress:
-                publish(self.study, self.url)
-                self.progress = progress
+            progress = _progress(study)
+            if progress != published:
+                publish(study, url)
+                published = progress
         except (AdoptError, OptunaError, SQLAlchemyError, KeyError) as error:
             trouble = str(getattr(error.__cause__, "orig", None) or error).splitlines()[0]
-            if isinstance(error, KeyError) and is_deleted(self.study):
-                trouble = f"study {self.study.study_name!r} was deleted"
-            if trouble != self.trouble:
-                self.on_trouble(f"note and figures were not written: {trouble}")
-        self.trouble = trouble
+            if isinstance(error, KeyError) and is_deleted(study):
+                trouble = f"study {study.study_name!r} was deleted"
+            if trouble != reported:
+                on_trouble(f"note and figures were not written: {trouble}")
+        reported = trouble
+        yield
 
 
 def _progress(study: optuna.Study) -> tuple[int, ...]:
@@ -154,7 +154,7 @@ def _progress(study: optuna.Study) -> tuple[int, ...]:
     finished = study.get_trials(deepcopy=False, states=FINISHED)
     generation = max(map(generation_of, finished), default=-1)
     done = len(finished) >= stored_config(study).search.trials
-    return generation, int(done), sum(key.startswith("held_out:") for key in study.user_attrs)
+    return generation, int(done), sum(key.startswith(f"{attrs.HELD_OUT}:") for key in study.user_attrs)
 
 
 def publish(study: optuna.Study, url: str) -> None:
@@ -173,7 +173,7 @@ def publish(study: optuna.Study, url: str) -> None:
     if new != old:
         save_note(study, new)
     # A figure is kept in rows of 2 kB, written one at a time: slow enough to be left out where it is there already.
-    shown: dict[str, str] = study.user_attrs.get(SHOWN) or {}
+    shown: dict[str, str] = study.user_attrs.get(attrs.FIGURES) or {}
     for name, (title, draw) in FIGURES.items():
         figure = draw(summary)
         if figure is None and name in shown:
@@ -186,7 +186,7 @@ def publish(study: optuna.Study, url: str) -> None:
         if shown.get(name) != digest:
             save_plotly_graph_object(study, figure, graph_object_id=name)
             shown = {**shown, name: digest}
-            study.set_user_attr(SHOWN, shown)
+            study.set_user_attr(attrs.FIGURES, shown)
 
 
 def _users_part(note: str) -> str:
@@ -197,56 +197,21 @@ def _users_part(note: str) -> str:
 
 def note_text(summary: StudySummary, url: str) -> str:
     """The study's note in Markdown: best schedule, commands and config. ``url``: of the database."""
-    config, tail = summary.config, storage_option(url)
-    name, doubts = config.name, [f"- {line}" for line in summary.warnings(tail)]
-    commands = (
-        f"run --study {name}",
-        f"show --study {name}",
-        f"sample --study {name} --out {name}.png",
-        f"export --study {name}",
+    environment = Environment(loader=FileSystemLoader(ASSETS), undefined=StrictUndefined, trim_blocks=True)
+    environment.filters.update(banks=banks_of, number=_number)
+    tail, best = storage_option(url), summary.best
+    masks = zip(best.candidate.timesteps, best.candidate.skips, strict=True) if best else ()
+    text = environment.get_template("note.md.j2").render(
+        summary=summary,
+        config=summary.config,
+        best=best,
+        skipped=[f"{t} ({mask.bit_count()})" for t, mask in masks if mask],
+        size=summary.held_out_size,
+        doubts=summary.warnings(tail),
+        tail=tail,
+        settings=toml(summary.config),
     )
-    parts = [
-        f"# {name}",
-        config.description,
-        f"{len(summary.finished)} of {config.search.trials} candidates finished. Their values: {summary.value_name} of "
-        f"the search's noise; reference {summary.reference_name}.",
-        "\n".join(["## Warnings\n", *doubts]) if doubts else "",
-        _schedules(summary),
-        "## Commands",
-        "\n".join(["```sh", *(f"adopt {command}{tail}" for command in commands), "```"]),
-        "## Settings",
-        f"```toml\n{toml(config)}\n```",
-        SIGNATURE,
-    ]
-    return "\n\n".join(part for part in parts if part)
-
-
-def _schedules(summary: StudySummary) -> str:
-    """A table of the best found and the baselines, and a line on the layers that the best one skips."""
-    best, size = summary.best, summary.held_out_size
-    if best is None:
-        return ""
-    noise = f"held-out noise, {banks_of(size)} images, 95 %" if size else "held-out noise"
-    searched = ["settings"] if best.settings else []
-    heads = ["schedule", summary.value_name, noise, "cost", *searched, "timesteps"]
-    lines = [_table_line(heads), "|---" * len(heads) + "|"]
-    for row in summary.rows():
-        value = "-" if row.value is None else _number(row.value)
-        held_out = "-" if row.held_out is None else f"{_number(row.held_out.mean)} ± {_number(row.held_out.half_width)}"
-        if row.held_out is not None and row.held_out.size != size:
-            held_out += f" ({banks_of(row.held_out.size)})"
-        name = f"**{row.name}** (trial {best.trial})" if row is best else row.name
-        settings = [row.settings] if searched else []
-        lines.append(_table_line([name, value, held_out, f"{row.cost:.2f}", *settings, row.timesteps]))
-    names = best.candidate.skip_names(summary.units)
-    at = [f"{t} ({len(skipped)})" for t, skipped in zip(best.candidate.timesteps, names, strict=True) if skipped]
-    if at:
-        lines.append(f"\nThe best found skips layers at timesteps (layers of {len(summary.units)}): {', '.join(at)}.")
-    return "\n".join(["## Schedules\n", *lines])
-
-
-def _table_line(cells: Sequence[str]) -> str:
-    return f"| {' | '.join(cells)} |"
+    return f"{text}\n\n{SIGNATURE}"
 
 
 def _number(value: float) -> str:
@@ -258,14 +223,9 @@ def toml(config: StudyConfig) -> str:
     """The settings of a study that differ from the defaults, as a study file."""
     table = config.model_dump(mode="json", exclude_defaults=True, exclude={"name", "description", "folder"})
     return "\n\n".join(
-        "\n".join([f"[{section}]", *(f"{key} = {_toml_value(value)}" for key, value in settings.items())])
+        "\n".join(
+            [f"[{section}]"]
+            + [f"{key} = {json.dumps(value, ensure_ascii=False)}" for key, value in flatten(settings).items()]
+        )
         for section, settings in table.items()
     )
-
-
-def _toml_value(value: Any) -> str:
-    if isinstance(value, Mapping):
-        return "{ " + ", ".join(f"{json.dumps(key)} = {_toml_value(item)}" for key, item in value.items()) + " }"
-    if isinstance(value, list):
-        return "[" + ", ".join(map(_toml_value, value)) + "]"
-    return json.dumps(value, ensure_ascii=False)

@@ -21,13 +21,13 @@ INK, FAINT, GRID = "#1b2430", "#667085", "#e6e9ee"
 BLUE, RED, GREEN, ORANGE, SKY, PINK = "#0072b2", "#d55e00", "#009e73", "#e69f00", "#56b4e9", "#cc79a7"
 """Okabe and Ito's colours, which colour-blind readers tell apart."""
 OPERATORS = {
-    "baseline": ("baseline", INK, "diamond"),
-    "uniform": ("uniform", FAINT, "square"),
-    "random": ("random", ORANGE, "triangle-up"),
-    "mutation": ("mutation", SKY, "circle"),
-    "crossover": ("crossover", PINK, "cross"),
+    "baseline": (INK, "diamond"),
+    "uniform": (FAINT, "square"),
+    "random": (ORANGE, "triangle-up"),
+    "mutation": (SKY, "circle"),
+    "crossover": (PINK, "cross"),
 }
-"""Operator -> its name in the legend, colour and symbol."""
+"""Operator -> its colour and symbol."""
 AGES = ["#c9dcee", "#8fbbe0", "#4c93c9", "#1b6ca8", "#0a3f6b"]
 """Colours of generations from first to last: lightness alone, so that they also survive a printer."""
 KEPT, SKIPPED = "#e3e8ef", RED
@@ -45,7 +45,9 @@ def timesteps(summary: StudySummary) -> go.Figure | None:
     The horizontal axis is the log-SNR, ln(alpha^2 / sigma^2), from noise on the left to the image on the right. None
     where no candidate is finished.
     """
-    found = _thin(_best_candidates(summary), ROWS)
+    bests = _new_bests(scored_trials(summary.finished))
+    by_generation = {generation_of(t): Candidate.from_key(t.user_attrs[CANDIDATE]) for t in bests}
+    found = _thin(sorted(by_generation.items()), ROWS)
     if not found:
         return None
     noise, uniform = summary.noise, summary.uniform.candidate if summary.uniform else None
@@ -93,12 +95,6 @@ def timesteps(summary: StudySummary) -> go.Figure | None:
         zeroline=False,
     )
     return figure
-
-
-def _best_candidates(summary: StudySummary) -> list[tuple[int, Candidate]]:
-    """(generation, best candidate at its end) of each generation that changed it."""
-    found = _new_bests(scored_trials(summary.finished))
-    return sorted({generation_of(t): Candidate.from_key(t.user_attrs[CANDIDATE]) for t in found}.items())
 
 
 def _new_bests(complete: Iterable[FrozenTrial]) -> list[FrozenTrial]:
@@ -197,8 +193,8 @@ def _trial_points(
                 across = STRIP * (place / (len(trials) - 1) - 0.5) if len(trials) > 1 else 0.0
                 operator = trial.user_attrs.get(OPERATOR, "baseline")
                 by_operator[operator].append((round(generation + across, 3), trial))
-    for operator, (name, colour, symbol) in OPERATORS.items():
-        points = by_operator.get(operator, [])
+    for name, (colour, symbol) in OPERATORS.items():
+        points = by_operator.get(name, [])
         if points:
             figure.add_scatter(
                 x=[x for x, _ in points], y=[_short(t.values[0]) for _, t in points], mode="markers", name=name,

@@ -19,18 +19,15 @@ from plotly.offline import get_plotlyjs
 from autodiffusion_optuna._version import __version__
 from autodiffusion_optuna.config import SEARCH_BANK, flatten
 from autodiffusion_optuna.errors import AdoptError
-from autodiffusion_optuna.export.formats import result_of, result_text
+from autodiffusion_optuna.export.formats import FORMATS, file_name, result_of, result_text
 from autodiffusion_optuna.images import picture
 from autodiffusion_optuna.report.figures import FIGURES
-from autodiffusion_optuna.results.held_out import HeldOut
 from autodiffusion_optuna.results.summary import Row, StudySummary, banks_of
-from autodiffusion_optuna.storage.attrs import CODEC, CONDITIONS, EXTRACTOR, MODEL, MODEL_FACTS, REFERENCE, VERSION
+from autodiffusion_optuna.storage import attrs
 
 ASSETS = Path(__file__).parent.parent / "assets" / "report"
 LEGEND = 30
 """Height left for a figure's legend, in pixels."""
-ENDINGS = {"json": ".json", "diffusers": ".py", "comfyui": "-sigmas.txt"}
-"""Form of an export -> end of the name of the file that the page carries."""
 NUMBERS = ("no", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve")
 Pictures = Sequence[tuple[str, NDArray[np.uint8]]]
 
@@ -56,15 +53,17 @@ def page(
         held_out=uniform is not None and uniform.held_out is not None,
         change=best and uniform and _change(best, uniform),
         size=summary.held_out_size,
-        saved=saved / max(run + saved, 1),
+        run=run,
+        saved=saved,
         notes=[*notes, *_doubts(best, uniform, f"adopt score --study {config.name}{tail}")],
         pictures=pictures,
         figures=figures,
         plotly=get_plotlyjs() if figures else "",
         exports=exports,
         refused=refused,
-        endings=ENDINGS,
-        facts=_facts(summary),
+        bank=SEARCH_BANK,
+        names=attrs,
+        time=_time(summary),
         settings=flatten(config.model_dump(mode="json", exclude_defaults=True)),
         tail=tail,
         written=written,
@@ -87,6 +86,7 @@ def _template() -> Template:
         base64=lambda text: base64.b64encode(text.encode()).decode("ascii"),
         code=_code,
         count="{:,}".format,
+        file_name=file_name,
         in_script=lambda text: Markup(text.replace("<", "\\u003c")),  # JSON cannot end the element it is in
         in_words=lambda steps: NUMBERS[steps] if steps < len(NUMBERS) else str(steps),
         json=lambda value: json.dumps(value, ensure_ascii=False),
@@ -139,46 +139,12 @@ def _figure(summary: StudySummary, key: str) -> dict[str, str] | None:
 def _exports(summary: StudySummary) -> tuple[dict[str, str], str]:
     """Text of every export that this model allows, and why another is not among them."""
     result, texts, refused = result_of(summary), {}, ""
-    for form in ENDINGS:
+    for form in FORMATS:
         try:
             texts[form] = result_text(result, form)
         except AdoptError as error:
             refused = str(error).partition(";")[0]
     return texts, refused
-
-
-def _facts(summary: StudySummary) -> dict[str, str | None]:
-    """Where the result comes from; None for what the study does not say."""
-    config, attrs, best = summary.config, summary.attrs, summary.best
-    score, search = config.score, config.search
-    value = f"{summary.metric} of {score.images:,} images a candidate, noise seed {score.seed}, bank {SEARCH_BANK}"
-    return {
-        "model": " · ".join(filter(None, (config.model.source, attrs.get(MODEL_FACTS, {}).get("kind")))),
-        "model's SHA-256": attrs.get(MODEL),
-        "labels or prompts": attrs.get(CONDITIONS),
-        "sampling": _sampling(summary),
-        "search": f"preset {search.preset}, {search.trials:,} candidates, seed {search.seed}",
-        "value": value,
-        "held-out noise": _banks(best.held_out) if best and best.held_out else None,
-        "extractor": f"{score.extractor}, fingerprint {attrs.get(EXTRACTOR)}",
-        "reference": f"{summary.reference_name}, digest {attrs.get(REFERENCE)}",
-        "network evaluations": f"{summary.total('run'):,.0f} run, {summary.total('saved'):,.0f} saved",
-        "time": _time(summary),
-        "begun with": f"adopt {attrs.get(VERSION, 'unknown')}",
-        "settings' fingerprint": config.fingerprint(),
-    }
-
-
-def _banks(held_out: HeldOut) -> str:
-    return f"{held_out.banks} banks (1 to {held_out.banks}) of {held_out.images:,} images"
-
-
-def _sampling(summary: StudySummary) -> str:
-    low, high = summary.config.sampling.step_bounds
-    steps = f"{low}" if low == high else f"{low} to {high}"
-    solver = ", ".join(summary.solver) if isinstance(summary.solver, list) else summary.solver
-    times = summary.attrs.get(CODEC, {}).get("T")
-    return f"solver {solver}, {steps} steps" + (f" of {times:,} model times" if times else "")
 
 
 def _time(summary: StudySummary) -> str | None:

@@ -75,15 +75,15 @@ def stored_held_out(attrs: Mapping[str, Any], candidate_key: str, images: int, b
     return None if stored is None else HeldOut(stored["images"], tuple(stored["values"]), stored.get("warning"))
 
 
-def _sizes(attrs: Mapping[str, Any], candidate_key: str) -> set[tuple[int, int]]:
-    prefix = held_out_key(candidate_key, 0, 0).rpartition(":")[0] + ":"
-    sizes = (key[len(prefix) :].split("x") for key in attrs if key.startswith(prefix))
-    return {(int(images), int(banks)) for images, banks in sizes}
-
-
 def largest_held_out(attrs: Mapping[str, Any], *candidate_keys: str) -> tuple[int, int] | None:
     """(images, banks) on which all of these candidates have held-out values, the most images first.
 
     Distances of different numbers of images do not compare.
     """
-    return max(set.intersection(*(_sizes(attrs, key) for key in candidate_keys)), default=None)
+
+    def sizes(candidate_key: str) -> set[tuple[int, int]]:
+        prefix = held_out_key(candidate_key, 0, 0).removesuffix("0x0")
+        found = (key.removeprefix(prefix).split("x") for key in attrs if key.startswith(prefix))
+        return {(int(images), int(banks)) for images, banks in found}
+
+    return max(set.intersection(*map(sizes, candidate_keys)), default=None)

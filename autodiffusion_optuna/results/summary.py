@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -108,9 +108,10 @@ class StudySummary:
         return f"{'bundled with the model' if path is None else Path(path).name}, {count}"
 
     @property
-    def solver(self) -> str | list[str]:
+    def solver_names(self) -> str:
         """The solver of all candidates, or those that were searched."""
-        return self.config.sampling.solver
+        solver = self.config.sampling.solver
+        return ", ".join(solver) if isinstance(solver, list) else solver
 
     def rows(self) -> list[Row]:
         """The best found, then the baselines from best to worst; nothing where no candidate is finished."""
@@ -155,9 +156,19 @@ class StudySummary:
         """Those of ``warnings`` that only the trials and the held-out values show."""
         if self.best is None:
             return []
-        held_out = self.best.held_out
-        lines = [held_out and held_out.warning, _lost_variety(self.best), _few_images(self, self.best, tail)]
-        return [line for line in lines if line]
+        held_out, trace_ratio = self.best.held_out, self.best.trace_ratio
+        most, own = self.held_out_size, held_out and held_out.size
+        lines = [held_out.warning] if held_out and held_out.warning else []
+        if trace_ratio is not None and trace_ratio <= LOST_VARIETY:  # images may be too much alike
+            share = f"{math.exp(trace_ratio):.0%} of the reference's variance"
+            lines.append(f"the features of the best schedule's images have {share}; look at samples")
+        if most is not None and own != most:
+            lines.append(
+                f"other schedules were scored on {banks_of(most)} held-out images, the best found on "
+                f"{f'only {banks_of(own)}' if own else 'none'}; "
+                f"score it too: adopt score --study {self.config.name} --images {most[0]} --banks {most[1]}{tail}"
+            )
+        return lines
 
     @property
     def finished(self) -> list[FrozenTrial]:
@@ -201,7 +212,7 @@ class StudySummary:
             "finished": len(self.finished),
             "budget": self.config.search.trials,
             **self.last_origin,
-            "solver": self.solver,
+            "solver": self.config.sampling.solver,
             "metric": self.metric,
             "extractor": self.config.score.extractor,
             "images": self.config.score.images,
@@ -246,6 +257,7 @@ def read_summary(study: optuna.Study, size: tuple[int, int] | None = None) -> St
     attrs = study.user_attrs
     trials = study.get_trials(deepcopy=False)
     scored = scored_trials(trials)
+    first = min(scored, key=lambda t: (t.values[0], t.number), default=None)
     values = {t.user_attrs[CANDIDATE]: t.values[0] for t in scored}
     costs = attrs.get(BASELINE_COSTS, {})
 
@@ -258,7 +270,17 @@ def read_summary(study: optuna.Study, size: tuple[int, int] | None = None) -> St
         metric=attrs.get(METRIC, "value"),
         units=tuple(attrs.get(CODEC, {}).get("units", ())),
         trials=trials,
-        best=_best(min(scored, key=lambda t: (t.values[0], t.number)), held_out) if scored else None,
+        best=None
+        if first is None
+        else Best(
+            name="best found",
+            candidate=Candidate.from_key(first.user_attrs[CANDIDATE]),
+            cost=first.user_attrs[COST],
+            value=first.values[0],
+            held_out=held_out(first.user_attrs[CANDIDATE]),
+            trial=first.number,
+            trace_ratio=stored_score(first).get("trace_ratio"),
+        ),
         baselines=[
             Row(name, Candidate.from_key(key), costs[name], values.get(key), held_out(key))
             for name, key in attrs.get(BASELINES, {}).items()
@@ -268,52 +290,20 @@ def read_summary(study: optuna.Study, size: tuple[int, int] | None = None) -> St
     )
 
 
-def _best(trial: FrozenTrial, held_out: Callable[[str], HeldOut | None]) -> Best:
-    key = trial.user_attrs[CANDIDATE]
-    return Best(
-        name="best found",
-        candidate=Candidate.from_key(key),
-        cost=trial.user_attrs[COST],
-        value=trial.values[0],
-        held_out=held_out(key),
-        trial=trial.number,
-        trace_ratio=stored_score(trial).get("trace_ratio"),
-    )
-
-
 def banks_of(size: tuple[int, int]) -> str:
     """(images, banks) as it is shown everywhere: banks x images."""
     return f"{size[1]} x {size[0]:,}"
 
 
-def _lost_variety(best: Best) -> str | None:
-    """A warning where the best found may owe its value to images that are too much alike."""
-    if best.trace_ratio is None or best.trace_ratio > LOST_VARIETY:
-        return None
-    share = math.exp(best.trace_ratio)
-    return f"the features of the best schedule's images have {share:.0%} of the reference's variance; look at samples"
-
-
-def _few_images(summary: StudySummary, best: Best, tail: str) -> str | None:
-    """A warning where a baseline was scored on more images than the best found."""
-    most, own = summary.held_out_size, best.held_out and best.held_out.size
-    if most is None or own == most:
-        return None
-    return (
-        f"other schedules were scored on {banks_of(most)} held-out images, the best found on "
-        f"{f'only {banks_of(own)}' if own else 'none'}; "
-        f"score it too: adopt score --study {summary.config.name} --images {most[0]} --banks {most[1]}{tail}"
-    )
-
-
 def runtime_warnings(attrs: Mapping[str, Any]) -> list[str]:
     """A line for each other runtime that some of the study's values were computed with."""
-    first = attrs.get(RUNTIME)
-    others = [attrs[key] for key in sorted(attrs) if key.startswith(f"{RUNTIME}:") and attrs[key] != first]
-    return [_runtime_warning(first, other) for other in others] if first else []
-
-
-def _runtime_warning(first: Mapping[str, Any], other: Mapping[str, Any]) -> str:
-    keys = [key for key in {**first, **other} if first.get(key) != other.get(key)]
-    changed = ", ".join(f"{key} {first.get(key, 'none')} -> {other.get(key, 'none')}" for key in keys)
-    return f"some values were computed otherwise than the first ones ({changed}): they may differ in their last digits"
+    lines, first = [], attrs.get(RUNTIME) or {}
+    for other in (attrs[key] for key in sorted(attrs) if first and key.startswith(f"{RUNTIME}:")):
+        keys = [key for key in {**first, **other} if first.get(key) != other.get(key)]
+        changed = ", ".join(f"{key} {first.get(key, 'none')} -> {other.get(key, 'none')}" for key in keys)
+        if changed:
+            lines.append(
+                f"some values were computed otherwise than the first ones ({changed}): they may differ in their last "
+                "digits"
+            )
+    return lines

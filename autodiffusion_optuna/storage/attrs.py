@@ -43,6 +43,8 @@ RUNTIME = "runtime"
 """What computed the first values, ``evaluation.runtime.describe_runtime``; any other is kept under ``RUNTIME:…``."""
 ARTIFACTS = "artifacts"
 """Where the pictures of this study's trials are kept, see ``artifacts.stored_location``; absent without pictures."""
+HELD_OUT = "held_out"
+"""Begins the names of held-out values, see ``held_out_key``."""
 
 # Trial user attrs; plain ones, so that optuna-dashboard shows a column of each.
 BASELINE = "baseline"
@@ -81,7 +83,7 @@ def rung_key(images: int) -> str:
 
 def held_out_key(candidate_key: str, images: int, banks: int) -> str:
     """Study user attr of a candidate's values on ``banks`` of ``images``; hashed, since attr names are bounded."""
-    return f"held_out:{hashlib.sha256(candidate_key.encode()).hexdigest()[:20]}:{images}x{banks}"
+    return f"{HELD_OUT}:{hashlib.sha256(candidate_key.encode()).hexdigest()[:20]}:{images}x{banks}"
 
 
 def runtime_key(runtime: Mapping[str, Any]) -> str:

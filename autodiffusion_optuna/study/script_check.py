@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import io
-import json
 import logging
 import runpy
 import warnings
@@ -17,13 +16,13 @@ import torch
 from torch import Tensor
 
 from autodiffusion_optuna.errors import AdoptError, ModelError, first_line
-from autodiffusion_optuna.evaluation.models import Model, load_model
+from autodiffusion_optuna.evaluation.models import load_model
 from autodiffusion_optuna.evaluation.models.hub import is_complete
 from autodiffusion_optuna.export.check import LIMIT, difference
 from autodiffusion_optuna.export.draw import draw
 from autodiffusion_optuna.export.result import Result
-from autodiffusion_optuna.export.scripts import BUNDLED, PROMPT, cached_file, diffusers_script
-from autodiffusion_optuna.study.transfer import other_model, result_config
+from autodiffusion_optuna.export.scripts import PROMPT, cached_file, diffusers_script
+from autodiffusion_optuna.study.transfer import other_model
 
 CHECKED = 2
 """Images that an exported script is checked on."""
@@ -75,7 +74,7 @@ def local_folder(source: str) -> Path | None:
 
     ``ModelError`` where the cache does not hold the model in whole.
     """
-    if source in BUNDLED or Path(source).exists() or ":" in source or source.count("/") != 1:
+    if Path(source).exists() or ":" in source or source.count("/") != 1:
         return None
     found = cached_file(source, "model_index.json") or cached_file(source, "config.json")
     if found is None or not is_complete(found.parent):
@@ -95,18 +94,14 @@ def _compare(result: Result) -> tuple[float | str, str | None]:
 
 def _ours(result: Result) -> tuple[Tensor, str | None]:
     """Images of the search's sampler, and what sets the model apart, which is let go of before the script loads it."""
-    model = _open_model(result)
-    conditions = model.conditions and model.conditions.fingerprint  # the prompt of a script is its own
-    return draw(result, model, CHECKED), other_model(result.model_copy(update={"conditions": conditions}), model)
-
-
-def _open_model(result: Result) -> Model:
-    """The model as the study opens it, but with the prompt of the script."""
+    config = result.config.model
     with TemporaryDirectory() as place:
         prompts = Path(place) / "prompts.txt"
         prompts.write_text(f"{PROMPT}\n" * CHECKED, encoding="utf-8")
-        prompted = [f"model.prompts={json.dumps(str(prompts))}"] if result.config.model.prompts else []
-        return load_model(result_config(result, [*prompted, "model.compile=false"]).model)
+        prompted = {"prompts": str(prompts)} if config.prompts else {}
+        model = load_model(config.model_copy(update={**prompted, "compile": False}))
+    conditions = model.conditions and model.conditions.fingerprint  # the prompt of a script is its own
+    return draw(result, model, CHECKED), other_model(result.model_copy(update={"conditions": conditions}), model)
 
 
 def _theirs(result: Result) -> Tensor | str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from autodiffusion_optuna.candidate import Candidate
-from autodiffusion_optuna.config import StudyConfig, parse_config
+from autodiffusion_optuna.config import parse_config
 from autodiffusion_optuna.evaluation.denoiser import Denoiser
 from autodiffusion_optuna.evaluation.models import Model
 from autodiffusion_optuna.export.check import same_weights
@@ -37,7 +38,14 @@ def open_result(result: Result, overrides: Iterable[str] = (), *, trust: bool = 
 
     ``ConfigError`` where the result does not fit the model.
     """
-    components = build(result_config(result, overrides), trust=trust)
+    settings = {"solver", "final", "guidance", "eta", "amplification_cap"}
+    table = {  # of a study of one candidate that makes and scores images as the result says
+        "name": result.study,
+        "sampling": {**result.model_dump(include=settings, exclude_none=True), "steps": len(result.timesteps)},
+        "search": {"trials": 1, "warm_starts": ["uniform"]},
+        **result.config.model_dump(mode="json"),
+    }
+    components = build(parse_config(table, overrides), trust=trust)
     found = result.candidate(components.model.units, components.model.schedule.T)
     uniform = Candidate(BASELINES["uniform"](components.model.schedule, found.steps))
     return Opened(components, {"uniform": uniform, result.study: found}, other_model(result, components.model))
@@ -54,7 +62,7 @@ def differences(result: Result, model: Model) -> list[str]:
     """What a model has otherwise than the one that a result was found on; empty where it is the same one."""
     part = result.model
     denoiser = model.denoiser if isinstance(model.denoiser, Denoiser) else None
-    pairs: list[tuple[str, Any, Any]] = [
+    pairs: list[tuple[str, Any, Any]] = [  # None: not known, or there is none
         ("kind", part.kind, model.kind),
         ("prediction", part.prediction, denoiser and denoiser.prediction),
         ("clip", part.clip, denoiser and denoiser.clip),
@@ -63,7 +71,8 @@ def differences(result: Result, model: Model) -> list[str]:
         ("image shape", part.image_shape, model.picture_shape),
         ("latent scale", part.latent_scale, model.latent_scale),
     ]
-    found = [f"{name} {_shown(now)} instead of {_shown(then)}" for name, then, now in pairs if _other(then, now)]
+    known = [pair for pair in pairs if None not in pair]
+    found = [f"{name} {_shown(now)} instead of {_shown(then)}" for name, then, now in known if not _same(then, now)]
     then, now = result.noise_schedule(), model.schedule
     if then.T != now.T or not np.allclose(then.lambdas, now.lambdas, atol=1e-6):
         found.append("another noise schedule")
@@ -78,36 +87,14 @@ def differences(result: Result, model: Model) -> list[str]:
     return found
 
 
-def _other(then: object, now: object) -> bool:
-    if then is None or now is None:  # not known, or there is none
-        return False
-    return not np.isclose(then, float(str(now)), rtol=1e-5) if isinstance(then, float) else then != now
+def _same(then: Any, now: Any) -> bool:
+    return math.isclose(then, now, rel_tol=1e-5) if isinstance(then, float) else then == now
 
 
 def _shown(value: object) -> str:
     if isinstance(value, tuple):
         return "x".join(map(str, value))
     return f"{value:g}" if isinstance(value, float) else str(value)
-
-
-def result_config(result: Result, overrides: Iterable[str] = ()) -> StudyConfig:
-    """A study of one candidate that makes and scores images as the result says (ConfigError)."""
-    sampling: dict[str, Any] = {
-        "solver": result.solver,
-        "steps": len(result.timesteps),
-        "final": result.final,
-        "guidance": result.guidance,
-        "eta": result.eta,
-        "amplification_cap": result.amplification_cap,
-    }
-    table = {
-        "name": result.study,
-        "model": result.config.model.model_dump(mode="json"),
-        "sampling": {key: value for key, value in sampling.items() if value is not None},
-        "search": {"trials": 1, "warm_starts": ["uniform"]},
-        "score": result.config.score.model_dump(mode="json"),
-    }
-    return parse_config(table, overrides)
 
 
 def score_compared(opened: Opened) -> dict[str, HeldOut]:

@@ -197,7 +197,6 @@ def test_a_script_of_our_own_sampler_needs_neither_the_studys_prompts_nor_the_cp
     names = runpy.run_path("mine.py")
     assert names["images"].shape == (images or 2, 3, 32, 32)
     assert names["PROMPTS"] == [PROMPT] * (images or 2)
-    assert "precision='bfloat16'" in diffusers_script(result.with_model(precision="bfloat16"))
 
 
 def test_plain_scripts_run_where_this_package_is_not(folder: Path) -> None:
@@ -229,18 +228,31 @@ def test_scripts_load_the_model_as_the_study_did() -> None:
     assert "StableDiffusionPipeline.from_pretrained(MODEL, revision='v1')\n" in hub
     assert "from_single_file(MODEL, config='base')" in script(source="sd.safetensors")
     assert "torch_dtype=torch.bfloat16" in script(precision="bfloat16")
-    adm = result_text(example(model={"kind": "adm", "source": "adm:x.pt"}, config=adm_config()), "diffusers")
-    compile(adm, "mine.py", "exec")
-    assert "no pipeline for this model (adm)" in adm
-    assert "import load_model" in adm
-    arguments = "source='adm:x.pt', preset='imagenet64', fields={'num_classes': 5}, classifier='c.pt'"
-    assert f"model = load_model(ModelConfig({arguments}))\n" in adm
-    assert "trust=True" in result_text(example(model={"kind": "plugin"}, config=adm_config()), "diffusers")
+    assert "no pipeline for this model (adm)" in result_text(example(model={"kind": "adm"}), "diffusers")
 
 
-def adm_config() -> ConfigPart:
-    model = {"source": "x", "preset": "imagenet64", "fields": {"num_classes": 5}, "classifier": "c.pt"}
-    return ConfigPart.model_validate({"model": model, "score": {"extractor": "clip"}})
+def test_a_script_of_our_own_sampler_loads_the_model_with_the_studys_settings(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = {
+        "source": "adm:x.pt",
+        "device": "cuda:3",
+        "compile": True,
+        "precision": "bfloat16",
+        "preset": "imagenet64",
+        "fields": {"num_classes": 5},
+        "classifier": "c.pt",
+    }
+    config = ConfigPart.model_validate({"model": model, "score": {"extractor": "clip"}})
+    loaded: list[tuple[Any, bool]] = []
+    monkeypatch.setattr(
+        "autodiffusion_optuna.evaluation.models.load_model", lambda given, trust=False: loaded.append((given, trust))
+    )
+    monkeypatch.setattr("autodiffusion_optuna.export.draw.draw", lambda *_, images: torch.zeros(images, 3, 16, 16))
+    for kind in ("adm", "plugin"):
+        run_script(tmp_path, example(model={"kind": kind, "source": "adm:x.pt"}, config=config))
+    anywhere = config.model.model_copy(update={"device": "auto", "compile": False})
+    assert loaded == [(anywhere, False), (anywhere, True)]
 
 
 def test_a_script_says_what_it_scored() -> None:

@@ -152,7 +152,7 @@ def test_a_new_generation_is_published_by_itself(folder: Path, monkeypatch: pyte
     assert troubles == []
 
 
-def test_trouble_is_reported_once_in_check_refused(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_trouble_is_reported_once_in_one_line(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dashboard, "LOOK_SECONDS", 0.01)
     study = run(folder / "quick.toml", URL, "search.trials=2")
     troubles: list[str] = []
@@ -239,7 +239,7 @@ def test_another_host_than_loopback_is_warned_of(folder: Path) -> None:
     assert "the dashboard has no password" in process.communicate(timeout=30)[1]
 
 
-def test_a_port_in_use_is_check_refused(folder: Path, adopt: Adopt) -> None:
+def test_a_port_in_use_is_refused(folder: Path, adopt: Adopt) -> None:
     run(folder / "quick.toml", URL, "search.trials=1")
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
@@ -248,7 +248,7 @@ def test_a_port_in_use_is_check_refused(folder: Path, adopt: Adopt) -> None:
         check_refused(adopt("dashboard", "--study", "quick", "--port", port), f"port {port}", "in use", "--port")
 
 
-def test_what_cannot_be_served_is_check_refused(folder: Path, adopt: Adopt) -> None:
+def test_what_cannot_be_served_is_refused(folder: Path, adopt: Adopt) -> None:
     check_refused(adopt("dashboard", "--study", "quick"), "no database")
     run(folder / "quick.toml", URL, "search.trials=1")
     check_refused(adopt("dashboard", "--study", "quik"), "did you mean 'quick'")
