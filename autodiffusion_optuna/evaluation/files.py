@@ -53,4 +53,4 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def first_line(error: BaseException) -> str:
     """What an error of another library says, in one line of at most 200 characters."""
-    return next(iter(str(error).splitlines()), type(error).__name__)[:200]
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)[:200]

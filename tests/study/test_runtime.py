@@ -104,7 +104,7 @@ def test_workers_that_start_together_take_the_batch_of_the_first(folder: Path, m
         return build(*given, **options)
 
     monkeypatch.setattr(components, "build", second)
-    assert lifecycle.open_run(quick(2), URL).parts.evaluator.batch == 16
+    assert lifecycle.open_run(quick(2), URL).components.evaluator.batch == 16
 
 
 def out_of_memory_above(monkeypatch: pytest.MonkeyPatch, fits: int) -> None:

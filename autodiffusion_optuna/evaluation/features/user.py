@@ -11,7 +11,8 @@ from pathlib import Path
 import torch
 
 from autodiffusion_optuna.errors import ConfigError
-from autodiffusion_optuna.evaluation.features.base import Extractor, Network, Wanted, first_line
+from autodiffusion_optuna.evaluation.features.base import Extractor, Network, Wanted
+from autodiffusion_optuna.evaluation.files import first_line
 
 
 def load_torchscript(wanted: Wanted) -> Extractor:
