@@ -19,7 +19,7 @@ import numpy.typing as npt
 from pydantic import BaseModel, ValidationError
 
 from autodiffusion_optuna.errors import StatisticsError
-from autodiffusion_optuna.evaluation.files import check_content
+from autodiffusion_optuna.evaluation.files import check_content, first_line
 from autodiffusion_optuna.evaluation.references.images import (
     BAD_ZIP,
     MAX_MEMBER,
@@ -125,7 +125,7 @@ def read_reference_data(path: Path) -> ReferenceData:
     try:
         return _read_file(path)
     except DAMAGED as error:
-        raise _unknown(path, (str(error).splitlines() or [""])[0] or type(error).__name__) from error
+        raise _unknown(path, first_line(error)) from error
 
 
 def _unknown(path: Path, reason: str) -> StatisticsError:
@@ -178,7 +178,8 @@ def _check_small(path: Path, name: str, header: NpyHeader) -> None:
 
 
 def _is_images(header: NpyHeader) -> bool:
-    return header.dtype == np.uint8 and len(header.shape) == 4 and header.shape[3] in (1, 3)
+    shape = header.shape
+    return header.dtype == np.uint8 and len(shape) == 4 and shape[3] in (1, 3) and 0 not in shape[1:]
 
 
 def _check_images(path: Path, name: str, header: NpyHeader) -> None:
@@ -405,7 +406,7 @@ def _torch_file(path: Path) -> ReferenceData:
             value = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch wraps whatever a damaged or hostile file makes it meet
         reason = re.search(r"global (\S+)|Unsupported \S+ \S+", str(error), flags=re.IGNORECASE)
-        shown = reason[0] if reason else (str(error).splitlines() or [type(error).__name__])[0]
+        shown = reason[0] if reason else first_line(error)
         raise StatisticsError(
             f"{path}: is not a torch file of plain arrays ({shown}); only tensors and numpy arrays are read"
         ) from error
