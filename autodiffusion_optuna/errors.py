@@ -17,7 +17,7 @@ from collections.abc import Iterable
 
 
 class AdoptError(Exception):
-    """Base of all errors that are the user's to mend; ``str(error)`` is one line."""
+    """Base of all errors that are the user's to fix; ``str(error)`` is one line."""
 
 
 class ConfigError(AdoptError):

@@ -15,7 +15,8 @@ from autodiffusion_optuna.cli.output import err, out
 from autodiffusion_optuna.errors import ConfigError
 
 if TYPE_CHECKING:
-    from autodiffusion_optuna.evaluation.references.formats import Mode, ReferenceData
+    from autodiffusion_optuna.config import Mode
+    from autodiffusion_optuna.evaluation.references.formats import ReferenceData
 
 reference_app = typer.Typer(
     no_args_is_help=True, rich_markup_mode=None, help="Build and inspect what generated images are compared with."

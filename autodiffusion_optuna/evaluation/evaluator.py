@@ -126,18 +126,18 @@ class Evaluator:
         """
         self.prepare(0, rungs[-1], bank)
         seconds, counter = Seconds(), NfeCounter()
-        moments, kept, reached = Moments(self.extractor.dim), [], []
-        shown: list[Tensor] = []
+        moments, kept, reached, shown = Moments(self.extractor.dim), [], [], []
         start = 0
         for count in rungs:
             for images in self._batches(candidate, start, count, bank, seconds, counter):
-                if sum(map(len, shown)) < preview:
-                    shown.append(images[: preview - sum(map(len, shown))].cpu())
+                if moments.n < preview:
+                    shown.append(images[: preview - moments.n].cpu())
                 with _timed(seconds, "features", self.model.device):
                     features = self._extract(images)
                     moments.add(features)
                     kept.append(features)
-                    if not self._needs_features(moments):
+                    # Below D images the features' own N x N Gram matrix is the cheaper way to the distance.
+                    if self.metric == "frechet" and moments.n >= len(self.reference.mu):
                         kept.clear()
             with _timed(seconds, "distance", self.model.device):
                 value = self._distance(moments, kept)
@@ -241,10 +241,6 @@ class Evaluator:
         if bank == SEARCH_BANK and self.noise_bytes + noise.nbytes <= KEPT_NOISE:
             self._noise[key] = noise
         return noise
-
-    def _needs_features(self, moments: Moments) -> bool:
-        """Below D images the features' own N x N Gram matrix is the cheaper way to the distance."""
-        return self.metric == "kid" or moments.n < len(self.reference.mu)
 
     def _distance(self, moments: Moments, kept: list[Tensor]) -> float:
         if self.metric == "frechet":

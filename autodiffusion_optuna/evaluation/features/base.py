@@ -17,10 +17,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from autodiffusion_optuna.config import Mode
 from autodiffusion_optuna.errors import ConfigError, ModelError, StatisticsError
 from autodiffusion_optuna.evaluation.features.weights import sha256_of
 from autodiffusion_optuna.evaluation.files import first_line
-from autodiffusion_optuna.evaluation.references.formats import Mode
 from autodiffusion_optuna.evaluation.tensors import check_numbers
 
 CHUNK = 50  # images; bounds the memory of early, large feature maps

@@ -12,12 +12,13 @@ import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import IO, Any, Literal, get_args
+from typing import IO, Any, get_args
 
 import numpy as np
 import numpy.typing as npt
 from pydantic import BaseModel, ValidationError
 
+from autodiffusion_optuna.config import Mode
 from autodiffusion_optuna.errors import StatisticsError
 from autodiffusion_optuna.evaluation.files import check_content, first_line
 from autodiffusion_optuna.evaluation.references.images import (
@@ -35,7 +36,6 @@ from autodiffusion_optuna.evaluation.references.images import (
 from autodiffusion_optuna.evaluation.references.pickles import read_pickle
 
 Array = npt.NDArray[Any]
-Mode = Literal["clean", "legacy_pytorch", "legacy_tensorflow"]
 MODES: tuple[Mode, ...] = get_args(Mode)
 
 FORMAT = 1
@@ -333,15 +333,15 @@ def _moments(npz: _Npz, what: str, extractor: str | None = None, mode: Mode | No
 def _cleanfid(moments: _Npz | None, kid: _Npz | None, name: re.Match[str]) -> Statistics:
     clip, mode = bool(name["clip"]), name["mode"].lower()
     features = kid.get("feats") if kid else None
-    both = moments if moments and moments.members.keys() >= MOMENTS else None
+    mu, sigma = (moments.get(key) if moments else None for key in ("mu", "sigma"))
     return Statistics(
         what=f"clean-fid statistics, {'CLIP' if clip else f'mode {mode}'}",
-        mu=both.array("mu") if both else None,
-        sigma=both.array("sigma") if both else None,
+        mu=mu,
+        sigma=sigma,
         features=features,
         extractor="clip" if clip else "inception",
         mode=None if clip else mode,  # type: ignore[arg-type]
-        n=None if both or features is None else len(features),
+        n=len(features) if features is not None and mu is None else None,
     )
 
 
