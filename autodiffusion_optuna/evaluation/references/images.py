@@ -9,7 +9,7 @@ import warnings
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import IO, Any, NamedTuple
@@ -77,17 +77,13 @@ def folder_images(folder: Path) -> Images:
         seen.add(real)
         found += [(Path(place) / file).relative_to(folder).parts for file in files]
 
-    @contextmanager
-    def session() -> Iterator[Read]:
-        yield read
-
     def read(name: str) -> IO[bytes]:
         try:
             return (folder / name).open("rb")
         except OSError as error:
             raise StatisticsError(f"{folder / name} cannot be read ({error.strerror})") from error
 
-    return _file_images({parts: str(Path(*parts)) for parts in found}, session, folder)
+    return _file_images({parts: str(Path(*parts)) for parts in found}, lambda: nullcontext(read), folder)
 
 
 def zip_images(path: Path) -> Images:

@@ -364,9 +364,9 @@ def _foreign(path: Path, statistics: Statistics, extractor: Extractor, images: I
     facts = statistics.n, extractor.fingerprint, extractor.name, dataset
     reference = Reference(mu, sigma, *facts, features)
     if images is not None and images.total:
-        channels, *size = images.shape
+        channels, size = images.shape[0], images.shape[1:]
         some = torch.from_numpy(next(images.batches(KEPT_IMAGES)))
-        reference = replace(reference, channels=channels, size=(size[0], size[1]), notes=images.notes, images=some)
+        reference = replace(reference, channels=channels, size=size, notes=images.notes, images=some)
     return _validated(path, reference, extractor)
 
 
