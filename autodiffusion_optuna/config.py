@@ -38,6 +38,9 @@ FILES = ("model.source", "model.classifier", "model.prompts", "model.config", "s
 OF_THIS_HOST = (*FILES, "folder", "model.device", "model.prefix_cache_mb")
 """Settings that each command may change for itself: where files are, and what runs the model."""
 
+Mode = Literal["clean", "legacy_pytorch", "legacy_tensorflow"]
+"""How clean-fid resizes images for Inception (arXiv 2104.11222)."""
+
 Count = Annotated[int, Field(ge=1)]
 Images = Annotated[int, Field(ge=2, le=BANK_SIZE)]
 
@@ -191,7 +194,7 @@ class ScoreConfig(Section):
     extractor: str
     weights: str | None = None
     """Its weights, where it ships with none (inception, clip, dinov2, torchscript)."""
-    mode: Literal["clean", "legacy_pytorch", "legacy_tensorflow"] | None = None
+    mode: Mode | None = None
     """How clean-fid resizes for Inception; to be stated for statistics that do not say how they were made."""
     reference: str | None = None
     """Statistics, or images in a folder, zip or npz; unset: what the bundled model ships with."""

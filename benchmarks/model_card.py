@@ -42,7 +42,7 @@ The first 3,000 iterations ran with the learning rate of a 9,000-iteration cosin
 
 ## Extractor
 
-A classifier of the same digits (`evaluation/features/digits_net.py`), 64 features before its last layer, {extractor_kb:.0f} kB.
+A classifier of the same digits (`evaluation/features/bundled.py`), 64 features before its last layer, {extractor_kb:.0f} kB.
 Accuracy on the 1,000 digits that neither network saw: **{accuracy:.2%}**. `reference.npz` holds mean and covariance of
 the 9,000 training digits' features. The 1,000 held-out digits themselves are at a distance of {floor:.2f} from it.
 

@@ -26,7 +26,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from autodiffusion_optuna.evaluation.features import load_extractor
-from autodiffusion_optuna.evaluation.features.digits_net import DigitsNet
+from autodiffusion_optuna.evaluation.features.bundled import DigitsNet
 from autodiffusion_optuna.evaluation.frechet import frechet_distance
 from autodiffusion_optuna.evaluation.references.reference import build_reference, save_reference
 

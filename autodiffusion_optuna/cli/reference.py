@@ -9,13 +9,14 @@ from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Table
+from rich.table import Column, Table
 
-from autodiffusion_optuna.cli.output import err, out
+from autodiffusion_optuna.cli.output import err, out, say, warn
 from autodiffusion_optuna.errors import ConfigError
 
 if TYPE_CHECKING:
-    from autodiffusion_optuna.evaluation.references.formats import Mode, ReferenceData
+    from autodiffusion_optuna.config import Mode
+    from autodiffusion_optuna.evaluation.references.formats import ReferenceData
 
 reference_app = typer.Typer(
     no_args_is_help=True, rich_markup_mode=None, help="Build and inspect what generated images are compared with."
@@ -45,10 +46,9 @@ def build(
     with _progress() as on_images:
         reference = build_reference_from(images, loaded, on_images=on_images)
     save_reference(path, reference)
-    for warning in (*reference.notes, too_few(reference.n or 0, len(reference.mu))):
-        if warning:
-            err.print(f"warning: {warning}", soft_wrap=True)
-    out.print(f"wrote {path}: {reference.n:,} images, {len(reference.mu):,} features each", soft_wrap=True)
+    few = too_few(reference.n or 0, len(reference.mu))
+    warn([*reference.notes, *([few] if few else [])])
+    say(f"wrote {path}: {reference.n:,} images, {len(reference.mu):,} features each")
 
 
 @reference_app.command()
@@ -56,9 +56,7 @@ def show(file: Annotated[Path, typer.Argument(help="Statistics in any format, or
     """What a file of statistics or images holds, and what made it."""
     from autodiffusion_optuna.evaluation.references.formats import read_reference_data
 
-    table = Table(box=None, show_header=False, pad_edge=False)
-    table.add_column()
-    table.add_column(overflow="fold")
+    table = Table("", Column(overflow="fold"), box=None, show_header=False, pad_edge=False)
     for name, value in [("file", str(file)), *_facts(read_reference_data(file))]:
         table.add_row(name, value)
     out.print(table)
@@ -77,7 +75,7 @@ def weights(
         err.print(f"downloading {PUBLISHED[kind].url}")
     fetched = download_weights(kind, path, sha256)
     verb = "wrote" if fetched else "already there, unchanged:"
-    out.print(f"{verb} {path} ({PUBLISHED[kind].use})", soft_wrap=True)
+    say(f"{verb} {path} ({PUBLISHED[kind].use})")
 
 
 def _check_out(path: Path, force: bool) -> None:

@@ -6,41 +6,28 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, cast, get_args
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from autodiffusion_optuna.candidate import unit_indices
-from autodiffusion_optuna.errors import ConfigError, choose_from
-
-CostKind = Literal["macs", "latency"]
 
 
 @dataclass(frozen=True)
 class UnitCosts:
     """Cost of one evaluation.
 
-    ``full``: with nothing skipped, in multiply-adds an image (``"macs"``) or seconds a batch (``"latency"``).
+    ``full``: with nothing skipped, in multiply-adds an image or in seconds a batch.
     ``shares``: for each unit, in execution order, the part of ``full`` saved by skipping it alone, in [0, 1].
     Multiply-adds of units add up exactly; latencies nearly.
     """
 
     full: float
     shares: tuple[float, ...]
-    kind: CostKind
 
     def of(self, skip: int) -> float:
         """Cost of one evaluation with the skip set ``skip``, in the unit of ``full``."""
         return self.full * (1.0 - sum(self.shares[u] for u in unit_indices(skip)))
-
-
-def check_kind(kind: str) -> CostKind:
-    """``kind`` itself; ``ConfigError`` where it is not a kind of cost."""
-    known = get_args(CostKind)
-    if kind not in known:
-        raise ConfigError(choose_from("cost", kind, known))
-    return cast(CostKind, kind)
 
 
 def macs(evaluate: Callable[[], object]) -> int:
@@ -54,7 +41,7 @@ def unit_macs(evaluate: Callable[[int], object], units: int) -> UnitCosts:
     """Counted cost; ``evaluate(skip)`` evaluates the network once on one image."""
     full = macs(lambda: evaluate(0))
     alone = [macs(lambda u=u: evaluate(1 << u)) for u in range(units)]  # type: ignore[misc]
-    return UnitCosts(float(full), tuple((full - cost) / full for cost in alone), "macs")
+    return UnitCosts(float(full), tuple((full - cost) / full for cost in alone))
 
 
 def unit_latency(evaluate: Callable[[int], object], units: int, device: torch.device, repeats: int = 7) -> UnitCosts:
@@ -71,18 +58,14 @@ def unit_latency(evaluate: Callable[[int], object], units: int, device: torch.de
     shares = [max(statistics.median(1 - r[1 + u] / r[0] for r in rounds), 0.0) for u in range(units)]
     full = statistics.median(r[0] for r in rounds)
     whole = max(sum(shares), 1.0)  # noise can add up to more than the network takes
-    return UnitCosts(full, tuple(share / whole for share in shares), "latency")
+    return UnitCosts(full, tuple(share / whole for share in shares))
 
 
 def seconds(evaluate: Callable[[int], object], skip: int, device: torch.device) -> float:
     """Wall seconds of ``evaluate(skip)``, the device's queue empty before and after."""
-    _synchronize(device)
+    wait = torch.cuda.synchronize if device.type == "cuda" else lambda _: None
+    wait(device)
     start = time.perf_counter()
     evaluate(skip)
-    _synchronize(device)
+    wait(device)
     return time.perf_counter() - start
-
-
-def _synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)

@@ -80,7 +80,7 @@ class Evaluator:
     Every candidate is scored on the same images-to-be: noise of image i comes from (seed, bank, i) alone, so
     differences between candidates are not blurred by the draw. ``batch`` images share a network evaluation; where
     the device runs out of memory, fewer do from then on, which changes no noise, label or prompt.
-    ``sampling``: what the candidates do not choose.
+    ``sampling``: what the candidates do not choose. StatisticsError where the reference lacks what the metric needs.
     """
 
     model: Model
@@ -93,6 +93,13 @@ class Evaluator:
     prefix_cache: PrefixCache | None = None
     _noise: dict[tuple[int, ...], Tensor] = field(default_factory=dict, init=False, repr=False)
     _fits: list[int] = field(default_factory=list, init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        if self.metric == "kid" and self.reference.features is None:
+            raise StatisticsError(
+                "metric 'kid' needs the reference's features, and this reference holds moments only; "
+                "give images as score.reference, or use metric = 'frechet'"
+            )
 
     @property
     def fitting_batch(self) -> int:
@@ -119,18 +126,18 @@ class Evaluator:
         """
         self.prepare(0, rungs[-1], bank)
         seconds, counter = Seconds(), NfeCounter()
-        moments, kept, reached = Moments(self.extractor.dim), [], []
-        shown: list[Tensor] = []
+        moments, kept, reached, shown = Moments(self.extractor.dim), [], [], []
         start = 0
         for count in rungs:
             for images in self._batches(candidate, start, count, bank, seconds, counter):
-                if sum(map(len, shown)) < preview:
-                    shown.append(images[: preview - sum(map(len, shown))].cpu())
+                if moments.n < preview:
+                    shown.append(images[: preview - moments.n].cpu())
                 with _timed(seconds, "features", self.model.device):
                     features = self._extract(images)
                     moments.add(features)
                     kept.append(features)
-                    if not self._needs_features(moments):
+                    # Below D images the features' own N x N Gram matrix is the cheaper way to the distance.
+                    if self.metric == "frechet" and moments.n >= len(self.reference.mu):
                         kept.clear()
             with _timed(seconds, "distance", self.model.device):
                 value = self._distance(moments, kept)
@@ -181,10 +188,10 @@ class Evaluator:
         """Images ``first`` to ``last`` - 1 of a bank in one batch."""
         sampling = self.sampling.of(candidate)
         nodes = times(self.model.schedule, candidate.timesteps, sampling.final)
-        row = self._bank(bank)
-        solve = sampling.find_solver(lambda step: row.step_noise(first, last, step).to(self.model.device))
+        images = self._bank(bank)
+        solve = sampling.find_solver(lambda step: images.step_noise(first, last, step).to(self.model.device))
         conditions = self.model.conditions
-        chosen = row.conditions(first, last, conditions.count, conditions.draw) if conditions else []
+        chosen = images.conditions(first, last, conditions.count, conditions.draw) if conditions else []
         denoise = cached_denoise(
             self.model.bind(chosen, sampling.guidance),
             candidate,
@@ -235,22 +242,9 @@ class Evaluator:
             self._noise[key] = noise
         return noise
 
-    def _needs_features(self, moments: Moments) -> bool:
-        """Below D images the features' own N x N Gram matrix is the cheaper way to the distance."""
-        return self.metric == "kid" or moments.n < len(self.reference.mu)
-
-    def check_metric(self) -> None:
-        """StatisticsError where the reference lacks what the metric needs."""
-        if self.metric == "kid" and self.reference.features is None:
-            raise StatisticsError(
-                "metric 'kid' needs the reference's features, and this reference holds moments only; "
-                "give images as score.reference, or use metric = 'frechet'"
-            )
-
     def _distance(self, moments: Moments, kept: list[Tensor]) -> float:
         if self.metric == "frechet":
             return frechet_distance(torch.cat(kept) if kept else moments, self.reference)
-        self.check_metric()
         assert self.reference.features is not None
         return mmd2_unbiased(torch.cat(kept), self.reference.features)
 

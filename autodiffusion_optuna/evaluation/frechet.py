@@ -128,11 +128,14 @@ def mmd2_unbiased(generated: Tensor, reference: Tensor) -> float:
 
     ``generated`` float [N, D], ``reference`` float [M, D], N and M >= 2. Source: arXiv 1801.01401, eq. 4.
     """
-    return _mmd2(*_kernel_pair(generated, reference))
-
-
-def _mmd2(x: Tensor, y: Tensor) -> float:
+    x = _checked(generated, "generated features").to(torch.float64)
+    y = _checked(reference, "reference features").to(x.device, torch.float64)
+    _same_dim(x.shape[1], y.shape[1])
     n, m = len(x), len(y)
+    if min(n, m) < 2:
+        raise StatisticsError(
+            f"a kernel distance needs at least 2 images on each side, {n} and {m} given; score more images"
+        )
     within_x = (_kernel_sum(x, x) - _diagonal_sum(x)) / (n * (n - 1))
     within_y = (_kernel_sum(y, y) - _diagonal_sum(y)) / (m * (m - 1))
     return float(within_x + within_y - 2 * _kernel_sum(x, y) / (n * m))
@@ -149,16 +152,6 @@ def _diagonal_sum(x: Tensor) -> Tensor:
     return ((x.square().sum(dim=1) / x.shape[1] + 1) ** 3).sum()
 
 
-def _kernel_pair(generated: Tensor, reference: Tensor) -> tuple[Tensor, Tensor]:
-    x = _checked(generated, "generated features").to(torch.float64)
-    y = _checked(reference, "reference features").to(x.device, torch.float64)
-    _same_dim(x.shape[1], y.shape[1])
-    if min(len(x), len(y)) < 2:
-        given = f"{len(x)} and {len(y)} given"
-        raise StatisticsError(f"a kernel distance needs at least 2 images on each side, {given}; score more images")
-    return x, y
-
-
 def _same_dim(generated: int, reference: int) -> None:
     if generated != reference:
         raise StatisticsError(
@@ -172,9 +165,4 @@ def _checked(features: Tensor, what: str) -> Tensor:
         raise StatisticsError(f"{what} have shape {list(features.shape)}; they must be [images, dimensions]")
     if not bool(features.isfinite().all()):
         raise StatisticsError(f"{what} hold NaN or infinity; check the images and the extractor's weights")
-    return features.to(_float64_device(features.device))
-
-
-def _float64_device(device: torch.device) -> torch.device:
-    """The device itself, or the CPU where it has no float64 (Apple's MPS)."""
-    return torch.device("cpu") if device.type == "mps" else device
+    return features.cpu() if features.device.type == "mps" else features  # Apple's MPS has no float64

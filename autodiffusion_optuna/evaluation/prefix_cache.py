@@ -34,7 +34,7 @@ class NfeCounter:
 class PrefixCache:
     """Tensors by path within ``budget_bytes``; the least recently used go first.
 
-    ``nbytes``: bytes held, never above the budget. ``hits``: lookups that found their tensor.
+    ``nbytes``: bytes held, never above the budget.
     A tensor larger than the whole budget is not stored. Bytes are those of the tensors; the paths that name
     them are some hundred bytes each and not counted. Tensors stay on their device and are handed out as they
     are, not copied, so nobody may write into them; solvers never do.
@@ -43,7 +43,6 @@ class PrefixCache:
     def __init__(self, budget_bytes: int) -> None:
         self.budget_bytes = budget_bytes
         self.nbytes = 0
-        self.hits = 0
         self._kept: OrderedDict[Path, Tensor] = OrderedDict()
 
     def __len__(self) -> int:
@@ -54,7 +53,6 @@ class PrefixCache:
         tensor = self._kept.get(path)
         if tensor is not None:
             self._kept.move_to_end(path)
-            self.hits += 1
         return tensor
 
     def put(self, path: Path, tensor: Tensor) -> None:
@@ -70,7 +68,7 @@ class PrefixCache:
         self.nbytes += tensor.nbytes
 
     def clear(self) -> None:
-        """Drop all tensors; ``hits`` goes on counting."""
+        """Drop all tensors."""
         self._kept.clear()
         self.nbytes = 0
 

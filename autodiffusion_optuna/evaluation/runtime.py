@@ -18,19 +18,12 @@ def describe_runtime(evaluator: Evaluator) -> dict[str, Any]:
     """
     device = evaluator.model.device
     if device.type == "cuda":
-        return {
-            "batch": evaluator.fitting_batch,
-            "device": torch.cuda.get_device_name(device),
-            **_libraries(),
-            "CUDA": torch.version.cuda,
-            "cuDNN": torch.backends.cudnn.version(),  # type: ignore[no-untyped-call]
-        }
-    return {
-        "batch": evaluator.fitting_batch,
-        "device": f"CPU with {torch.backends.cpu.get_cpu_capability()}",
-        "threads": torch.get_num_threads(),
-        **_libraries(),
-    }
+        name = torch.cuda.get_device_name(device)
+        more = {"CUDA": torch.version.cuda, "cuDNN": torch.backends.cudnn.version()}  # type: ignore[no-untyped-call]
+    else:
+        name = f"CPU with {torch.backends.cpu.get_cpu_capability()}"
+        more = {"threads": torch.get_num_threads()}
+    return {"batch": evaluator.fitting_batch, "device": name, **_libraries(), **more}
 
 
 @functools.cache

@@ -31,9 +31,9 @@ def _order(seed: int, bank: int, row: int, count: int) -> NDArray[np.int64]:
 
 @dataclass(frozen=True)
 class Bank:
-    """An endless row of images-to-be.
+    """An endless sequence of images-to-be.
 
-    ``seed``: in [0, 2^32). ``bank``: 0 is searched on; 1 and above are held-out rows that re-score winners.
+    ``seed``: in [0, 2^32). ``bank``: 0 is searched on; 1 and above are held out, to score winners again.
     ``shape``: (C, H, W) of one image's noise. ConfigError for values out of range.
     """
 

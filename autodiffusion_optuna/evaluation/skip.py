@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,84 +20,67 @@ from autodiffusion_optuna.errors import ModelError
 Forward = Callable[..., Any]
 
 
-def _resnet(block: Any) -> Forward:
-    """ResnetBlock2D: resampled if the block resamples, then its 1x1 shortcut if it has one."""
-
-    def shortcut(x: Tensor, *args: object, **kwargs: object) -> Tensor:
-        resample = block.upsample or block.downsample
-        if resample is not None:
-            x = resample(x)
-        if block.conv_shortcut is not None:
-            x = block.conv_shortcut(x)
-        out: Tensor = x / block.output_scale_factor
-        return out
-
-    return shortcut
+def _resnet(block: Any, x: Tensor, *args: object, **kwargs: object) -> Any:
+    """Resampled if the block resamples, then its 1x1 shortcut if it has one."""
+    resample = block.upsample or block.downsample
+    if resample is not None:
+        x = resample(x)
+    if block.conv_shortcut is not None:
+        x = block.conv_shortcut(x)
+    return x / block.output_scale_factor
 
 
-def _attention(block: Any) -> Forward | None:
-    """Attention that adds its own input; without that connection the sum lies outside, and it is no unit."""
-    if not block.residual_connection:
-        return None
-
-    def shortcut(hidden_states: Tensor, *args: object, **kwargs: object) -> Tensor:
-        out: Tensor = hidden_states / block.rescale_output_factor
-        return out
-
-    return shortcut
+def _attention(block: Any, hidden_states: Tensor, *args: object, **kwargs: object) -> Any:
+    return hidden_states / block.rescale_output_factor
 
 
-def _transformer(model: Any) -> Forward | None:
-    """Transformer2DModel of a UNet with one block; where it has several, they are the units, being the finer choice."""
-    if not model.is_input_continuous or len(model.transformer_blocks) != 1:
-        return None
+def _transformer(model: Any, hidden_states: Tensor, *args: object, return_dict: bool = True, **kwargs: object) -> Any:
+    from diffusers.models.modeling_outputs import Transformer2DModelOutput
 
-    def shortcut(hidden_states: Tensor, *args: object, return_dict: bool = True, **kwargs: object) -> Any:
-        from diffusers.models.modeling_outputs import Transformer2DModelOutput
-
-        return Transformer2DModelOutput(sample=hidden_states) if return_dict else (hidden_states,)
-
-    return shortcut
+    return Transformer2DModelOutput(sample=hidden_states) if return_dict else (hidden_states,)
 
 
-def _sequence(hidden_states: Tensor, *args: object, **kwargs: object) -> Tensor:
-    """What a skipped BasicTransformerBlock returns: the sequence as it came."""
+def _sequence(block: Any, hidden_states: Tensor, *args: object, **kwargs: object) -> Any:
     return hidden_states
 
 
-def _joint_block(block: Any) -> Forward:
+def _joint_block(
+    block: Any, hidden_states: Tensor, encoder_hidden_states: Tensor, *args: object, **kwargs: object
+) -> Any:
     """Blocks over an image and a text sequence, which they return in the other order than they take them."""
-
-    def shortcut(
-        hidden_states: Tensor, encoder_hidden_states: Tensor, *args: object, **kwargs: object
-    ) -> tuple[Tensor | None, Tensor]:
-        # The last block of SD3 ends the text sequence.
-        text_ends = getattr(block, "context_pre_only", False)
-        return None if text_ends else encoder_hidden_states, hidden_states
-
-    return shortcut
+    text_ends = getattr(block, "context_pre_only", False)  # in the last block of SD3
+    return None if text_ends else encoder_hidden_states, hidden_states
 
 
-RULES: dict[str, Callable[[Any], Forward | None]] = {
+SHORTCUTS: dict[str, Forward] = {
     "ResnetBlock2D": _resnet,
     "Attention": _attention,
     "Transformer2DModel": _transformer,
-    "BasicTransformerBlock": lambda block: _sequence,
+    "BasicTransformerBlock": _sequence,
     "JointTransformerBlock": _joint_block,
     "FluxTransformerBlock": _joint_block,
     "FluxSingleTransformerBlock": _joint_block,
 }
-"""Class name of a module -> rule giving what the module returns when skipped, or None if it is no unit."""
+"""Class name of a module -> what the module, its first argument, returns when skipped."""
+
+
+def find_shortcut(module: Any) -> Forward | None:
+    """What a module returns when skipped, as a function of its inputs; None where it is no unit."""
+    kind = type(module).__name__
+    if kind == "Attention" and not module.residual_connection:
+        return None  # the sum lies outside
+    # Where a transformer of a UNet has several blocks, they are the units, being the finer choice.
+    if kind == "Transformer2DModel" and not (module.is_input_continuous and len(module.transformer_blocks) == 1):
+        return None
+    return partial(SHORTCUTS[kind], module) if kind in SHORTCUTS else None
 
 
 class _Switch:
     """Stands in for a module's ``forward`` and bypasses it while ``skip`` is true."""
 
     def __init__(self, forward: Forward, shortcut: Forward) -> None:
-        self.forward = forward
-        self.shortcut = shortcut
-        self.skip = False
-        self.compiled = False
+        self.forward, self.shortcut = forward, shortcut
+        self.skip = self.compiled = False
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self.shortcut(*args, **kwargs) if self.skip else self.forward(*args, **kwargs)
@@ -179,9 +163,8 @@ def find_units(network: nn.Module, run: Callable[[], object]) -> Units:
     """
     found: dict[nn.Module, tuple[str, Forward]] = {}
     for name, module in network.named_modules():  # a module comes before those inside it
-        rule = RULES.get(type(module).__name__)
         inside = any(name.startswith(f"{unit}.") for unit, _ in found.values())
-        if rule and not inside and (shortcut := rule(module)):
+        if not inside and (shortcut := find_shortcut(module)):
             found[module] = name, shortcut
     order = _execution_order(found, run)
     names, shortcuts = [found[module][0] for module in order], [found[module][1] for module in order]
@@ -202,9 +185,6 @@ def _execution_order(modules: Iterable[nn.Module], run: Callable[[], object]) ->
 
 
 def _switch(module: nn.Module, shortcut: Forward) -> _Switch:
-    current = module.forward
-    if isinstance(current, _Switch):
-        return current
-    switch = _Switch(current, shortcut)
-    module.forward = switch
-    return switch
+    if not isinstance(module.forward, _Switch):
+        module.forward = _Switch(module.forward, shortcut)
+    return module.forward

@@ -70,7 +70,6 @@ class Times:
     ``timesteps``: K time indices, strictly descending (a fraction lies between two indices).
     ``alpha``, ``sigma``, ``lam``: K + 1 floats, levels and log(alpha / sigma) at the timesteps and the final
     point; ``lam`` ends in infinity where sigma ends in 0.
-    ``final``: ``"zero"`` ends at alpha = 1, sigma = 0; ``"sigma_min"`` ends at index 0 of the schedule.
     ``schedule``: what the levels were taken from.
     """
 
@@ -78,7 +77,6 @@ class Times:
     alpha: tuple[float, ...]
     sigma: tuple[float, ...]
     lam: tuple[float, ...]
-    final: Final
     schedule: NoiseSchedule
 
     @property
@@ -108,6 +106,7 @@ class Times:
 def times(schedule: NoiseSchedule, timesteps: Sequence[float], final: Final) -> Times:
     """Nodes of ``timesteps`` (strictly descending, in [0, T - 1]) on ``schedule``.
 
+    ``final``: ``"zero"`` ends at alpha = 1, sigma = 0; ``"sigma_min"`` ends at index 0 of the schedule.
     ``ConfigError`` where the list is empty, not descending or leaves the schedule, or ``final`` is unknown.
     """
     listed = tuple(timesteps)
@@ -121,7 +120,7 @@ def times(schedule: NoiseSchedule, timesteps: Sequence[float], final: Final) -> 
     alpha = (*(schedule.alpha(t) for t in listed), end[0])
     sigma = (*(schedule.sigma(t) for t in listed), end[1])
     lam = tuple(math.log(a / s) if s > 0 else math.inf for a, s in zip(alpha, sigma, strict=True))
-    return Times(listed, alpha, sigma, lam, final, schedule)
+    return Times(listed, alpha, sigma, lam, schedule)
 
 
 @lru_cache(maxsize=4096)
@@ -304,14 +303,6 @@ def _adams_bashforth(coordinate: Callable[[Times], Sequence[float]], cap: float 
     return solve
 
 
-def _rho(times: Times) -> Sequence[float]:
-    return times.rho
-
-
-def _time(times: Times) -> Sequence[float]:
-    return [times.time(node) for node in range(times.steps + 1)]
-
-
 ADAMS_BASHFORTH: tuple[Row, ...] = (
     (1.0,),
     (3 / 2, -1 / 2),
@@ -367,8 +358,8 @@ def _unipc(denoise: Denoise, x: Tensor, times: Times, *, order: int) -> Tensor:
 # By name
 
 CAPPED: dict[str, Callable[..., Solver]] = {
-    "lms": partial(_adams_bashforth, _rho),
-    "plms_ab": partial(_adams_bashforth, _time),
+    "lms": partial(_adams_bashforth, lambda times: times.rho),
+    "plms_ab": partial(_adams_bashforth, lambda times: [*times.timesteps, 0.0]),
     "deis_2": partial(_in_lambda, 2, exact_by_noise, NOISE),
     "deis_3": partial(_in_lambda, 3, exact_by_noise, NOISE),
 }

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from autodiffusion_optuna.evaluation.models import Model
-from autodiffusion_optuna.evaluation.prefix_cache import NfeCounter, cached_denoise
+from autodiffusion_optuna.evaluation.prefix_cache import cached_denoise
 from autodiffusion_optuna.evaluation.sampling import Sampling
 from autodiffusion_optuna.evaluation.solvers import times
 from autodiffusion_optuna.export.result import Result
@@ -30,6 +30,6 @@ def draw(result: Result, model: Model, images: int, chosen: Sequence[int] | None
     x = noise(0)
     if chosen is None:
         chosen = [i % model.conditions.count for i in range(images)] if model.conditions else []
-    denoise = cached_denoise(model.bind(chosen, sampling.guidance), candidate, None, (), NfeCounter())
+    denoise = cached_denoise(model.bind(chosen, sampling.guidance), candidate)
     nodes = times(model.schedule, candidate.timesteps, sampling.final)
     return model.to_images(sampling.find_solver(noise)(denoise, x, nodes)).cpu()

@@ -195,7 +195,7 @@ def _other_model(pipe: object, network: Any, result: Result) -> str:
 
 def _bypasses(network: Any, result: Result) -> list[tuple[nn.Module, Forward, frozenset[int]]]:
     """Each module that is ever skipped, what it then returns, and in which evaluations (ConfigError)."""
-    from autodiffusion_optuna.evaluation.skip import RULES
+    from autodiffusion_optuna.evaluation.skip import find_shortcut
     from autodiffusion_optuna.evaluation.solvers import query_steps
 
     visits = query_steps(result.solver, len(result.timesteps), result.final)
@@ -204,8 +204,7 @@ def _bypasses(network: Any, result: Result) -> list[tuple[nn.Module, Forward, fr
     found = []
     for name in dict.fromkeys(name for names in result.skips for name in names):
         module = modules.get(name)
-        rule = RULES.get(type(module).__name__)
-        shortcut = rule(module) if rule else None
+        shortcut = find_shortcut(module)
         if module is None or shortcut is None:
             raise ConfigError(
                 f"{result} skips {name!r}, and the pipeline's {type(network).__name__} has no such layer; apply it to "

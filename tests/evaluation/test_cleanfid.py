@@ -10,9 +10,9 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from autodiffusion_optuna.config import Mode
 from autodiffusion_optuna.evaluation.features import Extractor, load_extractor
 from autodiffusion_optuna.evaluation.frechet import Moments, frechet_distance
-from autodiffusion_optuna.evaluation.references.formats import Mode
 from autodiffusion_optuna.evaluation.references.reference import Reference, load_reference
 
 DIM = 48  # clean-fid's square root of a 2048 x 2048 matrix takes a minute: both sides are given these features alone

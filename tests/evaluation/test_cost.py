@@ -7,9 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from autodiffusion_optuna.errors import ConfigError
 from autodiffusion_optuna.evaluation import cost
-from autodiffusion_optuna.evaluation.cost import UnitCosts, check_kind, macs, unit_latency, unit_macs
+from autodiffusion_optuna.evaluation.cost import UnitCosts, macs, unit_latency, unit_macs
 from autodiffusion_optuna.evaluation.skip import find_units, skipping
 
 CPU = torch.device("cpu")
@@ -60,11 +59,5 @@ def test_latency_takes_medians_of_rounds(monkeypatch: pytest.MonkeyPatch) -> Non
     warmed: list[int] = []
     costs = unit_latency(warmed.append, 3, CPU, repeats=5)
     assert warmed == [0, 1, 2, 4]
-    assert costs == UnitCosts(4.0, (0.25, 0.5, 0.0), "latency")
+    assert costs == UnitCosts(4.0, (0.25, 0.5, 0.0))
     assert costs.of(0b011) == 1.0
-
-
-def test_kinds() -> None:
-    assert check_kind("macs") == "macs"
-    with pytest.raises(ConfigError, match=r"unknown cost 'flops'\. Known: latency, macs"):
-        check_kind("flops")

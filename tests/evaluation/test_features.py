@@ -16,7 +16,7 @@ from autodiffusion_optuna.evaluation.features import (
     resize_clean,
 )
 from autodiffusion_optuna.evaluation.features.base import fingerprint
-from autodiffusion_optuna.evaluation.features.digits_net import DigitsNet
+from autodiffusion_optuna.evaluation.features.bundled import DigitsNet
 
 TESTS = Path(__file__).parent.parent
 RESIZE = load_file(TESTS / "golden" / "resize.safetensors")

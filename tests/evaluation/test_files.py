@@ -1,4 +1,4 @@
-"""A file that holds something else than its name says is told for what it is, whoever reads it."""
+"""A file that holds something else than its name says is called what it is, whoever reads it."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def test_references_and_prompts(tmp_path: Path, name: str, content: bytes) -> No
     path = tmp_path / name
     path.write_bytes(content)
     read = read_prompts if name.startswith("prompts") else read_reference_data
-    words = "" if name.startswith("prompts") and not content else STANDINS[content]  # no prompts: told as before
+    words = "" if name.startswith("prompts") and not content else STANDINS[content]  # no prompts: as before
     assert refused(lambda: read(path)).startswith(f"{path}: {words}")
 
 

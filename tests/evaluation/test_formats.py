@@ -19,11 +19,12 @@ import pytest
 import torch
 from PIL import Image
 
+from autodiffusion_optuna.config import Mode
 from autodiffusion_optuna.errors import StatisticsError
 from autodiffusion_optuna.evaluation.features import Extractor, load_extractor
 from autodiffusion_optuna.evaluation.frechet import Moments
 from autodiffusion_optuna.evaluation.references import formats as module
-from autodiffusion_optuna.evaluation.references.formats import MODES, Mode, read_reference_data
+from autodiffusion_optuna.evaluation.references.formats import MODES, read_reference_data
 from autodiffusion_optuna.evaluation.references.pickles import FIDStatistics, read_pickle
 from autodiffusion_optuna.evaluation.references.reference import (
     Reference,
@@ -506,7 +507,7 @@ def test_log_trace_ratio_shows_lost_variety() -> None:
         log_trace_ratio(moments, replace(reference, sigma=torch.zeros(12, 12)))
 
 
-def test_too_few_images_are_told() -> None:
+def test_too_few_images_are_reported() -> None:
     assert too_few(2048, 2048) is None
     assert too_few(5000, 64) is None
     warning = too_few(500, 2048)

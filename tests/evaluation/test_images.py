@@ -60,8 +60,8 @@ def write_mixed(folder: Path) -> Path:
     (folder / "a.txt").write_text("hello")
     (folder / "b.json").write_text("{}")
     (folder / "c").write_text("")
-    for litter in (".DS_Store", "._00.png", "Thumbs.db", ".cache"):
-        (folder / litter).write_bytes(b"\0")
+    for junk in (".DS_Store", "._00.png", "Thumbs.db", ".cache"):
+        (folder / junk).write_bytes(b"\0")
     return folder
 
 
@@ -204,7 +204,7 @@ def doubt(images: np.ndarray[Any, Any], shape: tuple[int, int, int], metric: str
     return "\n".join(doubts(reference, shape, metric))
 
 
-def test_doubtful_references_are_told() -> None:
+def test_doubtful_references_are_reported() -> None:
     few, many = COLOUR, RNG.integers(0, 256, (200, 4, 4, 3), dtype=np.uint8)
     assert doubt(many, (3, 4, 4)) == ""
     assert doubt(many, (3, 4, 4), "kid") == ""

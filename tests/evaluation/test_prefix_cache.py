@@ -102,7 +102,6 @@ def test_caching_changes_no_bit_and_counts_right(denoiser: Denoiser, solver: str
         cached = run(denoiser, solver, final, child, cache, counter)
         shared = shared_queries(parent, child, solver, final)
         assert counter == NfeCounter(run=(2 * asked - shared) * BATCH, saved=shared * BATCH)
-        assert cache.hits == shared
         assert torch.equal(cached, run(denoiser, solver, final, child, None, NfeCounter()))
 
 
@@ -141,7 +140,7 @@ def test_one_small_cache_serves_all(denoiser: Denoiser, solver: str) -> None:
         expected = run(denoiser, solver, "zero", candidate, None, NfeCounter())
         assert torch.equal(run(denoiser, solver, "zero", candidate, cache, counter), expected)
         assert cache.nbytes <= cache.budget_bytes
-    assert counter.saved == cache.hits * BATCH > 0
+    assert counter.saved > 0
     assert counter.run + counter.saved == 8 * len(query_steps(solver, 4, "zero")) * BATCH
 
 
@@ -153,7 +152,7 @@ def test_the_same_run_again_asks_for_its_last_evaluation_alone(denoiser: Denoise
     again = run(denoiser, solver, "sigma_min", candidate, cache, counter)
     assert torch.equal(first, again)
     assert counter == NfeCounter(run=(queries + 1) * BATCH, saved=(queries - 1) * BATCH)
-    assert (len(cache), cache.hits) == (queries - 1, queries - 1)
+    assert len(cache) == queries - 1
 
 
 def test_the_last_query_of_one_run_is_cached_as_an_inner_one_of_another() -> None:

@@ -157,6 +157,7 @@ def test_a_mismatch_of_extractors_names_both(own: Path) -> None:
         ({"weights": np.ones((3, 4))}, "holds weights"),
         ({"arr_0": np.zeros((5, 4, 4, 3))}, "images are uint8"),
         ({"arr_0": np.zeros((5, 3, 4, 4), dtype=np.uint8)}, "images are uint8"),
+        ({"arr_0": np.zeros((5, 0, 4, 3), dtype=np.uint8)}, "images are uint8"),
         ({"arr_0": np.zeros((1, 2, 2, 1), dtype=np.uint8)}, "at least 2"),
         ({"arr_0": np.zeros((0, 2, 2, 1), dtype=np.uint8)}, "at least 2"),
     ],

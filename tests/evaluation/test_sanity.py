@@ -121,7 +121,7 @@ def test_wrong_models_are_told_apart(name: str, model: Model, digits: Tensor) ->
     assert "\n" not in lines[0]
 
 
-def test_a_random_network_is_told_without_images(model: Model) -> None:
+def test_a_random_network_is_reported_without_images(model: Model) -> None:
     lines = check_model(drawn(model), None, 64)
     assert len(lines) == 1
     assert "on its own samples, as there are no images" in lines[0]
@@ -133,7 +133,7 @@ def test_images_of_another_size_are_shrunk_and_never_enlarged(model: Model, digi
     assert "on its own samples" in check_model(drawn(model), digits[:, :, ::2, ::2], 64)[0]
 
 
-def test_a_network_that_gives_no_numbers_is_told(model: Model, digits: Tensor) -> None:
+def test_a_network_that_gives_no_numbers_is_reported(model: Model, digits: Tensor) -> None:
     next(network_of(model).parameters()).fill_(torch.nan)
     assert "denoises no better than a linear filter" in check_model(model, digits, 64)[0]
 

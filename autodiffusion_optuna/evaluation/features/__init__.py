@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from autodiffusion_optuna.config import Mode
 from autodiffusion_optuna.errors import ConfigError, ModelError, choose_from
 from autodiffusion_optuna.evaluation.features.base import Extractor, Wanted, resize_clean
 from autodiffusion_optuna.evaluation.features.bundled import DIGITS_WEIGHTS, load_digits, load_pixels
@@ -18,7 +19,7 @@ from autodiffusion_optuna.evaluation.features.inception import load_inception
 from autodiffusion_optuna.evaluation.features.user import load_python, load_torchscript
 from autodiffusion_optuna.evaluation.features.weights import is_published
 from autodiffusion_optuna.evaluation.files import check_content
-from autodiffusion_optuna.evaluation.references.formats import MODES, Mode
+from autodiffusion_optuna.evaluation.references.formats import MODES
 
 __all__ = ["DIGITS_WEIGHTS", "EXTRACTORS", "Extractor", "load_extractor", "resize_clean"]
 

@@ -17,9 +17,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from autodiffusion_optuna.config import Mode
 from autodiffusion_optuna.errors import ConfigError, ModelError, StatisticsError, first_line
 from autodiffusion_optuna.evaluation.features.weights import sha256_of
-from autodiffusion_optuna.evaluation.references.formats import Mode
 from autodiffusion_optuna.evaluation.tensors import check_numbers
 
 CHUNK = 50  # images; bounds the memory of early, large feature maps
@@ -75,18 +75,16 @@ class Extractor:
 
     def _run(self, images: Tensor) -> Tensor:
         features: Any = self.network(images)
-        if isinstance(features, Tensor) and self._fits(features, len(images)):
-            return features
-        tensor = isinstance(features, Tensor)
-        gave = f"{features.dtype} {list(features.shape)}" if tensor else f"a {type(features).__name__}"
+        gave = f"a {type(features).__name__}"
+        if isinstance(features, Tensor):
+            fits = features.ndim == 2 and len(features) == len(images) and self.dim in (None, features.shape[1])
+            if fits and features.is_floating_point():
+                return features
+            gave = f"{features.dtype} {list(features.shape)}"
         raise StatisticsError(
             f"extractor {self.name!r} was given images {list(images.shape)} and gave {gave}; "
             f"it must give a float tensor [{len(images)}, {self.dim or 'D'}]"
         )
-
-    def _fits(self, features: Tensor, images: int) -> bool:
-        right = features.ndim == 2 and features.is_floating_point() and len(features) == images
-        return right and self.dim in (None, features.shape[1])
 
 
 @contextmanager

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,11 +15,11 @@ from autodiffusion_optuna.errors import ModelError
 from autodiffusion_optuna.evaluation.features.base import Extractor, Network, Wanted
 from autodiffusion_optuna.evaluation.features.user import read_torchscript
 from autodiffusion_optuna.evaluation.features.weights import sha256_of
-from autodiffusion_optuna.evaluation.files import check_content
+from autodiffusion_optuna.evaluation.files import check_content, read_json
 from autodiffusion_optuna.evaluation.tensors import check_numbers, plain_weights
 
 SIZE = 224
-IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # mean and standard deviation
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 
 
@@ -31,9 +30,7 @@ def load_dinov2(wanted: Wanted) -> Extractor:
         net, digest = _read_folder(wanted, weights)
     else:
         net, digest = read_torchscript(wanted, weights), sha256_of(weights)
-    mean, std = (
-        torch.tensor(values, device=wanted.device).view(1, 3, 1, 1) for values in (IMAGENET_MEAN, IMAGENET_STD)
-    )
+    mean, std = (torch.tensor(values, device=wanted.device).view(1, 3, 1, 1) for values in IMAGENET)
 
     def network(images: Tensor) -> Tensor:
         resized = F.interpolate(images.float(), (SIZE, SIZE), mode="bicubic", antialias=True, align_corners=False)
@@ -79,9 +76,6 @@ def _check_folder(folder: Path) -> None:
         if not (folder / name).is_file():
             raise ModelError(f"{where} has no {name}; give one written by Dinov2Model.save_pretrained")
         check_content(folder / name, ModelError)
-    try:
-        kind = json.loads((folder / CONFIG).read_text(encoding="utf-8")).get("model_type")
-    except (ValueError, AttributeError) as error:
-        raise ModelError(f"{where} has a damaged {CONFIG} ({error}); save the model again") from error
+    kind = read_json(folder / CONFIG).get("model_type")
     if kind != "dinov2":
         raise ModelError(f"{where} holds a {kind!r} model; give a 'dinov2' one")

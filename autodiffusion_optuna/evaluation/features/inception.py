@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from autodiffusion_optuna.config import Mode
 from autodiffusion_optuna.evaluation.features.base import Extractor, Network, Wanted, check_floats, resize_clean
-from autodiffusion_optuna.evaluation.references.formats import Mode
 
 SIZE = 299
 FEATURES = 2048

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from autodiffusion_optuna.config import ModelConfig
 from autodiffusion_optuna.errors import ConfigError, ModelError, first_line
-from autodiffusion_optuna.evaluation.cost import CostKind, UnitCosts, check_kind, unit_latency, unit_macs
+from autodiffusion_optuna.evaluation.cost import UnitCosts, unit_latency, unit_macs
 from autodiffusion_optuna.evaluation.denoiser import PRECISIONS, Condition, Denoiser, GuidanceKind, SkippingDenoise
 from autodiffusion_optuna.evaluation.seeds import Draw
 from autodiffusion_optuna.evaluation.skip import Units, compile_units, find_units
@@ -131,14 +131,13 @@ class Model:
                 "to need none, or has neither a classifier nor an empty condition); leave guidance out"
             )
 
-    def costs(self, kind: CostKind = "macs", batch: int = 1) -> UnitCosts:
+    def costs(self, kind: Literal["macs", "latency"] = "macs", batch: int = 1) -> UnitCosts:
         """Cost of one evaluation and what each unit saves of it.
 
         ``batch``: images an evaluation, for ``"latency"`` only; fewer are timed where they do not fit.
         Classifier-free guidance counts both of its halves; a classifier, which skips nothing, is not counted.
-        ``ConfigError`` for an unknown kind, ``ModelError`` where not even one image fits.
+        ``ModelError`` where not even one image fits.
         """
-        kind = check_kind(kind)
         batch = 1 if kind == "macs" else batch
         x = torch.zeros(batch, *self.shape, device=self.device)
         denoise = self.bind([0] * batch, 0.0 if self.guidance == "classifier" else None)

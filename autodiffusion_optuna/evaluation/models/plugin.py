@@ -41,7 +41,7 @@ class PluginModel:
     ``network``: (x float32 [B, C, H, W], model times float32 [B], condition) -> prediction [B, C or 2C, H, W]; the
     second half of 2C channels is a learned variance and is dropped. ``condition`` is ``{}``, or with ``labels``
     ``{"label": int64 [B]}``. A ``torch.nn.Module`` is moved to the device and frozen, and its blocks of the classes in
-    ``skip.RULES`` can be skipped. ``shape``: (C, H, W) of a state. ``schedule``: of the noise, see ``noise``.
+    ``skip.SHORTCUTS`` can be skipped. ``shape``: (C, H, W) of a state. ``schedule``: of the noise, see ``noise``.
     ``prediction``: a name of ``denoiser.PREDICTIONS``. ``fingerprint``: tells this model and its weights from all
     others, such as the sha256 of the weights' file; a study is resumed only with the same one.
     ``labels``: number of classes; None where the model is unconditional. ``decode``: float32 [B, C, H, W] states

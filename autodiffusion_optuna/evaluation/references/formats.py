@@ -12,13 +12,14 @@ import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import IO, Any, Literal, get_args
+from typing import IO, Any, get_args
 
 import numpy as np
 import numpy.typing as npt
 from pydantic import BaseModel, ValidationError
 
-from autodiffusion_optuna.errors import StatisticsError
+from autodiffusion_optuna.config import Mode
+from autodiffusion_optuna.errors import StatisticsError, first_line
 from autodiffusion_optuna.evaluation.files import check_content
 from autodiffusion_optuna.evaluation.references.images import (
     BAD_ZIP,
@@ -35,7 +36,6 @@ from autodiffusion_optuna.evaluation.references.images import (
 from autodiffusion_optuna.evaluation.references.pickles import read_pickle
 
 Array = npt.NDArray[Any]
-Mode = Literal["clean", "legacy_pytorch", "legacy_tensorflow"]
 MODES: tuple[Mode, ...] = get_args(Mode)
 
 FORMAT = 1
@@ -125,7 +125,7 @@ def read_reference_data(path: Path) -> ReferenceData:
     try:
         return _read_file(path)
     except DAMAGED as error:
-        raise _unknown(path, (str(error).splitlines() or [""])[0] or type(error).__name__) from error
+        raise _unknown(path, first_line(error)) from error
 
 
 def _unknown(path: Path, reason: str) -> StatisticsError:
@@ -178,7 +178,8 @@ def _check_small(path: Path, name: str, header: NpyHeader) -> None:
 
 
 def _is_images(header: NpyHeader) -> bool:
-    return header.dtype == np.uint8 and len(header.shape) == 4 and header.shape[3] in (1, 3)
+    shape = header.shape
+    return header.dtype == np.uint8 and len(shape) == 4 and shape[3] in (1, 3) and 0 not in shape[1:]
 
 
 def _check_images(path: Path, name: str, header: NpyHeader) -> None:
@@ -332,15 +333,15 @@ def _moments(npz: _Npz, what: str, extractor: str | None = None, mode: Mode | No
 def _cleanfid(moments: _Npz | None, kid: _Npz | None, name: re.Match[str]) -> Statistics:
     clip, mode = bool(name["clip"]), name["mode"].lower()
     features = kid.get("feats") if kid else None
-    both = moments if moments and moments.members.keys() >= MOMENTS else None
+    mu, sigma = (moments.get(key) if moments else None for key in ("mu", "sigma"))
     return Statistics(
         what=f"clean-fid statistics, {'CLIP' if clip else f'mode {mode}'}",
-        mu=both.array("mu") if both else None,
-        sigma=both.array("sigma") if both else None,
+        mu=mu,
+        sigma=sigma,
         features=features,
         extractor="clip" if clip else "inception",
         mode=None if clip else mode,  # type: ignore[arg-type]
-        n=None if both or features is None else len(features),
+        n=len(features) if features is not None and mu is None else None,
     )
 
 
@@ -405,7 +406,7 @@ def _torch_file(path: Path) -> ReferenceData:
             value = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch wraps whatever a damaged or hostile file makes it meet
         reason = re.search(r"global (\S+)|Unsupported \S+ \S+", str(error), flags=re.IGNORECASE)
-        shown = reason[0] if reason else (str(error).splitlines() or [type(error).__name__])[0]
+        shown = reason[0] if reason else first_line(error)
         raise StatisticsError(
             f"{path}: is not a torch file of plain arrays ({shown}); only tensors and numpy arrays are read"
         ) from error

@@ -5,12 +5,11 @@ from __future__ import annotations
 import io
 import math
 import os
-import re
 import warnings
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import IO, Any, NamedTuple
@@ -78,17 +77,13 @@ def folder_images(folder: Path) -> Images:
         seen.add(real)
         found += [(Path(place) / file).relative_to(folder).parts for file in files]
 
-    @contextmanager
-    def session() -> Iterator[Read]:
-        yield read
-
     def read(name: str) -> IO[bytes]:
         try:
             return (folder / name).open("rb")
         except OSError as error:
             raise StatisticsError(f"{folder / name} cannot be read ({error.strerror})") from error
 
-    return _file_images({parts: str(Path(*parts)) for parts in found}, session, folder)
+    return _file_images({parts: str(Path(*parts)) for parts in found}, lambda: nullcontext(read), folder)
 
 
 def zip_images(path: Path) -> Images:
@@ -280,26 +275,13 @@ def _npy_header(file: IO[bytes], path: Path) -> _Header | None:
     return _Header((shape[0], shape[1]), shape[2:] != (3,))
 
 
-PNM = re.compile(rb"P[1-7]\s(?:\s*(?:#[^\n]*\n)?)*(\d+)\s+(?:#[^\n]*\n\s*)*(\d+)\s+(?:#[^\n]*\n\s*)*(\d+)\s")
-"""Header of a portable bitmap: width, height and the largest value."""
-
-
-def _is_deep_pnm(image: Image.Image, file: IO[bytes]) -> bool:
-    """Whether a portable bitmap has more than 8 bits a channel, of which Pillow says nothing where it is in colour."""
-    if image.format != "PPM":
-        return False
-    place = file.tell()
-    file.seek(0)
-    header = PNM.match(file.read(1024))
-    file.seek(place)
-    return header is not None and int(header[3]) > 255
-
-
 def _header(file: IO[bytes], path: Path) -> _Header:
     with _image(file, path) as image:
-        grey = image.mode in GREY_MODES or _is_deep_grey(image) or _raw_mode(image).startswith("LA")
+        raw_mode, *more = _raw_format(image)
+        grey = image.mode in GREY_MODES or _is_deep_grey(image) or raw_mode.startswith("LA")
         remarks = []
-        if ";16" in _raw_mode(image) or _is_deep_grey(image) or _is_deep_pnm(image, file):
+        deep_bitmap = image.format == "PPM" and any(int(largest) > 255 for largest in more)
+        if ";16" in raw_mode or _is_deep_grey(image) or deep_bitmap:
             remarks.append("of 16 bits a channel read in their upper 8")
         if "A" in image.getbands() or "transparency" in image.info:
             remarks.append("read without transparency, as clean-fid does")
@@ -320,11 +302,11 @@ def _is_turned(image: Image.Image) -> bool:
         return False
 
 
-def _raw_mode(image: Image.Image) -> str:
-    """How pixels lie in the file; PIL opens colour of 16 bits as if it had 8."""
+def _raw_format(image: Image.Image) -> list[str]:
+    """How pixels lie in the file, of a portable bitmap with its largest value; PIL opens colour of 16 bits as of 8."""
     tiles = getattr(image, "tile", None)
     arguments = tiles[0][3] if tiles else ""
-    return str(arguments if isinstance(arguments, str) else next(iter(arguments or ()), ""))
+    return [arguments] if isinstance(arguments, str) else [str(argument) for argument in arguments or [""]]
 
 
 def _is_deep_grey(image: Image.Image) -> bool:

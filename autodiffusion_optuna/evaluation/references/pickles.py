@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from autodiffusion_optuna.errors import StatisticsError
+from autodiffusion_optuna.errors import StatisticsError, first_line
 
 MAX_BYTES = 2**30
 PLAIN_DTYPE = re.compile(r"[<>=|]?[biuf][1248]")
@@ -114,8 +114,7 @@ def read_pickle(path: Path) -> Any:
     except StatisticsError as error:
         raise StatisticsError(f"{path}: is a pickle that is not read: {error}; {advice}") from None
     except Exception as error:  # a damaged or hostile pickle can raise anything
-        reason = (str(error).splitlines() or [""])[0] or type(error).__name__
-        raise StatisticsError(f"{path}: is a damaged pickle ({reason}); {advice}") from error
+        raise StatisticsError(f"{path}: is a damaged pickle ({first_line(error)}); {advice}") from error
 
 
 def _plain(value: Any) -> Any:

@@ -210,9 +210,9 @@ def doubts(reference: Reference, shape: tuple[int, int, int], metric: str) -> li
 
 def _few_images(reference: Reference) -> str | None:
     """Where a file does not say how many there are, the rank of the covariance shows when they are few."""
-    dim = len(reference.mu)
-    seems = "" if reference.n is not None else "seemingly "
-    n = reference.n if reference.n is not None else reference.factor.shape[1] + 1
+    dim, n = len(reference.mu), reference.n
+    seems = "" if n is not None else "seemingly "
+    n = reference.factor.shape[1] + 1 if n is None else n
     if n >= dim:
         return None
     return (
@@ -259,11 +259,11 @@ def _build(
     if total < 2:
         raise StatisticsError(f"reference {dataset!r} has {total} image(s); statistics need at least 2")
     moments = Moments(extractor.dim)
-    kept: list[Tensor] = []
-    stride = _stride(total)
-    shown = _Shown(total, shape)
+    kept, shown = [], []
+    stride, gap = _stride(total), math.ceil(total / KEPT_IMAGES)
     for batch in batches:
-        shown.add(moments.n, batch)
+        if len(some := batch[-moments.n % gap :: gap]):
+            shown.append(_reduced(some, shape))
         features = extractor(batch)
         kept.append(features[-moments.n % stride :: stride].cpu())
         moments.add(features)
@@ -273,30 +273,17 @@ def _build(
     mu, sigma = moments.mean.cpu(), moments.covariance.cpu()
     _check_variance(mu, sigma, f"reference {dataset!r}")
     made = total, extractor.fingerprint, extractor.name, dataset
-    return Reference(mu, sigma, *made, torch.cat(kept), shape[0], shape[1:], images=shown.images)
+    return Reference(mu, sigma, *made, torch.cat(kept), shape[0], shape[1:], images=torch.cat(shown))
 
 
-class _Shown:
-    """Keeps a few images, evenly spaced among ``total`` and all of one size; large ones are reduced."""
-
-    def __init__(self, total: int, shape: tuple[int, int, int]) -> None:
-        less = math.ceil(math.sqrt(KEPT_IMAGES * math.prod(shape) / KEPT_BYTES))
-        self.size = (max(shape[1] // less, 1), max(shape[2] // less, 1))
-        self.stride = math.ceil(total / KEPT_IMAGES)
-        self.kept: list[Tensor] = []
-
-    def add(self, start: int, batch: Tensor) -> None:
-        some = batch[-start % self.stride :: self.stride].cpu().clone()
-        if not len(some):
-            return
-        if tuple(some.shape[2:]) != self.size:
-            resized = functional.interpolate(some.float(), self.size, mode="bicubic", antialias=True)
-            some = resized.round().clamp(0, 255).to(torch.uint8)
-        self.kept.append(some)
-
-    @property
-    def images(self) -> Tensor | None:
-        return torch.cat(self.kept) if self.kept else None
+def _reduced(images: Tensor, shape: tuple[int, int, int]) -> Tensor:
+    """A few images on the CPU, all of the size of ``shape`` or of a smaller one where that is large."""
+    less = math.ceil(math.sqrt(KEPT_IMAGES * math.prod(shape) / KEPT_BYTES))
+    size = max(shape[1] // less, 1), max(shape[2] // less, 1)
+    if tuple(images.shape[2:]) == size:
+        return images.cpu().clone()
+    resized = functional.interpolate(images.cpu().float(), size, mode="bicubic", antialias=True)
+    return resized.round().clamp(0, 255).to(torch.uint8)
 
 
 def _is_grey(reference: Reference) -> bool:
@@ -377,9 +364,9 @@ def _foreign(path: Path, statistics: Statistics, extractor: Extractor, images: I
     facts = statistics.n, extractor.fingerprint, extractor.name, dataset
     reference = Reference(mu, sigma, *facts, features)
     if images is not None and images.total:
-        channels, *size = images.shape
+        channels, size = images.shape[0], images.shape[1:]
         some = torch.from_numpy(next(images.batches(KEPT_IMAGES)))
-        reference = replace(reference, channels=channels, size=(size[0], size[1]), notes=images.notes, images=some)
+        reference = replace(reference, channels=channels, size=size, notes=images.notes, images=some)
     return _validated(path, reference, extractor)
 
 

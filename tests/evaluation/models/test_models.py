@@ -136,11 +136,8 @@ def test_costs_are_macs_an_image_or_seconds_a_batch(flat: Path) -> None:
     assert len(counted.shares) == 12
     assert model.costs("macs", batch=7) == counted
     measured = model.costs("latency", batch=2)
-    assert measured.kind == "latency"
     assert measured.full > 0
     assert all(0 <= share <= 1 for share in measured.shares)
-    with pytest.raises(ConfigError, match="unknown cost"):
-        model.costs("flops")  # type: ignore[arg-type]
 
 
 def test_costs_are_those_of_a_batch_that_fits(flat: Path) -> None:

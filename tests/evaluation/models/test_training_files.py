@@ -245,7 +245,7 @@ def test_a_gguf_file_is_called_one(tmp_path: Path) -> None:
     assert "is a GGUF file" in refused(lambda: load_source(tmp_path / "flux-Q4.gguf"))
 
 
-def test_a_broken_index_is_told(tmp_path: Path) -> None:
+def test_a_broken_index_is_reported(tmp_path: Path) -> None:
     write_ddpm(tmp_path)
     (tmp_path / "model_index.json").write_text("{")
     assert "model_index.json: cannot be read as JSON" in refused(lambda: load_source(tmp_path))

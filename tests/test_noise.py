@@ -12,7 +12,7 @@ from autodiffusion_optuna import noise
 from autodiffusion_optuna.errors import ConfigError
 from autodiffusion_optuna.evaluation.denoiser import model_time
 
-GOLDEN = Path(__file__).parent.parent / "golden"
+GOLDEN = Path(__file__).parent / "golden"
 VARIANCE_PRESERVING = [noise.linear(), noise.scaled_linear(), noise.cosine(), noise.linear(50, 0.002, 0.4)]
 
 
