@@ -68,7 +68,7 @@ def show(
     storage: StorageUrl = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object, for scripts.")] = False,
 ) -> None:
-    """The best schedule, the baselines beside it, evaluations run and saved, and the history."""
+    """The best candidate, the baselines beside it, evaluations run and saved, and the history."""
     from autodiffusion_optuna.results.summary import read_summary
 
     url = storage_url(storage)
@@ -132,7 +132,7 @@ def _score_result(path: Path, overrides: list[str], trust: bool) -> None:
     scored = transfer.score_compared(opened)
     table = Table(box=None, pad_edge=False)
     noise = f"held-out noise, {settings.held_out_banks} x {settings.held_out_images}, 95 %"
-    for column in ("schedule", f"{components.metric_name(opened.components)}, {noise}", "timesteps"):
+    for column in ("candidate", f"{components.metric_name(opened.components)}, {noise}", "timesteps"):
         table.add_column(column, overflow="fold")
     for name, held_out in scored.items():
         timesteps = " ".join(map(str, opened.compared[name].timesteps))
@@ -176,7 +176,7 @@ def sample(
     storage: StorageUrl = None,
     trust: Trust = False,
 ) -> None:
-    """Draw the same noises with uniform steps and with the best schedule; of a study also with many steps."""
+    """Draw the same noises with uniform steps and with the best candidate; of a study also with many steps."""
     from autodiffusion_optuna.images import draw_grid
     from autodiffusion_optuna.study import validation
 
@@ -217,7 +217,7 @@ def export(
     ] = True,
     storage: StorageUrl = None,
 ) -> None:
-    """The best schedule as Python that applies it with diffusers, as JSON, or as sigmas for ComfyUI."""
+    """The best candidate as Python that applies it with diffusers, as JSON, or as sigmas for ComfyUI."""
     from autodiffusion_optuna.export.comfyui import comfyui_notes
     from autodiffusion_optuna.export.formats import FORMATS, file_name, result_of, result_text
     from autodiffusion_optuna.export.scripts import reads_json

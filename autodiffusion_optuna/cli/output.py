@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from autodiffusion_optuna.study.components import StudyComponents
 
 NAME_WIDTH = 24
-"""Longest name of a schedule that a narrow terminal keeps on one line."""
+"""Longest name of a candidate that a narrow terminal keeps on one line."""
 PIPE_WIDTH = 160  # of tables that go to a file or another program
 out = Console(highlight=False, markup=False, width=None if sys.stdout.isatty() else PIPE_WIDTH)
 err = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
@@ -127,7 +127,7 @@ def print_table(summary: StudySummary) -> None:
         return
     rows, size, best = summary.rows(), summary.held_out_size, summary.best.candidate
     table = Table(box=None, pad_edge=False)
-    table.add_column("schedule", overflow="fold", min_width=min(max(len(row.name) for row in rows), NAME_WIDTH))
+    table.add_column("candidate", overflow="fold", min_width=min(max(len(row.name) for row in rows), NAME_WIDTH))
     for column in (
         f"{summary.metric}, search\n{summary.config.score.images:,} images",
         f"held-out noise, 95 %\n{banks_of(size)} images" if size else "held-out noise",
@@ -146,7 +146,7 @@ def print_table(summary: StudySummary) -> None:
         table.add_row(*cells, row.timesteps)
     out.print(table)
     if any(best.skips):
-        say("\nlayers skipped by the best schedule:")
+        say("\nlayers skipped by the best candidate:")
         for timestep, skipped in zip(best.timesteps, best.skip_names(summary.units), strict=True):
             say(f"  {timestep:>5}  {', '.join(skipped) or '-'}")
 

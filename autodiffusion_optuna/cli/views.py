@@ -73,7 +73,7 @@ def _pictures(
 
     try:
         components = load_components(study, url, trust, places)[1]
-        err.print(f"drawing {images} images with each of two schedules …")
+        err.print(f"drawing {images} images with each of two candidates …")
         return validation.samples(components, [("uniform", components.baselines["uniform"]), ("adopt", best)], images)
     except AdoptError as error:
         warn([f"the page has no pictures: {' '.join(str(error).split())}"])

@@ -150,7 +150,7 @@ def _publish_steadily(study: optuna.Study, url: str, on_trouble: Callable[[str],
 
 
 def _progress(study: optuna.Study) -> tuple[int, ...]:
-    """What changes when a generation has finished, the budget is met or a schedule got its held-out score."""
+    """What changes when a generation has finished, the budget is met or a candidate got its held-out score."""
     finished = study.get_trials(deepcopy=False, states=FINISHED)
     generation = max(map(generation_of, finished), default=-1)
     done = len(finished) >= stored_config(study).search.trials
@@ -196,7 +196,7 @@ def _users_part(note: str) -> str:
 
 
 def note_text(summary: StudySummary, url: str) -> str:
-    """The study's note in Markdown: best schedule, commands and config. ``url``: of the database."""
+    """The study's note in Markdown: best candidate, commands and config. ``url``: of the database."""
     environment = Environment(loader=FileSystemLoader(ASSETS), undefined=StrictUndefined, trim_blocks=True)
     environment.filters.update(banks=banks_of, number=_number)
     tail, best = storage_option(url), summary.best

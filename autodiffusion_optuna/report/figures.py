@@ -84,7 +84,7 @@ def timesteps(summary: StudySummary) -> go.Figure | None:
             hovertemplate="uniform<br>timestep %{customdata}<br>log-SNR %{x}<extra></extra>",
         )  # fmt: skip
     ticks = _thin(list(enumerate(generation for generation, _ in found)), TICKS)
-    _style(figure, "Timesteps of the best schedule, by generation", height=150 + 24 * max(len(found), 4))
+    _style(figure, "Timesteps of the best candidate, by generation", height=150 + 24 * max(len(found), 4))
     figure.update_layout(showlegend=False, margin_t=52)
     figure.update_xaxes(title_text="← noise      log-SNR      image →", showgrid=False, zeroline=False)
     figure.update_yaxes(
@@ -134,7 +134,7 @@ def masks(summary: StudySummary) -> go.Figure | None:
     groups = _groups(units)
     for start, _ in groups[1:]:
         figure.add_vline(start - 0.5, line={"color": INK, "width": 1.5})
-    _style(figure, "Layers skipped by the best schedule", height=170 + min(26 * candidate.steps, 700))
+    _style(figure, "Layers skipped by the best candidate", height=170 + min(26 * candidate.steps, 700))
     figure.update_xaxes(
         title_text="layers in execution order", tickvals=[start for start, _ in groups],
         tickangle=0, ticklabelposition="outside right", showgrid=False,
@@ -326,8 +326,8 @@ def evaluations(summary: StudySummary) -> go.Figure | None:
 
 
 FIGURES: dict[str, tuple[str, Callable[[StudySummary], go.Figure | None]]] = {
-    "timesteps": ("Timesteps of the best schedule", timesteps),
-    "masks": ("Layers that the best schedule skips", masks),
+    "timesteps": ("Timesteps of the best candidate", timesteps),
+    "masks": ("Layers that the best candidate skips", masks),
     "history": ("The search", history),
     "evaluations": ("Network evaluations run and saved", evaluations),
 }

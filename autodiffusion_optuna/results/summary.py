@@ -35,13 +35,13 @@ from autodiffusion_optuna.storage.trials import FINISHED, generation_of, scored_
 
 PHASES = ("network", "features", "distance", "storage")
 LOST_VARIETY = -0.2
-"""log of the variance of features over the reference's below which the best schedule is worth a look."""
+"""log of the variance of features over the reference's below which the best candidate is worth a look."""
 FIRST = {GENERATION: 0, STAGE: 1}
 
 
 @dataclass(frozen=True, eq=False)
 class Row:
-    """A line of the table of schedules: the best found or a baseline, whose value is None until it was a trial."""
+    """A line of the table of candidates: the best found or a baseline, whose value is None until it was a trial."""
 
     name: str
     candidate: Candidate
@@ -126,7 +126,7 @@ class StudySummary:
 
     @property
     def held_out_size(self) -> tuple[int, int] | None:
-        """(images, banks) of the held-out values on the most images; another schedule's may be of fewer."""
+        """(images, banks) of the held-out values on the most images; another candidate's may be of fewer."""
         return max((row.held_out.size for row in self.rows() if row.held_out is not None), default=None)
 
     def compared(self) -> tuple[Row, Row] | None:
@@ -161,10 +161,10 @@ class StudySummary:
         lines = [held_out.warning] if held_out and held_out.warning else []
         if trace_ratio is not None and trace_ratio <= LOST_VARIETY:  # images may be too much alike
             share = f"{math.exp(trace_ratio):.0%} of the reference's variance"
-            lines.append(f"the features of the best schedule's images have {share}; look at samples")
+            lines.append(f"the features of the best candidate's images have {share}; look at samples")
         if most is not None and own != most:
             lines.append(
-                f"other schedules were scored on {banks_of(most)} held-out images, the best found on "
+                f"other candidates were scored on {banks_of(most)} held-out images, the best found on "
                 f"{f'only {banks_of(own)}' if own else 'none'}; "
                 f"score it too: adopt score --study {self.config.name} --images {most[0]} --banks {most[1]}{tail}"
             )
@@ -252,7 +252,7 @@ class StudySummary:
 def read_summary(study: optuna.Study, size: tuple[int, int] | None = None) -> StudySummary:
     """Everything about a study that can be read without its model.
 
-    ``size``: (images, banks) of the held-out values to show; None: each schedule's on the most images.
+    ``size``: (images, banks) of the held-out values to show; None: each candidate's on the most images.
     """
     attrs = study.user_attrs
     trials = study.get_trials(deepcopy=False)

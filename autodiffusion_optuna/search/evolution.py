@@ -67,7 +67,7 @@ def propose(history: History, space: SearchSpace, preset: Preset, rng: Generator
     niche = _niche(rng, space, history) if preset.local else history.ranked
     elite = best(niche, preset.parents)
     operator = operator_at(history.index, preset)
-    # A random candidate has no rivals, or it would not be random.
+    # A random candidate has no others to choose from, or it would not be random.
     bred = operator in ("mutation", "crossover") and history.objectives == 1
     wanted = preset.children if bred else 1
     offspring: dict[Candidate, tuple[str, tuple[int, ...]]] = {}

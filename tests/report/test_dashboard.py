@@ -116,7 +116,7 @@ def test_the_note_names_searched_settings_and_skipped_layers() -> None:
     summary = long_summary(60, units=14)
     assert summary.best is not None
     plain = dashboard.note_text(summary, URL)
-    assert "| schedule | FD(digits), 256 images | held-out noise | cost | timesteps |" in plain
+    assert "| candidate | FD(digits), 256 images | held-out noise | cost | timesteps |" in plain
     counts = [len(names) for names in summary.best.candidate.skip_names(summary.units)]
     shown = [f"{t} ({count})" for t, count in zip(summary.best.candidate.timesteps, counts, strict=True) if count]
     assert f"skips layers at timesteps (layers of 14): {', '.join(shown)}." in plain

@@ -103,7 +103,7 @@ def test_the_pages_show_what_we_wrote(folder: Path, browser: Any, shoot: Callabl
         shoot("study")
         # Our figures lie below the dashboard's own.
         for title in (
-            "Timesteps of the best schedule, by generation",
+            "Timesteps of the best candidate, by generation",
             "FD(pixels), 64 images, by generation",
             "Network evaluations",
         ):
@@ -112,7 +112,7 @@ def test_the_pages_show_what_we_wrote(folder: Path, browser: Any, shoot: Callabl
             script(f"{figure}.closest('.js-plotly-plot').scrollIntoView({{block: 'center'}})")
             time.sleep(0.5)  # what scrolled into view is painted
             shoot(title.partition(" ")[0].partition("(")[0].lower())
-        assert "Timesteps of the best schedule" in text()
+        assert "Timesteps of the best candidate" in text()
 
         browser.get(f"{page}/smartSelection")  # where this dashboard has its table of trials
         wait("document.querySelectorAll('tbody tr').length > 5")
