@@ -86,7 +86,8 @@ def _patient(name: str) -> Callable[..., Any]:
 def _while_mine(name: str) -> Callable[..., Any]:
     """A write to a trial of Optuna's storage, which a worker makes only while the trial is its.
 
-    In one transaction with the check: a worker that was frozen must not change what another one runs by now.
+    One that was frozen must not change what another one runs by now. The check locks nothing: whoever is frozen while
+    it holds a lock stops the others, and most writes of a trial would hold it for longer than they take.
     """
 
     def call(self: StudyStorage, trial_id: int, *args: Any, **kwargs: Any) -> None:
@@ -94,7 +95,9 @@ def _while_mine(name: str) -> Callable[..., Any]:
         if self.worker is None:
             self.until_back(write)
             return
-        check = _hold(trial_id, "RUNNING").where(_is_of(trial_id, self.worker))
+        check = sqlalchemy.select(TRIALS.c.trial_id).where(
+            _in_state(trial_id, "RUNNING"), _is_of(trial_id, self.worker)
+        )
         if not self.until_back(lambda: self.in_one_transaction((check,), write)):
             self.get_trial(trial_id)  # KeyError where the study is deleted
             raise UpdateFinishedTrialError(f"trial {trial_id} is another worker's by now")
@@ -234,7 +237,7 @@ class StudyStorage(_Storage):
         try:
             for place, statement in enumerate(statements):
                 result: Any = session.execute(statement)
-                if place == 0 and not result.rowcount:
+                if place == 0 and not (result.first() if result.returns_rows else result.rowcount):
                     session.rollback()
                     return False
             call()
@@ -383,9 +386,13 @@ def _let_go(connection: sqlalchemy.Connection) -> None:
 
 def _hold(trial_id: int, state: str) -> sqlalchemy.Update:
     """Changes nothing where a trial is in that state; but from then on no other transaction can change the trial."""
+    return TRIALS.update().where(_in_state(trial_id, state)).values(state=TRIALS.c.state)
+
+
+def _in_state(trial_id: int, state: str) -> sqlalchemy.ColumnElement[bool]:
     # The column is an enumeration in Postgres, which does not take a text for it.
     now: sqlalchemy.ColumnClause[Any] = sqlalchemy.literal_column(f"'{state}'")
-    return TRIALS.update().where(TRIALS.c.trial_id == trial_id, TRIALS.c.state == now).values(state=TRIALS.c.state)
+    return (TRIALS.c.trial_id == trial_id) & (TRIALS.c.state == now)
 
 
 def _is_of(trial_id: int, holder: str | None) -> sqlalchemy.ColumnElement[bool]:
