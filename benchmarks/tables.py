@@ -69,11 +69,12 @@ def facts() -> str:
         f"{sizes['5000']['together']:.0f} at 5,000 in {name}"
         for name, sizes in zip(("SQLite", "Postgres"), storage["milliseconds"].values(), strict=True)
     )
+    locked = max(size["locked"] for sizes in storage["milliseconds"].values() for size in sizes.values())
     lines = [
         f"Overhead: a search takes {overhead['ratio']:.2f} times the bare network time of the same evaluations "
         "([overhead.json](benchmarks/results/overhead.json)).",
         f"Bookkeeping for a trial of {storage['parameters']} parameters (10 steps, 58 layers), the proposal included, "
-        f"median: {bookkeeping}; "
+        f"median: {bookkeeping}, of which at most {locked:.0f} ms under the lock that other workers wait for; "
         f"{sleeping['workers']} workers on one Postgres, each trial a second's sleep, are "
         f"{sleeping['speed_up']:.1f} times as fast as one, on {storage['cores']} cores "
         "([storage.json](benchmarks/results/storage.json)).",

@@ -66,9 +66,11 @@ def test_our_preset_has_less_regret_than_the_published_search(budget: int) -> No
 def test_taking_a_trial_was_measured_in_both_databases_and_sizes() -> None:
     storage = result("storage")
     assert storage["parameters"] == 30
-    for name in ("sqlite", "postgres"):
+    for name, limit in (("sqlite", 100), ("postgres", 250)):
         small, large = (storage["milliseconds"][name][size] for size in ("100", "5000"))
         assert large["cpu"] < 3 * small["cpu"]  # fifty times the trials
+        assert large["together"] < limit
+        assert large["locked"] < 60
     sleeping = storage["sleeping"]
     assert sleeping["trials"] == 160
     assert min(sleeping["fewest and most of one worker"]) >= 15

@@ -208,7 +208,7 @@ def test_a_trial_of_a_live_worker_is_left_alone_and_of_a_dead_one_taken_back(fol
     live.set_user_attr(OWNER, owner())
     host, _, _ = owner().rsplit("/", 2)
     dead.set_user_attr(OWNER, f"{host}/999999999/1")
-    assert reclaim(opened, database, 60) == [dead.number]
+    assert reclaim(opened, database, opened.trials, 60) == [dead.number]
     assert opened.trials[live.number].state == TrialState.RUNNING
     assert opened.trials[dead.number].state == TrialState.WAITING
     assert opened.trials[dead.number].user_attrs[RETRIES] == 1
@@ -225,7 +225,7 @@ def test_a_trial_that_keeps_killing_its_worker_fails_with_the_reason(folder: Pat
         trial = opened.ask()
         assert trial.number == 0
         trial.set_user_attr(OWNER, f"{host}/999999999/1")
-        reclaim(opened, database, 60)
+        reclaim(opened, database, opened.trials, 60)
     failed = opened.trials[0]
     assert failed.state == TrialState.FAIL
     assert "died" in failed.user_attrs[FAILURE]
