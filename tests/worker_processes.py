@@ -5,10 +5,12 @@ from __future__ import annotations
 import os
 import shlex
 import signal
+import sqlite3
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,7 @@ from autodiffusion_optuna.storage.database import open_storage
 from autodiffusion_optuna.storage.studies import load_study
 from autodiffusion_optuna.storage.study_storage import StudyStorage
 from autodiffusion_optuna.storage.trials import count_finished
+from autodiffusion_optuna.storage.url import sqlite_path
 from autodiffusion_optuna.workers.worker import Job
 from studies import config_with
 
@@ -45,13 +48,26 @@ def end(worker: subprocess.Popen[bytes], seconds: float = 300.0) -> str:
     return said
 
 
-def freeze(worker: subprocess.Popen[bytes], found: optuna.Study) -> int:
-    """Stop a worker in the middle of a trial; that trial's number."""
+def can_write(url: str) -> bool:
+    """Whether a SQLite database takes writes: not while a process that was stopped in the middle of one holds it."""
+    file = sqlite_path(url)
+    if file is None:
+        return True
+    with closing(sqlite3.connect(file, timeout=0.2)) as connection:
+        try:
+            connection.execute("BEGIN IMMEDIATE")
+        except sqlite3.OperationalError:
+            return False
+    return True
+
+
+def freeze(worker: subprocess.Popen[bytes], found: optuna.Study, url: str) -> int:
+    """Stop a worker in the middle of a trial's evaluation; that trial's number. ``url``: of the database."""
     wait_for(lambda: count_finished(found) >= 2)
     while True:
         worker.send_signal(signal.SIGSTOP)
         held = found.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
-        if held:
+        if held and can_write(url):
             return held[0].number
         worker.send_signal(signal.SIGCONT)
         time.sleep(0.05)

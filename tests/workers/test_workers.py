@@ -123,7 +123,7 @@ def test_a_worker_frozen_past_the_grace_lives_on_and_counts_once(
     settings = [f"name={name}", "search.trials=40", "search.grace=3", "score.images=4096"]
     found = begin(folder, database, *settings)
     frozen = start(folder, database, *settings)
-    held = freeze(frozen, found)
+    held = freeze(frozen, found, database)
     other = start(folder, database, *settings)
     try:
         # Thawed only after the other one has finished its trial: what it finds then is not its own any more.
