@@ -13,23 +13,23 @@ from collections.abc import Callable, Iterator, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-Row = tuple[float, ...]
+StepWeights = tuple[float, ...]
 """Weights with sum 1 of the newest answers, newest first."""
 
-Rule = Callable[[Sequence[float], float, float], Row]
+Rule = Callable[[Sequence[float], float, float], StepWeights]
 """(coordinates of the answers, newest first; start and end of the step) -> row of as many weights."""
 
 LIMIT = 1e6
 """Sum of magnitudes of a row above which a float32 answer would be rounding noise; no row exceeds it."""
 
 
-def rows(u: Sequence[float], orders: Sequence[int], rule: Rule, cap: float = LIMIT) -> list[Row]:
-    """Row of each step by ``rule`` in the coordinate ``u`` of the K + 1 nodes, at most of the order given."""
+def rows(u: Sequence[float], orders: Sequence[int], rule: Rule, cap: float = LIMIT) -> list[StepWeights]:
+    """StepWeights of each step by ``rule`` in the coordinate ``u`` of the K + 1 nodes, at most of the order given."""
     return [highest(rule, u[i + 1 - order : i + 1][::-1], u[i], u[i + 1], cap) for i, order in enumerate(orders)]
 
 
-def highest(rule: Rule, points: Sequence[float], start: float, end: float, cap: float) -> Row:
-    """Row over as many of the newest points as keep the sum of the weights' magnitudes within ``cap``.
+def highest(rule: Rule, points: Sequence[float], start: float, end: float, cap: float) -> StepWeights:
+    """StepWeights over as many of the newest points as keep the sum of the weights' magnitudes within ``cap``.
 
     Points that coincide in float64 give infinite weights or none, and go the same way.
     """
@@ -44,7 +44,7 @@ def highest(rule: Rule, points: Sequence[float], start: float, end: float, cap: 
 NODES, GAUSS = np.polynomial.legendre.leggauss(32)
 
 
-def lagrange(points: Sequence[float], start: float, end: float, tilt: float = 0.0) -> Row:
+def lagrange(points: Sequence[float], start: float, end: float, tilt: float = 0.0) -> StepWeights:
     """Mean of each point's Lagrange polynomial from ``start`` to ``end``, with density exp(tilt u).
 
     By Gauss-Legendre quadrature, exact for tilt 0 and to rounding for steps up to 30 in lambda. A step of no
@@ -66,7 +66,7 @@ def _polynomials(points: Sequence[float], u: NDArray[np.float64]) -> Iterator[ND
         yield product
 
 
-def half(points: Sequence[float], start: float, end: float) -> Row:
+def half(points: Sequence[float], start: float, end: float) -> StepWeights:
     """Two points, the first at ``start``: half the slope, as published for second order.
 
     ``x0 + (x0 - x0_previous) / (2 r)`` with r = h_i / h_{i+1}. Written without r, because a final step from
@@ -76,7 +76,7 @@ def half(points: Sequence[float], start: float, end: float) -> Row:
     return (1 + extra, -extra)
 
 
-def published(points: Sequence[float], start: float, end: float, tilt: float) -> Row:
+def published(points: Sequence[float], start: float, end: float, tilt: float) -> StepWeights:
     """As in the code of DPM-Solver: ``half`` or, over three points, half the second difference it should be."""
     if len(points) == 2:
         return half(points, start, end)
@@ -94,11 +94,11 @@ published_by_data: Rule = functools.partial(published, tilt=1.0)
 published_by_noise: Rule = functools.partial(published, tilt=-1.0)
 
 
-def half_or_exact(points: Sequence[float], start: float, end: float) -> Row:
+def half_or_exact(points: Sequence[float], start: float, end: float) -> StepWeights:
     """UniPC's predictor: of two points ``half``, of three the exact integral."""
     return half(points, start, end) if len(points) == 2 else exact_by_data(points, start, end)
 
 
-def exact_or_mean(points: Sequence[float], start: float, end: float) -> Row:
+def exact_or_mean(points: Sequence[float], start: float, end: float) -> StepWeights:
     """UniPC's corrector: of two points their mean, of more the exact integral."""
     return (0.5, 0.5) if len(points) == 2 else exact_by_data(points, start, end)

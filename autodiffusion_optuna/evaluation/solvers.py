@@ -33,8 +33,8 @@ from torch import Tensor
 from autodiffusion_optuna.errors import ConfigError, choose_from
 from autodiffusion_optuna.evaluation.solver_weights import (
     LIMIT,
-    Row,
     Rule,
+    StepWeights,
     exact_by_data,
     exact_by_noise,
     exact_or_mean,
@@ -151,7 +151,7 @@ def _combine(*terms: tuple[float, Tensor]) -> Tensor:
     return total
 
 
-def _weighted(row: Row, history: Sequence[Tensor]) -> Tensor:
+def _weighted(row: StepWeights, history: Sequence[Tensor]) -> Tensor:
     """The newest answers weighed by ``row``; older ones than it has weights for are left out."""
     return _combine(*zip(row, history, strict=False))
 
@@ -266,7 +266,7 @@ def _singlestep(denoise: Denoise, x: Tensor, times: Times, *, form: Form) -> Ten
 # Multistep
 
 
-def _multistep(denoise: Denoise, x: Tensor, times: Times, rows: Sequence[Row], form: Form) -> Tensor:
+def _multistep(denoise: Denoise, x: Tensor, times: Times, rows: Sequence[StepWeights], form: Form) -> Tensor:
     """One evaluation a step; step i weighs the newest answers with ``rows[i]``."""
     history: list[Tensor] = []
     for i, (t, row) in enumerate(zip(times.timesteps, rows, strict=True)):
@@ -303,7 +303,7 @@ def _adams_bashforth(coordinate: Callable[[Times], Sequence[float]], cap: float 
     return solve
 
 
-ADAMS_BASHFORTH: tuple[Row, ...] = (
+ADAMS_BASHFORTH: tuple[StepWeights, ...] = (
     (1.0,),
     (3 / 2, -1 / 2),
     (23 / 12, -16 / 12, 5 / 12),

@@ -173,7 +173,7 @@ def publish(study: optuna.Study, url: str) -> None:
     if new != old:
         save_note(study, new)
     # A figure is kept in rows of 2 kB, written one at a time: slow enough to be left out where it is there already.
-    shown: dict[str, str] = study.user_attrs.get(attrs.FIGURES) or {}
+    shown: dict[str, str] = study.user_attrs.get(attrs.FIGURE_DIGESTS) or {}
     for name, (title, draw) in FIGURES.items():
         figure = draw(summary)
         if figure is None and name in shown:
@@ -186,7 +186,7 @@ def publish(study: optuna.Study, url: str) -> None:
         if shown.get(name) != digest:
             save_plotly_graph_object(study, figure, graph_object_id=name)
             shown = {**shown, name: digest}
-            study.set_user_attr(attrs.FIGURES, shown)
+            study.set_user_attr(attrs.FIGURE_DIGESTS, shown)
 
 
 def _users_part(note: str) -> str:

@@ -17,7 +17,7 @@ from autodiffusion_optuna.noise import NoiseSchedule
 from autodiffusion_optuna.results.held_out import HeldOut, largest_held_out, stored_held_out
 from autodiffusion_optuna.storage.attrs import (
     BASELINE_COSTS,
-    BASELINES,
+    BASELINE_KEYS,
     CANDIDATE,
     CODEC,
     COST,
@@ -283,7 +283,7 @@ def read_summary(study: optuna.Study, size: tuple[int, int] | None = None) -> St
         ),
         baselines=[
             Row(name, Candidate.from_key(key), costs[name], values.get(key), held_out(key))
-            for name, key in attrs.get(BASELINES, {}).items()
+            for name, key in attrs.get(BASELINE_KEYS, {}).items()
             if name in costs
         ],
         attrs=attrs,

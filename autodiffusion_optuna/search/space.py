@@ -18,7 +18,7 @@ from autodiffusion_optuna.candidate import Candidate, Settings, Value
 from autodiffusion_optuna.errors import ConfigError
 from autodiffusion_optuna.search import repair
 
-CODEC = 1
+CODEC_VERSION = 1
 DECIMALS = 3  # of a searched float: finer ones would make candidates distinct that no score can tell apart
 OURS = re.compile(r"steps|t_.*|skip_.*")  # names of the other parameters
 
@@ -281,7 +281,7 @@ class SearchSpace:
     def codec(self) -> dict[str, Any]:
         """What stored parameters mean, as JSON; two spaces with different codecs cannot share a study."""
         return {
-            "codec": CODEC,
+            "codec": CODEC_VERSION,
             "T": self.T,
             "steps": [self.min_steps, self.max_steps],
             "min_gap": self.min_gap,

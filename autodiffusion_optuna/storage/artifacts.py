@@ -33,7 +33,7 @@ EXTRAS = {"s3": "s3", "gs": "gcs"}
 """Scheme of a bucket's address -> the extra that brings its client."""
 FILE = "samples.png"
 """Name under which the dashboard shows a picture."""
-BASELINES, NEW_BEST, BEST_OF_GENERATION = "baseline", "new best", "best of its generation so far"
+OF_BASELINE, NEW_BEST, BEST_OF_GENERATION = "baseline", "new best", "best of its generation so far"
 _log = logging.getLogger("autodiffusion_optuna")
 
 
@@ -149,7 +149,7 @@ def notable(trials: Sequence[FrozenTrial], number: int, value: float, attrs: Map
     best, or as the best of its generation so far.
     """
     if BASELINE in attrs:
-        return BASELINES
+        return OF_BASELINE
     others = [t for t in trials if t.state == TrialState.COMPLETE and t.values and t.number != number]
     if all(value < t.values[0] for t in others):
         return NEW_BEST

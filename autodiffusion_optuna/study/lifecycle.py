@@ -27,7 +27,7 @@ from autodiffusion_optuna.storage.attrs import (
     ARTIFACTS,
     BASELINE,
     BASELINE_COSTS,
-    BASELINES,
+    BASELINE_KEYS,
     CODEC,
     CONDITIONS,
     CONFIG,
@@ -205,7 +205,7 @@ def _begin(components: StudyComponents, study: optuna.Study, pictures: str | Non
         METRIC: metric_name(components),
         UNIT_COSTS: list(components.space.unit_costs),
         BASELINE_COSTS: {name: relative_cost(components, c) for name, c in components.baselines.items()},
-        BASELINES: {name: candidate.key for name, candidate in components.baselines.items()},
+        BASELINE_KEYS: {name: candidate.key for name, candidate in components.baselines.items()},
     }
     for name, value in attrs.items():
         study.set_user_attr(name, value)

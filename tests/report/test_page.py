@@ -24,7 +24,7 @@ from autodiffusion_optuna.report.page import page
 from autodiffusion_optuna.results.summary import read_summary
 from autodiffusion_optuna.storage.attrs import (
     BASELINE_COSTS,
-    BASELINES,
+    BASELINE_KEYS,
     CANDIDATE,
     CONFIG,
     METRIC,
@@ -162,7 +162,7 @@ def test_what_users_write_is_not_html(quick: optuna.Study) -> None:
         f"{name}{evil}" if name != "uniform" else name: key for name, key in quick.user_attrs["baselines"].items()
     }
     quick.set_user_attr(BASELINE_COSTS, dict.fromkeys(baselines, 1.0))
-    quick.set_user_attr(BASELINES, baselines)
+    quick.set_user_attr(BASELINE_KEYS, baselines)
     text = page(
         read_summary(quick), pictures=[(evil, images) for _, images in rows()], notes=[evil], tail=evil, written=evil
     )

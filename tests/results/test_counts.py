@@ -16,7 +16,7 @@ from autodiffusion_optuna.report.dashboard import note_text
 from autodiffusion_optuna.report.page import page
 from autodiffusion_optuna.results.held_out import HeldOut
 from autodiffusion_optuna.results.summary import read_summary
-from autodiffusion_optuna.storage.attrs import BASELINES, CANDIDATE, held_out_key
+from autodiffusion_optuna.storage.attrs import BASELINE_KEYS, CANDIDATE, held_out_key
 from autodiffusion_optuna.study import components, lifecycle, loop
 
 URL = "sqlite:///adopt.db"
@@ -114,7 +114,7 @@ def better(found: optuna.Study) -> None:
     assert best is not None
     trial = found.trials[best.trial]
     key = trial.user_attrs[CANDIDATE]
-    baselines = found.user_attrs[BASELINES].values()
+    baselines = found.user_attrs[BASELINE_KEYS].values()
     other = next(t for t in found.trials if t.user_attrs[CANDIDATE] not in {key, *baselines})
     attrs = {**trial.user_attrs, CANDIDATE: other.user_attrs[CANDIDATE]}
     found.add_trial(

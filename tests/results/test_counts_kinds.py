@@ -16,7 +16,7 @@ from autodiffusion_optuna.cli import output
 from autodiffusion_optuna.report import dashboard
 from autodiffusion_optuna.results.held_out import HeldOut
 from autodiffusion_optuna.results.summary import read_summary
-from autodiffusion_optuna.storage.attrs import BASELINES, REFERENCE_IMAGES, held_out_key
+from autodiffusion_optuna.storage.attrs import BASELINE_KEYS, REFERENCE_IMAGES, held_out_key
 from studies import run
 
 URL = "sqlite:///adopt.db"
@@ -66,7 +66,7 @@ def test_the_command_that_a_warning_names_holds_the_database(folder: Path, adopt
     run(folder / "quick.toml", "sqlite:///other.db", "search.trials=8")
     database = ["--storage", "other.db"]
     study = output.existing("quick", "sqlite:///other.db")[1]
-    key = study.user_attrs[BASELINES]["uniform"]
+    key = study.user_attrs[BASELINE_KEYS]["uniform"]
     study.set_user_attr(held_out_key(key, 96, 3), HeldOut(96, (1.0, 2.0, 3.0)).to_json())
     assert read_summary(study).best is not None
     for command in ("show", "status"):

@@ -21,9 +21,9 @@ from autodiffusion_optuna.cli.dashboard import pictures as shown_by_dashboard
 from autodiffusion_optuna.errors import StorageError
 from autodiffusion_optuna.storage import artifacts
 from autodiffusion_optuna.storage.artifacts import (
-    BASELINES,
     BEST_OF_GENERATION,
     NEW_BEST,
+    OF_BASELINE,
     Prefixed,
     attach_picture,
     notable,
@@ -71,7 +71,7 @@ def test_a_picture_is_kept_and_read_back(tmp_path: Path, count: int, channels: i
 def test_large_images_make_small_files(tmp_path: Path) -> None:
     """Noise is the worst there is for a PNG."""
     store = open_artifacts(str(tmp_path / "pictures"))
-    assert attach_picture(optuna.create_study().ask(), store, images(16, 3, 256), BASELINES)
+    assert attach_picture(optuna.create_study().ask(), store, images(16, 3, 256), OF_BASELINE)
     (file,) = (tmp_path / "pictures").iterdir()
     assert file.stat().st_size < 120_000
 
@@ -154,7 +154,7 @@ def finished(number: int, value: float | None, generation: int) -> FrozenTrial:
 @pytest.mark.parametrize(
     ("value", "attrs", "why"),
     [
-        (9.0, {BASELINE: "uniform", GENERATION: 1}, BASELINES),
+        (9.0, {BASELINE: "uniform", GENERATION: 1}, OF_BASELINE),
         (0.5, {GENERATION: 1}, NEW_BEST),
         (1.0, {GENERATION: 1}, BEST_OF_GENERATION),  # as good as the best is no new best
         (2.5, {GENERATION: 1}, BEST_OF_GENERATION),
