@@ -230,3 +230,32 @@ def test_all_that_a_worker_left_is_given_up_when_the_budget_is_met(two: Two) -> 
     assert two.acquire(budget=1) == "done"
     assert [t.state for t in two.trials] == [TrialState.FAIL, TrialState.FAIL, TrialState.COMPLETE]
     assert id_of_trial(two.trials[0]) == id_of_trial(left[0])
+
+
+def test_a_fault_is_raised_also_where_another_worker_has_taken_the_trial(
+    two: Two, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[int] = []
+
+    def broken(*given: Any, **options: Any) -> Any:
+        calls.append(1)
+        with two.as_b():
+            two.take_over(0)
+        raise RuntimeError("a kernel failed")
+
+    monkeypatch.setattr(type(two.built.evaluator), "score", broken)
+    with pytest.raises(RuntimeError, match="kernel"):
+        loop.work(two.built, two.studies["A"], two.storages["A"])
+    assert len(calls) == 1
+    assert two.trials[0].state == TrialState.RUNNING
+    assert FAILURE not in two.trials[0].user_attrs
+
+
+def test_a_worker_begins_no_trial_of_a_study_that_was_deleted(two: Two) -> None:
+    database = two.storages["A"]
+    database.worker = lease.owner()
+    two.storages["B"].delete_study(database.get_study_id_from_name("quick"))
+    with pytest.raises(KeyError):
+        two.studies["A"].ask()
+    with database.engine.connect() as connection:
+        assert connection.exec_driver_sql("SELECT COUNT(*) FROM trials").scalar() == 0
