@@ -1,4 +1,7 @@
-"""StudyConfig: everything a study measures and how it searches, read from one TOML file."""
+"""StudyConfig: everything a study measures and how it searches, read from one TOML file.
+
+One file: what a setting means, what it may be and how it is read belong together, and docs/settings.md is made from it.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 from pydantic_core import ErrorDetails
 
 from autodiffusion_optuna.errors import ConfigError, choose_from
@@ -24,13 +27,22 @@ BANK_SIZE = 100_000
 SEARCH_BANK = 0
 """Every candidate is scored on the noise of this bank; held-out banks are numbered from 1."""
 
+VALIDATION_BANK = 1_000_000
+"""The finalists are scored again on the noise of this bank, which is beyond all held-out ones."""
+
+FINALISTS, VALIDATION_RATIO = 4, 2
+"""Unset ``score.finalists`` of preset ``adopt``, and unset ``score.validation_images`` over ``score.images``."""
+
 LONGEST_GRACE = 30 * 24 * 3600
 """Seconds; a worker sleeps a share of ``search.grace`` between heartbeats, which no clock does for ever."""
 
 NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
 
-BUNDLED = ("digits", "mixture")
+BUNDLED = ("digits", "faces", "mixture")
 """Names that ``model.source`` means before any file: the models that are shipped."""
+
+MEMORY = "memory:"
+"""What ``model.source`` begins with where the model was an object in Python; the rest is its class."""
 
 FILES = ("model.source", "model.classifier", "model.prompts", "model.config", "score.weights", "score.reference")
 """Settings that name a file or a folder, or may do so."""
@@ -38,8 +50,24 @@ FILES = ("model.source", "model.classifier", "model.prompts", "model.config", "s
 OF_THIS_HOST = (*FILES, "folder", "model.device", "model.prefix_cache_mb")
 """Settings that each command may change for itself: where files are, and what runs the model."""
 
+FILL_IN = "FILL IN"
+"""What ``adopt init`` writes where it cannot know a value; a study with it is not run."""
+
+TO_FILL_IN = {
+    "model.prompts": "a file of prompts (txt, csv, jsonl or COCO captions json)",
+    "score.weights": "the weights of score.extractor (`reference weights inception --out FILE` downloads them)",
+    "score.reference": "images like those the model was trained on (a folder, zip or npz), or their statistics",
+}
+"""Settings that may be left to fill in -> what they take."""
+
 Mode = Literal["clean", "legacy_pytorch", "legacy_tensorflow"]
 """How clean-fid resizes images for Inception (arXiv 2104.11222)."""
+
+Pruner = Literal["race", "percentile", "median", "none"]
+"""What stops a candidate before all of its images are drawn."""
+
+SCREEN_IMAGES, FEWEST_SCREEN_IMAGES = 32, 8
+"""Images of the screen where a study does not say, and those below which it has none."""
 
 Count = Annotated[int, Field(ge=1)]
 Images = Annotated[int, Field(ge=2, le=BANK_SIZE)]
@@ -55,7 +83,7 @@ class ModelConfig(Section):
     """``[model]``: the frozen network and how it is run."""
 
     source: str
-    """A bundled model (``digits``, ``mixture``), a diffusers folder or hub id, ``adm:FILE.pt``, a single
+    """A bundled model (``digits``, ``faces``, ``mixture``), a diffusers folder or hub id, ``adm:FILE.pt``, a single
     ``FILE.safetensors``, or ``python:module:function``."""
     device: str = "auto"
     """``auto``, ``cpu``, ``cuda`` or ``cuda:N``."""
@@ -128,9 +156,11 @@ class SamplingConfig(Section):
     """
 
     solver: str | Annotated[list[str], Choices] = "ddim"
+    """How a step is taken: one solver, or a list of which the search chooses."""
     order: Count | Annotated[list[Count], Choices] | None = None
     """Of a solver that comes in several (deis, dpm_solver, dpmpp, unipc); unset: its lowest."""
     steps: Count | StepRange
+    """Steps of a candidate, or the range of which the search chooses."""
     final: Final | Annotated[list[Final], Choices] = "zero"
     """Where the last update ends: at no noise at all, or at time index 0."""
     min_gap: Count = 1
@@ -157,21 +187,35 @@ class SamplingConfig(Section):
         return self
 
 
+Numbers = Annotated[list[int | float], Choices]
+"""A list of timesteps or sigmas."""
+
+
 class SearchConfig(Section):
     """``[search]``: budget, operators and the space of skipped layers. Unset sizes are the preset's."""
 
     preset: str = "adopt"
+    """Sizes and operators: ``adopt``, or ``paper`` for the published ones."""
     trials: Count
     """Candidates to finish; a pruned candidate counts."""
     seed: Annotated[int, Field(ge=0)] = 0
+    """Of proposals; runs with the same seed repeat exactly."""
     population: Count | None = None
+    """Candidates in a generation."""
     parents: Count | None = None
+    """Best candidates that a generation is bred from."""
     mutations: Annotated[int, Field(ge=0)] | None = None
+    """Of a generation, those bred by mutation; what mutation and crossover leave over is drawn at random."""
     crossovers: Annotated[int, Field(ge=0)] | None = None
+    """Of a generation, those bred from two parents."""
     mutation_probability: Annotated[float, Field(gt=0, le=1)] | None = None
+    """Of each timestep and skip set of a mutant; one at least is changed."""
     stage_one_generations: Annotated[int, Field(ge=0)] | None = None
-    warm_starts: list[str] | None = None
-    """Names of baselines to evaluate first; unset: all (``paper``: uniform alone)."""
+    """Generations in which every layer stays on; stage two begins earlier where nothing improves any more."""
+    warm_starts: bool | list[str | Numbers] | None = None
+    """What to evaluate first: names of baselines, "all" for every one, and lists of any form that ``search.lists``
+    reads, which become baselines; ``true`` and unset: all baselines (unset in ``paper``: uniform alone). ``oss`` and
+    ``gits`` are computed from the model when the study is begun, where they are asked for."""
     max_skip: Annotated[float, Field(ge=0, le=1)] = 0.0
     """Largest ratio of layers that one step may skip; 0 searches timesteps alone."""
     max_cost: Annotated[float, Field(gt=0)] | None = None
@@ -187,11 +231,21 @@ class SearchConfig(Section):
     grace: Annotated[float, Field(gt=0, le=LONGEST_GRACE)] = 120.0
     """Seconds without a heartbeat after which a worker's trial is given to another; at most 30 days."""
 
+    @field_validator("warm_starts", mode="before")
+    @classmethod
+    def _lists_or_a_switch(cls, value: Any) -> Any:
+        entries = value if isinstance(value, list) else [] if value is None or isinstance(value, bool) else [None]
+        for entry in entries:  # a bool is an int too
+            if not isinstance(entry, str) and not (isinstance(entry, list) and {*map(type, entry)} & {int, float}):
+                raise ValueError('give true, false, or a list of names, lists of numbers and texts such as "ays:sd15"')
+        return value
+
 
 class ScoreConfig(Section):
     """``[score]``: what a candidate's value is."""
 
     extractor: str
+    """What sees the images: a name of the table of extractors, or ``python:module:function``."""
     weights: str | None = None
     """Its weights, where it ships with none (inception, clip, dinov2, torchscript)."""
     mode: Mode | None = None
@@ -199,31 +253,66 @@ class ScoreConfig(Section):
     reference: str | None = None
     """Statistics, or images in a folder, zip or npz; unset: what the bundled model ships with."""
     metric: Literal["frechet", "kid"] = "frechet"
+    """The distance of features: Fréchet, or the kernel distance KID."""
     images: Images = 256
-    rungs: list[Annotated[int, Field(ge=2)]] = []
-    """Smaller image counts at which a candidate may be pruned."""
-    pruner: Literal["none", "percentile", "median"] = "none"
+    """Images a candidate is scored on in the search."""
+    screen_images: Annotated[int, Field(ge=0)] | None = None
+    """Images, at least 2, on which a candidate is first compared with a fine run of the model, noise by noise; unset:
+    32, fewer where the rungs are small; 0: none, nor where eta or the guidance scale is searched, eta is above 0 or
+    nothing prunes."""
+    rungs: list[Annotated[int, Field(ge=2)]] | None = None
+    """Smaller image counts at which a candidate may be stopped; unset: half of ``images`` for ``race``."""
+    pruner: Pruner | None = None
+    """What decides at the screen and at each rung: ``race`` stops a candidate that is worse than the best few beyond
+    doubt, ``percentile`` goes by ``keep``, ``median`` by the median there; unset: ``race``, in ``paper`` ``none``."""
     keep: Annotated[float, Field(gt=0, lt=1)] = 0.5
     """``percentile``: a rung stops a candidate that is not among this share of the complete ones there."""
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
+    """Of the images' noises, labels and prompts."""
+    finalists: Annotated[int, Field(ge=0)] | None = None
+    """Best candidates that are scored again, on more images of a validation bank, when the search ends; the best of
+    them there is the result. 0: none, the best in the search is the result; unset: 4 (with preset ``paper`` 0)."""
+    validation_images: Images | None = None
+    """Images of the validation bank for each finalist, at least ``images``; unset: twice ``images``."""
     held_out_images: Images = 1000
-    held_out_banks: Annotated[int, Field(ge=2, le=100)] = 3
-    """Disjoint banks of noise on which the winner is scored again; the interval needs two."""
+    """Images in each held-out bank."""
+    held_out_banks: Annotated[int, Field(ge=2, le=100)] = 5
+    """Disjoint banks of noise on which the winner is scored again; an interval of two or three says little."""
+    floor_steps: Annotated[int, Field(ge=0)] = 100
+    """Uniform steps of the floor, what the model gives with steps enough; ``adopt run`` scores it where it takes no
+    longer than the search did, ``adopt score`` always; 0: no such floor."""
+
+    @field_validator("screen_images")
+    @classmethod
+    def _none_or_several(cls, value: int | None) -> int | None:
+        if value == 1:  # of which there is no variance
+            raise ValueError("give 0 for no screen, or at least 2 images")
+        return value
+
+    @model_validator(mode="after")
+    def _validation_is_no_smaller(self) -> ScoreConfig:
+        if self.validation_images is not None and self.validation_images < self.images:
+            raise ValueError(
+                f"validation_images {self.validation_images} must not be fewer than images = {self.images}; "
+                "leave it out for twice as many"
+            )
+        return self
 
     @model_validator(mode="after")
     def _rungs_increase(self) -> ScoreConfig:
-        counts = [*self.rungs, self.images]
+        counts = [*(self.rungs or []), self.images]
         if any(a >= b for a, b in itertools.pairwise(counts)):
             raise ValueError(
                 f"rungs {self.rungs} must increase and stay below images = {self.images}; leave rungs out for none"
             )
-        if bool(self.rungs) != (self.pruner != "none"):
-            raise ValueError(
-                f"rungs {self.rungs} and pruner {self.pruner!r} need each other: set both, for example "
-                'rungs = [100] and pruner = "percentile", or neither'
-            )
-        if self.pruner != "none" and self.metric == "kid":
-            raise ValueError('a pruner takes a value that falls as images are added; with metric = "kid" use "none"')
+        if self.pruner in ("percentile", "median"):
+            if not self.rungs:
+                raise ValueError(f"pruner {self.pruner!r} needs rungs, for example rungs = [100]")
+            if self.metric == "kid":
+                raise ValueError(
+                    f'pruner {self.pruner!r} takes a value that falls as images are added; with metric = "kid" use '
+                    '"race" or "none"'
+                )
         return self
 
 
@@ -231,13 +320,75 @@ class StudyConfig(Section):
     """One study. ``fingerprint`` tells two studies apart that measure different things."""
 
     name: Annotated[str, Field(pattern=NAME_PATTERN)]
+    """What ``--study`` calls it once it is in a database."""
     description: str = ""
+    """One line for ``adopt studies``."""
     folder: str | None = None
     """Where modules of ``python:module:function`` lie, besides the current folder; unset: with the study file."""
     model: ModelConfig
     sampling: SamplingConfig
     search: SearchConfig
     score: ScoreConfig
+
+    @model_validator(mode="after")
+    def _pruned_or_not(self) -> StudyConfig:
+        given = {"rungs": self.score.rungs, "screen_images": self.score.screen_images}
+        for name, value in given.items():
+            if value and self.pruner == "none":
+                unset = " (unset in preset 'paper')" if self.score.pruner is None else ""
+                raise ValueError(
+                    f"score.{name} {value} and score.pruner 'none'{unset} need each other: set a pruner, for example "
+                    f'pruner = "race", or leave {name} out'
+                )
+        if self.score.screen_images and self.pruner != "race":
+            raise ValueError(
+                f"score.screen_images {self.score.screen_images} is for the race, whose values are not distances; with "
+                f"pruner {self.pruner!r} leave it out"
+            )
+        next_count = [*self.rungs, self.score.images][0]
+        if self.screen_images >= next_count:
+            raise ValueError(
+                f"score.screen_images {self.score.screen_images} must be fewer than the {next_count} of the first rung"
+            )
+        return self
+
+    @property
+    def pruner(self) -> Pruner:
+        """``score.pruner``, or the preset's."""
+        return self.score.pruner or ("none" if self.search.preset == "paper" else "race")
+
+    @property
+    def rungs(self) -> list[int]:
+        """``score.rungs``, or what the race takes for them."""
+        if self.score.rungs is not None:
+            return self.score.rungs
+        half = self.score.images // 2
+        return [half] if self.pruner == "race" and half >= 2 else []
+
+    @property
+    def screen_images(self) -> int:
+        """``score.screen_images``, or what the race takes for them; 0 where a fine run with one noise, eta and guidance
+        scale is no measure for the candidates.
+        """
+        if self.pruner == "none" or self.sampling.eta != 0.0 or isinstance(self.sampling.guidance, (Range, list)):
+            return 0
+        if self.score.screen_images is not None:
+            return self.score.screen_images
+        if self.pruner != "race" or self.search.preset == "paper":
+            return 0
+        fewer = min(SCREEN_IMAGES, [*self.rungs, self.score.images][0] // 2)
+        return fewer if fewer >= FEWEST_SCREEN_IMAGES else 0
+
+    @property
+    def finalists(self) -> int:
+        """``score.finalists``, or what it is where it is unset."""
+        unset = 0 if self.search.preset == "paper" else FINALISTS
+        return unset if self.score.finalists is None else self.score.finalists
+
+    @property
+    def validation_images(self) -> int:
+        """``score.validation_images``, or what it is where it is unset."""
+        return self.score.validation_images or min(VALIDATION_RATIO * self.score.images, BANK_SIZE)
 
     def measured(self) -> dict[str, Any]:
         """Flat settings that decide candidates and values: those that may not change on resume."""
@@ -258,10 +409,13 @@ MAY_CHANGE = {
     "model.check",
     "search.trials",
     "search.grace",
+    "score.finalists",
+    "score.validation_images",
     "score.held_out_images",
     "score.held_out_banks",
+    "score.floor_steps",
 }
-"""Settings a study may be resumed with: they change how long it runs and where, not what it finds.
+"""Settings a study may be resumed with: they change how long it runs and where, and how it ends, not what it tries.
 
 What lies at the paths is compared by hash.
 """
@@ -282,7 +436,17 @@ def load_config(path: Path, overrides: Iterable[str] = (), folder: Path | None =
         raise ConfigError(f"{path.name} is not valid TOML: {error}; fix that line and run again") from None
     table.setdefault("name", path.stem)
     locate_files(table, folder or path.parent)
-    return parse_config(table, overrides)
+    config = parse_config(table, overrides)
+    check_filled_in(config, path.name)
+    return config
+
+
+def check_filled_in(config: StudyConfig, file: str) -> None:
+    """ConfigError that names every setting of the study ``file`` that is still to be filled in."""
+    flat = flatten(config.model_dump(mode="json"))
+    missing = [f"{key}: {what}" for key, what in TO_FILL_IN.items() if flat[key] == FILL_IN]
+    if missing:
+        raise ConfigError(f"{file} is to be filled in where it says {FILL_IN!r}: {'; '.join(missing)}")
 
 
 def parse_config(table: Mapping[str, Any], overrides: Iterable[str] = ()) -> StudyConfig:
@@ -329,14 +493,34 @@ def locate_files(table: dict[str, Any], folder: Path) -> None:
         values = table.get(section)
         if isinstance(values, dict) and isinstance(values.get(name), str):
             values[name] = _located(key, values[name], folder)
+    search = table.get("search")
+    if isinstance(search, dict) and isinstance(search.get("warm_starts"), list):
+        search["warm_starts"] = [_with_content(entry, folder) for entry in search["warm_starts"]]
     if isinstance(table.get("folder"), str):
         table["folder"] = _absolute(table["folder"], folder)
     elif any(str(value).startswith("python:") for value in flatten(table).values()):
         table["folder"] = _absolute(".", folder)
 
 
+def _with_content(entry: Any, folder: Path) -> Any:
+    """``NAME=LIST`` for ``@FILE`` and ``NAME=@FILE``, so that a study holds the list and not where it was."""
+    name, at, file = entry.partition("@") if isinstance(entry, str) else ("", "", "")
+    if not at or (name.strip() and not name.strip().endswith("=")):
+        return entry
+    path = Path(_absolute(file.strip(), folder))
+    try:
+        content = path.read_text(encoding="utf-8").strip()
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "it is not text"
+        raise ConfigError(f"search.warm_starts: cannot read {str(path)!r}: {reason}; give a file of a list") from None
+    named = name.strip() or ("" if "{" in content else f"{path.stem}=")
+    return f"{named}{content}"
+
+
 def _located(key: str, value: str, folder: Path) -> str:
     """The value of one of ``FILES`` with an absolute path, where it is a path."""
+    if value == FILL_IN:
+        return value
     if key != "model.source":
         return _absolute(value, folder)
     if value.startswith("adm:"):
@@ -389,16 +573,18 @@ def unknown_key(key: str) -> str:
 def explain(error: ValidationError) -> str:
     """First problem of a config as one line: the setting, what was given, what is allowed."""
     first = _most_telling(error.errors())
-    *path, last = first["loc"]
     # A union of an int and a table puts the member's name in the location.
     parts = {part for key in known_keys() for part in key.split(".")}
     where = ".".join(str(part) for part in first["loc"] if isinstance(part, int) or part in parts)
     if first["type"] == "extra_forbidden":
+        *path, last = first["loc"]
         return unknown_key(".".join([*(str(part) for part in path if part in parts), str(last)]))
     if first["type"] == "missing":
         return f"setting {where!r} is missing; add it to the study file"
     message = first["msg"].removeprefix("Value error, ")
     message = message[0].lower() + message[1:]
+    if not where:  # of settings of several sections, which it names itself
+        return message
     given = first["input"]
     shown = "" if isinstance(given, dict) else f" (given: {given!r})"
     return f"setting {where!r}: {message}{shown}"

@@ -6,6 +6,7 @@ import io
 import math
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,46 +14,79 @@ from PIL import Image, ImageDraw, ImageFont
 
 from autodiffusion_optuna.errors import ConfigError
 
-CELL, LARGEST_CELL = 84, 192
-"""Bounds of the side of one drawn image in pixels: small images are enlarged by a whole factor, large ones reduced."""
-MARGIN, GAP, FONT_SIZE = 16, 4, 18
+CELL, LARGEST_CELL = 96, 192
+"""Sides of one drawn image in pixels: small images are enlarged about to the first, by a whole factor, large ones
+reduced to the second."""
+MARGIN, GAP, NAME_SIZE, FONT_SIZE, LEADING = 16, 4, 18, 14, 5
+"""Space around and between what is drawn, sizes of letters, and space between lines, in pixels."""
+INK, FAINT = "#1b2430", "#667085"
 COLUMNS = 16
 """Images side by side; more of them go on below."""
 SMALL_CELL, SMALL_GAP, TONES = 80, 2, 128
 """Of ``square_grid``: the largest side of an image in pixels, the space between images, and the colours kept."""
+Rows: TypeAlias = Sequence[tuple[str, NDArray[np.uint8]]]
+"""(caption, uint8 [N, C, H, W]) with C = 1 or 3, all of one shape; the n-th images of all rows are of one noise.
+
+The first line of a caption is the row's name, those below it are facts.
+"""
 
 
-def draw_grid(rows: Sequence[tuple[str, NDArray[np.uint8]]], path: Path) -> None:
-    """Write labelled rows of images to a PNG or JPEG file.
-
-    ``rows``: (label, uint8 [N, C, H, W]) with C = 1 or 3, all of one shape; the n-th images of all are of one noise.
-    Raises ConfigError where the file cannot be written.
-    """
-    count = len(rows[0][1])
-    lines, columns = -(-count // COLUMNS), min(count, COLUMNS)
-    cell_w, cell_h = _cell(*rows[0][1].shape[2:])
-    font = ImageFont.load_default(size=FONT_SIZE)
-    label_w = max(int(font.getlength(label)) for label, _ in rows) + MARGIN
-    block = lines * (cell_h + GAP)
-    size = (
-        2 * MARGIN + label_w + columns * (cell_w + GAP) - GAP,
-        2 * MARGIN + len(rows) * block + (len(rows) - 1) * (MARGIN if lines > 1 else 0) - GAP,
-    )
-    canvas = Image.new("RGB", size, "white")
-    draw = ImageDraw.Draw(canvas)
-    for r, (label, images) in enumerate(rows):
-        top = MARGIN + r * (block + (MARGIN if lines > 1 else 0))
-        draw.text((MARGIN, top + cell_h // 2), label, fill="black", font=font, anchor="lm")
-        for n, image in enumerate(images):
-            line, column = divmod(n, COLUMNS)
-            place = MARGIN + label_w + column * (cell_w + GAP), top + line * (cell_h + GAP)
-            canvas.paste(_scaled(image, (cell_w, cell_h)), place)
+def draw_grid(rows: Rows, path: Path) -> None:
+    """Write captioned rows of images to a PNG or JPEG file (ConfigError where it cannot be written)."""
     try:
-        canvas.save(path)
+        _grid(rows).save(path)
     except (OSError, ValueError, KeyError) as error:
         raise ConfigError(
             f"cannot write picture {str(path)!r}: {error}; give --out FILE.png in a folder that exists"
         ) from None
+
+
+def check_picture(path: Path) -> None:
+    """ConfigError where ``path`` has no suffix of a picture that ``draw_grid`` can write."""
+    if path.suffix.lower() not in Image.registered_extensions():
+        raise ConfigError(f"cannot write picture {str(path)!r}: its suffix is none of a picture; give --out FILE.png")
+
+
+def grid_png(rows: Rows) -> bytes:
+    """PNG file of captioned rows of images."""
+    return _png(_grid(rows))
+
+
+def _grid(rows: Rows) -> Image.Image:
+    """Captions on the left, a row of images beside each, one column for each noise."""
+    count = len(rows[0][1])
+    lines, columns = -(-count // COLUMNS), min(count, COLUMNS)
+    cell_w, cell_h = _cell(*rows[0][1].shape[2:])
+    captions = [_caption(text) for text, _ in rows]
+    label_w = max(caption.width for caption in captions) + MARGIN
+    block = max(lines * (cell_h + GAP) - GAP, *(caption.height for caption in captions))
+    space = MARGIN if lines > 1 else GAP
+    size = (
+        2 * MARGIN + label_w + columns * (cell_w + GAP) - GAP,
+        2 * MARGIN + len(rows) * (block + space) - space,
+    )
+    canvas = Image.new("RGB", size, "white")
+    for r, (caption, (_, images)) in enumerate(zip(captions, rows, strict=True)):
+        top = MARGIN + r * (block + space)
+        canvas.paste(caption, (MARGIN, top + max(0, (min(block, cell_h) - caption.height) // 2)))
+        for n, image in enumerate(images):
+            line, column = divmod(n, COLUMNS)
+            place = MARGIN + label_w + column * (cell_w + GAP), top + line * (cell_h + GAP)
+            canvas.paste(_scaled(image, (cell_w, cell_h)), place)
+    return canvas
+
+
+def _caption(text: str) -> Image.Image:
+    """A caption as a picture of its own size: the name, and smaller below it the facts."""
+    fonts = [ImageFont.load_default(size=NAME_SIZE), ImageFont.load_default(size=FONT_SIZE)]
+    lines = [(line, fonts[min(n, 1)], (NAME_SIZE, FONT_SIZE)[min(n, 1)]) for n, line in enumerate(text.split("\n"))]
+    width = max(math.ceil(font.getlength(line)) for line, font, _ in lines)
+    canvas = Image.new("RGB", (width, sum(size + LEADING for _, _, size in lines)), "white")
+    draw, top = ImageDraw.Draw(canvas), 0
+    for n, (line, font, size) in enumerate(lines):
+        draw.text((0, top + size // 2), line, fill=FAINT if n else INK, font=font, anchor="lm")
+        top += size + LEADING
+    return canvas
 
 
 def square_grid(images: NDArray[np.uint8], most: int = 16) -> bytes:
@@ -90,7 +124,7 @@ def _cell(height: int, width: int, smallest: int = CELL, largest: int = LARGEST_
     longest = max(height, width)
     if longest > largest:
         return max(1, width * largest // longest), max(1, height * largest // longest)
-    scale = max(1, smallest // longest)
+    scale = max(1, min(round(smallest / longest), largest // longest))
     return width * scale, height * scale
 
 

@@ -1,56 +1,76 @@
-"""prefix cache on a real search: scores equal to the bit with and without it, and evaluations saved.
+"""prefix cache on real searches: evaluations saved, and scores equal to the bit with and without it.
 
-    python benchmarks/studies.py digits-4 digits-4-paper    # first: makes the searches
-    python benchmarks/prefix.py
+    OMP_NUM_THREADS=1 python benchmarks/prefix.py
 
-The ``digits-4`` search goes on to 200 candidates, and each of them is scored again without the prefix cache.
+Each study is searched as it ships, but for fewer images a candidate: what is saved is a share of the evaluations,
+whatever their number. The published search ends where ``digits-4`` does. The search of ``digits-4`` goes on to 200
+candidates, and each of them is scored again without the prefix cache. ``benchmarks/results/prefix.json`` is written
+again after each study.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
-import subprocess
+import tempfile
 from dataclasses import replace
+from statistics import fmean
+from typing import Any
 
-from common import RESULTS, record
+from common import record
 
 from autodiffusion_optuna.candidate import Candidate
 from autodiffusion_optuna.config import load_preset
+from autodiffusion_optuna.results.summary import read_summary
 from autodiffusion_optuna.storage.database import open_storage
-from autodiffusion_optuna.storage.studies import load_study
 from autodiffusion_optuna.storage.trials import values_by_key
-from autodiffusion_optuna.study import components
-from studies import ADOPT, database
+from autodiffusion_optuna.study import components, lifecycle, loop
 
+STUDIES = ("digits-4", "digits-6", "digits-10", "faces-4", "faces-6", "digits-4-paper")
+SHORTER = {"digits-4-paper": ["search.trials=120"]}
 CANDIDATES = 200
 
 
-def go_on() -> None:
-    """Resume the search to ``CANDIDATES``; a search that is there already is not run again."""
-    arguments = ["--study", "digits-4", "--storage", str(database("digits-4"))]
-    subprocess.run([*ADOPT, "run", *arguments, "--set", f"search.trials={CANDIDATES}"], check=True)
+def saved_share(name: str, seed: int, images: int) -> float:
+    """Share of the network evaluations of one search that the prefix cache answered."""
+    settings = [f"search.seed={seed}", f"score.images={images}", *SHORTER.get(name, ())]
+    config = load_preset(name, settings)
+    parts = components.build(config)
+    with tempfile.TemporaryDirectory() as folder:
+        storage = open_storage(f"sqlite:///{folder}/a.db")
+        study = lifecycle.open_study(parts, storage)
+        loop.work(parts, study, storage)
+        summary = read_summary(study)
+    return summary.total("saved") / (summary.total("run") + summary.total("saved"))
 
 
-def saved_share(name: str) -> float:
-    evaluations = json.loads((RESULTS / f"{name}.json").read_text())["result"]["show"]["evaluations"]
-    return float(evaluations["saved"] / (evaluations["saved"] + evaluations["run"]))
+def differing(name: str, images: int) -> int:
+    """Of ``CANDIDATES`` of a search, how many score otherwise without the prefix cache."""
+    config = load_preset(name, [f"search.trials={CANDIDATES}", f"score.images={images}", "score.pruner=none"])
+    parts = components.build(config)
+    plain = replace(parts.evaluator, prefix_cache=None)
+    with tempfile.TemporaryDirectory() as folder:
+        storage = open_storage(f"sqlite:///{folder}/a.db")
+        study = lifecycle.open_study(parts, storage)
+        loop.work(parts, study, storage)
+        searched = values_by_key(study)
+    assert len(searched) == CANDIDATES
+    return sum(plain.score(Candidate.from_key(key), [images]).value != value for key, value in searched.items())
 
 
 def main() -> None:
-    go_on()
-    study = load_study(open_storage(f"sqlite:///{database('digits-4')}", create=False), "digits-4")
-    searched = values_by_key(study)
-    config = load_preset("digits-4")
-    plain = replace(components.build(config).evaluator, prefix_cache=None)
-    differ = 0
-    for key, value in searched.items():
-        differ += plain.score(Candidate.from_key(key), [config.score.images]).value != value
-    result = {
-        "candidates": len(searched),
-        "candidates whose values differ in any bit": differ,
-        "evaluations saved, digits-4": saved_share("digits-4"),
-        "evaluations saved, digits-4-paper": saved_share("digits-4-paper"),
-    }
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--images", type=int, default=64, help="of a candidate")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0], help="of the search")
+    given = parser.parse_args()
+    saved: dict[str, list[float]] = {}
+    result: dict[str, Any] = {"images": given.images, "seeds": given.seeds, "evaluations saved": {}}
+    for name in STUDIES:
+        saved[name] = [saved_share(name, seed, given.images) for seed in given.seeds]
+        result["evaluations saved"][name] = {"mean": fmean(saved[name]), "by seed": saved[name]}
+        print(name, saved[name], record("prefix", result), flush=True)
+    result["candidates"] = CANDIDATES
+    result["candidates whose values differ in any bit"] = differing("digits-4", given.images)
     print(json.dumps(result, indent=2), record("prefix", result))
 
 

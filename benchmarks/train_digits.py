@@ -28,7 +28,7 @@ from torch import Tensor
 from autodiffusion_optuna.evaluation.features import load_extractor
 from autodiffusion_optuna.evaluation.features.bundled import DigitsNet
 from autodiffusion_optuna.evaluation.frechet import frechet_distance
-from autodiffusion_optuna.evaluation.references.reference import build_reference, save_reference
+from autodiffusion_optuna.evaluation.references.reference import Reference, build_reference, save_reference
 
 ASSETS = Path(__file__).parent.parent / "autodiffusion_optuna" / "assets" / "digits"
 TEST_DIGITS = Path(__file__).parent.parent / "tests" / "data" / "digits_heldout.npz"
@@ -116,8 +116,15 @@ def write_reference(data: Path) -> None:
     save_reference(ASSETS / "reference.npz", reference)
     TEST_DIGITS.parent.mkdir(parents=True, exist_ok=True)
     np.savez_compressed(TEST_DIGITS, x=held_images.squeeze(1).numpy(), y=held_labels.numpy().astype(np.uint8))
-    distance = frechet_distance(extractor(held_images), reference)
-    print(f"FD(digits) of {len(held_images)} held-out digits: {distance:.4f}")
+    keep({"floor": {"extractor": "digits", "values": real_distances(extractor(held_images), reference)}})
+
+
+def real_distances(features: Tensor, reference: Reference) -> dict[int, float]:
+    """Distance of so many real images, the mean over all disjoint groups of as many."""
+    groups = {size: features[: len(features) // size * size].split(size) for size in (100, 200, 250, 500, 1000)}
+    return {
+        size: sum(frechet_distance(group, reference) for group in split) / len(split) for size, split in groups.items()
+    }
 
 
 def train_model(data: Path, checkpoint: Path) -> None:
@@ -146,7 +153,7 @@ def train_model(data: Path, checkpoint: Path) -> None:
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimiser.step()
-        update_ema(ema, model, step)
+        update_ema(ema, model, step, MODEL_EMA)
         running += loss.item()
         if (step + 1) % 100 == 0:
             print(f"{step + 1}: loss {running / 100:.5f}, {time.monotonic() - started:.0f} s", flush=True)
@@ -177,8 +184,8 @@ def learning_rate(step: int) -> float:
     return MODEL_LR * warm * 0.5 * (1 + math.cos(math.pi * step / MODEL_ITERATIONS))
 
 
-def update_ema(ema: dict[str, Tensor], model: UNet2DModel, step: int) -> None:
-    decay = min(MODEL_EMA, (1 + step) / (10 + step))
+def update_ema(ema: dict[str, Tensor], model: UNet2DModel, step: int, limit: float) -> None:
+    decay = min(limit, (1 + step) / (10 + step))
     with torch.no_grad():
         for name, value in model.state_dict().items():
             ema[name].lerp_(value, 1 - decay)
@@ -210,16 +217,15 @@ def restore(path, model, ema, optimiser, generator) -> tuple[int, float]:
 
 
 def record(part: str, **facts: object) -> None:
-    """Merge the facts of one part into ``training.json``, which the model card is written from."""
+    """Keep the facts of one part of the training."""
+    keep({part: {"seed": SEED, "torch": torch.__version__, "threads": torch.get_num_threads(), **facts}})
+
+
+def keep(facts: dict[str, object]) -> None:
+    """Merge into ``training.json``, which the model card is written from."""
     path = ASSETS / "training.json"
-    facts_so_far = json.loads(path.read_text()) if path.exists() else {}
-    facts_so_far[part] = {
-        "seed": SEED,
-        "torch": torch.__version__,
-        "threads": torch.get_num_threads(),
-        **facts,
-    }
-    path.write_text(json.dumps(facts_so_far, indent=2) + "\n")
+    so_far = json.loads(path.read_text()) if path.exists() else {}
+    path.write_text(json.dumps({**so_far, **facts}, indent=2) + "\n")
 
 
 def main() -> None:

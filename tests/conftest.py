@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -45,9 +46,25 @@ parents = 3
 [score]
 extractor = "pixels"
 images = 64
+finalists = 0
+pruner = "none"
 held_out_images = 64
 held_out_banks = 3
 """
+
+
+@pytest.fixture(scope="session", autouse=True)
+def no_cache_of_the_user(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """What is kept between commands is not the user's own, for subprocesses and fixtures of a file or a session too."""
+    os.environ["ADOPT_CACHE"] = str(tmp_path_factory.getbasetemp() / "cache")
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The cache of one test alone, which no other has filled; the folder is not there yet."""
+    place = tmp_path_factory.getbasetemp() / f"cache-{uuid.uuid4().hex}"
+    monkeypatch.setenv("ADOPT_CACHE", str(place))
+    return place
 
 
 @pytest.fixture
@@ -74,6 +91,14 @@ def adopt(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -
         return Result(stop.value.code, captured.out, captured.err)
 
     return command
+
+
+@pytest.fixture(scope="session")
+def quick_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """``quick.toml`` in a folder of its own, for fixtures of a file or a session."""
+    path = tmp_path_factory.mktemp("file") / "quick.toml"
+    path.write_text(QUICK)
+    return path
 
 
 @pytest.fixture(scope="session")

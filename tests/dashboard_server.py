@@ -9,7 +9,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from autodiffusion_optuna.report.dashboard import WSGIApp, address, make_server
+from autodiffusion_optuna.report.dashboard import address, make_server
+from autodiffusion_optuna.report.shown import WSGIApp
 
 
 @contextmanager

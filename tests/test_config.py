@@ -25,7 +25,10 @@ def test_every_preset_loads_under_its_own_name(name: str) -> None:
 
 
 def test_the_presets_of_the_first_release_are_there() -> None:
-    assert {"digits-4", "digits-6", "digits-10", "digits-10-layers", "digits-4-paper", "mixture-4"} <= set(c.presets())
+    faces = {"faces-4", "faces-6", "faces-10", "faces-solvers-6"}
+    assert {"digits-4", "digits-6", "digits-10", "digits-10-layers", "digits-4-paper", "mixture-4"} | faces <= set(
+        c.presets()
+    )
 
 
 def test_overrides_are_read_as_toml() -> None:
@@ -73,8 +76,10 @@ def test_config_survives_json() -> None:
         ("score.images=100001", "'score.images': input should be less than or equal to 100000"),
         ("score.rungs=[64, 64]", "must increase and stay below images = 256"),
         ("score.rungs=[256]", "must increase and stay below images = 256"),
-        ("score.rungs=[64]", "need each other"),
-        ("score.pruner=median", "need each other"),
+        ("score.pruner=median", "pruner 'median' needs rungs"),
+        ("score.screen_images=128", "must be fewer than the 128 of the first rung"),
+        ("score.screen_images=-1", "greater than or equal to 0"),
+        ("score.screen_images=1", "'score.screen_images': give 0 for no screen, or at least 2 images (given: 1)"),
         ("score.seed=4294967296", "less than 4294967296"),
         ("model.precision=fp8", "'float32', 'bfloat16' or 'float16' (given: 'fp8')"),
         ("name=a/b", "'name'"),
@@ -85,6 +90,49 @@ def test_a_wrong_override_is_explained_in_one_line(override: str, expected: str)
         c.parse_config(TABLE, [override])
     assert expected in str(error.value)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        ([], ("race", [128], 32)),
+        (["score.images=64"], ("race", [32], 16)),
+        (["score.images=4"], ("race", [2], 0)),
+        (["score.images=3"], ("race", [], 0)),
+        (["score.rungs=[16, 64]"], ("race", [16, 64], 8)),
+        (["score.rungs=[]"], ("race", [], 32)),
+        (["score.screen_images=0"], ("race", [128], 0)),
+        (["score.screen_images=100"], ("race", [128], 100)),
+        (["score.screen_images=2"], ("race", [128], 2)),
+        (["sampling.eta=0.5"], ("race", [128], 0)),
+        (["sampling.eta={min=0.0, max=0.5}", "score.screen_images=20"], ("race", [128], 0)),
+        (["sampling.guidance=[1.0, 2.0]"], ("race", [128], 0)),
+        (["sampling.guidance=2.0"], ("race", [128], 32)),
+        (["score.metric=kid"], ("race", [128], 32)),
+        (["score.pruner=none"], ("none", [], 0)),
+        (["score.pruner=median", "score.rungs=[64]"], ("median", [64], 0)),
+        (["search.preset=paper"], ("none", [], 0)),
+        (["search.preset=paper", "score.pruner=race"], ("race", [128], 0)),
+    ],
+)
+def test_what_prunes_and_where(overrides: list[str], expected: tuple[str, list[int], int]) -> None:
+    config = c.parse_config(TABLE, overrides)
+    assert (config.pruner, config.rungs, config.screen_images) == expected
+
+
+@pytest.mark.parametrize("given", ["score.rungs=[64]", "score.screen_images=20"])
+def test_rungs_and_screen_need_a_pruner(given: str) -> None:
+    for no_pruner in ("score.pruner=none", "search.preset=paper"):
+        with pytest.raises(ConfigError, match="need each other: set a pruner") as error:
+            c.parse_config(TABLE, [given, no_pruner])
+        assert "setting ''" not in str(error.value)
+
+
+def test_pruners_that_take_falling_values_take_no_kid_and_no_screen() -> None:
+    with pytest.raises(ConfigError, match="screen_images 20 is for the race, whose values are not distances"):
+        c.parse_config(TABLE, ["score.screen_images=20", "score.pruner=median", "score.rungs=[64]"])
+    with pytest.raises(ConfigError, match='with metric = "kid" use "race" or "none"'):
+        c.parse_config(TABLE, ["score.metric=kid", "score.pruner=median", "score.rungs=[64]"])
 
 
 def test_an_unknown_key_in_a_file_names_the_nearest(tmp_path: Path) -> None:

@@ -15,18 +15,18 @@ import pytest
 ROOT = Path(__file__).parent.parent
 NAME = "autodiffusion_optuna"
 PACKAGE = ROOT / NAME
-FILES = {"__init__", "__main__", "_version", "errors", "candidate", "noise", "config", "images"}
+FILES = {"__init__", "__main__", "_version", "api", "errors", "files", "candidate", "noise", "config", "images"}
 FOLDERS = {"search", "evaluation", "storage", "results", "export", "study", "report", "workers", "cli", "assets"}
 # A module may import those of smaller rank, and its own folder's.
 RANK = {
-    "errors": 0, "_version": 0, "candidate": 1, "noise": 1, "images": 1, "config": 2, "search": 3, "evaluation": 3,
-    "storage": 3, "results": 4, "export": 5, "study": 6, "report": 7, "workers": 7, "cli": 8,
+    "errors": 0, "_version": 0, "files": 1, "candidate": 1, "noise": 1, "images": 1, "config": 2, "search": 3,
+    "evaluation": 3, "storage": 3, "results": 4, "export": 5, "study": 6, "report": 7, "workers": 7, "api": 8, "cli": 8,
     "__init__": 9, "__main__": 9,
 }  # fmt: skip
 LEAF = f"{NAME}.storage.attrs"
 """Names of what is stored: everybody may import them."""
 HEAVY = {"torch", "torchvision", "diffusers", "transformers", "cleanfid"}
-LIGHT = {"images", "config", "search", "storage", "results", "report", "cli", "__init__"}
+LIGHT = {"images", "files", "config", "search", "storage", "results", "report", "api", "cli", "__init__"}
 """What needs no torch: a listing of studies comes at once, and a sampler is imported beside any other library."""
 LONGEST = 500
 OPTUNA = {"optuna", "optuna_dashboard"}

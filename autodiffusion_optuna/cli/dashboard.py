@@ -24,8 +24,9 @@ def dashboard(
         str | None, typer.Option("--artifacts", help="Where the pictures are, if not where the study says.")
     ] = None,
 ) -> None:
-    """Serve optuna-dashboard with this study's pictures, note and figures until Ctrl-C."""
+    """Show a study in optuna-dashboard until Ctrl-C. With its pictures, note and figures."""
     from autodiffusion_optuna.report.dashboard import address, is_loopback, make_server, published, require_installed
+    from autodiffusion_optuna.report.shown import in_words
     from autodiffusion_optuna.storage.url import storage_url
 
     require_installed()
@@ -33,7 +34,7 @@ def dashboard(
 
     url = storage_url(storage)
     database, found = existing(study, url)
-    app = wsgi(database, artifact_store=pictures(found, url, artifacts))
+    app = in_words(wsgi(database, artifact_store=pictures(found, url, artifacts)), database)
     page = f"/dashboard/studies/{database.get_study_id_from_name(study)}"
     with make_server(app, host, port) as server, published(found, url, lambda trouble: warn([trouble])):
         if not is_loopback(host):

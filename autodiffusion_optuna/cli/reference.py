@@ -11,8 +11,9 @@ import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Column, Table
 
+from autodiffusion_optuna.cli.completion import EXTRACTORS, MODES, one_of
 from autodiffusion_optuna.cli.output import err, out, say, warn
-from autodiffusion_optuna.errors import ConfigError
+from autodiffusion_optuna.cli.places import check_out
 
 if TYPE_CHECKING:
     from autodiffusion_optuna.config import Mode
@@ -28,20 +29,36 @@ Force = Annotated[bool, typer.Option("--force", help="Overwrite the file.")]
 @reference_app.command()
 def build(
     images: Annotated[Path, typer.Option("--images", help="Folder, zip, npz or npy of images of one size.")],
-    extractor: Annotated[str, typer.Option("--extractor", help="As in the study file.")],
+    extractor: Annotated[
+        str,
+        typer.Option(
+            "--extractor", help=f"As in the study file: {', '.join(EXTRACTORS)}.", autocompletion=one_of(EXTRACTORS)
+        ),
+    ],
     path: Annotated[Path, typer.Option("--out", help="File to write (npz).")],
     weights: Annotated[Path | None, typer.Option("--weights", help="Local weights, where it ships with none.")] = None,
-    mode: Annotated[str, typer.Option("--mode", help="clean, legacy_pytorch or legacy_tensorflow.")] = "clean",
+    mode: Annotated[
+        str,
+        typer.Option(
+            "--mode",
+            metavar=f"[{'|'.join(MODES)}]",
+            help="Inception's resize, as clean-fid names it.",
+            autocompletion=one_of(MODES),
+        ),
+    ] = "clean",
     device: Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:N.")] = "auto",
     trust: Annotated[bool, typer.Option("--trust", help="Allow weights that are code.")] = False,
     force: Force = False,
 ) -> None:
     """Embed images and write their statistics, for score.reference."""
-    _check_out(path, force)
-    from autodiffusion_optuna.evaluation.features import load_extractor
+    check_out(path, "the statistics", "reference.npz", force=force)
+    from autodiffusion_optuna.evaluation.features import check_extractor, load_extractor
     from autodiffusion_optuna.evaluation.models import find_device
+    from autodiffusion_optuna.evaluation.references.formats import require_reference
     from autodiffusion_optuna.evaluation.references.reference import build_reference_from, save_reference, too_few
 
+    require_reference(images)
+    check_extractor(extractor, weights, trust, cast("Mode", mode))
     loaded = load_extractor(extractor, find_device(device), weights, trust, mode=cast("Mode", mode))
     with _progress() as on_images:
         reference = build_reference_from(images, loaded, on_images=on_images)
@@ -68,7 +85,7 @@ def weights(
     path: Annotated[Path, typer.Option("--out", help="File to write.")],
     sha256: Annotated[str | None, typer.Option("--sha256", help="Its hash, if not the known one.")] = None,
 ) -> None:
-    """Download an extractor's published weights; kept only where their hash is right."""
+    """Download an extractor's published weights. Kept only where their hash is right."""
     from autodiffusion_optuna.evaluation.features.weights import PUBLISHED, download_weights
 
     if kind in PUBLISHED:
@@ -76,15 +93,6 @@ def weights(
     fetched = download_weights(kind, path, sha256)
     verb = "wrote" if fetched else "already there, unchanged:"
     say(f"{verb} {path} ({PUBLISHED[kind].use})")
-
-
-def _check_out(path: Path, force: bool) -> None:
-    if not path.parent.is_dir():
-        raise ConfigError(f"folder {str(path.parent)!r} does not exist; create it or give another --out")
-    if path.is_dir():
-        raise ConfigError(f"{str(path)!r} is a folder; give a file as --out")
-    if path.exists() and not force:
-        raise ConfigError(f"{str(path)!r} exists; pass --force to overwrite it, or give another --out")
 
 
 @contextmanager

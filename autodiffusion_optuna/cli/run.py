@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shlex
 import sys
 import time
@@ -18,6 +17,8 @@ from rich.live import Live
 from rich.progress_bar import ProgressBar
 from rich.table import Table
 
+from autodiffusion_optuna.cli.completion import ENGINES, complete_study, one_of
+from autodiffusion_optuna.cli.forecast import CostOnce, dry_run, say_cost
 from autodiffusion_optuna.cli.output import (
     EXIT_INTERRUPTED,
     Overrides,
@@ -28,26 +29,31 @@ from autodiffusion_optuna.cli.output import (
     err,
     existing,
     out,
+    print_json,
     print_result,
     say,
     warn,
 )
-from autodiffusion_optuna.errors import ConfigError, StorageError, StudyError, choose_from
+from autodiffusion_optuna.cli.scoring import validate
+from autodiffusion_optuna.errors import ConfigError, StorageError, StudyError, choose_from, program
+from autodiffusion_optuna.results.pace import held_out_seconds, validation_seconds
 from autodiffusion_optuna.storage.url import hide_password, storage_option, storage_url
 
 if TYPE_CHECKING:
     import optuna
 
     from autodiffusion_optuna.config import StudyConfig
-    from autodiffusion_optuna.study.components import StudyComponents
     from autodiffusion_optuna.study.lifecycle import Run
     from autodiffusion_optuna.workers.worker import Job
 
 
-SLOW_SECONDS = 10.0
-"""Time left from which the held-out scores at the end say how long they take."""
 Workers = Annotated[int, typer.Option("--workers", help="Workers to start; on GPUs, one for each GPU.")]
-Engine = Annotated[str, typer.Option("--engine", help="What starts them: local, ray or slurm.")]
+Engine = Annotated[
+    str,
+    typer.Option(
+        "--engine", metavar=f"[{'|'.join(ENGINES)}]", help="What starts them.", autocompletion=one_of(ENGINES)
+    ),
+]
 EngineOptions = Annotated[list[str] | None, typer.Option("--engine-option", help="name=value, as the engine takes it.")]
 ArtifactLocation = Annotated[
     str | None,
@@ -60,7 +66,14 @@ ArtifactLocation = Annotated[
 
 
 def run(
-    study: Annotated[str, typer.Option("--study", help="A study file, a preset's name, or a study in the database.")],
+    study: Annotated[
+        str,
+        typer.Option(
+            "--study",
+            help="A study file, a preset's name, or a study in the database.",
+            autocompletion=complete_study,
+        ),
+    ],
     overrides: Overrides = None,
     storage: StorageUrl = None,
     workers: Workers = 1,
@@ -68,11 +81,17 @@ def run(
     engine_options: EngineOptions = None,
     artifacts: ArtifactLocation = None,
     trust: Trust = False,
+    dry: Annotated[
+        bool, typer.Option("--dry-run", help="Check everything and say what the search will cost; write nothing.")
+    ] = False,
 ) -> None:
-    """Search; the same command again goes on where it stood, or says that the study is finished.
+    """Search, or go on where a search stood.
+
+    The same command again resumes it, or says that the study is finished.
 
     Run it on as many hosts as you like on one database: each is one more worker.
     """
+    from autodiffusion_optuna.storage.database import check_place
     from autodiffusion_optuna.storage.studies import find_study, require_same, still_there
     from autodiffusion_optuna.storage.trials import count_finished
     from autodiffusion_optuna.workers.worker import Job
@@ -82,6 +101,8 @@ def run(
     url = storage_url(storage)
     config = _resolve(study, overrides or [], url)
     options = _options(engine_options or [])
+    if options and engine == "local" and (workers == 1 or dry):
+        raise ConfigError(f"--engine-option {next(iter(options))!r} needs --engine ray or --engine slurm")
     begun = find_study(url, config.name)
     done = 0 if begun is None else count_finished(begun)
     if begun is not None:
@@ -91,13 +112,13 @@ def run(
             print_result(begun, url, warned=False)
             return
     job = Job(config=config, url=url, trust=trust, artifacts=artifacts, workers=workers)
+    if engine == "local" or dry:  # else the engine says first whether its workers could reach it at all
+        check_place(url)
+    if dry:
+        dry_run(job, engine, done)
+        return
     try:
-        if workers > 1 or engine != "local":
-            found = _launch(job, engine, options)
-        elif options:
-            raise ConfigError(f"--engine-option {next(iter(options))!r} needs --engine ray or --engine slurm")
-        else:
-            found = _search(job)
+        found = _launch(job, engine, options) if workers > 1 or engine != "local" else _search(job)
     except KeyboardInterrupt:
         with suppress(StorageError):  # else as many as before, or more
             stopped = find_study(url, config.name)
@@ -137,28 +158,39 @@ def _resolve(name: str, overrides: list[str], url: str) -> StudyConfig:
 
 
 def _complete(study: optuna.Study, config: StudyConfig) -> bool:
-    """Whether the budget is met and the winner has its held-out score."""
+    """Whether the budget is met, and all that follows is scored: finalists, the winner on held-out noise, the floor."""
+    from autodiffusion_optuna.results.pace import floor_is_due
     from autodiffusion_optuna.results.summary import read_summary
 
-    summary = read_summary(study, (config.score.held_out_images, config.score.held_out_banks))
-    return len(summary.finished) >= config.search.trials and bool(summary.best and summary.best.held_out)
+    size = config.score.held_out_images, config.score.held_out_banks
+    summary = read_summary(study, size)
+    if len(summary.finished) < config.search.trials or summary.best is None or summary.best.held_out is None:
+        return False
+    then, now = summary.config, config
+    if (then.finalists, then.validation_images) != (now.finalists, now.validation_images):
+        return False
+    if any(not finalist.stored for finalist in summary.finalists.due):  # a failed one is not tried for ever
+        return False
+    return not floor_is_due(summary, config.score.floor_steps, size)
 
 
 def _search(job: Job) -> optuna.Study:
     """Work on the study in this process, and score its winner."""
     from autodiffusion_optuna.storage.studies import still_there
     from autodiffusion_optuna.storage.trials import count_finished
-    from autodiffusion_optuna.study import loop
+    from autodiffusion_optuna.study import loop, pictures
 
     opened, config = _open(job), job.config
     done = count_finished(opened.study)
     verb = "going on" if done else "starting"
     say(f"study {config.name}: {done} of {config.search.trials} candidates finished, {verb}. Ctrl-C stops it safely.")
     warn(_known_doubts(opened.study))
+    say_cost(opened.components, done)
     with still_there(opened.study):
         with _watched(Board(config, opened.study)) as board:
             loop.work(opened.components, opened.study, opened.storage, board.show, opened.store)
-        _validate(opened.components, opened.study)
+        validate(opened.components, opened.study)
+        pictures.keep(opened.components, opened.study, opened.storage, opened.store)
     return opened.study
 
 
@@ -174,6 +206,7 @@ def _launch(job: Job, engine: str, options: dict[str, str]) -> optuna.Study:
     started = "1 worker" if workers == 1 else f"{workers} workers"
     say(f"study {config.name}: {started} by engine {engine}, starting. Ctrl-C stops them safely.")
     boards: list[Board] = []
+    cost = CostOnce(find_study(url, config.name, known=True), workers, here)
 
     def look() -> None:
         if not boards and (begun := find_study(url, config.name, known=True)) is not None:
@@ -181,13 +214,14 @@ def _launch(job: Job, engine: str, options: dict[str, str]) -> optuna.Study:
             boards.append(watch.enter_context(_watched(Board(config, begun, workers))))
         for board in boards:
             with still_there(board.study):
+                cost.look(board.study)
                 board.on_look()
 
     with ExitStack() as watch:
         launch(engine, job, workers, options, look)
         look()
         if not boards:
-            raise StudyError(f"study {config.name!r} was deleted or renamed meanwhile; see adopt studies list")
+            raise StudyError(f"study {config.name!r} was deleted or renamed meanwhile; see {program()} studies list")
         study = boards[0].study
         with still_there(study):
             boards[0].end()
@@ -195,10 +229,13 @@ def _launch(job: Job, engine: str, options: dict[str, str]) -> optuna.Study:
         limit_threads(workers)  # as many as each of the workers had
         with still_there(study):  # others may have renamed it
             config = config.model_copy(update={"name": current_name(study)})
+        from autodiffusion_optuna.study import pictures
+
         opened = _open(job.model_copy(update={"config": config, "known": True}))
         study = opened.study
         with still_there(study):
-            _validate(opened.components, study)
+            validate(opened.components, study)
+            pictures.keep(opened.components, study, opened.storage, opened.store)
     return study
 
 
@@ -207,7 +244,7 @@ def _open(job: Job) -> Run:
     from autodiffusion_optuna.study import lifecycle
 
     return lifecycle.open_run(
-        job.config, storage_url(job.url), trust=job.trust, artifacts=job.artifacts, known=job.known
+        job.config, storage_url(job.url), trust=job.trust, artifacts=job.artifacts, known=job.known, say=say
     )
 
 
@@ -231,23 +268,7 @@ def resume_command(*, storage: bool = True) -> str:
         place = [i for i, word in enumerate(words) if word == "--storage"]
         dropped = {*place, *(i + 1 for i in place)}
         words = [w for i, w in enumerate(words) if i not in dropped and not w.startswith("--storage=")]
-    return shlex.join(["adopt", *map(shown, words)])
-
-
-def _validate(components: StudyComponents, study: optuna.Study) -> None:
-    from autodiffusion_optuna.study import validation
-
-    images, banks = components.config.score.held_out_images, components.config.score.held_out_banks
-    names = ", ".join(validation.to_validate(components, study))
-    say(f"scoring {names} on {banks} held-out banks of {images} images …")
-    started = time.monotonic()
-
-    def scored(name: str, done: int, all_of_them: int) -> None:
-        left = (time.monotonic() - started) / done * (all_of_them - done)
-        if left >= SLOW_SECONDS:
-            say(f"scored {name}, time left {clock(left)}; Ctrl-C keeps what is done")
-
-    validation.validate(components, study, scored)
+    return f"{program()} {shlex.join(map(shown, words))}"
 
 
 @contextmanager
@@ -292,35 +313,50 @@ class Board:
 
     def show(self) -> None:
         """Read the study; draw the table again, or print a line for a new best and one every so often."""
-        before, self.summary = self.summary.best, self.read()
+        before, self.summary = self.summary.lead, self.read()
         if self.live is not None:
             self.live.update(self.table())
             return
-        best, finished = self.summary.best, len(self.summary.finished)
-        better = best is not None and (before is None or best.value < before.value)
+        lead, finished = self.summary.lead, len(self.summary.finished)
+        better = lead is not None and (before is None or lead[0] < before[0])
         due = finished // self.EVERY > self.printed // self.EVERY
         last = finished >= self.config.search.trials and finished > self.printed
         if better or due or last:
             line = ", ".join(f"{name} {value}" for name, value in self.facts())
-            print(line + (f"  <- {best.candidate.key}" if best and better else ""), flush=True)
+            print(line + (f"  <- {lead[1]}" if lead and better else ""), flush=True)
             self.printed, self.lines = finished, self.lines + 1
 
     def facts(self) -> list[tuple[str, str]]:
         """Name and value of everything shown."""
+        from autodiffusion_optuna.results.summary import STAGES, images_of
+
         summary, budget = self.summary, self.config.search.trials
-        best = best_so_far(summary.best.value if summary.best else None, self.config.score.images)
-        finished, run, saved = len(summary.finished), summary.total("run"), summary.total("saved")
+        best = best_so_far(summary.lead and summary.lead[0], images_of(self.config, validated=False))
+        finished, run, saved = len(summary.finished), summary.evaluations["run"], summary.evaluations["saved"]
         pace = (time.monotonic() - self.started) / max(finished - self.first, 1)
         facts = [
             ("candidates", f"{finished} of {budget}"),
             ("generation", str(summary.last_origin["generation"])),
-            ("stage", "layers and timesteps" if summary.last_origin["stage"] == 2 else "timesteps"),
+            ("stage", STAGES[summary.last_origin["stage"]]),
             (f"best {summary.metric}", best),
             ("seconds a trial", f"{pace:.2f}"),
-            ("evaluations saved", f"{saved / max(run + saved, 1):.0%}"),
+            ("network calls reused", f"{saved / max(run + saved, 1):.0%}"),
             ("time left", clock(pace * max(budget - finished, 0))),
+            *([("then validation", self.validation())] if self.config.finalists else []),
+            ("then held-out scores", self.scores()),
         ]
         return facts if self.workers == 1 else [*facts, ("workers", str(self.workers))]
+
+    def validation(self) -> str:
+        """The finalists that are scored after the search, and how long that takes as far as trials tell."""
+        what = f"of {self.config.finalists} finalists on {self.config.validation_images:,} images"
+        return _about(what, validation_seconds(self.summary))
+
+    def scores(self) -> str:
+        """What follows at last, and how long it takes as far as trials tell."""
+        score = self.config.score
+        what = f"on {score.held_out_banks} x {score.held_out_images:,} images"
+        return _about(what, held_out_seconds(self.summary))
 
     def table(self) -> Group:
         """The live view."""
@@ -330,9 +366,15 @@ class Board:
         return Group(grid, ProgressBar(total=self.config.search.trials, completed=len(self.summary.finished), width=50))
 
 
-def best_so_far(value: float | None, images: int) -> str:
-    """The best value with its number of images."""
-    return "none yet" if value is None else f"{value:.4g} of {images:,} images, search noise"
+def _about(what: str, seconds: float | None) -> str:
+    return what if seconds is None else f"{what}, about {clock(seconds)}"
+
+
+def best_so_far(value: float | None, images: str) -> str:
+    """The best value with the images it is of."""
+    from autodiffusion_optuna.results.held_out import significant
+
+    return "none yet" if value is None else f"{significant(value)} of {images}"
 
 
 def status(
@@ -340,19 +382,22 @@ def status(
     storage: StorageUrl = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object, for scripts.")] = False,
 ) -> None:
-    """Workers that are alive, trials by state, generation, stage, rate and time left."""
+    """How far a study is: workers, trials, rate and time left."""
     from autodiffusion_optuna.results.status import read_status
+    from autodiffusion_optuna.results.summary import STAGES
 
     url = storage_url(storage)
     database, found = existing(study, url)
     state = read_status(database, found, storage_option(url))
     if as_json:
-        print(json.dumps(state.to_json(), indent=2))
+        print_json(state.to_json())
         return
     counts = ", ".join(f"{count} {name}" for name, count in state.states.items() if count)
     say(f"study {study}: {state.finished} of {state.budget} candidates finished ({counts or 'none begun'})")
-    best = best_so_far(state.best, state.images)
-    say(f"generation {state.generation}, stage {state.stage}, best {state.metric} {best}")
+    best = best_so_far(state.best, state.best_images)
+    say(f"generation {state.generation}, stage {STAGES[state.stage]}, best {state.metric} {best}")
+    if state.finalists:
+        say(f"validation: {state.validated} of {state.finalists} finalists are scored")
     alive = [worker for worker in state.workers if worker.alive]
     for worker in state.workers:
         seen = "no heartbeat yet" if worker.silence is None else f"heartbeat {worker.silence:.0f} s ago"
@@ -364,5 +409,5 @@ def status(
     elif state.finished >= state.budget:
         say("finished; no worker is needed")
     else:
-        say(f"no worker is alive; go on with: adopt run --study {shlex.quote(study)}{storage_option(url)}")
+        say(f"no worker is alive; go on with: {program()} run --study {shlex.quote(study)}{storage_option(url)}")
     warn(state.warnings)

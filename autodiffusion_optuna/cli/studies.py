@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import sys
 from functools import partial
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.progress import Progress
 from rich.table import Table
 
+from autodiffusion_optuna.cli.fitted import print_fitted
 from autodiffusion_optuna.cli.output import StorageUrl, StudyName, err, existing, out, say, warn
-from autodiffusion_optuna.errors import ConfigError
+from autodiffusion_optuna.errors import ConfigError, program
 from autodiffusion_optuna.storage.url import hide_password, storage_url
+
+if TYPE_CHECKING:
+    from autodiffusion_optuna.results.status import PresetLine, StudyLine
 
 NewName = Annotated[str, typer.Option("--to", help="The new name.")]
 Force = Annotated[bool, typer.Option("--force", help="Also where workers seem to be running it.")]
@@ -28,28 +32,61 @@ def default(context: typer.Context, storage: StorageUrl = None) -> None:
         list_all(storage)
     elif storage is not None:
         name = context.invoked_subcommand
-        raise ConfigError(f"--storage goes behind the command: adopt studies {name} --storage URL")
+        raise ConfigError(f"--storage goes behind the command: {program()} studies {name} --storage URL")
 
 
 @studies_app.command("list")
 def list_all(storage: StorageUrl = None) -> None:
-    """List the presets that ship with adopt and the studies in the database."""
-    from autodiffusion_optuna.results.status import list_studies
+    """List the studies in the database, and the presets."""
+    from autodiffusion_optuna.results.status import list_presets, list_studies
     from autodiffusion_optuna.storage.studies import find_storage
 
-    table = Table(box=None, pad_edge=False)
-    for column in ("study", "preset", "finished", "best, search noise", "what it is"):
+    url = storage_url(storage)
+    database = find_storage(url)
+    begun = [] if database is None else list_studies(database)
+    if begun:
+        _print_begun(begun)
+    else:
+        say(f"no study in {hide_password(url)} yet")
+    own = {line.name for line in begun}
+    left = [line for line in list_presets() if line.name not in own]
+    for ready, title in (
+        (True, f"presets that run as they are, with {program()} run --study NAME"),
+        (False, "presets that need files or weights of yours, see each study file"),
+    ):
+        _print_presets(title, [line for line in left if (not line.needs) == ready])
+
+
+def _print_begun(lines: list[StudyLine]) -> None:
+    table = _table("study", "candidates", "best", "what it is")
+    for line in lines:
+        best = "none yet" if line.best is None else f"{line.best:.4g} ({line.measure})"
+        table.add_row(line.name, line.state, best, line.description)
+    print_fitted(out, table)
+
+
+def _print_presets(title: str, lines: list[PresetLine]) -> None:
+    if not lines:
+        return
+    say(f"\n{title}:")
+    table = _table("preset", "what it is", header=False)
+    for line in lines:
+        table.add_row(f"  {line.name}", line.description)
+    print_fitted(out, table)
+
+
+def _table(name: str, *others: str, header: bool = True) -> Table:
+    """Names stay whole on any terminal; all else is folded."""
+    table = Table(box=None, pad_edge=False, show_header=header)
+    table.add_column(name, no_wrap=True)
+    for column in others:
         table.add_column(column, overflow="fold")
-    for line in list_studies(find_storage(storage_url(storage))):
-        finished = "-" if line.finished is None else f"{line.finished} of {line.budget}"
-        best = "-" if line.best is None else f"{line.best:.4g} ({line.measure})"
-        table.add_row(line.name, "yes" if line.preset else "", finished, best, line.description)
-    out.print(table)
+    return table
 
 
 @studies_app.command()
 def rename(study: StudyName, new: NewName, storage: StorageUrl = None, force: Force = False) -> None:
-    """Give a study another name; its trials, pictures, notes and plots stay as they are."""
+    """Give a study another name. Its trials, pictures, notes and plots stay as they are."""
     from autodiffusion_optuna.storage.database import open_storage
     from autodiffusion_optuna.storage.manage import rename_study
 
@@ -67,7 +104,7 @@ def copy(
     ] = None,
     force: Force = False,
 ) -> None:
-    """Copy a study with its pictures, within the database or to another; the copy goes on like the original."""
+    """Copy a study with its pictures. Within the database or to another; the copy goes on like the original."""
     from autodiffusion_optuna.storage.database import open_storage
     from autodiffusion_optuna.storage.manage import copy_study
 
@@ -96,7 +133,7 @@ def delete(
         bool, typer.Option("--force", help="Also where workers seem to be running it, or its pictures must stay.")
     ] = False,
 ) -> None:
-    """Delete a study with its trials, and the pictures that are its alone."""
+    """Delete a study with its trials. And the pictures that are its alone."""
     from autodiffusion_optuna.storage.manage import delete_study
     from autodiffusion_optuna.storage.trials import count_finished
 
@@ -113,7 +150,7 @@ def delete(
 
 @storage_app.command()
 def upgrade(storage: StorageUrl = None) -> None:
-    """Bring the database's tables to the version that the installed Optuna needs."""
+    """Bring the database to the version that this Optuna needs."""
     from autodiffusion_optuna.storage.database import upgrade_storage
 
     out.print(upgrade_storage(storage_url(storage)))

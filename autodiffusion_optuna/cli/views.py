@@ -15,17 +15,18 @@ from autodiffusion_optuna.cli.output import (
     Trust,
     err,
     existing,
-    load_components,
+    load_image_components,
     say,
     warn,
 )
+from autodiffusion_optuna.cli.places import check_out
 from autodiffusion_optuna.errors import AdoptError, ConfigError
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-    from autodiffusion_optuna.candidate import Candidate
+    from autodiffusion_optuna.results.summary import StudySummary
 
 
 def report(
@@ -37,24 +38,24 @@ def report(
     places: Places = None,
     trust: Trust = False,
 ) -> None:
-    """Write one page with the result, figures, pictures and how to apply it; it opens anywhere, without a network."""
+    """Write one page with the result and its figures.
+
+    With pictures; it opens anywhere, without a network.
+    """
     from autodiffusion_optuna.report.page import page
     from autodiffusion_optuna.results.summary import read_summary
     from autodiffusion_optuna.storage.url import storage_option, storage_url
 
-    if not path.parent.is_dir():
-        raise ConfigError(f"folder {str(path.parent)!r} for the page does not exist; create it or give another --out")
-    if path.is_dir():
-        raise ConfigError(f"--out {str(path)!r} is a folder; give a file: --out {path / 'report.html'}")
+    check_out(path, "the page", "report.html")
     url = storage_url(storage)
     tail = storage_option(url)
     # Read once: drawing takes minutes, in which a running study may find another winner.
     summary = read_summary(existing(study, url)[1])
-    best = None if no_pictures else summary.best
+    known = summary.warnings(tail)
     text = page(
         summary,
-        pictures=_pictures(best.candidate, study, url, images, places, trust) if best else (),
-        notes=summary.warnings(tail),
+        pictures=() if no_pictures or not summary.best else _pictures(summary, url, images, places, trust),
+        notes=known,
         tail=tail,
         written=f"{datetime.now():%Y-%m-%d}",
     )
@@ -63,18 +64,20 @@ def report(
     except OSError as error:
         raise ConfigError(f"cannot write {str(path)!r}: {error.strerror}; give another --out") from None
     say(f"wrote {path}")
+    warn(known)
 
 
 def _pictures(
-    best: Candidate, study: str, url: str, images: int, places: list[str] | None, trust: bool
+    summary: StudySummary, url: str, images: int, places: list[str] | None, trust: bool
 ) -> list[tuple[str, NDArray[np.uint8]]]:
-    """Samples from the same held-out noises: uniform, then the best; none, with a warning, without the model."""
-    from autodiffusion_optuna.study import validation
+    """Samples from the same held-out noises, see ``pictures.rows_of``; none, with a warning, without the model."""
+    from autodiffusion_optuna.study import pictures
 
     try:
-        components = load_components(study, url, trust, places)[1]
-        err.print(f"drawing {images} images with each of two candidates …")
-        return validation.samples(components, [("uniform", components.baselines["uniform"]), ("adopt", best)], images)
+        components = load_image_components(summary.config.name, url, trust, places)[1]
+        rows = pictures.rows_of(components, summary)
+        err.print(f"drawing {images} images with each of {len(rows)} candidates …")
+        return pictures.samples(components, rows, images)
     except AdoptError as error:
         warn([f"the page has no pictures: {' '.join(str(error).split())}"])
         return []

@@ -184,6 +184,18 @@ def _execution_order(modules: Iterable[nn.Module], run: Callable[[], object]) ->
     return list(order)
 
 
+def release(network: nn.Module) -> None:
+    """Undo ``find_units``: every module has the ``forward`` that it had."""
+    for module in network.modules():
+        switch = vars(module).get("forward")
+        if not isinstance(switch, _Switch):
+            continue
+        if getattr(switch.forward, "__func__", None) is type(module).forward:
+            del module.forward  # the class has its own
+        else:
+            module.forward = switch.forward
+
+
 def _switch(module: nn.Module, shortcut: Forward) -> _Switch:
     if not isinstance(module.forward, _Switch):
         module.forward = _Switch(module.forward, shortcut)

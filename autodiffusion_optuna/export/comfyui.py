@@ -33,7 +33,12 @@ def comfyui_sigmas(result: Result) -> str:
 
 def comfyui_notes(result: Result) -> list[str]:
     """What the reader of ``comfyui_sigmas`` needs to know and its text must not hold, a line each."""
-    notes = [f"Study {result.study}: paste the numbers into the node ManualSigmas.", _sampler(result)]
+    return [f"Study {result.study}: paste the numbers into the node ManualSigmas.", *common_notes(result)]
+
+
+def common_notes(result: Result) -> list[str]:
+    """What differs in ComfyUI however the sigmas get there, a line each; the first names the sampler."""
+    notes = [_sampler(result)]
     if result.guidance is not None:
         what = "guidance of FluxGuidance, with a cfg of 1" if result.model.guidance == "embedded" else "cfg"
         notes.append(f"Guidance: {result.guidance:g} ({what}).")
@@ -49,15 +54,28 @@ def comfyui_notes(result: Result) -> list[str]:
     return notes
 
 
-def _sampler(result: Result) -> str:
+def sampler_of(result: Result) -> tuple[str, str]:
+    """ComfyUI's name of the sampler that takes a result's steps, and what differs; both empty where it has none."""
+    if result.amplification_cap is not None:
+        return "", ""
     name, note = SAMPLERS.get(result.solver, ("", ""))
     if result.eta:
         name, note = "euler_ancestral", f"set eta = {result.eta:g} in the node SamplerEulerAncestral"
         if result.is_flow:  # its own rule there: by sigma, not by lambda
             note = f"approximately: for flows it splits a step by another rule; {note}"
-    if not name or result.amplification_cap is not None:
-        capped = " with an amplification cap" if result.amplification_cap is not None else ""
-        return f"Sampler: ComfyUI has none that takes the steps of {result.solver}{capped}; the nearest is euler."
+    return name, note
+
+
+def no_sampler(result: Result) -> str:
+    """Why there is no sampler for a result."""
+    capped = " with an amplification cap" if result.amplification_cap is not None else ""
+    return f"ComfyUI has none that takes the steps of {result.solver}{capped}"
+
+
+def _sampler(result: Result) -> str:
+    name, note = sampler_of(result)
+    if not name:
+        return f"Sampler: {no_sampler(result)}; the nearest is euler."
     if result.is_flow and name != "euler" and not note:
         note = "approximately: for flows it works in another coordinate"
     return f"Sampler: {name}" + (f" ({note})." if note else ".")

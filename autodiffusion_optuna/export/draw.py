@@ -14,15 +14,15 @@ from autodiffusion_optuna.evaluation.solvers import times
 from autodiffusion_optuna.export.result import Result
 
 
-def draw(result: Result, model: Model, images: int, chosen: Sequence[int] | None = None) -> Tensor:
-    """uint8 [images, C, H, W] in one batch, on the CPU, from the noise that diffusers' pipelines draw for seed 0.
+def draw(result: Result, model: Model, images: int, chosen: Sequence[int] | None = None, seed: int = 0) -> Tensor:
+    """uint8 [images, C, H, W] in one batch, on the CPU, from the noise that diffusers' pipelines draw for a seed.
 
     ``chosen``: index of each image's label or prompt; None takes them in turn. ``ConfigError`` where the result does
     not fit the model.
     """
     candidate = result.candidate(model.units, T=model.schedule.T)
     sampling = Sampling(**result.sampling_settings())
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(seed)
 
     def noise(step: int) -> Tensor:
         return torch.randn(images, *model.shape, generator=generator).to(model.device)

@@ -7,11 +7,22 @@ from importlib import metadata
 from typing import Any
 
 from autodiffusion_optuna.candidate import Candidate
-from autodiffusion_optuna.config import Range, StudyConfig
-from autodiffusion_optuna.errors import ConfigError, StudyError, choose_from
-from autodiffusion_optuna.export.comfyui import comfyui_sigmas
-from autodiffusion_optuna.export.result import ConfigPart, HeldOutPart, ModelPart, NoisePart, Result, ScorePart
+from autodiffusion_optuna.config import MEMORY, Range, StudyConfig
+from autodiffusion_optuna.errors import ConfigError, StudyError, choose_from, program
+from autodiffusion_optuna.export.comfyui import comfyui_notes, comfyui_sigmas
+from autodiffusion_optuna.export.comfyui_workflow import comfyui_workflow, workflow_notes
+from autodiffusion_optuna.export.result import (
+    BaselinePart,
+    ConfigPart,
+    HeldOutPart,
+    ModelPart,
+    NoisePart,
+    Result,
+    ScorePart,
+)
 from autodiffusion_optuna.export.scripts import diffusers_script
+from autodiffusion_optuna.export.sdnext import sdnext_notes, sdnext_timesteps
+from autodiffusion_optuna.results.held_out import Banks
 from autodiffusion_optuna.results.summary import StudySummary
 from autodiffusion_optuna.storage.attrs import CODEC, CONDITIONS, MODEL, MODEL_FACTS, VERSION
 
@@ -19,6 +30,8 @@ FORMATS: dict[str, tuple[str, Callable[[Result], str]]] = {
     "json": (".json", Result.text),
     "diffusers": (".py", diffusers_script),
     "comfyui": ("-sigmas.txt", comfyui_sigmas),
+    "comfyui-workflow": ("-workflow.json", comfyui_workflow),
+    "sdnext": ("-timesteps.txt", sdnext_timesteps),
 }
 """Format -> what the name of its file ends with after the study's, and a result's text in it."""
 
@@ -32,9 +45,21 @@ def result_text(result: Result, form: str) -> str:
         raise ConfigError(choose_from("format", form, FORMATS))
     if form != "json" and result.model.kind == "mixture":
         raise ConfigError(
-            "the analytic mixture is not a model of diffusers or ComfyUI; export it with adopt export --format json"
+            "the analytic mixture is not a model of diffusers or ComfyUI; export it with "
+            f"{program()} export --format json"
+        )
+    if form == "diffusers" and result.model.source.startswith(MEMORY):
+        raise ConfigError(
+            f"{result} is of a model in memory, which no script can load; save it with save_pretrained, and export the "
+            "result's with_model(source=FOLDER)"
         )
     return FORMATS[form][1](result)
+
+
+def notes_of(result: Result, form: str) -> list[str]:
+    """What the reader of a result in a format needs to know and its text does not hold, a line each."""
+    notes = {"comfyui": comfyui_notes, "comfyui-workflow": workflow_notes, "sdnext": sdnext_notes}
+    return notes[form](result) if form in notes else []
 
 
 def file_name(study: str, form: str) -> str:
@@ -46,7 +71,8 @@ def result_of(summary: StudySummary) -> Result:
     """Everything that repeats the images of a study's best candidate (StudyError where there is none yet)."""
     if summary.best is None:
         raise StudyError(f"study {summary.config.name!r} has no finished trial to export; run it first")
-    config, best, attrs = summary.config, summary.best, summary.attrs
+    config, attrs = summary.config, summary.attrs
+    best = summary.headline.found if summary.headline else summary.best  # on the same images as the baseline
     candidate, facts = best.candidate, attrs[MODEL_FACTS]
     sampling = _sampling(config, candidate, facts)
     said = {**facts, **{key: tuple(facts[key]) for key in ("shape", "image_shape", "units")}}
@@ -71,12 +97,27 @@ def result_of(summary: StudySummary) -> Result:
             value=best.value,
             images=config.score.images,
             held_out=None if best.held_out is None else HeldOutPart(**best.held_out.summary()),
+            baseline=_baseline(summary),
         ),
         conditions=attrs[CONDITIONS],
         noise=NoisePart.of(summary.noise, candidate.timesteps, sampling["final"]),
         config=ConfigPart(model=config.model, score=config.score),
         made_with={"autodiffusion_optuna": attrs[VERSION], **_versions()},
         **sampling,
+    )
+
+
+def _baseline(summary: StudySummary) -> BaselinePart | None:
+    """The headline's baseline, where it was scored."""
+    headline = summary.headline
+    if headline is None or headline.baseline_value is None:
+        return None
+    difference = headline.difference
+    return BaselinePart(
+        name=headline.baseline_name,
+        timesteps=headline.baseline.candidate.timesteps,
+        value=headline.baseline_value,
+        difference=None if difference is None else HeldOutPart(**Banks.summary(difference)),
     )
 
 

@@ -12,12 +12,12 @@ import warnings
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
-from autodiffusion_optuna.errors import ConfigError
+from autodiffusion_optuna.errors import ConfigError, program
+from autodiffusion_optuna.export.applicable import Listed, own_scheduler, read_applicable, read_listed
 from autodiffusion_optuna.export.check import LIMIT, same_weights, steps_error
 from autodiffusion_optuna.export.recipes import NOT_PIPELINES, SCALING, TEXT_PIPELINES, Recipe, find_recipe
 from autodiffusion_optuna.export.result import Result
@@ -53,30 +53,41 @@ class _Applied:
     forwards: list[tuple[nn.Module, Forward | None]]
 
 
-def apply(pipe: Pipeline, result: str | Path | Result, *, masks: bool = True, check: bool = True) -> Pipeline:
-    """Make a diffusers pipeline sample by a result, and return it.
+def apply(
+    pipe: Pipeline, result: Any, *, solver: str | None = None, masks: bool = True, check: bool = True
+) -> Pipeline:
+    """Make a diffusers pipeline sample by a result or a list of timesteps, and return it.
 
-    ``pipe``: a pipeline of the result's kind, or of the same architecture. ``result``: or the path of its JSON.
-    Its scheduler becomes one that takes the result's steps, however many steps or which timesteps a call asks for.
-    ``masks``: also skip the layers that the result skips; False takes its timesteps alone. ``check``: compare the
-    scheduler's steps with those of the search's sampler, on small states and formulas in the network's place, which
-    takes milliseconds and no prompt. Nothing waits for the device between steps. The guidance scale stays an argument
-    of the pipeline: pass ``result.guidance``. A call that asks for other steps or another scale is answered with a
-    warning, once. Networks may be compiled: which layers are skipped is asked outside of the graphs.
+    ``pipe``: a pipeline of the result's kind, or of the same architecture. ``result``: a ``Result``, the path of its
+    JSON, that JSON as a dict, a study that ``load_study`` or ``search`` returned, or a plain list of timesteps, from
+    noise to image or the other way round. A list is taken by the pipeline's own scheduler, or by ``solver``, one of
+    the search's, as in a study. The scheduler becomes one that takes these steps, however many steps or which
+    timesteps a call asks for. ``masks``: also skip the layers that the result skips; False takes its timesteps alone.
+    ``check``: compare the scheduler's steps with those of the search's sampler, on small states and formulas in the
+    network's place, which takes milliseconds and no prompt. Nothing waits for the device between steps. The guidance
+    scale stays an argument of the pipeline: pass ``result.guidance``. A call that asks for other steps or another scale
+    is answered with a warning, once. Networks may be compiled: which layers are skipped is asked outside of the graphs.
     Where its weights, latent scale or size are not those that the result was found with, a warning says so.
     Applying another result takes the place of the first; ``remove`` restores the pipeline.
 
     >>> pipe = apply(StableDiffusionPipeline.from_pretrained(FOLDER), "best.json")  # doctest: +SKIP
     >>> pipe("a photograph of a cat", num_inference_steps=6).images  # doctest: +SKIP
+    >>> pipe = apply(pipe, [930, 741, 512, 330, 150, 20], solver="dpmpp_2m")  # doctest: +SKIP
 
     ``ConfigError`` where the pipeline is of another kind, has another noise schedule or lacks a layer, or where
     diffusers has no scheduler for the solver or ``check`` fails; the pipeline is then as it was.
     """
-    result = result if isinstance(result, Result) else Result.read(result)
-    network = _network(pipe, result)
-    before, applied = pipe.scheduler, getattr(pipe, APPLIED, None)  # type: ignore[attr-defined]
+    before, applied = _part(pipe, "scheduler"), getattr(pipe, APPLIED, None)
     if applied and applied.scheduler is before:
         before = applied.before
+    found = read_applicable(result, solver)
+    if not isinstance(found, Result):
+        listed = read_listed(pipe, before, found, solver)
+        if not listed.solver:
+            return _apply_listed(pipe, before, listed)
+        found = listed
+    result = found
+    network = _network(pipe, result)
     _check_noise(before, result)
     recipe, run = find_recipe(result), _Run(weakref.ref(pipe), result)
     bypasses = _bypasses(network, result) if masks and result.masked else []
@@ -99,6 +110,16 @@ def apply(pipe: Pipeline, result: str | Path | Result, *, masks: bool = True, ch
     return pipe
 
 
+def _apply_listed(pipe: Pipeline, before: Any, listed: Listed) -> Pipeline:
+    """Have a pipeline's own kind of scheduler take a list of timesteps."""
+    run = _Run(weakref.ref(pipe), listed)
+    run.scheduler = own_scheduler(before, listed, run.begin)
+    remove(pipe)
+    setattr(pipe, APPLIED, _Applied(before, run.scheduler, []))
+    pipe.scheduler = run.scheduler  # type: ignore[attr-defined]
+    return pipe
+
+
 def remove(pipe: Pipeline) -> Pipeline:
     """Undo ``apply``: the scheduler that the pipeline had, and every layer. Without effect on other pipelines."""
     applied: _Applied | None = getattr(pipe, APPLIED, None)
@@ -115,6 +136,11 @@ def remove(pipe: Pipeline) -> Pipeline:
     return pipe
 
 
+def is_applied(pipe: object) -> bool:
+    """Whether a result or a list of timesteps is applied to a pipeline."""
+    return getattr(pipe, APPLIED, None) is not None
+
+
 # What the pipeline is
 
 
@@ -128,7 +154,7 @@ def _network(pipe: object, result: Result) -> Any:
     kind, names = result.model.kind, [base.__name__ for base in type(pipe).__mro__]
     if kind in NOT_PIPELINES:
         raise ConfigError(
-            f"{result} is of a model ({kind}) that is no diffusers pipeline; draw images with adopt "
+            f"{result} is of a model ({kind}) that is no diffusers pipeline; draw images with {program()} "
             "sample --result FILE"
         )
     network = _part(pipe, *NETWORKS)
@@ -356,8 +382,8 @@ def _check_steps(before: Any, recipe: Recipe, result: Result, native: bool, netw
     differs = f"diffusers' {recipe.scheduler} differs from the sampler that {result} was found with"
     if not plain <= LIMIT:
         raise ConfigError(
-            f"{differs} by {plain:.3g} of 255 on its timesteps; draw images with adopt sample --result FILE, or apply "
-            "it all the same with check=False"
+            f"{differs} by {plain:.3g} of 255 on its timesteps; draw images with {program()} sample --result FILE, or "
+            "apply it all the same with check=False"
         )
     dtype = getattr(network, "dtype", torch.float32)
     if dtype in (torch.float16, torch.bfloat16) and not (reduced := error(dtype)) <= LIMIT:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
 
-from autodiffusion_optuna.errors import ConfigError
+from autodiffusion_optuna.errors import ConfigError, program
 from autodiffusion_optuna.export.result import Result
 
 Number = int | float
@@ -59,8 +59,8 @@ def find_recipe(result: Result) -> Recipe:
         recipe = RECIPES[result.solver](result)
     if recipe is None:
         raise ConfigError(
-            f"diffusers has no scheduler that takes the steps of {result.solver} {how}; draw images with adopt sample "
-            "--result FILE, or with the script of adopt export --format diffusers"
+            f"diffusers has no scheduler that takes the steps of {result.solver} {how}; draw images with "
+            f"{program()} sample --result FILE, or with the script of {program()} export --format diffusers"
         )
     return recipe
 

@@ -16,9 +16,10 @@ from pydantic import ConfigDict, Field, ValidationError, model_validator
 
 from autodiffusion_optuna.candidate import Candidate, skip_set
 from autodiffusion_optuna.config import NAME_PATTERN, ModelConfig, ScoreConfig, Section
-from autodiffusion_optuna.errors import ConfigError
-from autodiffusion_optuna.evaluation.files import START, not_content
+from autodiffusion_optuna.errors import ConfigError, program
+from autodiffusion_optuna.files import START, not_content
 from autodiffusion_optuna.noise import Final, NoiseSchedule
+from autodiffusion_optuna.results.json_text import one_line_lists
 
 FORMAT: Literal[3] = 3
 
@@ -91,6 +92,19 @@ class HeldOutPart(Table):
     banks: int
 
 
+class BaselinePart(Table):
+    """The uniform timesteps that the candidate is compared with: their value on the same images.
+
+    ``name``: with the settings that were searched. ``difference``: the candidate's value minus theirs, paired by bank,
+    where both have held-out values.
+    """
+
+    name: str
+    timesteps: tuple[Index, ...]
+    value: float
+    difference: HeldOutPart | None = None
+
+
 class ScorePart(Table):
     """What the candidate scored: on the ``images`` of the search, and on held-out ones if it was scored there."""
 
@@ -98,6 +112,25 @@ class ScorePart(Table):
     value: float
     images: int
     held_out: HeldOutPart | None = None
+    baseline: BaselinePart | None = None
+
+
+class OriginPart(Table):
+    """Where timesteps come from that no search found.
+
+    ``list``: label of a list that was given. ``interpolated_from``: number of steps of the list, or of the best
+    candidate, that they were interpolated from in log-SNR.
+    """
+
+    list: str | None = None
+    interpolated_from: int | None = None
+
+    def __str__(self) -> str:
+        """As scripts and messages say it."""
+        what = "timesteps" if self.list is None else f"timesteps of {self.list}"
+        found = "found steps" if self.list is None else "steps"
+        how = f", interpolated from {self.interpolated_from} {found}" if self.interpolated_from else ""
+        return f"{what}{how}, not searched"
 
 
 class ConfigPart(Table):
@@ -112,7 +145,8 @@ class Result(Table):
 
     ``train_timesteps``: T, the size of the grid that ``timesteps`` index. ``solver``: a name of ``SOLVERS``.
     ``guidance``: the scale used, None where the model has no guidance. ``skips``: names of the units skipped at each
-    step. ``cost``: relative to the study's full run. ``conditions``: fingerprint of the labels or prompts, if any.
+    step. ``cost``: relative to the study's full run. ``origin``: None for a candidate that the search found; others
+    have no ``score``. ``conditions``: fingerprint of the labels or prompts, if any.
     """
 
     format: Literal[3] = FORMAT
@@ -127,7 +161,8 @@ class Result(Table):
     timesteps: Annotated[tuple[Index, ...], Field(min_length=1)]
     skips: tuple[tuple[str, ...], ...]
     cost: float
-    score: ScorePart
+    origin: OriginPart | None = None
+    score: ScorePart | None
     conditions: str | None = None
     noise: NoisePart
     config: ConfigPart
@@ -159,7 +194,7 @@ class Result(Table):
         except (OSError, UnicodeDecodeError) as error:
             reason = getattr(error, "strerror", None) or "it is not text"
             raise ConfigError(
-                f"cannot read result {str(path)!r}: {reason}; give a file of adopt export --format json"
+                f"cannot read result {str(path)!r}: {reason}; give a file of {program()} export --format json"
             ) from None
         if problem := not_content(text[:START].encode()):
             raise ConfigError(f"{path}: {problem}")
@@ -168,7 +203,7 @@ class Result(Table):
     @classmethod
     def parse(cls, text: str, name: str = "text") -> Result:
         """The result in JSON text; ``name`` stands for it in a ConfigError."""
-        foreign = f"result {name} is not one that adopt export wrote"
+        foreign = f"result {name} is not one that adopt wrote"
         try:
             data = json.loads(text)
         except (ValueError, RecursionError) as error:
@@ -177,8 +212,8 @@ class Result(Table):
         if version != FORMAT:
             given = "no format" if version is None else f"format {version!r}"
             raise ConfigError(
-                f"result {name} has {given}, this version reads format {FORMAT}; give a file of adopt export "
-                "--format json"
+                f"result {name} has {given}, this version reads format {FORMAT}; give a file of {program()} "
+                "export --format json"
             )
         try:
             return cls.model_validate_json(text)
@@ -186,8 +221,8 @@ class Result(Table):
             raise ConfigError(f"{foreign}: {_first_problem(error)}; export it again") from None
 
     def text(self) -> str:
-        """The file's text: indented JSON, floats exact."""
-        return self.model_dump_json(indent=2) + "\n"
+        """The file's text: indented JSON, floats exact, a list of numbers on one line."""
+        return one_line_lists(self.model_dump_json(indent=2)) + "\n"
 
     def write(self, path: str | Path) -> None:
         """Write the file (ConfigError)."""

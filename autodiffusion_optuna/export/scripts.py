@@ -1,4 +1,4 @@
-"""A Python script that draws a result's images with an unmodified diffusers model. Torch-free.
+"""A Python script that draws a result's images with an unmodified diffusers model, and saves them. Torch-free.
 
 What the scripts say is in the templates of ``assets/scripts``; here is which one a result needs, and what fills it.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import json
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +24,8 @@ IMAGES = 16
 """Images that a script without prompts draws."""
 LATENTS = 2
 """Images that a script with this package's own sampler draws of a model of latents, in one batch."""
+SHOWN = 96
+"""Pixels to which the longer side of small images is enlarged, by a whole factor."""
 PROMPT = "a photograph of a cat"
 
 
@@ -147,6 +150,7 @@ def _network_script(result: Result, recipe: Recipe, images: int | None) -> str:
         result,
         recipe=recipe,
         images=images or IMAGES,
+        **_layout(result, images or IMAGES),
         bundled=result.model.source in BUNDLED,
         subfolder={part: _subfolder(result, part) for part in ("unet", "scheduler")},
         decoder=decoder,
@@ -178,4 +182,11 @@ def _decoder(result: Result) -> tuple[str, str] | None:
 def _package_script(result: Result, why: str, images: int | None) -> str:
     """With this package's own sampler."""
     of_pixels = result.model.shape == result.model.image_shape
-    return _render("package.py.j2", result, why=why, images=images or (IMAGES if of_pixels else LATENTS))
+    images = images or (IMAGES if of_pixels else LATENTS)
+    return _render("package.py.j2", result, why=why, images=images, **_layout(result, images))
+
+
+def _layout(result: Result, images: int) -> dict[str, int]:
+    """A picture of the images: ``rows`` of equal length, near a square; ``scale``, by which small ones grow."""
+    rows = next(rows for rows in range(math.isqrt(images), 0, -1) if images % rows == 0)
+    return {"rows": rows, "scale": max(1, SHOWN // max(result.model.image_shape[1:]))}

@@ -9,7 +9,7 @@ import socket
 import sys
 import threading
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from socketserver import TCPServer, ThreadingMixIn
@@ -24,13 +24,13 @@ from sqlalchemy.exc import SQLAlchemyError
 from autodiffusion_optuna.config import StudyConfig, flatten
 from autodiffusion_optuna.errors import AdoptError, ConfigError
 from autodiffusion_optuna.report.figures import FIGURES, nothing
+from autodiffusion_optuna.report.shown import WSGIApp
+from autodiffusion_optuna.results.held_out import significant
 from autodiffusion_optuna.results.summary import StudySummary, banks_of, read_summary
 from autodiffusion_optuna.storage import attrs
 from autodiffusion_optuna.storage.studies import is_deleted, stored_config
 from autodiffusion_optuna.storage.trials import FINISHED, generation_of
 from autodiffusion_optuna.storage.url import storage_option
-
-WSGIApp = Callable[[dict[str, Any], Any], Iterable[bytes]]
 
 ASSETS = Path(__file__).parent.parent / "assets" / "report"
 LOOK_SECONDS = 5.0
@@ -150,11 +150,12 @@ def _publish_steadily(study: optuna.Study, url: str, on_trouble: Callable[[str],
 
 
 def _progress(study: optuna.Study) -> tuple[int, ...]:
-    """What changes when a generation has finished, the budget is met or a candidate got its held-out score."""
+    """What changes when a generation has finished, the budget is met or a candidate got a score on other noise."""
     finished = study.get_trials(deepcopy=False, states=FINISHED)
     generation = max(map(generation_of, finished), default=-1)
     done = len(finished) >= stored_config(study).search.trials
-    return generation, int(done), sum(key.startswith(f"{attrs.HELD_OUT}:") for key in study.user_attrs)
+    scores = (f"{attrs.HELD_OUT}:", f"{attrs.VALIDATION}:")
+    return generation, int(done), sum(key.startswith(scores) for key in study.user_attrs)
 
 
 def publish(study: optuna.Study, url: str) -> None:
@@ -198,13 +199,17 @@ def _users_part(note: str) -> str:
 def note_text(summary: StudySummary, url: str) -> str:
     """The study's note in Markdown: best candidate, commands and config. ``url``: of the database."""
     environment = Environment(loader=FileSystemLoader(ASSETS), undefined=StrictUndefined, trim_blocks=True)
-    environment.filters.update(banks=banks_of, number=_number)
+    environment.filters.update(banks=banks_of, number=significant)
     tail, best = storage_option(url), summary.best
     masks = zip(best.candidate.timesteps, best.candidate.skips, strict=True) if best else ()
     text = environment.get_template("note.md.j2").render(
         summary=summary,
         config=summary.config,
         best=best,
+        rows=[*summary.rows(), *([summary.many_steps] if summary.many_steps else [])],
+        headline=summary.headline and summary.headline.text(),
+        against=summary.headline.baseline.name if summary.headline else "uniform",
+        real=summary.real_floor,
         skipped=[f"{t} ({mask.bit_count()})" for t, mask in masks if mask],
         size=summary.held_out_size,
         doubts=summary.warnings(tail),
@@ -212,11 +217,6 @@ def note_text(summary: StudySummary, url: str) -> str:
         settings=toml(summary.config),
     )
     return f"{text}\n\n{SIGNATURE}"
-
-
-def _number(value: float) -> str:
-    """Four digits, and no powers of ten in large numbers."""
-    return f"{value:.4g}" if abs(value) < 1e4 else f"{value:,.0f}"
 
 
 def toml(config: StudyConfig) -> str:

@@ -9,61 +9,69 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
 import optuna
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 from markupsafe import Markup, escape
-from numpy.typing import NDArray
 from plotly.offline import get_plotlyjs
 
 from autodiffusion_optuna._version import __version__
-from autodiffusion_optuna.config import SEARCH_BANK, flatten
+from autodiffusion_optuna.config import SEARCH_BANK, VALIDATION_BANK, flatten
 from autodiffusion_optuna.errors import AdoptError
 from autodiffusion_optuna.export.formats import FORMATS, file_name, result_of, result_text
-from autodiffusion_optuna.images import picture
+from autodiffusion_optuna.images import Rows, picture
 from autodiffusion_optuna.report.figures import FIGURES
-from autodiffusion_optuna.results.summary import Row, StudySummary, banks_of
+from autodiffusion_optuna.results.captions import BEST
+from autodiffusion_optuna.results.headline import Headline
+from autodiffusion_optuna.results.held_out import significant
+from autodiffusion_optuna.results.summary import StudySummary, banks_of
 from autodiffusion_optuna.storage import attrs
 
 ASSETS = Path(__file__).parent.parent / "assets" / "report"
 LEGEND = 30
 """Height left for a figure's legend, in pixels."""
 NUMBERS = ("no", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve")
-Pictures = Sequence[tuple[str, NDArray[np.uint8]]]
+BLOCKS = {"desk": 8, "phone": 4}
+"""Pictures side by side on a wide and on a narrow screen; more of them go on below."""
 
 
 def page(
-    summary: StudySummary, *, pictures: Pictures = (), notes: Sequence[str] = (), tail: str = "", written: str = ""
+    summary: StudySummary, *, pictures: Rows = (), notes: Sequence[str] = (), tail: str = "", written: str = ""
 ) -> str:
     """One HTML page about a study as it was read, with all it needs inside it.
 
-    ``pictures``: rows as (label, uint8 [N, C, H, W]), uniform's first and the best's last, the n-th images of all from
-    one noise; empty for a page without. ``notes``: warnings to show below the result. ``tail``: what the page's
-    commands end with, such as `` --storage URL``. ``written``: when, as text.
+    ``pictures``: captioned rows, see ``images.Rows``; empty for a page without. ``notes``: warnings to show below the
+    result. ``tail``: what the page's commands end with, such as `` --storage URL``. ``written``: when, as text.
     """
-    config, (best, uniform) = summary.config, summary.compared() or (summary.best, None)
-    run, saved = summary.total("run"), summary.total("saved")
+    config, headline = summary.config, summary.headline
+    best, uniform = (headline.found, headline.baseline) if headline else (summary.best, None)
+    run, saved = summary.evaluations["run"], summary.evaluations["saved"]
     exports, refused = _exports(summary) if best else ({}, "")
     figures = {key: figure for key in FIGURES if (figure := _figure(summary, key))}
+    rows = summary.rows()
     return _template().render(
         summary=summary,
         config=config,
         best=best,
         uniform=uniform,
-        held_out=uniform is not None and uniform.held_out is not None,
-        change=best and uniform and _change(best, uniform),
+        headline=headline,
         size=summary.held_out_size,
         run=run,
         saved=saved,
-        notes=[*notes, *_doubts(best, uniform, f"adopt score --study {config.name}{tail}")],
+        notes=[*notes, *_doubts(headline, f"adopt score --study {config.name}{tail}")],
+        rows=rows,
+        costly=any(abs(row.cost - 1) >= 0.005 for row in rows),
+        best_by_setting=summary.best_by_setting(),
         pictures=pictures,
+        blocks=BLOCKS,
         figures=figures,
         plotly=get_plotlyjs() if figures else "",
         exports=exports,
         refused=refused,
         bank=SEARCH_BANK,
+        validation_bank=VALIDATION_BANK,
         names=attrs,
         time=_time(summary),
+        found=BEST,
         settings=flatten(config.model_dump(mode="json", exclude_defaults=True)),
         tail=tail,
         written=written,
@@ -86,11 +94,13 @@ def _template() -> Template:
         base64=lambda text: base64.b64encode(text.encode()).decode("ascii"),
         code=_code,
         count="{:,}".format,
+        duration=_duration,
         file_name=file_name,
         in_script=lambda text: Markup(text.replace("<", "\\u003c")),  # JSON cannot end the element it is in
         in_words=lambda steps: NUMBERS[steps] if steps < len(NUMBERS) else str(steps),
         json=lambda value: json.dumps(value, ensure_ascii=False),
         percent=_percent,
+        plain=significant,
         png=lambda image: "data:image/png;base64," + base64.b64encode(picture(image)).decode("ascii"),
     )
     return environment.get_template("page.html.j2")
@@ -105,23 +115,18 @@ def _percent(share: float) -> Markup:
     return Markup(f"{100 * share:.0f}&nbsp;%")
 
 
-def _change(best: Row, uniform: Row) -> str | None:
-    """How far the best is below uniform, as a share, both on the same noise; None where there is no such share."""
-    found, given = (row.held_out.mean if row.held_out else row.value for row in (best, uniform))
-    if found is None or given is None or found < 0 or given <= 0:  # kid may be negative
-        return None
-    share = 1 - found / given
-    return _percent(abs(share)) + (" lower" if share >= 0 else " higher")
-
-
-def _doubts(best: Row | None, uniform: Row | None, command: str) -> list[str]:
+def _doubts(headline: Headline | None, command: str) -> list[str]:
     """What a careful reader should know before quoting the result; ``command`` scores it on held-out noise."""
-    if best is None or uniform is None:
+    if headline is None:
         return []
-    if best.held_out is None or uniform.held_out is None:
+    if headline.is_baseline:
+        return ["The best found is the uniform list itself: nothing better was found"]
+    if headline.difference is None:
+        if headline.found.validated is not None:
+            return [f"The finalists were chosen on these images, which flatters them; for intervals: {command}"]
         return [f"The winner was chosen on these images, which flatters it; held-out noise gives intervals: {command}"]
-    if best.held_out.high >= uniform.held_out.low:
-        return [f"The two 95 % intervals overlap; score on more images or banks: {command} --images N --banks N"]
+    if not headline.difference.clear:
+        return [f"The difference may be chance; score on more images or banks: {command} --images N --banks N"]
     return []
 
 
@@ -153,4 +158,10 @@ def _time(summary: StudySummary) -> str | None:
     ended = max((t.datetime_complete for t in summary.finished if t.datetime_complete), default=None)
     if begun is None or ended is None:
         return None
-    return f"{begun:%Y-%m-%d %H:%M} to {ended:%Y-%m-%d %H:%M}, {summary.wall_seconds:,.0f} s in trials"
+    return f"{begun:%Y-%m-%d %H:%M} to {ended:%Y-%m-%d %H:%M}, {_duration(summary.wall_seconds)} in trials"
+
+
+def _duration(seconds: float) -> str:
+    """Seconds in the unit in which they are read."""
+    unit, size = next(((u, s) for u, s in (("hours", 3600), ("minutes", 60)) if seconds >= 2 * s), ("seconds", 1))
+    return f"{seconds / size:.2g} {unit}" if seconds < 100 * size else f"{seconds / size:,.0f} {unit}"

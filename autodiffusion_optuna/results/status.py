@@ -13,14 +13,14 @@ import optuna
 from optuna.trial import FrozenTrial, TrialState
 
 from autodiffusion_optuna._version import __version__
-from autodiffusion_optuna.config import SEARCH_BANK, load_config, presets
+from autodiffusion_optuna.config import BUNDLED, FILES, SEARCH_BANK, VALIDATION_BANK, flatten, load_config, presets
 from autodiffusion_optuna.errors import StudyError
 from autodiffusion_optuna.results.summary import read_summary
-from autodiffusion_optuna.storage.attrs import CONFIG, METRIC, VERSION
+from autodiffusion_optuna.storage.attrs import CONFIG, VERSION
 from autodiffusion_optuna.storage.lease import Worker, workers
 from autodiffusion_optuna.storage.studies import current_name, stored_config, study_names
 from autodiffusion_optuna.storage.study_storage import StudyStorage
-from autodiffusion_optuna.storage.trials import count_finished, values_by_key
+from autodiffusion_optuna.storage.trials import count_finished
 
 RECENT = 20
 """Finished trials from which the rate is computed."""
@@ -29,56 +29,77 @@ PAUSE = 10
 
 
 @dataclass(frozen=True)
-class StudyLine:
-    """One line of ``adopt studies``: a shipped preset, a study in the database, or both.
+class PresetLine:
+    """A preset that ships with adopt. ``needs``: settings that name files or weights which it does not bring."""
 
-    ``finished`` and ``best`` are None where there is nothing yet, or nothing that this version can read. ``measure``:
-    what ``best`` is, metric and images.
+    name: str
+    description: str
+    needs: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class StudyLine:
+    """A study in the database; ``state``: how far it is, and whether anyone works on it.
+
+    ``best`` is None where there is nothing yet, or nothing that this version can read. ``measure``: what it is, metric
+    and images.
     """
 
     name: str
     description: str
-    preset: bool
-    budget: int
-    finished: int | None = None
+    state: str
     best: float | None = None
     measure: str = ""
 
 
-def list_studies(storage: StudyStorage | None) -> list[StudyLine]:
-    """Shipped presets, and the studies of a database if there is one."""
-    configs = {name: load_config(path) for name, path in presets().items()}
-    lines = {name: StudyLine(name, c.description, True, c.search.trials) for name, c in configs.items()}
-    if storage is None:
-        return list(lines.values())
-    for name in study_names(storage):
-        study = optuna.load_study(study_name=name, storage=storage)
-        if CONFIG in study.user_attrs:
-            lines[name] = _line(study, preset=name in configs)
-    return list(lines.values())
+def list_presets() -> list[PresetLine]:
+    """Presets by name."""
+    lines = []
+    for name, path in presets().items():
+        config = load_config(path)
+        settings = flatten(config.model_dump(mode="json"))
+        needs = tuple(key for key in FILES if settings[key] is not None and settings[key] not in BUNDLED)
+        lines.append(PresetLine(name, config.description, needs))
+    return lines
 
 
-def _line(study: optuna.Study, preset: bool) -> StudyLine:
+def list_studies(storage: StudyStorage) -> list[StudyLine]:
+    """Studies that adopt made in a database, by name."""
+    found = (optuna.load_study(study_name=name, storage=storage) for name in study_names(storage))
+    return [_line(study, storage) for study in found if CONFIG in study.user_attrs]
+
+
+def _line(study: optuna.Study, storage: StudyStorage) -> StudyLine:
     attrs = study.user_attrs
     try:
         config = stored_config(study)
     except StudyError:  # the other studies of the database are listed all the same
         version = f"written by adopt {attrs.get(VERSION)}, this is {__version__}"
-        return StudyLine(current_name(study), version, preset, budget=0)
+        return StudyLine(current_name(study), version, state="not readable")
+    finished, budget = count_finished(study), config.search.trials
+    running = sum(worker.alive for worker in workers(study, storage, config.search.grace))
+    state = f"{finished} of {budget}"
+    if running:
+        state += f", {running} {'worker' if running == 1 else 'workers'}"
+    elif finished < budget:
+        state += ", stopped"
+    summary = read_summary(study)
     return StudyLine(
         name=config.name,
         description=config.description,
-        preset=preset,
-        budget=config.search.trials,
-        finished=count_finished(study),
-        best=min(values_by_key(study).values(), default=None),
-        measure=f"{attrs.get(METRIC, 'value')}, {config.score.images:,} images",
+        state=state if finished < budget or running else f"finished, {finished}",
+        best=None if summary.best is None else summary.best.chosen_by,
+        measure=f"{summary.metric}, {summary.best_images}",
     )
 
 
 @dataclass(frozen=True)
 class Status:
-    """Where a study stands now. ``rate``: finished candidates a second of late; None where it is unknown yet."""
+    """Where a study stands now. ``rate``: finished candidates a second of late; None where it is unknown yet.
+
+    ``best``: the value by which it is the best, of so many ``images`` of that ``bank``. ``finalists``, ``validated``:
+    candidates that are to be scored on the validation bank once the search ends, and those that are.
+    """
 
     finished: int
     budget: int
@@ -89,6 +110,8 @@ class Status:
     best: float | None
     images: int
     bank: int
+    finalists: int
+    validated: int
     workers: list[Worker]
     rate: float | None
     warnings: list[str]
@@ -98,6 +121,12 @@ class Status:
         """Seconds until the budget is met at the present rate."""
         return None if not self.rate else max(self.budget - self.finished, 0) / self.rate
 
+    @property
+    def best_images(self) -> str:
+        """The images that ``best`` is of, as text."""
+        noise = "validation" if self.bank == VALIDATION_BANK else "search"
+        return f"{self.images:,} images, {noise} noise"
+
     def to_json(self) -> dict[str, Any]:
         """The object that ``adopt status --json`` prints; scripts may rely on its keys."""
         return {**asdict(self), "seconds_left": self.seconds_left}
@@ -106,6 +135,7 @@ class Status:
 def read_status(storage: StudyStorage, study: optuna.Study, tail: str = "") -> Status:
     """Workers, trials by state, generation, stage and rate of a study; ``tail`` as in ``StudySummary.warnings``."""
     summary = read_summary(study)
+    chosen = summary.finalists
     states = {state.name.lower(): sum(t.state == state for t in summary.trials) for state in TrialState}
     return Status(
         finished=len(summary.finished),
@@ -113,9 +143,11 @@ def read_status(storage: StudyStorage, study: optuna.Study, tail: str = "") -> S
         states=states,
         **summary.last_origin,
         metric=summary.metric,
-        best=None if summary.best is None else summary.best.value,
-        images=summary.config.score.images,
-        bank=SEARCH_BANK,
+        best=None if summary.best is None else summary.best.chosen_by,
+        images=summary.config.validation_images if chosen.complete else summary.config.score.images,
+        bank=VALIDATION_BANK if chosen.complete else SEARCH_BANK,
+        finalists=len(chosen.all),
+        validated=chosen.validated,
         warnings=summary.warnings(tail),
         workers=workers(study, storage, summary.config.search.grace),
         rate=_rate(summary.finished),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +13,21 @@ from optuna.trial import FrozenTrial, TrialState
 
 from autodiffusion_optuna.candidate import Candidate
 from autodiffusion_optuna.config import SEARCH_BANK, StudyConfig
+from autodiffusion_optuna.errors import program
 from autodiffusion_optuna.noise import NoiseSchedule
-from autodiffusion_optuna.results.held_out import HeldOut, largest_held_out, stored_held_out
+from autodiffusion_optuna.results.ablation import Change, ablation_of
+from autodiffusion_optuna.results.finalists import Finalists, choose
+from autodiffusion_optuna.results.floors import RealFloor, stored_many_steps, stored_real_floor
+from autodiffusion_optuna.results.headline import Headline, difference_json, headline_of, own_uniform
+from autodiffusion_optuna.results.held_out import (
+    Difference,
+    HeldOut,
+    largest_held_out,
+    paired,
+    significant,
+    stored_held_out,
+)
+from autodiffusion_optuna.results.race import Race, race_of, stopped_at
 from autodiffusion_optuna.storage.attrs import (
     BASELINE_COSTS,
     BASELINE_KEYS,
@@ -27,7 +40,12 @@ from autodiffusion_optuna.storage.attrs import (
     REFERENCE_IMAGES,
     RUNTIME,
     SANITY,
+    SCREEN_TEACHER,
     STAGE,
+    START_COSTS,
+    START_SECONDS,
+    STARTS,
+    VALIDATION,
     WARNINGS,
 )
 from autodiffusion_optuna.storage.studies import stored_config
@@ -37,17 +55,31 @@ PHASES = ("network", "features", "distance", "storage")
 LOST_VARIETY = -0.2
 """log of the variance of features over the reference's below which the best candidate is worth a look."""
 FIRST = {GENERATION: 0, STAGE: 1}
+STAGES = {1: "timesteps", 2: "timesteps and layers"}
+"""What each stage of the search searches, as it is shown."""
 
 
 @dataclass(frozen=True, eq=False)
 class Row:
-    """A line of the table of candidates: the best found or a baseline, whose value is None until it was a trial."""
+    """A line of the table of candidates: the best found or a baseline, whose value is None until it was a trial.
+
+    ``stopped``: images after which its trial was stopped; what it had there is no value of a whole score, and it has
+    none.
+    """
 
     name: str
     candidate: Candidate
     cost: float
     value: float | None
     held_out: HeldOut | None
+    stopped: int | None = field(default=None, kw_only=True)
+
+    @property
+    def value_text(self) -> str:
+        """Its value in the search, or that it was stopped before it had one, as text."""
+        if self.value is not None:
+            return significant(self.value)
+        return "-" if self.stopped is None else f"stopped at {self.stopped:,}"
 
     @property
     def timesteps(self) -> str:
@@ -62,14 +94,21 @@ class Row:
 
 @dataclass(frozen=True, eq=False)
 class Best(Row):
-    """The best complete trial.
+    """The complete trial that is the study's result, see ``finalists.choose``.
 
-    ``trace_ratio``: log of the variance of its features over the reference's; well below 0 it has lost variety.
+    ``value``: in the search. ``trace_ratio``: log of the variance of its features over the reference's; well below 0
+    it has lost variety. ``validated``: its value on the validation bank, which chose it; None where the search's did.
     """
 
     value: float
     trial: int
     trace_ratio: float | None
+    validated: float | None = None
+
+    @property
+    def chosen_by(self) -> float:
+        """The value by which it is the best."""
+        return self.value if self.validated is None else self.validated
 
 
 @dataclass(frozen=True, eq=False)
@@ -83,6 +122,9 @@ class StudySummary:
     best: Best | None
     baselines: list[Row]
     attrs: Mapping[str, Any] = field(default_factory=dict)
+    size: tuple[int, int] | None = None
+    """(images, banks) of the held-out values to show; None: each candidate's on the most images."""
+    finalists: Finalists = field(default_factory=Finalists)
 
     @property
     def noise(self) -> NoiseSchedule:
@@ -95,9 +137,29 @@ class StudySummary:
         return f"{self.metric}, {self.config.score.images:,} images"
 
     @property
+    def best_images(self) -> str:
+        """The images that ``best.chosen_by`` is of, as text."""
+        return images_of(self.config, validated=self.finalists.complete)
+
+    @property
+    def lead(self) -> tuple[float, str] | None:
+        """Best value in the search and its candidate's key, whichever is the result; None where none is finished."""
+        first = min(scored_trials(self.trials), key=lambda t: (t.values[0], t.number), default=None)
+        return None if first is None else (first.values[0], first.user_attrs[CANDIDATE])
+
+    @property
+    def choice_text(self) -> str | None:
+        """One sentence: how the best was chosen, and how much the search flattered it; None without finalists."""
+        return self.finalists.text(self.metric, self.config.score.images)
+
+    @property
     def trial_value_name(self) -> str:
         """What a trial's value is, that of a pruned one too."""
-        return self.value_name + ("" if self.config.score.pruner == "none" else ", fewer where pruned")
+        if self.config.pruner == "none":
+            return self.value_name
+        return self.value_name + (
+            ", fewer or the screen's where pruned" if self.config.screen_images else ", fewer where pruned"
+        )
 
     @property
     def reference_name(self) -> str:
@@ -110,14 +172,19 @@ class StudySummary:
     @property
     def solver_names(self) -> str:
         """The solver of all candidates, or those that were searched."""
-        solver = self.config.sampling.solver
-        return ", ".join(solver) if isinstance(solver, list) else solver
+        solver, order = self.config.sampling.solver, self.config.sampling.order
+        names = ", ".join(solver) if isinstance(solver, list) else solver
+        return f"{names} of order {order}" if isinstance(order, int) else names
 
     def rows(self) -> list[Row]:
-        """The best found, then the baselines from best to worst; nothing where no candidate is finished."""
+        """The best found, its uniform baseline, then the others from best to worst; nothing where none is finished."""
         if self.best is None:
             return []
-        return [self.best, *sorted(self.baselines, key=lambda row: math.inf if row.value is None else row.value)]
+        own = own_uniform(self.best, self.baselines)
+        return [
+            self.best,
+            *sorted(self.baselines, key=lambda row: (row is not own, math.inf if row.value is None else row.value)),
+        ]
 
     @property
     def uniform(self) -> Row | None:
@@ -129,20 +196,63 @@ class StudySummary:
         """(images, banks) of the held-out values on the most images; another candidate's may be of fewer."""
         return max((row.held_out.size for row in self.rows() if row.held_out is not None), default=None)
 
-    def compared(self) -> tuple[Row, Row] | None:
-        """The best found and uniform; None where one is missing.
+    @property
+    def headline(self) -> Headline | None:
+        """The best found against the uniform baseline of the same solver and settings; None where one is missing."""
+        return headline_of(self)
 
-        Their held-out values are of the same images, and None where there are no such values.
+    def difference(self, row: Row) -> Difference | None:
+        """A row's held-out values minus those of the headline's baseline, paired by bank.
+
+        None for that baseline itself, and where their values are not of the same images.
         """
-        if self.best is None or self.uniform is None:
+        own = self.best and own_uniform(self.best, self.baselines)
+        if not own or not own.held_out or not row.held_out or row.candidate.key == own.candidate.key:
             return None
-        pair: list[Row] = [self.best, self.uniform]
-        if len({row.held_out and row.held_out.size for row in pair}) > 1:
-            size = largest_held_out(self.attrs, *(row.candidate.key for row in pair))
-            pair = [
-                replace(row, held_out=size and stored_held_out(self.attrs, row.candidate.key, *size)) for row in pair
-            ]
-        return pair[0], pair[1]
+        return paired(row.held_out, own.held_out)
+
+    @property
+    def race(self) -> Race | None:
+        """What the screen and the rungs decided; None where there are none."""
+        return race_of(self.trials, self.config.score.images)
+
+    @property
+    def many_steps(self) -> Row | None:
+        """The floor of many uniform steps with the best one's settings; None where it was not scored."""
+        stored = self.best and stored_many_steps(self.attrs, self.best.candidate.settings)
+        if not stored:
+            return None
+        candidate, cost = stored
+        held_out = held_out_of(self.attrs, candidate.key, self.size)
+        return None if held_out is None else Row(f"uniform, {candidate.steps} steps", candidate, cost, None, held_out)
+
+    @property
+    def real_floor(self) -> RealFloor | None:
+        """The distance of real images from the reference; None where nobody has looked yet."""
+        return stored_real_floor(self.attrs)
+
+    @property
+    def ablation(self) -> list[Change]:
+        """Which single change of the best found earned how much, as far as ``adopt score --ablation`` scored it."""
+        if self.best is None or CODEC not in self.attrs:
+            return []
+        return ablation_of(self.attrs, self.best.candidate, self.size, self.attrs[CODEC])
+
+    def best_by_setting(self) -> dict[str, list[Row]]:
+        """The best candidate of each value of every searched choice, such as each solver; a row is named by its value.
+
+        From best to worst, the study's best first; values that no finished candidate has are missing.
+        """
+        found: dict[str, dict[str, Row]] = {name: {} for name in self.attrs.get(CODEC, {}).get("choices", {})}
+        first = None if self.best is None else self.best.trial
+        for trial in sorted(scored_trials(self.trials), key=lambda t: (t.number != first, t.values[0], t.number)):
+            candidate = Candidate.from_key(trial.user_attrs[CANDIDATE])
+            for name, rows in found.items():
+                value = str(candidate.settings_dict.get(name))
+                if value not in rows:
+                    held_out = held_out_of(self.attrs, candidate.key, self.size)
+                    rows[value] = Row(value, candidate, trial.user_attrs[COST], trial.values[0], held_out)
+        return {name: list(rows.values()) for name, rows in found.items() if rows}
 
     def warnings(self, tail: str = "") -> list[str]:
         """Everything to know before a value of the study is quoted, a line each: what ``adopt run`` said, and more.
@@ -158,7 +268,7 @@ class StudySummary:
             return []
         held_out, trace_ratio = self.best.held_out, self.best.trace_ratio
         most, own = self.held_out_size, held_out and held_out.size
-        lines = [held_out.warning] if held_out and held_out.warning else []
+        lines = [*self.finalists.doubts(), *([held_out.warning] if held_out and held_out.warning else [])]
         if trace_ratio is not None and trace_ratio <= LOST_VARIETY:  # images may be too much alike
             share = f"{math.exp(trace_ratio):.0%} of the reference's variance"
             lines.append(f"the features of the best candidate's images have {share}; look at samples")
@@ -166,7 +276,7 @@ class StudySummary:
             lines.append(
                 f"other candidates were scored on {banks_of(most)} held-out images, the best found on "
                 f"{f'only {banks_of(own)}' if own else 'none'}; "
-                f"score it too: adopt score --study {self.config.name} --images {most[0]} --banks {most[1]}{tail}"
+                f"score it too: {program()} score --study {self.config.name} --images {most[0]} --banks {most[1]}{tail}"
             )
         return lines
 
@@ -185,6 +295,42 @@ class StudySummary:
     def total(self, field: str) -> float:
         """Sum of one field of the finished trials' scores."""
         return float(sum(stored_score(t).get(field, 0) for t in self.finished))
+
+    @property
+    def evaluations(self) -> dict[str, int]:
+        """Network evaluations, counted by image: "run" in all, "saved" by reuse; of those run, "starts" for computed
+        starts, "screen" for the screen's teacher and "validation" for finalists."""
+        costs = self.attrs.get(START_COSTS, {})
+        screen = costs.get(SCREEN_TEACHER, 0)
+        validation = int(self.validation_total("run"))
+        return {
+            "run": int(self.total("run")) + sum(costs.values()) + validation,
+            "saved": int(self.total("saved") + self.validation_total("saved")),
+            STARTS: sum(costs.values()) - screen,
+            SCREEN_TEACHER: screen,
+            "validation": validation,
+        }
+
+    @property
+    def seconds(self) -> dict[str, float]:
+        """Seconds of the search and of validation by phase, and of what came before them."""
+        scored = {p: self.total(f"seconds_{p}") + self.validation_total(f"seconds_{p}") for p in PHASES}
+        return scored | self.start_seconds
+
+    @property
+    def start_seconds(self) -> dict[str, float]:
+        """Seconds of computing starts and of the screen's teacher, keys as in ``evaluations``."""
+        return {STARTS: 0.0, SCREEN_TEACHER: 0.0, **self.attrs.get(START_SECONDS, {})}
+
+    @property
+    def validation_seconds(self) -> float:
+        """Seconds of all scores on the validation bank."""
+        return sum(self.validation_total(f"seconds_{phase}") for phase in PHASES)
+
+    def validation_total(self, field: str) -> float:
+        """Sum of one field of all scores on the validation bank."""
+        stored = (value for key, value in self.attrs.items() if key.startswith(f"{VALIDATION}:"))
+        return float(sum(score.get(field, 0) for score in stored))
 
     @property
     def wall_seconds(self) -> float:
@@ -207,6 +353,7 @@ class StudySummary:
 
         ``tail`` as in ``warnings``.
         """
+        headline = self.headline
         return {
             "study": self.config.name,
             "finished": len(self.finished),
@@ -220,16 +367,30 @@ class StudySummary:
             "seed": self.config.score.seed,
             "reference_images": self.attrs.get(REFERENCE_IMAGES),
             "warnings": self.warnings(tail),
+            "headline": headline and headline.to_json(),
             "best": None if self.best is None else self._best_json(self.best),
-            "baselines": [{"name": row.name, **self._row_json(row)} for row in self.baselines],
-            "evaluations": {"run": int(self.total("run")), "saved": int(self.total("saved"))},
+            "validation": self.finalists.to_json(self.config.validation_images),
+            "baselines": [
+                {"name": row.name, **self._row_json(row), "stopped_at": row.stopped} for row in self.baselines
+            ],
+            "floors": {
+                "many_steps": self.many_steps and self._row_json(self.many_steps),
+                "real": self.real_floor and self.real_floor.to_json(),
+            },
+            "best_by_setting": {
+                name: {row.name: self._row_json(row) for row in rows} for name, rows in self.best_by_setting().items()
+            },
+            "ablation": [change.to_json() for change in self.ablation],
+            "race": self.race and self.race.to_json(),
+            "evaluations": self.evaluations,
             "seconds": {
-                **{phase: round(self.total(f"seconds_{phase}"), 3) for phase in PHASES},
-                "total": round(self.wall_seconds, 3),
+                **{phase: round(seconds, 3) for phase, seconds in self.seconds.items()},
+                "total": round(self.wall_seconds + self.validation_seconds + sum(self.start_seconds.values()), 3),
             },
         }
 
     def _row_json(self, row: Row) -> dict[str, Any]:
+        own = self.best and own_uniform(self.best, self.baselines)
         return {
             "timesteps": list(row.candidate.timesteps),
             "settings": row.candidate.settings_dict,
@@ -237,12 +398,14 @@ class StudySummary:
             "images": self.config.score.images,
             "bank": SEARCH_BANK,
             "held_out": None if row.held_out is None else row.held_out.summary(),
+            "difference": difference_json(self.difference(row), own.name) if own else None,
         }
 
     def _best_json(self, best: Best) -> dict[str, Any]:
         return {
             "trial": best.trial,
             **self._row_json(best),
+            "validation": best.validated,
             "skips": best.candidate.skip_names(self.units),
             "variance_ratio": None if best.trace_ratio is None else round(math.exp(best.trace_ratio), 6),
             "cost": best.cost,
@@ -255,18 +418,15 @@ def read_summary(study: optuna.Study, size: tuple[int, int] | None = None) -> St
     ``size``: (images, banks) of the held-out values to show; None: each candidate's on the most images.
     """
     attrs = study.user_attrs
-    trials = study.get_trials(deepcopy=False)
-    scored = scored_trials(trials)
-    first = min(scored, key=lambda t: (t.values[0], t.number), default=None)
-    values = {t.user_attrs[CANDIDATE]: t.values[0] for t in scored}
+    trials, config = study.get_trials(deepcopy=False), stored_config(study)
+    finalists = choose(trials, attrs, config)
+    first = finalists.winner
+    values = {t.user_attrs[CANDIDATE]: t.values[0] for t in scored_trials(trials)}
+    stopped = {t.user_attrs.get(CANDIDATE): stopped_at(t) for t in trials}
     costs = attrs.get(BASELINE_COSTS, {})
 
-    def held_out(key: str) -> HeldOut | None:
-        shown = size or largest_held_out(attrs, key)
-        return stored_held_out(attrs, key, *shown) if shown else None
-
     return StudySummary(
-        config=stored_config(study),
+        config=config,
         metric=attrs.get(METRIC, "value"),
         units=tuple(attrs.get(CODEC, {}).get("units", ())),
         trials=trials,
@@ -277,22 +437,45 @@ def read_summary(study: optuna.Study, size: tuple[int, int] | None = None) -> St
             candidate=Candidate.from_key(first.user_attrs[CANDIDATE]),
             cost=first.user_attrs[COST],
             value=first.values[0],
-            held_out=held_out(first.user_attrs[CANDIDATE]),
+            held_out=held_out_of(attrs, first.user_attrs[CANDIDATE], size),
             trial=first.number,
             trace_ratio=stored_score(first).get("trace_ratio"),
+            validated=None if finalists.won is None else finalists.won.validated,
         ),
         baselines=[
-            Row(name, Candidate.from_key(key), costs[name], values.get(key), held_out(key))
+            Row(
+                name,
+                Candidate.from_key(key),
+                costs[name],
+                values.get(key),
+                held_out_of(attrs, key, size),
+                stopped=None if key in values else stopped.get(key),
+            )
             for name, key in attrs.get(BASELINE_KEYS, {}).items()
             if name in costs
         ],
         attrs=attrs,
+        size=size,
+        finalists=finalists,
     )
+
+
+def held_out_of(attrs: Mapping[str, Any], key: str, size: tuple[int, int] | None) -> HeldOut | None:
+    """Stored held-out values of a candidate of that ``size``, or those on the most images."""
+    shown = size or largest_held_out(attrs, key)
+    return stored_held_out(attrs, key, *shown) if shown else None
 
 
 def banks_of(size: tuple[int, int]) -> str:
     """(images, banks) as it is shown everywhere: banks x images."""
     return f"{size[1]} x {size[0]:,}"
+
+
+def images_of(config: StudyConfig, *, validated: bool) -> str:
+    """The images of a value in the search, or of a finalist's on the validation bank, as text."""
+    if validated:
+        return f"{config.validation_images:,} images, validation noise"
+    return f"{config.score.images:,} images, search noise"
 
 
 def runtime_warnings(attrs: Mapping[str, Any]) -> list[str]:

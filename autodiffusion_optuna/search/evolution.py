@@ -13,9 +13,10 @@ from numpy.random import Generator
 
 from autodiffusion_optuna.candidate import Candidate
 from autodiffusion_optuna.search import operators, surrogate
-from autodiffusion_optuna.search.history import History, Record, best, skip_ratio_at, stage_two_start
+from autodiffusion_optuna.search.history import History, Record, best, expected, skip_ratio_at, stage_two_start
 from autodiffusion_optuna.search.presets import Preset
 from autodiffusion_optuna.search.space import SearchSpace
+from autodiffusion_optuna.search.thrift import thrift_at
 from autodiffusion_optuna.search.timesteps import uniform_timesteps
 from autodiffusion_optuna.storage.attrs import GENERATION, OPERATOR, PARENTS, SKIP_RATIO, STAGE
 
@@ -58,8 +59,20 @@ class Proposal:
         return cls(candidate, *origin, tuple(attrs[PARENTS]))
 
 
-def propose(history: History, space: SearchSpace, preset: Preset, rng: Generator, *, barrier: bool = False) -> Proposal:
-    """The next candidate. ``barrier``: parents come from earlier generations alone."""
+def propose(
+    history: History,
+    space: SearchSpace,
+    preset: Preset,
+    rng: Generator,
+    *,
+    barrier: bool = False,
+    thrifty: bool = False,
+) -> Proposal:
+    """The next candidate.
+
+    ``barrier``: parents come from earlier generations alone. ``thrifty``: children that keep more of the first steps
+    of what was tried are preferred, since they cost less.
+    """
     generation = history.index // preset.population_size
     if barrier:
         history = history.before(generation * preset.population_size)
@@ -77,9 +90,14 @@ def propose(history: History, space: SearchSpace, preset: Preset, rng: Generator
         child, origin, parents = _child(rng, space, preset, name, elite, generation, skip_ratio)
         if child.key not in history.taken:
             offspring.setdefault(child, (origin, parents))
+    for _ in range(preset.strangers if bred and not skip_ratio else 0):  # random skips are never good ones
+        stranger = operators.random_candidate(rng, space, skip_ratio)
+        if stranger.key not in history.taken:
+            offspring.setdefault(stranger, ("random", ()))
     if not offspring:  # nothing new is left near here: a repeat is allowed
         offspring[child] = (origin, parents)
-    chosen = surrogate.choose(list(offspring), history.ranked, space)
+    weight = thrift_at(generation) if thrifty else 0.0
+    chosen = surrogate.choose(list(offspring), expected(history), space, weight)
     origin, parents = offspring[chosen]
     return Proposal(chosen, generation, 2 if skip_ratio else 1, origin, skip_ratio, parents)
 

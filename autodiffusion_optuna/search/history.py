@@ -21,24 +21,30 @@ from optuna.trial import FrozenTrial, TrialState
 
 from autodiffusion_optuna.candidate import Candidate
 from autodiffusion_optuna.errors import ConfigError
+from autodiffusion_optuna.search.rungs import RungRegression
 from autodiffusion_optuna.search.space import SearchSpace
 from autodiffusion_optuna.storage.attrs import CANDIDATE
 
 Losses = tuple[float, ...]
 FAILED_TRIES = 2  # a candidate that failed so often is not proposed again
+LEARNED_FROM = 256  # latest complete trials that tell what a rung foretells: an ask must not grow with the study
 RAMP = 5  # generations in which the ratio of units that a step may skip grows to ``max_skip`` (AutoDiffusion)
 
 
 class Record(NamedTuple):
     """A trial as the search sees it; in the order of the fields, the better of two comes first.
 
-    ``losses``: values of a complete trial, made to be minimised; empty for any other.
+    ``losses``: values of a complete trial, made to be minimised; empty for any other, or, of a stopped one, what they
+    would have been (``expected``). ``rungs``: (step, loss) of what was reported on the way, by step. ``stopped``: by a
+    pruner.
     """
 
     losses: Losses
     number: int
     key: str
     candidate: Candidate
+    rungs: tuple[tuple[int, float], ...] = ()
+    stopped: bool = False
 
 
 @dataclass(frozen=True)
@@ -47,8 +53,8 @@ class History:
 
     ``index``: its number, not counting failed trials before it. ``taken``: keys of all candidates that are finished,
     pruned, running or waiting, or failed repeatedly. ``complete``: trials by number; ``indices``: theirs. ``ranked``:
-    the same by (losses, number), which with one objective is best first. ``failures``: numbers of failed trials;
-    ``failed``: how often a candidate did.
+    the same by (losses, number), which with one objective is best first. ``stopped``: trials that a pruner stopped, by
+    number; ``stopped_indices``: theirs. ``failures``: numbers of failed trials; ``failed``: how often a candidate did.
     """
 
     index: int = 0
@@ -57,6 +63,8 @@ class History:
     complete: list[Record] = field(default_factory=list)
     indices: list[int] = field(default_factory=list)
     ranked: list[Record] = field(default_factory=list)
+    stopped: list[Record] = field(default_factory=list)
+    stopped_indices: list[int] = field(default_factory=list)
     failures: list[int] = field(default_factory=list)
     failed: Counter[str] = field(default_factory=Counter)
 
@@ -77,15 +85,25 @@ class History:
                     new.complete.append(record)
                     new.indices.append(trial.number - len(new.failures))
                     new.ranked.append(record)
+                elif record.stopped:
+                    new.stopped.append(record)
+                    new.stopped_indices.append(trial.number - len(new.failures))
         new.taken.update(key for key, times in new.failed.items() if times >= FAILED_TRIES)
         new.ranked.sort(key=attrgetter("losses"))  # which keeps the order of numbers
         return new
 
     def before(self, index: int) -> History:
         """Without the values of trials from ``index`` on; what they try stays taken."""
-        count = bisect_left(self.indices, index)
+        count, stopped = bisect_left(self.indices, index), bisect_left(self.stopped_indices, index)
         complete = self.complete[:count]
-        return replace(self, complete=complete, indices=self.indices[:count], ranked=sorted(complete))
+        return replace(
+            self,
+            complete=complete,
+            indices=self.indices[:count],
+            ranked=sorted(complete),
+            stopped=self.stopped[:stopped],
+            stopped_indices=self.stopped_indices[:stopped],
+        )
 
 
 class HistoryReader:
@@ -136,7 +154,11 @@ def read_record(trial: FrozenTrial, space: SearchSpace, directions: Sequence[Stu
     if candidate is None:
         return None
     complete = trial.state == TrialState.COMPLETE and trial.values
-    return Record(losses(trial.values, directions) if complete else (), trial.number, candidate.key, candidate)
+    told = losses(trial.values, directions) if complete else ()
+    reported = sorted(trial.intermediate_values.items()) if len(directions) == 1 else []
+    rungs = tuple((step, losses([value], directions)[0]) for step, value in reported)
+    stopped = trial.state == TrialState.PRUNED and bool(rungs)
+    return Record(told, trial.number, candidate.key, candidate, rungs, stopped)
 
 
 def decoded(params: Mapping[str, Any], space: SearchSpace) -> Candidate | None:
@@ -190,6 +212,23 @@ def losses(values: Sequence[float], directions: Sequence[StudyDirection]) -> Los
     """Values made to be minimised; one that is not finite is worse than all others."""
     signed = (-v if d == StudyDirection.MAXIMIZE else v for v, d in zip(values, directions, strict=True))
     return tuple(v if math.isfinite(v) else math.inf for v in signed)
+
+
+def expected(history: History) -> list[Record]:
+    """All trials that say how good their candidate is, best first: complete ones, and stopped ones by what their last
+    rung foretells of the end, as far as the latest complete ones tell.
+    """
+    by_step: dict[int, list[Record]] = {}
+    for record in history.stopped:
+        by_step.setdefault(record.rungs[-1][0], []).append(record)
+    complete = [(dict(record.rungs), record.losses[0]) for record in history.complete[-LEARNED_FROM:]]
+    found = list(history.complete)
+    for step, stopped in by_step.items():
+        rung = RungRegression.of((rungs[step], end) for rungs, end in complete if step in rungs)
+        if rung is not None:
+            ends = rung.expected([record.rungs[-1][1] for record in stopped])
+            found += [Record((float(end),), *record[1:]) for record, end in zip(stopped, ends, strict=True)]
+    return history.ranked if len(found) == len(history.complete) else sorted(found)
 
 
 def best(ranked: Sequence[Record], count: int) -> list[Record]:

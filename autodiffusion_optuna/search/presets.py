@@ -24,12 +24,15 @@ class Preset:
     """Parents drawn for each one used; the best of them is."""
     children: int
     """Children made for each one evaluated; the surrogate chooses. 1: no surrogate."""
+    strangers: int
+    """Random candidates that it may choose instead while no layers are skipped: on a rugged landscape the best is not
+    near the parents."""
 
 
 PRESETS = {
     # AutoDiffusion's ImageNet-64 search (arXiv 2309.10438, as published in its code).
-    "paper": Preset(50, 10, 25, 15, 0.25, 5, local=False, tournament=1, children=1),
-    "adopt": Preset(20, 6, 12, 6, 0.25, 5, local=True, tournament=2, children=32),
+    "paper": Preset(50, 10, 25, 15, 0.25, 5, local=False, tournament=1, children=1, strangers=0),
+    "adopt": Preset(20, 6, 12, 6, 0.25, 5, local=True, tournament=2, children=32, strangers=64),
 }
 
 

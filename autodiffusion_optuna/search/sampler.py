@@ -37,6 +37,8 @@ class AutoDiffusionSampler(BaseSampler):
     index is the number of earlier trials that did not fail; it decides the generation (``index // population_size``)
     and, by its place there, the operator. With ``barrier`` parents come from earlier generations alone: whoever waits
     for a generation to be finished before asking for the next gets the same candidates from any number of workers.
+    ``thrifty``: whoever scores keeps the network's answers at first steps (a prefix cache), so of the children of
+    "adopt" those are preferred that share more of them with what was tried.
 
     Raises ConfigError where the sizes contradict each other.
     """
@@ -53,11 +55,12 @@ class AutoDiffusionSampler(BaseSampler):
         mutation_probability: float | None = None,
         stage_one_generations: int | None = None,
         barrier: bool = False,
+        thrifty: bool = False,
         seed: int | None = 0,
     ) -> None:
         if seed is not None and seed < 0:
             raise ConfigError(f"seed {seed} must not be negative")
-        self.space, self.barrier = space, barrier
+        self.space, self.barrier, self.thrifty = space, barrier, thrifty
         self.settings = settings_of(
             preset,
             population_size=population_size,
@@ -137,7 +140,8 @@ class AutoDiffusionSampler(BaseSampler):
 
     def _propose(self, space: SearchSpace, study: optuna.Study, trials: Sequence[FrozenTrial], number: int) -> Proposal:
         history = self._reader.history(space, study, trials, number)
-        proposal = propose(history, space, self.settings, self._rng(history.index, RELATIVE), barrier=self.barrier)
+        rng = self._rng(history.index, RELATIVE)
+        proposal = propose(history, space, self.settings, rng, barrier=self.barrier, thrifty=self.thrifty)
         self._proposed[study.study_name, number] = proposal
         return proposal
 

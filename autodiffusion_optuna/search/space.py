@@ -199,6 +199,15 @@ class SearchSpace:
         affordable = [k for k in self.lengths if repair.is_affordable(self, len(self.visits(k, settings)))]
         return max(affordable, default=self.min_steps)
 
+    def most_evaluations(self, settings: Mapping[str, Value]) -> int:
+        """Most network evaluations of a candidate with these settings, whatever it skips; 0 where none is affordable.
+
+        ``settings``: every searched one by name.
+        """
+        least = 1.0 - repair.most_saved(self, self.skip_limit(self.max_skip))
+        counts = (len(self.visits(k, settings)) for k in self.lengths)
+        return max((count for count in counts if repair.is_affordable(self, count * least)), default=0)
+
     # Parameters
 
     def distributions(self) -> dict[str, BaseDistribution]:

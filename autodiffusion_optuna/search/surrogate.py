@@ -20,6 +20,7 @@ from scipy.linalg import solve_triangular
 from autodiffusion_optuna.candidate import Candidate
 from autodiffusion_optuna.search.history import Record
 from autodiffusion_optuna.search.space import SearchSpace
+from autodiffusion_optuna.search.thrift import costs_left
 
 Array = NDArray[np.float64]
 
@@ -27,6 +28,7 @@ ENOUGH = 8  # finished trials below which the guess is worth nothing
 KEPT_BEST, KEPT_OTHERS = 160, 60  # trials fitted: the cost of an ask must not grow with the study
 SCALES = (0.2, 0.4, 0.8, 1.6)  # length scales tried, in units of the median distance
 NOISE = 1e-3  # variance of what the kernel cannot explain, of normal scores
+STOPPED_NOISE = 0.03  # that of trials whose end is only expected
 OPTIMISM = 0.5  # standard deviations by which an uncertain child is preferred
 SETTING_SCALES = (1.5, 4.5, 13.5)  # of the settings: in choices that differ, and median distances of numbers
 
@@ -47,18 +49,25 @@ class Embedding(NamedTuple):
     numbers: Array
 
 
-def choose(children: Sequence[Candidate], ranked: Sequence[Record], space: SearchSpace) -> Candidate:
+def choose(
+    children: Sequence[Candidate], ranked: Sequence[Record], space: SearchSpace, thrift: float = 0.0
+) -> Candidate:
     """The child with the best optimistic guess; the first one where too little is known to tell.
 
-    ``ranked``: the complete trials, best first.
+    ``ranked``: the complete trials and, by what is expected of them, the stopped ones, best first. ``thrift``: how much
+    worse a child may look, in normal scores, if it costs nothing instead of a whole run.
     """
     chosen = fitted(ranked)
     if len(children) == 1 or len(chosen) < ENOUGH:
         return children[0]
     known = embed([record.candidate for record in chosen], space)
-    mean, deviation = predict(known, normal_scores([r.losses[0] for r in chosen]), embed(children, space))
+    noise = np.array([STOPPED_NOISE if record.stopped else NOISE for record in chosen])
+    mean, deviation = predict(known, normal_scores([r.losses[0] for r in chosen]), embed(children, space), noise)
+    guess = mean - OPTIMISM * deviation
+    if thrift:
+        guess += thrift * costs_left(children, ranked, space)
     # Rounded, so that the last bits of a linear algebra library do not decide between equals.
-    return children[int(np.argmin(np.round(mean - OPTIMISM * deviation, 9)))]
+    return children[int(np.argmin(np.round(guess, 9)))]
 
 
 def fitted(ranked: Sequence[Record]) -> list[Record]:
@@ -109,7 +118,7 @@ def normal_scores(losses: Sequence[float]) -> Array:
 _quantile = lru_cache(maxsize=4096)(NormalDist().inv_cdf)
 
 
-def predict(known: Embedding, scores: Array, asked: Embedding) -> tuple[Array, Array]:
+def predict(known: Embedding, scores: Array, asked: Embedding, noise: Array | float = NOISE) -> tuple[Array, Array]:
     """Mean and standard deviation of the process at ``asked``, float64 [M] each.
 
     Matérn 5/2 kernel in the timesteps times an exponential one in the number of skip bits that differ; the length
@@ -128,7 +137,7 @@ def predict(known: Embedding, scores: Array, asked: Embedding) -> tuple[Array, A
     best, found = -np.inf, None
     for scale in product(SCALES, SETTING_SCALES if searched else SETTING_SCALES[:1]):
         flat[pairs] = _kernel(among, units, scale)
-        flat[diagonal] += NOISE
+        flat[diagonal] += noise
         factor = np.linalg.cholesky(flat.reshape(size, size))  # which reads the lower half alone
         white = solve_triangular(factor, scores, lower=True, check_finite=False)
         likelihood = -0.5 * float(white @ white) - float(np.log(np.diag(factor)).sum())

@@ -10,7 +10,7 @@ import os
 import re
 import tempfile
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, TypeAlias
@@ -19,12 +19,13 @@ import numpy as np
 import optuna
 from numpy.typing import NDArray
 from optuna.artifacts import Boto3ArtifactStore, FileSystemArtifactStore, GCSArtifactStore, get_all_artifact_meta
+from optuna.storages import BaseStorage
 from optuna.trial import FrozenTrial, TrialState
 
 from autodiffusion_optuna.errors import StorageError
 from autodiffusion_optuna.images import square_grid
 from autodiffusion_optuna.storage.attrs import BASELINE, GENERATION, NOTABLE
-from autodiffusion_optuna.storage.study_storage import id_of_trial
+from autodiffusion_optuna.storage.study_storage import id_of_study, id_of_trial
 from autodiffusion_optuna.storage.url import sqlite_path
 
 ATTR = "artifacts:"
@@ -33,6 +34,8 @@ EXTRAS = {"s3": "s3", "gs": "gcs"}
 """Scheme of a bucket's address -> the extra that brings its client."""
 FILE = "samples.png"
 """Name under which the dashboard shows a picture."""
+COMPARISON = "comparison.png"
+"""Name of the study's own picture: what was found beside what it is compared with."""
 OF_BASELINE, NEW_BEST, BEST_OF_GENERATION = "baseline", "new best", "best of its generation so far"
 _log = logging.getLogger("autodiffusion_optuna")
 
@@ -104,6 +107,16 @@ def open_store(location: str, *, write: bool = True) -> ArtifactStore:
     return Prefixed(store, prefix.strip("/")) if prefix.strip("/") else store
 
 
+def check_store(location: str) -> None:
+    """StorageError where ``open_store`` would raise it. Nothing is created."""
+    path = Path(location)
+    if "://" in location or not location.strip() or path.exists():
+        open_store(location)
+    else:
+        with _folder_errors(location), tempfile.TemporaryFile(dir=path.parent):
+            pass
+
+
 def _folder(location: str, write: bool) -> ArtifactStore:
     path = Path(location)
     if not location.strip():
@@ -112,11 +125,19 @@ def _folder(location: str, write: bool) -> ArtifactStore:
         if not path.is_dir():
             raise StorageError(f"artifact folder {location!r} does not exist; say with --artifacts where it is")
         return FileSystemArtifactStore(path)
-    try:
+    with _folder_errors(location):
         path.mkdir(exist_ok=True)
         # Tried rather than asked: root is told yes on a read-only mount.
         with tempfile.TemporaryFile(dir=path):
-            return FileSystemArtifactStore(path)
+            pass
+    return FileSystemArtifactStore(path)
+
+
+@contextlib.contextmanager
+def _folder_errors(location: str) -> Iterator[None]:
+    """What the system says of a folder, as StorageError."""
+    try:
+        yield
     except OSError as error:
         reason = error.strerror or str(error)
         raise StorageError(
@@ -182,6 +203,32 @@ def attach_picture(trial: optuna.Trial, store: ArtifactStore, images: NDArray[np
             raise
     trial.set_user_attr(NOTABLE, why)
     return True
+
+
+def comparison_of(study: optuna.Study, storage: BaseStorage) -> dict[str, Any]:
+    """What is listed of the study's own picture: its id, and under ``content`` what is on it; empty without one."""
+    listed = storage.get_study_system_attrs(id_of_study(study))
+    metas = (json.loads(value) for key, value in listed.items() if key.startswith(ATTR))
+    # The dashboard leaves null where one was removed, over which Optuna's own reader falls.
+    return next((meta for meta in metas if meta and meta["filename"] == COMPARISON), {})
+
+
+def keep_comparison(study: optuna.Study, storage: BaseStorage, store: ArtifactStore, png: bytes, content: str) -> None:
+    """Keep the study's own picture, in place of an earlier one; ``content``: what is on it.
+
+    A store that fails costs the picture, and is warned of; errors of the study's database are raised.
+    """
+    study_id, begun = id_of_study(study), study.get_trials(deepcopy=False)[0].datetime_start
+    # One id for a study, so that two workers that end together keep one picture; studies may share a bucket.
+    own = str(uuid.uuid5(uuid.NAMESPACE_URL, f"{storage.get_study_name_from_id(study_id)}/{study_id}/{begun}"))
+    picture = comparison_of(study, storage).get("artifact_id", own)
+    try:
+        store.write(picture, io.BytesIO(png))
+    except Exception as error:  # the errors of buckets' clients have no common base
+        _warn_of(error)
+        return
+    meta = {"artifact_id": picture, "filename": COMPARISON, "mimetype": "image/png", "encoding": None}
+    storage.set_study_system_attr(study_id, ATTR + picture, json.dumps({**meta, "content": content}))
 
 
 def _remove(store: ArtifactStore, picture: str) -> None:

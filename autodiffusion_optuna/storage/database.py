@@ -19,7 +19,7 @@ from optuna.storages._rdb import models  # private: names of the tables, and wha
 from sqlalchemy.engine import URL
 from sqlalchemy.exc import DBAPIError, IntegrityError, OperationalError, ProgrammingError, SQLAlchemyError
 
-from autodiffusion_optuna.errors import StorageError
+from autodiffusion_optuna.errors import StorageError, program
 from autodiffusion_optuna.storage.study_storage import StudyStorage, is_away
 from autodiffusion_optuna.storage.url import engine_options, escaped, hide_password, parse_url, sqlite_path
 
@@ -185,7 +185,7 @@ def check_place(url: str, *, create: bool = True) -> None:
         # The file is never opened here: closing it would drop the locks of this process's own connections to it
         # (https://sqlite.org/howtocorrupt.html, section 2.2), and the next worker to end would take away their log.
     elif not create:
-        raise StorageError(f"no database at {str(path)!r}; start a study with `adopt run`, or give --storage URL")
+        raise StorageError(f"no database at {str(path)!r}; start a study with `{program()} run`, or give --storage URL")
     elif not path.parent.is_dir():
         raise StorageError(f"storage folder {str(path.parent)!r} does not exist; create it or give --storage URL")
     elif not _writable(path.parent):
@@ -210,7 +210,7 @@ def _reason(url: str, error: Exception) -> str:
     if isinstance(error, RuntimeError):  # Optuna's word for tables of another version
         return (
             f"storage {hide_password(url)!r} was made by another version of Optuna, or this one is too old for it; "
-            f"keep a copy, then run: adopt storage upgrade --storage {shlex.quote(hide_password(url))}"
+            f"keep a copy, then run: {program()} storage upgrade --storage {shlex.quote(hide_password(url))}"
         )
     return f"cannot open storage {hide_password(url)!r}: {detail}; check the URL, or start the server"
 

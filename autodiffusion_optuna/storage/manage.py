@@ -195,6 +195,8 @@ def _with_own_pictures(attrs: Mapping[str, Any]) -> tuple[dict[str, Any], dict[s
     own: dict[str, Any] = {}
     ids: dict[str, str] = {}
     for key, value in attrs.items():
+        if key.startswith(ATTR) and json.loads(value) is None:
+            continue  # removed
         if key.startswith(ATTR):
             old, new = key.removeprefix(ATTR), str(uuid.uuid4())
             ids[old] = new

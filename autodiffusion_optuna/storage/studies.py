@@ -10,7 +10,7 @@ from pydantic import ValidationError
 
 from autodiffusion_optuna._version import __version__
 from autodiffusion_optuna.config import StudyConfig, differences, explain, flatten, missing_files
-from autodiffusion_optuna.errors import StudyError, choose_from
+from autodiffusion_optuna.errors import StudyError, choose_from, program
 from autodiffusion_optuna.storage.attrs import CONFIG, READY, RUNTIME, UNIT_COSTS, VERSION
 from autodiffusion_optuna.storage.database import is_empty, open_storage
 from autodiffusion_optuna.storage.study_storage import StudyStorage, id_of_study
@@ -21,7 +21,9 @@ def load_study(storage: StudyStorage, name: str) -> optuna.Study:
     names = study_names(storage)
     if name not in names:
         if not names:
-            raise StudyError(f"no study {name!r}: the database holds none yet; start one with adopt run --study {name}")
+            raise StudyError(
+                f"no study {name!r}: the database holds none yet; start one with {program()} run --study {name}"
+            )
         raise StudyError(choose_from("study", name, names))
     study = optuna.load_study(study_name=name, storage=storage)
     if CONFIG not in study.user_attrs:
@@ -63,9 +65,12 @@ def require_same(study: optuna.Study, config: StudyConfig) -> None:
         )
 
 
-def require_files(study: optuna.Study, config: StudyConfig) -> None:
-    """StudyError where a file of a study that was begun elsewhere does not exist here, with what gives its place."""
-    missing = missing_files(config)
+def require_files(study: optuna.Study, config: StudyConfig, unneeded: str = "none") -> None:
+    """StudyError where a file of a study that was begun elsewhere does not exist here, with what gives its place.
+
+    ``unneeded``: the table of the config whose files are not looked for.
+    """
+    missing = [key for key in missing_files(config) if not key.startswith(f"{unneeded}.")]
     if missing:
         settings = flatten(config.model_dump(mode="json"))
         where = " and ".join(f"{key} = {settings[key]!r}" for key in missing)

@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import datetime
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import filelock
@@ -285,33 +286,45 @@ class StudyStorage(_Storage):
             _log.debug("a heartbeat was missed: %s", error)
 
     @contextmanager
-    def locked(self, study: optuna.Study) -> Iterator[None]:
+    def locked(self, study: optuna.Study, patience: float = LOCK_SECONDS, beginning: bool = False) -> Iterator[None]:
         """Hold the lock under which a study's workers take trials, one after another.
 
         It saves work and keeps the list of trials tidy; what must hold is checked after it as well. So whoever does
-        not get it within ``LOCK_SECONDS`` goes on without: its holder may be frozen. A killed holder's is free at once.
+        not get it within ``patience`` seconds goes on without: its holder may be frozen. A killed holder's is free at
+        once. ``beginning``: it is held for minutes, in which other studies of the same file are not to wait.
         """
-        holder = {"sqlite": self._file_lock, "postgresql": self._advisory_lock}.get(self.engine.name)
-        release = holder(id_of_study(study)) if holder else None
+        study_id, release = id_of_study(study), None
+        if self.engine.name == "sqlite":
+            release = self._file_lock(study_id if beginning else None, patience)
+        elif self.engine.name == "postgresql":
+            release = self._advisory_lock(study_id, patience)
         try:
             yield
         finally:
             if release is not None:
                 release()
 
-    def _file_lock(self, study_id: int) -> Callable[[], None] | None:
-        lock = filelock.FileLock(f"{self.engine.url.database}.lock", timeout=LOCK_SECONDS)
+    def _file_lock(self, study_id: int | None, patience: float) -> Callable[[], None] | None:
+        """The lock of one study, whose file does not stay, or of all studies of the database."""
+        name = f"{self.engine.url.database}{'' if study_id is None else f'.{study_id}'}.lock"
+        lock = filelock.FileLock(name, timeout=patience)
         try:
             lock.acquire(poll_interval=0.005)
         except (filelock.Timeout, OSError):
             return None
-        return lock.release
 
-    def _advisory_lock(self, study_id: int) -> Callable[[], None] | None:
+        def release() -> None:
+            if study_id is not None:
+                Path(name).unlink(missing_ok=True)
+            lock.release()
+
+        return release
+
+    def _advisory_lock(self, study_id: int, patience: float) -> Callable[[], None] | None:
         # Where the server goes away meanwhile, all that wait ask again: they must not come back without the lock.
-        return self.until_back(lambda: self._wait_for_lock(study_id))
+        return self.until_back(lambda: self._wait_for_lock(study_id, patience))
 
-    def _wait_for_lock(self, study_id: int) -> Callable[[], None] | None:
+    def _wait_for_lock(self, study_id: int, patience: float) -> Callable[[], None] | None:
         try:
             connection = self.engine.connect()
         except SQLAlchemyError as error:
@@ -319,7 +332,7 @@ class StudyStorage(_Storage):
         try:
             # A holder that is frozen loses its connection, and with it the lock.
             limits = ("lock_timeout", "idle_in_transaction_session_timeout")
-            settings = ", ".join(f"set_config('{name}', '{LOCK_SECONDS}s', true)" for name in limits)
+            settings = ", ".join(f"set_config('{name}', '{patience:.0f}s', true)" for name in limits)
             connection.execute(sqlalchemy.text(f"SELECT {settings}"))
             wait = sqlalchemy.text("SELECT pg_advisory_xact_lock(:kind, :study)")
             connection.execute(wait, {"kind": LOCK_CLASS, "study": study_id})

@@ -4,22 +4,27 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
 import torch
+from torch import Tensor
 
-from autodiffusion_optuna.candidate import Candidate
-from autodiffusion_optuna.config import Range, SamplingConfig, StudyConfig
-from autodiffusion_optuna.errors import ConfigError, StatisticsError, choose_from
+from autodiffusion_optuna.candidate import Candidate, Value
+from autodiffusion_optuna.config import BUNDLED, MEMORY, Range, SamplingConfig, StudyConfig
+from autodiffusion_optuna.errors import ConfigError, StatisticsError
+from autodiffusion_optuna.evaluation.drawing import ImageSampler
 from autodiffusion_optuna.evaluation.evaluator import Evaluator, largest_batch
-from autodiffusion_optuna.evaluation.features import Extractor, load_extractor
-from autodiffusion_optuna.evaluation.models import Model, load_model
+from autodiffusion_optuna.evaluation.features import Extractor, check_extractor, load_extractor
+from autodiffusion_optuna.evaluation.models import Model, check_source, find_device, load_model
+from autodiffusion_optuna.evaluation.models.prompts import check_prompt_file
 from autodiffusion_optuna.evaluation.prefix_cache import PrefixCache
+from autodiffusion_optuna.evaluation.references.formats import require_reference
 from autodiffusion_optuna.evaluation.references.reference import (
     Reference,
+    build_reference,
     check_images,
     doubts,
     load_reference,
@@ -29,9 +34,13 @@ from autodiffusion_optuna.evaluation.sampling import Sampling
 from autodiffusion_optuna.evaluation.sanity import check_model
 from autodiffusion_optuna.evaluation.solvers import ORDERS, query_steps, solver_names
 from autodiffusion_optuna.noise import Final
+from autodiffusion_optuna.search.presets import settings_of
+from autodiffusion_optuna.search.repair import spread
 from autodiffusion_optuna.search.sampler import AutoDiffusionSampler
 from autodiffusion_optuna.search.space import SearchSpace
-from autodiffusion_optuna.search.timesteps import baseline_timesteps
+from autodiffusion_optuna.search.timesteps import baseline_timesteps, uniform_timesteps
+from autodiffusion_optuna.study.given import read_warm_starts
+from autodiffusion_optuna.study.starts import screen_points, start_order
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,9 +53,41 @@ class StudyComponents:
     sampler: AutoDiffusionSampler
     evaluator: Evaluator
     baselines: dict[str, Candidate]
-    """Baselines by name, at the largest number of full steps the budget allows."""
+    """Baselines by name, at the largest number of full steps the budget allows; see ``starts`` for computed ones."""
     sanity: tuple[str, ...] = ()
     """What is doubtful about the model itself, a line each."""
+    warm_starts: tuple[str, ...] = ()
+    """Names of the baselines that are evaluated first."""
+    list_notes: tuple[str, ...] = ()
+    """What was changed in the lists of ``search.warm_starts``, a line each."""
+
+    @property
+    def images(self) -> ImageSampler:
+        """What draws the images of candidates."""
+        return self.evaluator.images
+
+
+@dataclass(frozen=True, eq=False)
+class ImageComponents:
+    """What draws the images of a study's candidates and cannot score them; fields as of ``StudyComponents``."""
+
+    config: StudyConfig
+    model: Model
+    space: SearchSpace
+    images: ImageSampler
+    baselines: dict[str, Candidate]
+
+
+def build_images(
+    config: StudyConfig,
+    *,
+    trust: bool = False,
+    unit_costs: tuple[float, ...] | None = None,
+    batch: int | None = None,
+) -> ImageComponents:
+    """As ``build``, without extractor and reference: no reference image is looked at."""
+    _find_plug_ins(config, trust)
+    return _load_images(config, read_sampling(config.sampling), trust, unit_costs, None, batch)
 
 
 def build(
@@ -56,46 +97,111 @@ def build(
     unit_costs: tuple[float, ...] | None = None,
     device: str | None = None,
     batch: int | None = None,
+    model: Model | None = None,
+    images: Tensor | None = None,
 ) -> StudyComponents:
     """Load and check the parts of a study (AdoptError children).
 
     ``unit_costs``, ``batch``: the shares and the batch it was begun with. ``device``: this worker's, instead of the
-    config's, which all share.
+    config's, which all share. ``model``, and ``images`` uint8 [N, C, H, W] of the reference: in memory, in place of
+    what the config names.
     """
+    _find_plug_ins(config, trust)
+    plan = check_config(config, trust=trust, in_memory=model is not None)
+    loaded = _load_images(config, plan, trust, unit_costs, device, batch, model)
+    model, baselines, drawn = loaded.model, loaded.baselines, loaded.images
+    known = start_order(loaded.space, baselines)
+    first = read_warm_starts(config.search, known, model.schedule, loaded.space)  # refused before anything else
+    fit, most = loaded.space.fit, loaded.space.max_skip
+    baselines |= {given.label: fit(Candidate(given.timesteps), most) for given in first.lists}
+    extractor = load_extractor(
+        config.score.extractor,
+        model.device,
+        weights=_path(config.score.weights),
+        trust=trust,
+        mode=config.score.mode,
+        image_shape=model.picture_shape,
+    )
+    reference = _reference(config, model, extractor, images)
+    evaluator = Evaluator(
+        model=model,
+        sampling=drawn.sampling,
+        extractor=extractor,
+        reference=reference,
+        metric=config.score.metric,
+        seed=drawn.seed,
+        batch=drawn.batch,
+        prefix_cache=drawn.prefix_cache,
+        screen_images=config.screen_images,
+        screen_points=screen_points(loaded.space, drawn.sampling.solver),
+    )
+    check_images(reference, model.picture_shape)
+    _check_features(evaluator)
+    sanity = check_model(model, reference.images, drawn.batch) if config.model.check else []
+    return StudyComponents(
+        config=config,
+        model=model,
+        space=loaded.space,
+        sampler=_sampler(config, loaded.space),
+        evaluator=evaluator,
+        baselines=baselines,
+        sanity=tuple(sanity),
+        warm_starts=first.names,
+        list_notes=tuple(note for given in first.lists for note in given.notes),
+    )
+
+
+def _find_plug_ins(config: StudyConfig, trust: bool) -> None:
     if trust and config.folder is not None and config.folder not in sys.path:
         sys.path.insert(0, config.folder)  # and left there, for what the plug-ins import later
-    plan = read_sampling(config.sampling)  # a wrong solver is refused before a large model is loaded
-    model = load_model(config.model, device=device, trust=trust)
+
+
+def _load_images(
+    config: StudyConfig,
+    plan: SamplingSpace,
+    trust: bool,
+    unit_costs: tuple[float, ...] | None,
+    device: str | None,
+    batch: int | None,
+    model: Model | None = None,
+) -> ImageComponents:
+    model = load_model(config.model, device=device, trust=trust) if model is None else model
     for scale in plan.guidance:
         model.check_scale(scale)
     if batch is None:
         batch = largest_batch(model) if config.model.batch == "auto" else config.model.batch
     space = _space(config, plan, model, batch, unit_costs)
-    extractor = load_extractor(
-        config.score.extractor,
-        model.device,
-        weights=None if config.score.weights is None else Path(config.score.weights),
-        trust=trust,
-        mode=config.score.mode,
-        image_shape=model.picture_shape,
-    )
-    reference = _reference(config, model, extractor)
-    evaluator = Evaluator(
-        model=model,
-        sampling=plan.fixed,
-        extractor=extractor,
-        reference=reference,
-        metric=config.score.metric,
-        seed=config.score.seed,
-        batch=batch,
-        prefix_cache=PrefixCache(config.model.prefix_cache_mb * 2**20) if config.model.prefix_cache_mb else None,
-    )
-    check_images(reference, model.picture_shape)
-    _check_features(evaluator)
-    baselines = _baselines(model, space)
-    warm_starts(config, baselines)  # an unknown name is refused before anything is written
-    sanity = check_model(model, reference.images, batch) if config.model.check else []
-    return StudyComponents(config, model, space, _sampler(config, space), evaluator, baselines, tuple(sanity))
+    cache = PrefixCache(config.model.prefix_cache_mb * 2**20) if config.model.prefix_cache_mb else None
+    images = ImageSampler(model, plan.fixed, config.score.seed, batch, cache)
+    return ImageComponents(config, model, space, images, _baselines(model, space))
+
+
+def check_config(config: StudyConfig, *, trust: bool = False, in_memory: bool = False) -> SamplingSpace:
+    """What can be checked of a config before a model is loaded and images are embedded (AdoptError children).
+
+    ``in_memory``: whether the model is there already, and the config names neither it nor a reference.
+    """
+    model, score = config.model, config.score
+    find_device(model.device)
+    settings_of(config.search.preset)
+    plan = read_sampling(config.sampling)
+    if not in_memory:
+        check_source(model)
+    check_extractor(score.extractor, _path(score.weights), trust, score.mode)
+    if model.prompts is not None:
+        check_prompt_file(Path(model.prompts))
+    for setting, place in (("model.classifier", model.classifier), ("model.config", model.config)):
+        if place is not None and not Path(place).exists():
+            raise ConfigError(f"{setting} = {place!r} does not exist; give the path of what is there")
+    if score.reference is not None and not score.reference.startswith(MEMORY):
+        require_reference(Path(score.reference))
+    elif not in_memory and model.source not in BUNDLED and not model.source.startswith("python:"):
+        raise _no_reference(config)
+    return plan
+
+
+def _path(given: str | None) -> Path | None:
+    return None if given is None else Path(given)
 
 
 @dataclass(frozen=True)
@@ -150,13 +256,18 @@ def _baselines(model: Model, space: SearchSpace) -> dict[str, Candidate]:
     lists = baseline_timesteps(model.schedule, space.full_steps, space.min_gap)
     # Where no candidate can keep every layer on, the baselines skip what the budget makes them skip.
     found = {name: space.fit(Candidate(timesteps), space.max_skip) for name, timesteps in lists.items()}
-    start = dict(found["uniform"].settings)
     for setting, values in space.choices.items():
         for value in values[1:]:
-            settings = tuple(sorted({**start, setting: value}.items()))
-            other = replace(found["uniform"], settings=settings)
-            found[f"uniform, {setting} {value}"] = space.fit(other, space.max_skip)
+            settings = {**space.default_settings, setting: value}
+            found[f"uniform, {setting} {value}"] = uniform_with(space, settings)
     return found
+
+
+def uniform_with(space: SearchSpace, settings: Mapping[str, Value]) -> Candidate:
+    """Uniform timesteps with these settings, at the largest number of full steps the budget allows with them."""
+    timesteps = uniform_timesteps(space.T, space.full_steps_with(settings))
+    candidate = Candidate(spread(timesteps, space.T, space.min_gap), settings=tuple(sorted(settings.items())))
+    return space.fit(candidate, space.max_skip)
 
 
 def _check_features(evaluator: Evaluator) -> None:
@@ -219,31 +330,27 @@ def _sampler(config: StudyConfig, space: SearchSpace) -> AutoDiffusionSampler:
         mutation_probability=search.mutation_probability,
         stage_one_generations=search.stage_one_generations,
         barrier=search.barrier,
+        thrifty=True,
         seed=search.seed,
     )
 
 
-def _reference(config: StudyConfig, model: Model, extractor: Extractor) -> Reference:
-    """The statistics that the config names, else those that the model ships with."""
+def _reference(config: StudyConfig, model: Model, extractor: Extractor, images: Tensor | None) -> Reference:
+    """Those of images in memory, else the statistics that the config names, else those that the model ships with."""
+    if images is not None:
+        return build_reference(images, extractor, "images")
     if config.score.reference is not None:
         return load_reference(Path(config.score.reference), extractor)
     if model.reference is None:
-        raise ConfigError(
-            f"model {config.model.source!r} ships with no reference; set score.reference to statistics (npz) or to a "
-            "folder of images like those the model was trained on"
-        )
+        raise _no_reference(config)
     return model.reference(extractor)
 
 
-def warm_starts(config: StudyConfig, baselines: dict[str, Candidate]) -> list[str]:
-    """Names of the baselines that are evaluated first (ConfigError for one that does not exist)."""
-    names = config.search.warm_starts
-    if names is None:
-        return ["uniform"] if config.search.preset == "paper" else list(baselines)
-    for name in names:
-        if name not in baselines:
-            raise ConfigError("search.warm_starts: " + choose_from("baseline", name, baselines))
-    return names
+def _no_reference(config: StudyConfig) -> ConfigError:
+    return ConfigError(
+        f"model {config.model.source!r} ships with no reference; set score.reference to statistics (npz) or to a "
+        "folder of images like those the model was trained on"
+    )
 
 
 def relative_cost(components: StudyComponents, candidate: Candidate) -> float:
@@ -278,8 +385,5 @@ def warnings(components: StudyComponents, images: int) -> list[str]:
     )
     reference = components.evaluator.reference
     doubtful = doubts(reference, components.model.picture_shape, components.config.score.metric)
-    return [
-        line
-        for line in (*components.model.notes, *components.sanity, *reference.notes, *doubtful, few, reduced)
-        if line
-    ]
+    known = (*components.model.notes, *components.sanity, *components.list_notes, *reference.notes)
+    return [line for line in (*known, *doubtful, few, reduced) if line]

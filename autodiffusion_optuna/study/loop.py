@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -19,11 +20,24 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from autodiffusion_optuna.candidate import Candidate
 from autodiffusion_optuna.errors import AdoptError, ConfigError, StatisticsError, StudyError
-from autodiffusion_optuna.evaluation.evaluator import Score
+from autodiffusion_optuna.evaluation.evaluator import OnRung, OnScreen, Score
 from autodiffusion_optuna.evaluation.runtime import describe_runtime
 from autodiffusion_optuna.results.summary import runtime_warnings
 from autodiffusion_optuna.storage.artifacts import ArtifactStore, attach_picture, notable
-from autodiffusion_optuna.storage.attrs import CANDIDATE, COST, FAILURE, IMAGES, RUNTIME, SCORE, rung_key, runtime_key
+from autodiffusion_optuna.storage.attrs import (
+    CANDIDATE,
+    COST,
+    FAILURE,
+    IMAGES,
+    RUNTIME,
+    SCORE,
+    SCREEN,
+    SCREEN_TEACHER,
+    START_SECONDS,
+    rung_key,
+    runtime_key,
+    screen_key,
+)
 from autodiffusion_optuna.storage.lease import Heartbeat, Lease, acquire, is_mine, release_all
 from autodiffusion_optuna.storage.study_storage import StudyStorage
 from autodiffusion_optuna.storage.trials import count_finished
@@ -39,6 +53,8 @@ FIRST_WAIT, LONGEST_WAIT = 0.05, 1.0
 """Seconds between looks for a place while other workers hold them all."""
 PICTURES = 16
 """Images kept of a notable trial."""
+DIGITS = 6
+"""Significant digits that are kept of an image's distance to the teacher."""
 
 
 @dataclass(frozen=True)
@@ -65,6 +81,7 @@ def work(
     search = components.config.search
     failures, idle, tell_seconds = 0, FIRST_WAIT, 0.0
     publish, ready = partial(propose, components, study), partial(_ready, components)
+    make_screen(components, study)
     components.sampler.read(study)  # a long study is read before others have to wait for it
     with Heartbeat(storage, search.grace / BEATS) as heartbeat, _leaving(study, storage):
         while True:
@@ -93,6 +110,18 @@ def work(
                 raise StudyError(f"the last {failures} trials failed ({outcome.reason}); fix the cause and run again")
             if on_trial is not None:
                 on_trial()
+
+
+def make_screen(components: StudyComponents, study: optuna.Study) -> None:
+    """Have the screen's teacher run before the first trial, whose seconds are none of its own.
+
+    Every worker does; the seconds that count are those of the first, as its evaluations do.
+    """
+    started = time.perf_counter()
+    _ = components.evaluator.screen
+    seconds = study.user_attrs.get(START_SECONDS, {})
+    if components.evaluator.screen_images and SCREEN_TEACHER not in seconds:
+        study.set_user_attr(START_SECONDS, {**seconds, SCREEN_TEACHER: time.perf_counter() - started})
 
 
 def propose(components: StudyComponents, study: optuna.Study, trial: optuna.Trial) -> None:
@@ -194,10 +223,16 @@ def evaluate(
     if isinstance(candidate, str):
         return Outcome(TrialState.FAIL, reason=candidate)
     try:
-        config = components.config.score
-        on_rung = _reporter(study, lease) if config.rungs else None
-        preview = PICTURES if store else 0
-        score = components.evaluator.score(candidate, [*config.rungs, config.images], on_rung=on_rung, preview=preview)
+        config, evaluator = components.config, components.evaluator
+        on_rung, on_screen = (None, None) if config.pruner == "none" else _reporters(study, lease)
+        score = evaluator.score(
+            candidate,
+            [*config.rungs, config.score.images],
+            on_rung=on_rung,
+            preview=PICTURES if store else 0,
+            screen=evaluator.screen,
+            on_screen=on_screen,
+        )
         if not math.isfinite(score.value):
             raise StatisticsError(f"the distance is {score.value}")
     except (AdoptError, torch.OutOfMemoryError, MemoryError) as error:
@@ -226,7 +261,10 @@ def finish(study: optuna.Study, lease: Lease, outcome: Outcome, storage_seconds:
     if outcome.reason is not None:
         attrs[FAILURE] = " ".join(outcome.reason.split())[:500]
     if score is not None:
-        attrs |= {rung_key(images): value for images, value in score.rungs[:-1]}
+        if score.screen:
+            attrs[screen_key(len(score.screen))] = statistics.fmean(score.screen)
+        passed = score.rungs[:-1] if score.complete else score.rungs
+        attrs |= {rung_key(images): value for images, value in passed}
         attrs[IMAGES] = score.images
         said = {**score.to_json(), "seconds_storage": round(storage_seconds, 4)}
         lease.set_system_attr(SCORE, said)
@@ -241,9 +279,9 @@ def finish(study: optuna.Study, lease: Lease, outcome: Outcome, storage_seconds:
         raise UpdateFinishedTrialError(f"trial {lease.number} is another worker's by now") from None
 
 
-def _reporter(study: optuna.Study, lease: Lease) -> Callable[[int, float], bool]:
-    """Reports each rung's value to Optuna and asks its pruner whether to go on."""
-    # A trial that was cut short and is run again has passed every rung below the last one it reported.
+def _reporters(study: optuna.Study, lease: Lease) -> tuple[OnRung, OnScreen]:
+    """Report what the screen and each rung say to Optuna, and ask its pruner whether to go on."""
+    # A trial that was cut short and is run again has passed all below the last one it reported.
     reported = study.get_trials(deepcopy=False)[lease.number].intermediate_values
     passed = max(reported, default=0)
 
@@ -252,4 +290,8 @@ def _reporter(study: optuna.Study, lease: Lease) -> Callable[[int, float], bool]
             lease.trial.report(value, step=images)
         return images < passed or not lease.trial.should_prune()
 
-    return on_rung
+    def on_screen(by_image: Sequence[float]) -> bool:
+        lease.set_system_attr(SCREEN, [float(f"{value:.{DIGITS}g}") for value in by_image])
+        return on_rung(len(by_image), statistics.fmean(by_image))
+
+    return on_rung, on_screen

@@ -5,39 +5,51 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 
 from autodiffusion_optuna.candidate import Candidate
-from autodiffusion_optuna.config import parse_config
+from autodiffusion_optuna.config import StudyConfig, parse_config
 from autodiffusion_optuna.evaluation.denoiser import Denoiser
 from autodiffusion_optuna.evaluation.models import Model
+from autodiffusion_optuna.evaluation.sanity import check_model
 from autodiffusion_optuna.export.check import same_weights
 from autodiffusion_optuna.export.result import Result
 from autodiffusion_optuna.results.held_out import HeldOut
 from autodiffusion_optuna.search.timesteps import BASELINES
-from autodiffusion_optuna.study.components import StudyComponents, build
+from autodiffusion_optuna.study.components import ImageComponents, StudyComponents, build, build_images
+
+C = TypeVar("C", StudyComponents, ImageComponents)
 
 
 @dataclass(frozen=True, eq=False)
-class Opened:
-    """A result on a model: the components that score it, and what is compared.
+class Opened(Generic[C]):
+    """A result on a model: the components that score it or draw its images, and what is compared.
 
     ``compared``: uniform with as many steps, then the result itself, both with the result's solver. ``other``: see
     ``other_model``.
     """
 
-    components: StudyComponents
+    components: C
     compared: dict[str, Candidate]
     other: str | None = None
 
 
-def open_result(result: Result, overrides: Iterable[str] = (), *, trust: bool = False) -> Opened:
+def open_result(result: Result, overrides: Iterable[str] = (), *, trust: bool = False) -> Opened[StudyComponents]:
     """Load the model and the score of a result; ``overrides`` are ``key=value`` settings, as of a study file.
 
     ``ConfigError`` where the result does not fit the model.
     """
+    return _compared(result, build(_config(result, overrides), trust=trust))
+
+
+def open_images(result: Result, overrides: Iterable[str] = (), *, trust: bool = False) -> Opened[ImageComponents]:
+    """As ``open_result``, to draw images alone: no reference is looked at."""
+    return _compared(result, build_images(_config(result, overrides), trust=trust))
+
+
+def _config(result: Result, overrides: Iterable[str]) -> StudyConfig:
     settings = {"solver", "final", "guidance", "eta", "amplification_cap"}
     table = {  # of a study of one candidate that makes and scores images as the result says
         "name": result.study,
@@ -45,10 +57,14 @@ def open_result(result: Result, overrides: Iterable[str] = (), *, trust: bool = 
         "search": {"trials": 1, "warm_starts": ["uniform"]},
         **result.config.model_dump(mode="json"),
     }
-    components = build(parse_config(table, overrides), trust=trust)
+    return parse_config(table, overrides)
+
+
+def _compared(result: Result, components: C) -> Opened[C]:
     found = result.candidate(components.model.units, components.model.schedule.T)
     uniform = Candidate(BASELINES["uniform"](components.model.schedule, found.steps))
-    return Opened(components, {"uniform": uniform, result.study: found}, other_model(result, components.model))
+    name = "found" if result.study == "uniform" else result.study  # a study may have any name
+    return Opened(components, {"uniform": uniform, name: found}, other_model(result, components.model))
 
 
 def other_model(result: Result, model: Model) -> str | None:
@@ -97,7 +113,13 @@ def _shown(value: object) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
-def score_compared(opened: Opened) -> dict[str, HeldOut]:
+def doubts(opened: Opened[ImageComponents]) -> list[str]:
+    """What is doubtful about the model, by a few samples of its own; none where ``model.check`` is off."""
+    parts = opened.components
+    return check_model(parts.model, None, parts.images.batch) if parts.config.model.check else []
+
+
+def score_compared(opened: Opened[StudyComponents]) -> dict[str, HeldOut]:
     """Values of uniform and of the result on the config's held-out banks."""
     score, evaluator = opened.components.config.score, opened.components.evaluator
     banks = range(1, score.held_out_banks + 1)

@@ -22,12 +22,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from autodiffusion_optuna.errors import ConfigError, StorageError, StudyError, choose_from, first_line
+from autodiffusion_optuna.errors import WARNING, ConfigError, StorageError, StudyError, choose_from, first_line
 from autodiffusion_optuna.storage.attrs import ARTIFACTS
 from autodiffusion_optuna.storage.studies import find_study
 from autodiffusion_optuna.storage.trials import count_finished
 from autodiffusion_optuna.storage.url import ENVIRONMENT, is_of_this_host, storage_url
-from autodiffusion_optuna.workers.worker import USER_ERROR, WARNING, Job, run_for_engine, share_of_cores
+from autodiffusion_optuna.workers.worker import NOTE, USER_ERROR, Job, run_for_engine, share_of_cores
 
 _log = logging.getLogger("autodiffusion_optuna")
 
@@ -66,10 +66,15 @@ def launch(engine: str, job: Job, workers: int, options: Options, on_look: OnLoo
     Raises ConfigError for an unknown engine, one that is not installed or an option it does not take, and StudyError
     with the line that a worker gave up with. Ctrl-C stops all workers and is re-raised.
     """
-    if engine not in ENGINES:
-        raise ConfigError(choose_from("engine", engine, ENGINES))
+    check_engine(engine)
     with ENGINES[engine](job, workers, options) as start:
         supervise(start, job, workers, on_look)
+
+
+def check_engine(engine: str) -> None:
+    """ConfigError where there is no engine of that name."""
+    if engine not in ENGINES:
+        raise ConfigError(choose_from("engine", engine, ENGINES))
 
 
 class Restarts:
@@ -133,8 +138,12 @@ def finished_trials(job: Job) -> int:
     return 0 if study is None else count_finished(study)
 
 
+PASSED_ON: dict[str, Callable[[str], None]] = {WARNING: _log.warning, NOTE: _log.info}
+"""Beginning of a worker's line -> what says the rest of it here."""
+
+
 class Process:
-    """A worker as a child process. ``warned``: what any of them has warned of, which is passed on once."""
+    """A worker as a child process. ``warned``: lines of any of them that were passed on, which each is once."""
 
     def __init__(self, job: Job, warned: set[str]) -> None:
         self.warned, self.unread = warned, ""
@@ -169,9 +178,10 @@ class Process:
     def _pass_warnings_on(self) -> None:
         *lines, self.unread = (self.unread + self.said.read()).split("\n")
         for line in lines:
-            if line.startswith(WARNING) and line not in self.warned:
+            mark = next((mark for mark in PASSED_ON if line.startswith(mark)), None)
+            if mark is not None and line not in self.warned:
                 self.warned.add(line)
-                _log.warning(line.removeprefix(WARNING))
+                PASSED_ON[mark](line.removeprefix(mark))
 
     def stop(self) -> None:
         """Close its input, at which it releases its trial and ends."""

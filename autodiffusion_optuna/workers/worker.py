@@ -18,7 +18,7 @@ import traceback
 from pydantic import Field
 
 from autodiffusion_optuna.config import Section, StudyConfig
-from autodiffusion_optuna.errors import AdoptError
+from autodiffusion_optuna.errors import AdoptError, Marked
 from autodiffusion_optuna.storage.database import failure
 from autodiffusion_optuna.storage.url import storage_url
 
@@ -28,8 +28,10 @@ USER_ERROR, CRASHED, INTERRUPTED = 1, 70, 130
 STOP_AGAIN_SECONDS = 10.0
 """Time for a worker that is stopped to release its trial, before it is stopped again."""
 
-WARNING = "warning: "
-"""Beginning of a line that the launcher passes on."""
+NOTE = "note: "
+"""Beginning of a line that the launcher passes on, as it does those that begin with ``WARNING``."""
+
+_log = logging.getLogger("autodiffusion_optuna")
 
 
 class Job(Section):
@@ -71,7 +73,7 @@ def run_job(job: Job) -> None:
     """Evaluate candidates beside the other workers until the budget is met (AdoptError children)."""
     import torch
 
-    from autodiffusion_optuna.study import lifecycle, loop, validation
+    from autodiffusion_optuna.study import forecast, lifecycle, loop, pictures, validation
 
     if os.path.isdir(job.folder):
         os.chdir(job.folder)
@@ -83,10 +85,14 @@ def run_job(job: Job) -> None:
         artifacts=job.artifacts,
         device=own_device(job, torch.cuda.device_count()),
         known=job.known,
+        say=_log.info,
     )
+    if job.index == 0:
+        forecast.note_cost(opened.components, opened.study)
     loop.work(opened.components, opened.study, opened.storage, store=opened.store)
     if job.scores and job.index == 0:
         validation.validate(opened.components, opened.study)
+        pictures.keep(opened.components, opened.study, opened.storage, opened.store)
 
 
 def own_device(job: Job, gpus: int) -> str | None:
@@ -128,11 +134,12 @@ def main() -> None:
 
 
 def mark_warnings() -> None:
-    """Tell warnings apart from whatever else libraries write to stderr: the launcher passes them on."""
-    handler, log = logging.StreamHandler(), logging.getLogger("autodiffusion_optuna")
-    handler.setFormatter(logging.Formatter(WARNING + "%(message)s"))
-    log.addHandler(handler)
-    log.propagate = False
+    """Tell warnings and notes apart from what libraries write to stderr: the launcher passes them on."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(Marked(NOTE))
+    _log.addHandler(handler)
+    _log.setLevel(logging.INFO)
+    _log.propagate = False
 
 
 def stop_with_input() -> None:

@@ -32,7 +32,8 @@ class Payload:
 def refuse(folder: Path, adopt: Adopt, *settings: str, study: str = "quick.toml") -> Result:
     """``adopt run`` with settings, checked to end in one line and to have written nothing."""
     before = sorted(path.relative_to(folder) for path in folder.rglob("*"))
-    result = adopt("run", "--study", study, *(a for setting in settings for a in ("--set", setting)))
+    given = ("score.reference=quick.toml", *settings)  # which is there, and looked into after the model
+    result = adopt("run", "--study", study, *(a for setting in given for a in ("--set", setting)))
     assert result.code == 1, result
     assert result.err.startswith("error: ")
     assert result.err.count("\n") == 1, result.err

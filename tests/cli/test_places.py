@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -21,11 +24,14 @@ steps = 2
 
 [search]
 trials = 3
+warm_starts = ["uniform"]
 
 [score]
 extractor = "digits"
 reference = "data/reference.npz"
 images = 8
+finalists = 0
+floor_steps = 0
 held_out_images = 8
 held_out_banks = 2
 """
@@ -56,9 +62,8 @@ TABLE = {
 }
 
 
-@pytest.fixture
-def project(folder: Path) -> Path:
-    """A folder with a study file, its model and its reference; the current folder is another one."""
+def write_project(folder: Path) -> Path:
+    """A folder with a study file, its model and its reference."""
     project = folder / "project"
     (project / "data").mkdir(parents=True)
     shutil.copytree(DIGITS, project / "my-model", ignore=shutil.ignore_patterns("extractor*", "reference*"))
@@ -68,13 +73,28 @@ def project(folder: Path) -> Path:
 
 
 @pytest.fixture
-def elsewhere(project: Path, folder: Path, adopt: Adopt, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Another folder, after the study was run in its own."""
-    monkeypatch.chdir(project)
-    assert adopt("run", "--study", "mine.toml", "--storage", DATABASE).code == 0
-    (folder / "elsewhere").mkdir()
-    monkeypatch.chdir(folder / "elsewhere")
-    return folder / "elsewhere"
+def project(folder: Path) -> Path:
+    """A project inside the current folder."""
+    return write_project(folder)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A project whose study was run in its own folder, with its database beside it."""
+    project = write_project(tmp_path_factory.mktemp("finished"))
+    command = [sys.executable, "-m", "autodiffusion_optuna", "run", "--study", "mine.toml", "--storage", DATABASE]
+    environment = {key: value for key, value in os.environ.items() if key != "ADOPT_STORAGE"}
+    subprocess.run(command, cwd=project, env=environment, check=True, capture_output=True)
+    return project
+
+
+@pytest.fixture
+def elsewhere(finished: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Another folder than that of the finished study."""
+    place = finished.parent / folder.name
+    place.mkdir()
+    monkeypatch.chdir(place)
+    return place
 
 
 def test_the_bundled_models_are_those_that_config_knows() -> None:
@@ -96,7 +116,13 @@ def test_a_study_file_is_run_from_another_folder(project: Path, folder: Path, ad
     assert config.score.reference == str(project / "data" / "reference.npz")
 
 
-def test_moved_files_are_named_and_their_new_places_are_taken(elsewhere: Path, project: Path, adopt: Adopt) -> None:
+def test_moved_files_are_named_and_their_new_places_are_taken(
+    project: Path, folder: Path, adopt: Adopt, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(project)
+    assert adopt("run", "--study", "mine.toml", "--storage", DATABASE).code == 0
+    (folder / "elsewhere").mkdir()
+    monkeypatch.chdir(folder / "elsewhere")
     moved = project.rename(project.with_name("moved"))
     lost = adopt("sample", "--study", "mine", "--out", "x.png", "--storage", DATABASE)
     assert lost.code == 1
@@ -113,8 +139,8 @@ def test_moved_files_are_named_and_their_new_places_are_taken(elsewhere: Path, p
     assert moved.is_dir()
 
 
-def test_other_files_in_their_place_are_refused(elsewhere: Path, project: Path, adopt: Adopt) -> None:
-    copy = shutil.copytree(project / "my-model", elsewhere / "other")
+def test_other_files_in_their_place_are_refused(elsewhere: Path, finished: Path, adopt: Adopt) -> None:
+    copy = shutil.copytree(finished / "my-model", elsewhere / "other")
     from safetensors.torch import load_file, save_file
 
     weights = next(copy.rglob("*.safetensors"))
@@ -149,8 +175,11 @@ def test_plug_ins_are_found_from_another_folder(folder: Path, adopt: Adopt, monk
     sampled = adopt("sample", "--study", "mine", "--out", "x.png", "--trust")
     assert sampled.code == 0, sampled.err
     (folder / "plugins").rename(folder / "moved")
-    lost = adopt("sample", "--study", "mine", "--out", "x.png", "--trust")
+    lost = adopt("score", "--study", "mine", "--trust")
     assert "--set score.reference=PATH --set folder=PATH" in lost.err
+    drawn = adopt("sample", "--study", "mine", "--out", "x.png", "--trust")  # which needs no reference
+    assert "score.reference" not in drawn.err
+    assert "--set folder=PATH" in drawn.err
 
 
 def test_a_home_that_is_not_here(folder: Path, adopt: Adopt) -> None:

@@ -112,11 +112,11 @@ def test_features_that_do_not_fit_are_taken_in_halves(evaluator: Evaluator) -> N
 
 def test_noise_is_kept_within_bounds(evaluator: Evaluator, monkeypatch: pytest.MonkeyPatch) -> None:
     batch = 32 * 16 * 4
-    monkeypatch.setattr("autodiffusion_optuna.evaluation.evaluator.KEPT_NOISE", 2 * batch)
+    monkeypatch.setattr("autodiffusion_optuna.evaluation.drawing.KEPT_NOISE", 2 * batch)
     other = replace(evaluator)  # has kept nothing yet
     for _ in range(2):
         assert other.score(CANDIDATE, [128]).value == evaluator.score(CANDIDATE, [128]).value
-        assert other.noise_bytes == 2 * batch
+        assert other.images.noise_bytes == 2 * batch
 
 
 @pytest.mark.parametrize(("most", "batch"), [(0, None), (1, 1), (9, 8)])

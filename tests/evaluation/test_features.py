@@ -14,6 +14,7 @@ from autodiffusion_optuna.evaluation.features import (
     EXTRACTORS,
     load_extractor,
     resize_clean,
+    usual_extractor,
 )
 from autodiffusion_optuna.evaluation.features.base import fingerprint
 from autodiffusion_optuna.evaluation.features.bundled import DigitsNet
@@ -21,6 +22,22 @@ from autodiffusion_optuna.evaluation.features.bundled import DigitsNet
 TESTS = Path(__file__).parent.parent
 RESIZE = load_file(TESTS / "golden" / "resize.safetensors")
 TOLERANCE = json.loads((TESTS / "golden" / "resize.json").read_text())["tolerance"]["accept"]
+
+
+def test_what_is_usual_where_nobody_chose(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert [usual_extractor(name, (3, 512, 512)) for name in ("digits", "faces", "mixture")] == [
+        "digits",
+        "faces",
+        "pixels",
+    ]
+    found = "autodiffusion_optuna.evaluation.features.find_spec"
+    monkeypatch.setattr(found, lambda package: package)
+    assert usual_extractor("./digits", (3, 32, 32)) == "pixels"
+    assert usual_extractor("model", (3, 32, 32), one_size=False) == "efficientnet-lite0"
+    assert usual_extractor("model", (3, 64, 64)) == "efficientnet-lite0"
+    assert usual_extractor("model", (1, 128, 128)) is None
+    monkeypatch.setattr(found, lambda package: None)
+    assert usual_extractor("model", (3, 64, 64)) is None
 
 
 @pytest.fixture(scope="module")
@@ -175,7 +192,7 @@ def test_fingerprints_differ_by_what_changes_features(tmp_path: Path) -> None:
 
 
 def test_every_extractor_has_a_loader() -> None:
-    bundled, published = {"digits", "pixels"}, {"inception", "clip", "dinov2", "efficientnet-lite0"}
+    bundled, published = {"digits", "faces", "pixels"}, {"inception", "clip", "dinov2", "efficientnet-lite0"}
     assert set(EXTRACTORS) == bundled | published | {"torchscript", "python"}
 
 

@@ -441,7 +441,7 @@ def test_truncated_and_tampered_files(tmp_path: Path) -> None:
         ({"feats": np.ones((5, 12), np.int64)}, r"must be float \[N, D\]"),
         ({"arr_0": np.ones(4)}, "images are uint8"),
         ({"arr_0": IMAGES.astype(np.float32)}, "images are uint8"),
-        ({"x": np.ones(4), "y": np.ones(3)}, "holds x, y; it needs"),
+        ({"x": np.ones(4), "y": np.ones(3)}, r"holds x \(float64 \[4\]\), y \(float64 \[3\]\); it needs"),
         ({}, "is not an npz"),
     ],
 )

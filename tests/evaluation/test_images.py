@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import io
+import re
 import struct
 import zipfile
 import zlib
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -180,6 +182,37 @@ def test_an_npz_says_which_images_it_leaves_out(tmp_path: Path) -> None:
     assert images.notes == ("reference 'mine': images in more left out, as those in arr_0 are read",)
     np.savez(tmp_path / "named.npz", x=COLOUR, y=np.arange(24))
     assert read_reference_data(tmp_path / "named.npz").images is not None
+
+
+@pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
+def test_grey_images_need_no_channel_axis_and_no_name(tmp_path: Path, save: Callable[..., None]) -> None:
+    grey = COLOUR[..., 0]
+    save(tmp_path / "train.npz", x_train=grey, y_train=np.arange(len(grey), dtype=np.uint8))
+    save(tmp_path / "turned.npz", x_train=np.asfortranarray(grey))
+    np.save(tmp_path / "bare.npy", grey)
+    for name in ("train.npz", "turned.npz", "bare.npy"):
+        images = read_reference_data(tmp_path / name).images
+        assert images is not None
+        assert images.shape == (1, *grey.shape[1:])
+        assert np.array_equal(np.concatenate(list(images.batches(5)))[:, 0], grey), name
+    save(tmp_path / "masks.npz", photos=COLOUR, masks=grey)  # what has colours is the images
+    images = read_reference_data(tmp_path / "masks.npz").images
+    assert images is not None
+    assert images.shape == (3, *grey.shape[1:])
+
+
+def test_where_it_is_not_clear_which_arrays_are_the_images_they_are_listed(tmp_path: Path) -> None:
+    count, height, width, _ = COLOUR.shape
+    np.savez(tmp_path / "two.npz", train=COLOUR, test=COLOUR[:3], labels=np.arange(3))
+    shown = f"test (uint8 [3, {height}, {width}, 3]), train (uint8 [{count}, {height}, {width}, 3]); it needs"
+    with pytest.raises(StatisticsError, match=re.escape(f"holds labels (int64 [3]), {shown}")):
+        read_reference_data(tmp_path / "two.npz")
+    np.savez(tmp_path / "one.npz", picture=COLOUR[0])  # one image in colour is not a batch of narrow grey ones
+    with pytest.raises(StatisticsError, match=re.escape(f"picture (uint8 [{height}, {width}, 3])")):
+        read_reference_data(tmp_path / "one.npz")
+    np.savez(tmp_path / "many.npz", **{f"a{i}": np.zeros(2) for i in range(30)})
+    with pytest.raises(StatisticsError, match="22 others; it needs"):
+        read_reference_data(tmp_path / "many.npz")
 
 
 def test_notes_and_a_few_images_are_kept_with_a_reference(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from autodiffusion_optuna import Result
 from autodiffusion_optuna.candidate import Candidate
 from autodiffusion_optuna.config import ModelConfig, ScoreConfig
 from autodiffusion_optuna.errors import ConfigError
-from autodiffusion_optuna.export.result import ConfigPart, HeldOutPart, ScorePart
+from autodiffusion_optuna.export.result import BaselinePart, ConfigPart, HeldOutPart, ScorePart
 from autodiffusion_optuna.noise import flow, scaled_linear
 
 
@@ -35,7 +35,16 @@ def full() -> Result:
         skips=(("down.0",), (), ("up.1", "down.0")),
         cost=2.9 / 3,
         score=ScorePart(
-            metric="FID", value=1 / 3, images=500, held_out=HeldOutPart(mean=0.1, low=-0.2, high=0.4, images=9, banks=3)
+            metric="FID",
+            value=1 / 3,
+            images=500,
+            held_out=HeldOutPart(mean=0.1, low=-0.2, high=0.4, images=9, banks=3),
+            baseline=BaselinePart(
+                name="uniform, solver deis_3",
+                timesteps=(666, 333, 0),
+                value=1.5,
+                difference=HeldOutPart(mean=-1.4, low=-1.5, high=-1.3, images=9, banks=3),
+            ),
         ),
         conditions="f00",
         config=ConfigPart(

@@ -10,14 +10,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from example_results import example, ours, result_for, run_script
+from PIL import Image
 from tiny_models import make_unet, make_vae, write_class_conditional, write_cosine, write_ddpm, write_dit
 from tiny_pipelines import write_flux, write_prompts, write_sd, write_sd3, write_sdxl
 
 from autodiffusion_optuna.export.formats import result_text
-from autodiffusion_optuna.export.result import ConfigPart, HeldOutPart, ScorePart
+from autodiffusion_optuna.export.result import BaselinePart, ConfigPart, HeldOutPart, ScorePart
 from autodiffusion_optuna.export.scripts import PROMPT, diffusers_script
 
 pytestmark = pytest.mark.filterwarnings("ignore:algorithm_type dpmsolver is deprecated:FutureWarning")
@@ -199,6 +201,43 @@ def test_a_script_of_our_own_sampler_needs_neither_the_studys_prompts_nor_the_cp
     assert names["PROMPTS"] == [PROMPT] * (images or 2)
 
 
+SAVED: dict[str, tuple[Case, tuple[int, int], int]] = {
+    "network": ((write_ddpm, {}, {}), (4, 4), 6),
+    "grey": ((flat, {}, {}), (4, 4), 6),
+    "latent": ((latent, {}, {"solver": "heun"}), (4, 4), 6),
+    "masked": ((write_ddpm, {}, {"skips": SKIPS}), (4, 4), 6),
+    "package": ((write_ddpm, {}, {"solver": "plms"}), (4, 4), 6),
+    "dit": ((write_dit, {}, {"guidance": 1.0}), (1, 4), 1),
+    "text": ((write_sd, {"prompts": "prompts.txt", "size": [32, 32]}, {}), (1, 1), 1),
+    "text-package": ((write_sd, {"prompts": "prompts.txt", "size": [32, 32]}, {"solver": "plms_ab"}), (1, 2), 3),
+}
+"""Kind -> its case, (rows, columns) of the picture, and the factor by which the images are enlarged in it."""
+
+
+@pytest.mark.parametrize("kind", SAVED)
+def test_a_script_saves_a_picture_of_its_images_and_takes_a_seed(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], kind: str
+) -> None:
+    (write, options, fields), (rows, columns), scale = SAVED[kind]
+    write(folder / "net")
+    (folder / "prompts.txt").write_text(f"{PROMPT}\n")
+    drawn = run_script(folder, result_for(Path("net"), options, timesteps=TIMESTEPS, **fields))
+    assert not (folder / "mine.png").exists()  # only where it is the program
+    for arguments in ([], ["--out", "other.png", "--seed", "1"]):
+        monkeypatch.setattr(sys, "argv", ["mine.py", *arguments])
+        runpy.run_path("mine.py", run_name="__main__")
+    assert capsys.readouterr().out.endswith("wrote mine.png\nwrote other.png\n")
+    pictures = [np.array(Image.open(name).convert("RGB")).astype(int) for name in ("mine.png", "other.png")]
+    shown = pictures[0][::scale, ::scale]
+    count, channels, height, width = drawn.shape
+    assert count == rows * columns
+    assert shown.shape == (rows * height, columns * width, 3)
+    cells = shown.reshape(rows, height, columns, width, 3).transpose(0, 2, 4, 1, 3).reshape(count, 3, height, width)
+    assert np.array_equal(cells[:, :channels], drawn.numpy())
+    assert pictures[1].shape == pictures[0].shape
+    assert not np.array_equal(*pictures)
+
+
 def test_plain_scripts_run_where_this_package_is_not(folder: Path) -> None:
     write_ddpm(folder / "net")
     result = result_for(Path("net"), solver="dpmpp_2m", timesteps=TIMESTEPS)
@@ -248,7 +287,9 @@ def test_a_script_of_our_own_sampler_loads_the_model_with_the_studys_settings(
     monkeypatch.setattr(
         "autodiffusion_optuna.evaluation.models.load_model", lambda given, trust=False: loaded.append((given, trust))
     )
-    monkeypatch.setattr("autodiffusion_optuna.export.draw.draw", lambda *_, images: torch.zeros(images, 3, 16, 16))
+    monkeypatch.setattr(
+        "autodiffusion_optuna.export.draw.draw", lambda *_, images, seed: torch.zeros(images, 3, 16, 16)
+    )
     for kind in ("adm", "plugin"):
         run_script(tmp_path, example(model={"kind": kind, "source": "adm:x.pt"}, config=config))
     anywhere = config.model.model_copy(update={"device": "auto", "compile": False})
@@ -260,3 +301,6 @@ def test_a_script_says_what_it_scored() -> None:
     score = ScorePart(metric="FID", value=11.0, images=500, held_out=held_out)
     assert "ddim, 3 steps, FID 12.35 on 3 x 5000 held-out images." in result_text(example(score=score), "diffusers")
     assert "FD(pixels) 1.25 on the search's 64 images." in result_text(example(), "diffusers")
+    baseline = BaselinePart(name="uniform, solver ddim", timesteps=(666, 333, 0), value=20.5)
+    text = result_text(example(score=score.model_copy(update={"baseline": baseline})), "diffusers")
+    assert "FID 12.35 on 3 x 5000 held-out images, 20.5 with uniform, solver ddim." in text

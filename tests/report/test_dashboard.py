@@ -116,7 +116,7 @@ def test_the_note_names_searched_settings_and_skipped_layers() -> None:
     summary = long_summary(60, units=14)
     assert summary.best is not None
     plain = dashboard.note_text(summary, URL)
-    assert "| candidate | FD(digits), 256 images | held-out noise | cost | timesteps |" in plain
+    assert "| candidate | held-out noise | difference to uniform, 95 % | FD(digits), 256 images | timesteps |" in plain
     counts = [len(names) for names in summary.best.candidate.skip_names(summary.units)]
     shown = [f"{t} ({count})" for t, count in zip(summary.best.candidate.timesteps, counts, strict=True) if count]
     assert f"skips layers at timesteps (layers of 14): {', '.join(shown)}." in plain
@@ -124,7 +124,7 @@ def test_the_note_names_searched_settings_and_skipped_layers() -> None:
     chosen = Candidate(summary.best.candidate.timesteps, settings=(("guidance", 1.5), ("solver", "heun")))
     note = dashboard.note_text(replace(summary, best=replace(summary.best, candidate=chosen)), URL)
     table = [line for line in note.splitlines() if line.startswith("|")]
-    assert "| cost | settings | timesteps |" in table[0]
+    assert "| settings | timesteps |" in table[0]
     assert "| guidance 1.5, solver heun |" in table[2]
     assert {line.count("|") for line in table} == {7}
     assert "skips layers" not in note

@@ -17,9 +17,11 @@ from optuna.artifacts import upload_artifact
 from optuna_dashboard import wsgi
 from PIL import Image
 
+from autodiffusion_optuna.images import grid_png
 from autodiffusion_optuna.report import dashboard
-from autodiffusion_optuna.storage.artifacts import open_store
-from autodiffusion_optuna.storage.attrs import ARTIFACTS, COST, GENERATION, NOTABLE, OPERATOR, STAGE
+from autodiffusion_optuna.report.shown import PICTURE, SOURCE, TIMESTEPS, in_words
+from autodiffusion_optuna.storage.artifacts import COMPARISON, keep_comparison, open_store
+from autodiffusion_optuna.storage.attrs import ARTIFACTS, COST, GENERATION, NOTABLE
 from autodiffusion_optuna.storage.database import open_storage
 from studies import run
 
@@ -73,6 +75,8 @@ def study_with_a_picture(folder: Path) -> tuple[optuna.Study, int]:
     upload_artifact(artifact_store=open_store(location), file_path=str(folder / "grid.png"), study_or_trial=trial)
     trial.set_user_attr(NOTABLE, "new best")
     study.tell(trial, 20_000.0)
+    rows = [(name, rng.integers(0, 256, (8, 3, 32, 32), dtype=np.uint8)) for name in ("uniform", "best found")]
+    keep_comparison(study, open_storage(URL), open_store(location), grid_png(rows), "rows")
     return study, trial.number
 
 
@@ -93,19 +97,33 @@ def test_the_pages_show_what_we_wrote(folder: Path, browser: Any, shoot: Callabl
     dashboard.publish(study, URL)
     store = open_store(str(folder / "pictures"))
     storage = open_storage(URL)
-    with serving(wsgi(storage, artifact_store=store)) as address:
+    with serving(in_words(wsgi(storage, artifact_store=store), storage)) as address:
         page = f"{address}/dashboard/studies/{storage.get_study_id_from_name('quick')}"
 
         browser.get(page)
         wait("document.querySelectorAll('.js-plotly-plot .main-svg').length >= 2")
         wait("document.body.innerText.includes('Best Trial')")
         assert "Failed" not in text()
+        wait("Array.from(document.images).some(image => image.src.includes('/artifacts/') && image.naturalWidth > 800)")
+        assert COMPARISON in text()
+        assert "FD(pixels) of 64 images, lower is better" in text()
+        for key in ("unit_costs", "model_facts", "baseline_costs"):
+            assert key not in text()
+        assert script("document.scrollingElement.scrollWidth") <= 1280
+        outside = "e.getBoundingClientRect().right > innerWidth + 1 && e.children.length === 0 && e.innerText"
+        assert (
+            script(f"[...document.querySelectorAll('td, p, h1, h2')].filter(e => {outside}).map(e => e.innerText)")
+            == []
+        )
         shoot("study")
+        script("[...document.images].find(e => e.src.includes('/artifacts/')).scrollIntoView({block: 'center'})")
+        time.sleep(0.5)
+        shoot("comparison")
         # Our figures lie below the dashboard's own.
         for title in (
             "Timesteps of the best candidate, by generation",
             "FD(pixels), 64 images, by generation",
-            "Network evaluations",
+            "Network calls",
         ):
             figure = f"[...document.querySelectorAll('.gtitle')].find(e => e.textContent.includes('{title}'))"
             wait(f"{figure} !== undefined")
@@ -117,7 +135,7 @@ def test_the_pages_show_what_we_wrote(folder: Path, browser: Any, shoot: Callabl
         browser.get(f"{page}/smartSelection")  # where this dashboard has its table of trials
         wait("document.querySelectorAll('tbody tr').length > 5")
         header = script("Array.from(document.querySelectorAll('th')).map(cell => cell.innerText).join('|')")
-        for column in (GENERATION, STAGE, OPERATOR, COST):
+        for column in (TIMESTEPS, SOURCE, GENERATION, COST, PICTURE):
             assert f"UserAttribute {column}" in header
         script("document.querySelector('table').scrollIntoView()")
         time.sleep(0.5)
@@ -127,7 +145,8 @@ def test_the_pages_show_what_we_wrote(folder: Path, browser: Any, shoot: Callabl
         wait(
             "Array.from(document.images).some(image => image.src.includes('/artifacts/') && image.naturalWidth === 128)"
         )
-        assert "new best" in text()
+        assert "picture new best" in text()
+        assert script("document.scrollingElement.scrollWidth") <= 1280
         shoot("trial")
 
         browser.get(f"{page}/note")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from dataclasses import replace
 from typing import Any
@@ -13,10 +14,13 @@ from optuna.trial import TrialState
 from autodiffusion_optuna import noise
 from autodiffusion_optuna.candidate import Candidate
 from autodiffusion_optuna.report.figures import FIGURES, evaluations, history, masks, timesteps
+from autodiffusion_optuna.report.style import log_axis
 from autodiffusion_optuna.results.summary import StudySummary
 from autodiffusion_optuna.storage.attrs import OPERATOR
 
 LARGEST = 60_000
+OF_TRIALS = ("timesteps", "masks", "history", "evaluations")
+"""Figures of the search; those of held-out values are in ``test_comparison.py``."""
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +33,7 @@ def named(figure: Any, name: str) -> Any:
     return trace
 
 
-@pytest.mark.parametrize("name", FIGURES)
+@pytest.mark.parametrize("name", OF_TRIALS)
 def test_a_figure_of_five_thousand_trials_is_small(name: str) -> None:
     figure = FIGURES[name][1](long_summary(5000))
     assert figure is not None
@@ -38,28 +42,45 @@ def test_a_figure_of_five_thousand_trials_is_small(name: str) -> None:
     assert 1000 < size < LARGEST
 
 
-@pytest.mark.parametrize("name", FIGURES)
+@pytest.mark.parametrize("name", OF_TRIALS)
 @pytest.mark.parametrize("trials", [0, 1, 2])
 def test_a_study_that_has_hardly_begun(name: str, trials: int) -> None:
     figure = FIGURES[name][1](long_summary(trials))
     assert (figure is None) == (trials == 0)
 
 
-def test_timesteps_lie_at_their_log_snr_below_uniforms(short: StudySummary) -> None:
+def test_timesteps_lie_below_uniforms(short: StudySummary) -> None:
     figure = timesteps(short)
     schedule = noise.linear(1000)
     uniform = named(figure, "uniform")
-    expected = [2 * schedule.lambda_(t) for t in range(900, -1, -100)]
-    assert uniform.x == pytest.approx(expected, abs=1e-3)
+    assert list(uniform.x) == list(range(900, -1, -100))
+    assert uniform.customdata == pytest.approx([2 * schedule.lambda_(t) for t in uniform.x], abs=1e-3)
     assert set(uniform.y) == {0}
     assert short.best is not None
     last = figure.data[-2]  # drawn before uniform
-    assert tuple(last.customdata) == short.best.candidate.timesteps
-    assert last.x == pytest.approx([2 * schedule.lambda_(t) for t in short.best.candidate.timesteps], abs=1e-3)
-    assert list(last.x) == sorted(last.x)  # from noise to image
+    assert tuple(last.x) == short.best.candidate.timesteps
+    assert last.customdata == pytest.approx([2 * schedule.lambda_(t) for t in last.x], abs=1e-3)
     colours = [trace.marker.color for trace in figure.data[:-1]]
     assert len(set(colours)) == len(colours) == 3
+    assert figure.layout.xaxis.range[0] > figure.layout.xaxis.range[1]  # from noise to image
     assert figure.layout.yaxis.range[0] > figure.layout.yaxis.range[1]  # uniform above
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "ticks"),
+    [
+        (8.0, 20.0, ["8", "10", "12", "14", "16", "18", "20"]),
+        (434.0, 1100.0, ["500", "600", "700", "800", "900", "1,000", "1,100"]),
+        (0.9, 1.05, ["0.9", "0.95", "1", "1.05"]),
+        (0.012, 0.2, ["0.02", "0.03", "0.05", "0.07", "0.1", "0.2"]),
+        (2.0, 900.0, ["2", "5", "10", "20", "50", "100", "200", "500"]),
+        (1.0, 50_000.0, ["1", "10", "100", "1,000", "10,000"]),
+    ],
+)
+def test_the_ticks_of_a_log_axis_are_written_out(low: float, high: float, ticks: list[str]) -> None:
+    axis = log_axis(low, high)
+    assert axis["ticktext"] == ticks
+    assert axis["range"] == pytest.approx([math.log10(low), math.log10(high)])
 
 
 def test_masks_show_each_step_and_unit(short: StudySummary) -> None:
@@ -103,6 +124,19 @@ def test_the_history_holds_every_complete_trial_in_its_generation(short: StudySu
     for name, value in (("uniform", 60.0), ("cosine", 55.0)):
         line = named(figure, name)
         assert (line.x, line.y) == ((-0.5, 2.5), (value, value))
+
+
+def test_the_history_names_the_uniform_baseline_of_the_headline(short: StudySummary) -> None:
+    """Where solvers are searched that is uniform with the winner's solver, not with the first one."""
+    assert short.best is not None
+    settings = (("solver", "heun"),)
+    best = replace(short.best, candidate=replace(short.best.candidate, settings=settings))
+    candidate = replace(short.baselines[0].candidate, settings=settings)
+    own = replace(short.baselines[0], name="uniform, solver heun", candidate=candidate, value=58.0)
+    figure = history(replace(short, best=best, baselines=[*short.baselines, own]))
+    assert named(figure, own.name).line.dash == "dash"
+    assert named(figure, own.name).showlegend
+    assert named(figure, "uniform").line.dash != "dash"
 
 
 def test_the_history_shows_each_generations_median_and_the_best_so_far(short: StudySummary) -> None:
@@ -149,7 +183,7 @@ def test_outliers_are_counted_and_not_drawn_to_scale(short: StudySummary) -> Non
 
 def test_evaluations_are_summed_by_generation(short: StudySummary) -> None:
     figure = evaluations(short)
-    run, saved = named(figure, "run"), named(figure, "saved by the prefix cache")
+    run, saved = named(figure, "run"), named(figure, "reused")
     assert run.x == saved.x == ("0", "1", "2")
     assert saved.y == (500 * POPULATION,) * 3
     assert sum(run.y) == short.total("run")

@@ -21,7 +21,9 @@ from optuna.trial import create_trial
 from PIL import Image
 
 from autodiffusion_optuna.report.page import page
+from autodiffusion_optuna.results.held_out import significant
 from autodiffusion_optuna.results.summary import read_summary
+from autodiffusion_optuna.search.timesteps import BASELINES
 from autodiffusion_optuna.storage.attrs import (
     BASELINE_COSTS,
     BASELINE_KEYS,
@@ -33,6 +35,8 @@ from autodiffusion_optuna.storage.attrs import (
 )
 from autodiffusion_optuna.storage.database import open_storage
 
+LABELS = ("uniform\n3 steps, ddim", "best found\n3 steps, ddim\nFD(pixels) 9.5, held-out")
+DASH = "\u2013"
 VOID = {"meta", "img", "br", "link", "input"}
 
 
@@ -61,7 +65,7 @@ class Tree(HTMLParser):
 def rows(count: int = 3, channels: int = 1, side: int = 8) -> list[tuple[str, NDArray[np.uint8]]]:
     rng = np.random.default_rng(0)
     shape = (count, channels, side, side)
-    return [(label, rng.integers(0, 256, shape, dtype=np.uint8)) for label in ("uniform, 3 steps", "adopt, 3 steps")]
+    return [(label, rng.integers(0, 256, shape, dtype=np.uint8)) for label in LABELS]
 
 
 def text_of(page: str) -> str:
@@ -71,20 +75,35 @@ def text_of(page: str) -> str:
 
 
 def test_the_page_says_what_adopt_show_says(quick: optuna.Study, adopt: Adopt) -> None:
-    text = text_of(page(read_summary(quick)))
-    shown = adopt("show", "--study", "quick").out
-    lines = [line.split() for line in shown.splitlines()[2:11]]
-    assert lines[0][:2] == ["best", "found"]
-    for words in lines:
-        assert " ".join(words).replace("- 1.00", "\u2013 1.00") in text, words
     summary = read_summary(quick)
-    assert summary.best is not None
-    assert summary.best.held_out is not None
-    uniform = next(k for k in summary.baselines if k.name == "uniform").held_out
-    assert uniform is not None
-    share = 1 - summary.best.held_out.mean / uniform.mean
-    assert f"FD(pixels) {summary.best.held_out.mean:.4g} (95 % interval" in text
-    assert f"{100 * abs(share):.0f} % {'lower' if share >= 0 else 'higher'}" in text
+    text = text_of(page(summary))
+    shown = json.loads(adopt("show", "--study", "quick", "--json").out)
+    lines = {"best found": shown["best"], **{row["name"]: row for row in shown["baselines"]}}
+    assert len(lines) == 3 + len(BASELINES)  # the best, and the two that are computed
+    for row in summary.rows():
+        line = lines[row.name]
+        assert (row.value, list(row.candidate.timesteps)) == (line["value"], line["timesteps"])
+        difference = summary.difference(row)
+        cells = [
+            row.name,
+            DASH if row.held_out is None else row.held_out.text,
+            DASH if difference is None else difference.text,
+            DASH if row.value is None else significant(row.value),
+            row.timesteps,
+        ]
+        assert " ".join(cells) in text
+    many, real, headline = summary.many_steps, summary.real_floor, summary.headline
+    assert many is not None
+    assert many.held_out is not None
+    assert f"{many.name} {many.held_out.text}" in text
+    assert real is not None
+    assert real.value is not None
+    assert f"real images {significant(real.value)}" in text
+    assert headline is not None
+    assert headline.difference is not None
+    assert f"Three searched steps give FD(pixels) {significant(headline.found_value)} , three uniform ones" in text
+    assert f"{headline.change_text}. Difference {headline.difference.text} (95 % interval, paired over" in text
+    assert f"FD(pixels) against uniform {headline.change_text} difference, 95 % {headline.difference.text}" in text
     assert "3 \u00d7 64 images from noise that the search never saw" in text
     assert quick.user_attrs["model"] in text
     assert summary.config.fingerprint() in text
@@ -102,7 +121,12 @@ def test_everything_is_inside_the_page(quick: optuna.Study) -> None:
     assert len(text) < 6_000_000
     assert len(text) > 4_000_000
     figures = [attrs for attrs in tree.having("script") if attrs.get("type") == "application/json"]
-    assert [attrs["id"] for attrs in figures] == ["figure-timesteps", "figure-history", "figure-evaluations"]
+    assert [attrs["id"] for attrs in figures] == [
+        "figure-values",
+        "figure-timesteps",
+        "figure-history",
+        "figure-evaluations",
+    ]
     assert [attrs["data-figure"] for attrs in tree.having("div") if "data-figure" in attrs] == [
         attrs["id"] for attrs in figures
     ]
@@ -112,13 +136,17 @@ def test_pictures_of_one_noise_stand_below_each_other(quick: optuna.Study) -> No
     given = rows(3, channels=3)
     images = Tree(page(read_summary(quick), pictures=given)).having("img")
     assert [image["alt"] for image in images] == [
-        f"{label}, noise {n}" for n in (1, 2, 3) for label in ("uniform, 3 steps", "adopt, 3 steps")
+        f"{label.replace(chr(10), ', ')}, noise {n}" for label in LABELS for n in (1, 2, 3)
     ]
+    assert [image["class"] for image in images] == ["pixels"] * 3 + ["found pixels"] * 3
+    places = [dict(re.findall(r"--(\S+): (\d+);", image["style"] or "")) for image in images]
+    assert [place["desk-column"] for place in places] == ["1", "2", "3"] * 2
+    assert [place["desk-row"] for place in places] == ["1"] * 3 + ["2"] * 3
     for index, image in enumerate(images):
         head, _, data = (image["src"] or "").partition(",")
         assert head == "data:image/png;base64"
         with Image.open(io.BytesIO(base64.b64decode(data))) as drawn:
-            assert np.array_equal(np.moveaxis(np.asarray(drawn), -1, 0), given[index % 2][1][index // 2])
+            assert np.array_equal(np.moveaxis(np.asarray(drawn), -1, 0), given[index // 3][1][index % 3])
 
 
 def test_large_pictures_are_reduced(quick: optuna.Study) -> None:
@@ -173,14 +201,14 @@ def test_what_users_write_is_not_html(quick: optuna.Study) -> None:
     assert text_of(text).count("alert(1)") > 5  # shown as it was written
 
 
-def test_overlapping_intervals_are_pointed_out(quick: optuna.Study) -> None:
+def test_a_difference_that_may_be_chance_is_pointed_out(quick: optuna.Study) -> None:
     summary = read_summary(quick)
     assert summary.best is not None
     key = held_out_key(summary.best.candidate.key, 64, 3)
     quick.set_user_attr(key, {"images": 64, "values": [1.0, 2.0, 30000.0]})
-    assert "intervals overlap" in text_of(page(read_summary(quick)))
+    assert "The difference may be chance; score on more" in text_of(page(read_summary(quick)))
     quick.set_user_attr(key, {"images": 64, "values": [1.0, 2.0, 3.0]})
-    assert "intervals overlap" not in text_of(page(read_summary(quick)))
+    assert "may be chance" not in text_of(page(read_summary(quick)))
 
 
 @pytest.mark.parametrize(("best", "uniform"), [(-0.01, 0.5), (0.01, -0.5), (0.01, 0.0)])
@@ -196,9 +224,9 @@ def test_where_there_is_no_share_of_uniforms_value_none_is_named(
         for k in summary.baselines
     ]
     text = text_of(page(replace(summary, baselines=baselines, best=found)))
-    assert f"three uniform ones give {uniform:.4g} (95 % interval {uniform:.4g} to {uniform:.4g}) , measured on" in text
-    assert "against uniform, 3 x 64 images \u2013" in text
-    assert "That is" not in text
+    assert f"three uniform ones {significant(uniform)} . Difference" in text
+    assert "FD(pixels) against uniform \u2013" in text
+    assert " lower ." not in text
 
 
 def test_without_held_out_scores_the_page_says_so(folder: Path) -> None:
@@ -213,7 +241,7 @@ def test_without_held_out_scores_the_page_says_so(folder: Path) -> None:
     assert "plotly" not in page(read_summary(opened))
     loop.work(parts, opened, database)
     text = text_of(page(read_summary(opened)))
-    assert "measured on the search\u2019s own 64 images" in text
+    assert "Measured on the search\u2019s own 64 images" in text
     assert "held-out noise gives intervals: adopt score --study quick" in text
 
 
@@ -222,12 +250,15 @@ def test_the_command_writes_a_page_with_pictures(quick: optuna.Study, folder: Pa
     assert (result.code, result.out) == (0, "wrote report.html\n"), result
     text = (folder / "report.html").read_text(encoding="utf-8")
     images = Tree(text).having("img")
-    assert len(images) == 10
+    assert len(images) == 15
+    names = [(image["alt"] or "").partition(",")[0] for image in images]
+    assert names == ["uniform"] * 5 + ["best found"] * 5 + ["many steps"] * 5
+    assert "many steps 100 steps, ddim" in text_of(text)
     sources = [image["src"] for image in images]
-    assert sources[0::2] != sources[1::2]
+    assert sources[:5] != sources[5:10] != sources[10:]
     plain = adopt("report", "--study", "quick", "--out", "plain.html", "--no-pictures")
     assert plain.code == 0
-    assert plain.err == ""
+    assert all(line.startswith("warning:") for line in plain.err.splitlines())  # those of the study
     assert not Tree((folder / "plain.html").read_text(encoding="utf-8")).having("img")
 
 
@@ -243,21 +274,21 @@ def test_a_winner_found_while_the_page_is_drawn_is_not_mixed_in(
         better = create_trial(values=[0.001], user_attrs={**uniform.user_attrs, CANDIDATE: "9,8,7"})
         quick.add_trial(better)
         study, parts = load_components(*arguments)
-        sample = parts.evaluator.sample
+        sample = parts.images.sample
         monkeypatch.setattr(
-            type(parts.evaluator), "sample", lambda self, c, *rest, **more: drawn.append(c) or sample(c, *rest, **more)
+            type(parts.images), "sample", lambda self, c, *rest, **more: drawn.append(c) or sample(c, *rest, **more)
         )
         return study, parts
 
-    load_components = views.load_components
-    monkeypatch.setattr(views, "load_components", load_and_find)
+    load_components = views.load_image_components
+    monkeypatch.setattr(views, "load_image_components", load_and_find)
     best = read_summary(quick).best
     assert best is not None
     assert best.held_out is not None
     assert adopt("report", "--study", "quick", "--out", "report.html", "--images", "1").code == 0
     assert drawn[1] == best.candidate
     text = (folder / "report.html").read_text(encoding="utf-8")
-    assert f"FD(pixels) {best.held_out.mean:.4g} (95 % interval" in text_of(text)
+    assert f"FD(pixels) {significant(best.held_out.mean)} ," in text_of(text)
     (link,) = [a["href"] or "" for a in Tree(text).having("a") if a.get("download")]
     assert json.loads(base64.b64decode(link.partition(",")[2]))["timesteps"] == list(best.candidate.timesteps)
 
@@ -271,8 +302,8 @@ def test_without_the_model_the_page_has_no_pictures(
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     result = adopt("report", "--study", "quick", "--out", "report.html")
     assert result.code == 0, result
-    (warning,) = [line for line in result.err.splitlines() if line.startswith("warning:")]
-    assert "the page has no pictures" in warning
+    (warning,) = [line for line in result.err.splitlines() if "the page has no pictures" in line]
+    assert warning.startswith("warning:")
     assert "moved/away" in warning
     assert not Tree((folder / "report.html").read_text(encoding="utf-8")).having("img")
 

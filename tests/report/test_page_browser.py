@@ -42,7 +42,11 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[webdriver.Chro
 @pytest.fixture
 def written(quick: optuna.Study, folder: Path) -> Path:
     rng = np.random.default_rng(0)
-    labels = ("uniform, 3 steps", "adopt, 3 steps")
+    labels = (
+        "uniform\n3 steps, ddim",
+        "best found\n3 steps, ddim\nFD(pixels) 12.3, held-out",
+        "many steps\n100 steps, ddim",
+    )
     pictures = [(label, rng.integers(0, 256, (8, 3, 32, 32), dtype=np.uint8)) for label in labels]
     path = folder / "report.html"
     path.write_text(
@@ -81,7 +85,7 @@ def test_the_page_in_a_browser(browser: webdriver.Chrome, written: Path, tmp_pat
     assert ask("innerWidth") == width
     assert ask("document.scrollingElement.scrollWidth") <= width
     plots = ask("[...document.querySelectorAll('.canvas')].map(e => e.querySelectorAll('.main-svg').length)")
-    assert len(plots) == 3
+    assert len(plots) == 4
     assert all(plots)
     drawn = ask("[...document.querySelectorAll('.canvas .main-svg')].map(e => e.getBoundingClientRect().width)")
     assert all(200 < one <= width for one in drawn)
@@ -89,11 +93,31 @@ def test_the_page_in_a_browser(browser: webdriver.Chrome, written: Path, tmp_pat
     assert ask("document.querySelectorAll('.barlayer .point').length") == 8  # run and saved of four generations
     assert ask("document.querySelectorAll('.plotlylogo, .modebar-btn--logo').length") == 0
     images = ask("[...document.images].map(e => [e.naturalWidth, e.getBoundingClientRect().width])")
-    assert len(images) == 16
+    assert len(images) == 24
     assert all(natural == 32 and 50 < shown < 200 for natural, shown in images)
-    tops = "[...f.children].map(e => e.getBoundingClientRect().y)"
-    pairs = ask(f"[...document.querySelectorAll('.pairs figure')].map(f => {tops})")
-    assert all(uniform < best for uniform, best in pairs)
+    boxes = "[...document.querySelectorAll('.pictures img')].map(e => { const b = e.getBoundingClientRect(); return "
+    places = ask(f"{boxes}[e.alt, Math.round(b.x), Math.round(b.y)]; }})")
+    columns = {n: [(x, y) for alt, x, y in places if alt.endswith(f"noise {n}")] for n in range(1, 9)}
+    for column in columns.values():  # uniform, best found and many steps of one noise stand below each other
+        assert len({x for x, _ in column}) == 1
+        assert [y for _, y in column] == sorted({y for _, y in column})
+    assert len({column[0] for column in columns.values()}) == 8
+    shown = "[...document.querySelectorAll('.caption')].filter(e => e.offsetParent).map(e => e.innerText)"
+    assert len(ask(shown)) == (3 if width > 640 else 6)
+    # The table shows its last timestep and, second, the values on held-out noise.
+    inside = "(b => b.width > 0 && b.left >= 0 && b.right <= innerWidth)(r.getBoundingClientRect())"
+    last = f"(e => {{ const r = document.createRange(); r.selectNodeContents(e); return {inside}; }})"
+    cells = ask(f"[...document.querySelectorAll('td.timesteps')].map({last})")
+    assert len(cells) == 15
+    assert all(cells)
+    held_out = ask(f"[...document.querySelectorAll('td[data-label=held-out]:not(.none)')].map({last})")
+    assert len(held_out) > 3
+    assert all(held_out)
+    second = ask("[...document.querySelectorAll('tbody tr')].map(e => e.children[1].dataset.label)")
+    assert set(second) == {"held-out"}
+    # Nothing that is read sticks out of the page, in figures neither.
+    outside = "[...document.querySelectorAll('main *')].filter(e => e.checkVisibility() && e.innerText !== '' && "
+    assert ask(f"{outside}e.getBoundingClientRect().right > innerWidth + 1).map(e => e.outerHTML.slice(0, 80))") == []
     whole_page(browser, screenshots(tmp_path) / f"report-{width}.png")
     assert browser.get_log("browser") == []
 
@@ -113,7 +137,7 @@ def test_the_page_on_paper(browser: webdriver.Chrome, written: Path, tmp_path: P
     (screenshots(tmp_path) / "report.pdf").write_bytes(content)
     assert content.startswith(b"%PDF")
     boxes = re.findall(rb"/MediaBox \[0 0 ([\d.]+) ([\d.]+)\]", content)
-    assert 2 <= len(boxes) <= 6
+    assert 2 <= len(boxes) <= 7
     assert all(abs(float(w) - 595) < 2 and abs(float(h) - 842) < 2 for w, h in boxes)
-    assert browser.execute_script("return window.printed") == [680] * 3
+    assert browser.execute_script("return window.printed") == [680] * 4
     assert browser.execute_script(widths) == before

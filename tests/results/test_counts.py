@@ -11,7 +11,7 @@ import pytest
 from command import Adopt
 from rich.console import Console
 
-from autodiffusion_optuna.cli import output, run
+from autodiffusion_optuna.cli import run, tables
 from autodiffusion_optuna.report.dashboard import note_text
 from autodiffusion_optuna.report.page import page
 from autodiffusion_optuna.results.held_out import HeldOut
@@ -84,21 +84,22 @@ def test_too_few_images_on_held_out_noise_are_said(folder: Path, adopt: Adopt) -
 
 
 def test_every_view_says_how_many_images_a_value_is_of(quick: optuna.Study, adopt: Adopt) -> None:
-    head = adopt("show", "--study", "quick").out.splitlines()[1]
-    assert "64 images" in head
+    said, _, _, head, *_ = adopt("show", "--study", "quick").out.splitlines()
+    assert "on 3 x 64 held-out images" in said
     assert "3 x 64 images" in head
+    assert "        64 images" in head
     assert "(FD(pixels), 64 images)" in adopt("show", "--study", "quick").out
     assert "of 64 images" in adopt("status", "--study", "quick").out
-    assert "(FD(pixels), 64 images)" in adopt("studies").out
+    assert "(FD(pixels), 64 images, search noise)" in adopt("studies").out
     status = json.loads(adopt("status", "--study", "quick", "--json").out)
     assert (status["images"], status["bank"]) == (64, 0)
     summary = read_summary(quick)
     assert "FD(pixels), 64 images" in note_text(summary, URL)
     assert "3 x 64 images" in note_text(summary, URL)
     text = page(summary)
-    assert "search, 64 images" in text
+    assert "search&rsquo;s noise<br>64 images" in text
     assert "3&nbsp;&times;&nbsp;64 images" in text
-    assert "FD(pixels), 64 images, lower is better" in text
+    assert "FD(pixels), lower is better" in text
 
 
 def test_progress_says_how_many_images_the_best_is_of(folder: Path, adopt: Adopt) -> None:
@@ -133,7 +134,7 @@ def test_the_most_images_win_and_smaller_counts_stand_beside_their_values(quick:
     key = summary.best.candidate.key
     quick.set_user_attr(held_out_key(key, 64, 3), HeldOut(64, (1.0, 2.0, 3.0)).to_json())
     shown = adopt("show", "--study", "quick")
-    assert "3 x 96 images" in shown.out.splitlines()[1]
+    assert "3 x 96 images" in shown.out.splitlines()[3]
     assert "2 ± 2.5 (3 x 64)" in shown.out
     assert "score it too: adopt score --study quick --images 96 --banks 3" in shown.err
     for text in (note_text(read_summary(quick), URL), page(read_summary(quick)).replace("&nbsp;&times;&nbsp;", " x ")):
@@ -146,18 +147,21 @@ def test_only_values_of_equal_counts_are_compared(quick: optuna.Study, adopt: Ad
     values = HeldOut(5000, (1e-6, 2e-6))
     quick.set_user_attr(held_out_key(uniform.candidate.key, 5000, 2), values.to_json())
     summary = read_summary(quick)
-    compared = summary.compared()
-    assert compared is not None
-    assert [row.held_out and row.held_out.size for row in compared] == [(64, 3), (64, 3)]
+    headline = summary.headline
+    assert headline is not None
+    assert [row.held_out and row.held_out.size for row in (headline.found, headline.baseline)] == [(64, 3), (64, 3)]
+    assert headline.difference is not None
+    assert headline.difference.size == (64, 3)
+    assert summary.difference(headline.found) is None  # the table's two values are of unequal counts
     assert "2 x 5,000" in adopt("show", "--study", "quick").out
     assert "images from noise that the search never saw" in page(summary)
-    assert "measured on 3&nbsp;&times;&nbsp;64 images" in page(summary)
+    assert "paired over 3&nbsp;&times;&nbsp;64 images" in page(summary)
 
 
 def test_names_are_whole_in_a_narrow_terminal(quick: optuna.Study, monkeypatch: pytest.MonkeyPatch) -> None:
     narrow = Console(width=80, record=True, highlight=False, markup=False)
-    monkeypatch.setattr(output, "out", narrow)
-    output.print_table(read_summary(quick))
+    monkeypatch.setattr(tables, "out", narrow)
+    tables.print_table(read_summary(quick))
     text = narrow.export_text()
     assert "…" not in text
     for baseline in read_summary(quick).baselines:

@@ -12,7 +12,7 @@ from long_study import long_summary
 from optuna.trial import TrialState
 from rich.console import Console
 
-from autodiffusion_optuna.cli import output
+from autodiffusion_optuna.cli import output, tables
 from autodiffusion_optuna.report import dashboard
 from autodiffusion_optuna.results.held_out import HeldOut
 from autodiffusion_optuna.results.summary import read_summary
@@ -44,11 +44,11 @@ def test_long_names_stay_whole_beside_settings_and_many_timesteps(monkeypatch: p
     summary = long_summary(60)
     assert summary.best is not None
     narrow = Console(width=80, record=True, highlight=False, markup=False)
-    monkeypatch.setattr(output, "out", narrow)
+    monkeypatch.setattr(tables, "out", narrow)
     settings = (("final", "zero"), ("guidance", 1.5), ("solver", "dpmpp_2m"))
     best = replace(summary.best, candidate=replace(summary.best.candidate, skips=(), settings=settings))
     baselines = [replace(summary.baselines[0], name=name) for name in ("uniform, solver dpmpp_2m", "uniform-trailing")]
-    output.print_table(replace(summary, best=best, baselines=baselines))
+    tables.print_table(replace(summary, best=best, baselines=baselines))
     text = narrow.export_text()
     assert "uniform, solver dpmpp_2m " in text
     assert "uniform-trailing " in text
@@ -76,7 +76,7 @@ def test_the_command_that_a_warning_names_holds_the_database(folder: Path, adopt
 
 def test_the_noise_of_a_value_is_named(quick: optuna.Study, adopt: Adopt) -> None:
     shown = adopt("show", "--study", "quick").out
-    assert "FD(pixels), search" in shown.splitlines()[0]
+    assert "FD(pixels), search" in shown.splitlines()[2]
     assert "best so far, search noise (FD(pixels), 64 images)" in shown
     assert "64 images, search noise" in adopt("status", "--study", "quick").out
-    assert "best, search noise" in adopt("studies").out.splitlines()[0]
+    assert "64 images, search noise" in adopt("studies").out

@@ -5,6 +5,7 @@ import os
 import pickle
 import subprocess
 import sys
+import zlib
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -56,6 +57,24 @@ def test_every_generation_has_exact_numbers_of_each_operator(name: str) -> None:
     for generation in range(1, 4):
         counts = Counter(operator_at(generation * size + place, preset) for place in range(size))
         assert counts == {"mutation": preset.mutation, "crossover": preset.crossover, "random": random}
+
+
+def _strangers(preset: str, space: SearchSpace, **settings: int) -> list[int]:
+    """Skip sets in all of the random candidates that took the place of a child, on values without any order."""
+    study = fresh(space=space, preset=preset, population_size=20, **settings)
+    sampler = sampler_of(study)
+    for _ in range(80):
+        trial = study.ask()
+        study.tell(trial, zlib.crc32(space.suggest(trial).key.encode()) / 2**32)
+    proposals = [sampler.proposal(study, number) for number in range(20, 80)]
+    bred = [p for n, p in enumerate(proposals, 20) if operator_at(n, sampler.settings) in ("mutation", "crossover")]
+    return [sum(skip.bit_count() for skip in p.candidate.skips) for p in bred if p.operator == "random"]
+
+
+def test_the_surrogate_may_choose_a_stranger() -> None:
+    assert _strangers("adopt", SPACES["fixed"])
+    assert not any(_strangers("adopt", SPACES["skips"], stage_one_generations=2))  # none in stage two
+    assert not _strangers("paper", SPACES["fixed"])
 
 
 def test_seed_none_is_drawn_once() -> None:

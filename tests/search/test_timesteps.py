@@ -9,8 +9,10 @@ from hypothesis import strategies as st
 
 from autodiffusion_optuna import noise
 from autodiffusion_optuna.errors import ConfigError
+from autodiffusion_optuna.search.dmn import dmn_levels, error_bound, step_weights
+from autodiffusion_optuna.search.lists import read_list
 from autodiffusion_optuna.search.repair import spread
-from autodiffusion_optuna.search.timesteps import BASELINES, baseline_timesteps, uniform_timesteps
+from autodiffusion_optuna.search.timesteps import AYS_SIGMAS, BASELINES, ays, baseline_timesteps, uniform_timesteps
 
 LINEAR = noise.linear(1000)
 GRIDS = {
@@ -64,6 +66,57 @@ def test_spaced_in_what_they_say() -> None:
     assert rho.std() < 0.05 * abs(rho.mean())
     arc = np.diff(np.arctan(np.exp(levels[list(BASELINES["arctan"](LINEAR, 10))])))
     assert arc.std() < 0.05 * abs(arc.mean())
+
+
+def test_the_levels_of_ays_are_those_of_the_table_that_diffusers_ships() -> None:
+    from diffusers.schedulers import AysSchedules
+
+    assert [*AYS_SIGMAS, 0.0] == AysSchedules["StableDiffusionSigmas"]
+    latent = noise.scaled_linear()
+    assert ays(latent, 10) == read_list("ays:sd15", latent).timesteps
+    assert ays(latent, 5) == read_list("ays:sd15", latent).resampled(latent, 5).timesteps
+
+
+@pytest.mark.parametrize(
+    ("schedule", "suited"),
+    [
+        (LINEAR, True),
+        (noise.scaled_linear(), True),
+        (noise.flow(1000, 3.0), False),
+        (noise.edm(np.geomspace(0.002, 80, 64)), False),
+        (noise.linear(1000, 1e-4, 0.01), False),
+    ],
+    ids=["ddpm", "latent", "flow", "edm", "reaches 12"],
+)
+def test_ays_is_for_models_whose_noise_reaches_its_levels(schedule: noise.NoiseSchedule, suited: bool) -> None:
+    assert ("ays" in baseline_timesteps(schedule, 4)) == suited
+
+
+@pytest.mark.parametrize("grid", GRIDS)
+def test_dmn_bounds_the_error_lower_than_even_steps_do(grid: str) -> None:
+    schedule = GRIDS[grid]
+    low, high = schedule.lambdas[[-1, 0]]
+    for steps in (2, 3, 5, 9):
+        levels = np.append(-dmn_levels(schedule, steps), high)
+        assert levels[0] == pytest.approx(low)
+        assert (np.diff(levels) > 0).all()
+        rng = np.random.default_rng(steps)
+        others = np.sort(rng.uniform(low, high, (50, steps - 1)))
+        others = np.pad(others, ((0, 0), (1, 1)), constant_values=(low, high))
+        even = np.linspace(low, high, steps + 1)
+        assert error_bound(levels[None], schedule)[0] <= error_bound(np.vstack([others, even]), schedule).min()
+        assert dmn_levels(schedule, steps) == pytest.approx(-levels[:-1])  # the same each time
+
+
+def test_weights_of_a_step_integrate_every_polynomial_up_to_its_order() -> None:
+    for order in (1, 2, 3):
+        h = np.array([[0.7, 0.4, 0.9][-order:]])
+        nodes = -np.concatenate([[0.0], np.cumsum(h[0, -2::-1])])  # of the newest images, first the one at 0
+        weights = np.array([part[0] for part in step_weights(h)])
+        u = np.linspace(0, h[0, -1], 20_001)
+        for power in range(order):
+            wanted = np.trapezoid(np.exp(u) * u**power, u)
+            assert (weights * nodes**power).sum() == pytest.approx(wanted, rel=1e-6)
 
 
 def test_baselines_keep_the_gap() -> None:

@@ -1,8 +1,8 @@
 """Kills ``adopt run`` at its n-th write and looks at what is left, in forks of one warm process.
 
-``python killed.py FOLDER URL every`` tries all writes, ``… some`` those of the first trial that is taken and the last
-one of each other kind. Each has a database of its own, in FOLDER, which holds ``quick.toml``, or on the server of URL.
-Prints {writes, tried, failures} as JSON.
+``python killed.py FOLDER URL every`` tries all writes, ``… some`` the last one of each kind up to the end of the first
+trial that is taken, and of each other kind the last one of all. Each has a database of its own, in FOLDER, which holds
+``quick.toml``, or on the server of URL. Prints {writes, tried, failures} as JSON.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ from autodiffusion_optuna.storage.studies import load_study
 SETTINGS = (
     "search.trials=8",
     "search.population=4",
+    "score.floor_steps=0",
     "search.warm_starts=['uniform', 'quadratic', 'cosine', 'log-snr']",
 )
 WRITE = re.compile(r"\s*(CREATE|ALTER|DROP|(?:INSERT INTO|UPDATE|DELETE FROM) \S+)", re.IGNORECASE)
@@ -155,9 +156,9 @@ def chosen(kinds: list[str], every: bool) -> list[int]:
     """Writes to try."""
     if every:
         return list(range(len(kinds)))
-    first = range(kinds.index("INSERT INTO trial_heartbeats") - 5, kinds.index("INSERT INTO trial_values"))
-    last = {kind: number for number, kind in enumerate(kinds) if kind not in kinds[first.start : first.stop]}
-    return sorted({*last.values(), *first})
+    first = kinds[: kinds.index("INSERT INTO trial_values") + 1]
+    last = {kind: number for number, kind in enumerate(kinds)}
+    return sorted((last | {kind: number for number, kind in enumerate(first)}).values())
 
 
 def database(url: str, name: str) -> str:

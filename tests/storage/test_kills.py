@@ -10,8 +10,14 @@ from pathlib import Path
 import pytest
 
 
-@pytest.mark.parametrize("writes", ["some", pytest.param("every", marks=pytest.mark.slow)])
-@pytest.mark.parametrize("kind", ["sqlite", "postgres"])
+@pytest.mark.parametrize(
+    ("kind", "writes"),
+    [
+        ("sqlite", "some"),
+        *(pytest.param(*more, marks=pytest.mark.slow) for more in [("sqlite", "every"), ("postgres", "some")]),
+        pytest.param("postgres", "every", marks=pytest.mark.slow),
+    ],
+)
 def test_a_run_killed_at_any_write_can_be_looked_at_and_goes_on_as_if_undisturbed(
     request: pytest.FixtureRequest, folder: Path, kind: str, writes: str
 ) -> None:

@@ -312,6 +312,17 @@ def test_a_trial_that_is_being_taken_is_waited_for(url: str, folder: Path, chang
     assert study_names(storage) == ["quick"]
 
 
+def test_a_study_that_is_being_begun_keeps_no_other_waiting(folder: Path) -> None:
+    url = "sqlite:///studies.db"
+    storage = open_storage(url)
+    other = run(folder / "quick.toml", url, "search.trials=2")
+    begun = optuna.create_study(study_name="begun", storage=storage)
+    with storage.locked(begun, beginning=True), open_storage(url).locked(other):
+        locks = {path.name for path in folder.glob("*.lock")}
+        assert locks == {"studies.db.lock", f"studies.db.{begun._study_id}.lock"}
+    assert [path.name for path in folder.glob("*.lock")] == ["studies.db.lock"]
+
+
 def test_trials_of_dead_workers_stop_nobody(folder: Path) -> None:
     study = run(folder / "quick.toml", "sqlite:///studies.db", "search.trials=2")
     host, pid, started = owner().rsplit("/", 2)

@@ -170,4 +170,5 @@ def test_a_server_that_is_started_while_it_is_looked_for(
         assert find_study(url, "quick", known=True) is not None
     finally:
         later.join()
+        control(started, "stop")  # started by hand, it would outlive the clean-up
         started.cleanup()

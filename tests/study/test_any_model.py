@@ -74,6 +74,8 @@ warm_starts = ["uniform"]
 extractor = "pixels"
 reference = "reference.npz"
 images = 8
+finalists = 0
+floor_steps = 0
 held_out_images = 8
 held_out_banks = 2
 """

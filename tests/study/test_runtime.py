@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from autodiffusion_optuna.config import StudyConfig, load_config
-from autodiffusion_optuna.evaluation import evaluator
+from autodiffusion_optuna.evaluation import drawing
 from autodiffusion_optuna.results.summary import runtime_warnings
 from autodiffusion_optuna.storage.attrs import RUNTIME
 from autodiffusion_optuna.storage.studies import stored_batch
@@ -108,11 +108,11 @@ def test_workers_that_start_together_take_the_batch_of_the_first(folder: Path, m
 
 
 def out_of_memory_above(monkeypatch: pytest.MonkeyPatch, fits: int) -> None:
-    draw = evaluator.Evaluator._draw
+    draw = drawing.ImageSampler._draw
 
-    def limited(self: evaluator.Evaluator, candidate: Any, first: int, last: int, *rest: Any) -> torch.Tensor:
+    def limited(self: drawing.ImageSampler, candidate: Any, first: int, last: int, *rest: Any) -> torch.Tensor:
         if last - first > fits:
             raise torch.OutOfMemoryError
         return draw(self, candidate, first, last, *rest)
 
-    monkeypatch.setattr(evaluator.Evaluator, "_draw", limited)
+    monkeypatch.setattr(drawing.ImageSampler, "_draw", limited)

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import optuna
 import pytest
 import torch
 from command import Adopt
@@ -14,10 +15,10 @@ from example_results import example, open_model, result_for
 from tiny_models import make_unet, write_ddpm
 from tiny_pipelines import write_prompts, write_sd
 
-from autodiffusion_optuna import apply
+from autodiffusion_optuna import apply, load_study
 from autodiffusion_optuna.evaluation.denoiser import weights_of, weights_sample
 from autodiffusion_optuna.export.check import same_weights
-from autodiffusion_optuna.study.transfer import differences
+from autodiffusion_optuna.study.transfer import differences, open_images
 
 # diffusers, in pytest.warns
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
@@ -169,3 +170,9 @@ def test_a_sample_of_fewer_weights_is_compared() -> None:
     part = dict([*sample.items()][:12])
     assert same_weights(part, sample)
     assert not same_weights(sample, part)
+
+
+def test_a_result_of_a_study_called_uniform_does_not_take_its_place(quick: optuna.Study) -> None:
+    found = load_study("quick").best_schedule.model_copy(update={"study": "uniform"})
+    compared = open_images(found).compared
+    assert [candidate.timesteps for candidate in compared.values()] == [(666, 333, 0), found.timesteps]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import subprocess
@@ -234,13 +235,17 @@ def test_workers_share_the_cores_of_their_host(folder: Path, monkeypatch: pytest
 def test_what_workers_warn_of_is_reported_once(
     folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    script = "echo 'noise of a library' >&2; echo 'warning: pictures are not kept' >&2; sleep 0.3"
+    script = (
+        "for line in 'noise of a library' 'warning: no pictures' 'note: computing'; do echo $line >&2; done; sleep 0.3"
+    )
     popen = subprocess.Popen
     monkeypatch.setattr(subprocess, "Popen", lambda command, **options: popen(["sh", "-c", script], **options))
     monkeypatch.setattr(launch, "LOOK_SECONDS", 0.02)
     monkeypatch.setattr(launch, "has_begun", lambda job: True)
-    launch.launch("local", job(folder), 3, {}, lambda: None)
-    assert [record.message for record in caplog.records] == ["pictures are not kept"]
+    with caplog.at_level(logging.INFO, "autodiffusion_optuna"):
+        launch.launch("local", job(folder), 3, {}, lambda: None)
+    said = [(record.levelname, record.message) for record in caplog.records]
+    assert said == [("WARNING", "no pictures"), ("INFO", "computing")]
 
 
 def test_a_progress_bar_does_not_hide_what_follows(
@@ -255,9 +260,9 @@ def test_a_progress_bar_does_not_hide_what_follows(
 
 def test_a_worker_marks_its_warnings(capfd: pytest.CaptureFixture[str]) -> None:
     code = "import logging\nfrom autodiffusion_optuna.workers import worker\nworker.mark_warnings()\n"
-    code += "logging.getLogger('autodiffusion_optuna').warning('away')"
+    code += "log = logging.getLogger('autodiffusion_optuna')\nlog.warning('away')\nlog.info('computing')"
     subprocess.run([sys.executable, "-c", code], check=True)
-    assert capfd.readouterr().err == "warning: away\n"
+    assert capfd.readouterr().err == "warning: away\nnote: computing\n"
 
 
 @pytest.fixture

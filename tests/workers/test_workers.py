@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import shlex
 import signal
 import subprocess
 import sys
@@ -361,7 +362,7 @@ def test_a_launcher_that_is_killed_takes_its_workers_with_it(folder: Path) -> No
     launcher.kill()
     launcher.wait()
     database = open_storage(url)
-    wait_for(lambda: not read_status(database, load_study(database, "quick")).states["running"], seconds=30)
+    wait_for(lambda: not read_status(database, load_study(database, "quick")).states["running"])
     before = count_finished(load_study(database, "quick"))
     time.sleep(1.0)
     assert count_finished(load_study(database, "quick")) == before
@@ -375,7 +376,8 @@ def test_ctrl_c_stops_all_workers_and_puts_their_trials_back(folder: Path) -> No
     launcher.send_signal(signal.SIGINT)
     _, said = launcher.communicate(timeout=60)
     assert launcher.returncode == 130
-    assert "Go on with: adopt run --study quick.toml --workers 2" in " ".join(said.decode().split())
+    again = f"{shlex.quote(sys.executable)} -m autodiffusion_optuna run --study quick.toml --workers 2"
+    assert f"Go on with: {again}" in " ".join(said.decode().split())
     states = read_status(
         open_storage("sqlite:///adopt.db"), load_study(open_storage("sqlite:///adopt.db"), "quick")
     ).states

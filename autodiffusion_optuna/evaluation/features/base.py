@@ -22,6 +22,15 @@ from autodiffusion_optuna.errors import ConfigError, ModelError, StatisticsError
 from autodiffusion_optuna.evaluation.features.weights import sha256_of
 from autodiffusion_optuna.evaluation.tensors import check_numbers
 
+NEEDED = {
+    "inception": "a local inception-2015-12-05.pt",
+    "inception, legacy_pytorch": "a local pt_inception-2015-12-05-6726825d.pth",
+    "clip": "a local ViT-B-32.pt of OpenAI's CLIP",
+    "dinov2": "a TorchScript file, or a folder that Dinov2Model.save_pretrained wrote",
+    "torchscript": "a TorchScript file of uint8 [B, C, H, W] to float [B, D]",
+}
+"""Weights that extractors cannot do without."""
+
 CHUNK = 50  # images; bounds the memory of early, large feature maps
 
 Network = Callable[[Tensor], Tensor]
@@ -109,9 +118,10 @@ class Wanted:
     weights: Path | None
     mode: Mode | None
 
-    def require(self, what: str) -> Path:
+    def require(self) -> Path:
         """The weights; ConfigError where none were given."""
         if self.weights is None:
+            what = NEEDED["inception, legacy_pytorch" if self.mode == "legacy_pytorch" else self.name]
             raise ConfigError(
                 f"extractor {self.name!r} was given no weights, and nothing is downloaded; give the path of {what}"
             )
@@ -121,7 +131,8 @@ class Wanted:
         """ConfigError where weights were given."""
         if self.weights is not None:
             raise ConfigError(
-                f"extractor {self.name!r} has no weights, {str(self.weights)!r} was given; leave them out"
+                f"extractor {self.name!r} has no weights, {str(self.weights)!r} was given; leave score.weights out "
+                "(delete the line)"
             )
 
     def import_package(self, module: str, command: str, use: str = "") -> Any:

@@ -13,7 +13,7 @@ SIZE = 224
 
 def load_clip(wanted: Wanted) -> Extractor:
     """512 features of OpenAI's package."""
-    weights = wanted.require("a local ViT-B-32.pt of OpenAI's CLIP")
+    weights = wanted.require()
     command = "pip install git+https://github.com/openai/CLIP.git (PyPI's clip is another program)"
     if not hasattr(wanted.import_package("clip", command), "load"):
         raise ConfigError(f"extractor 'clip' needs OpenAI's clip, another package of that name is here; {command}")

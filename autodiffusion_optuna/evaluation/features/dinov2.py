@@ -15,8 +15,8 @@ from autodiffusion_optuna.errors import ModelError
 from autodiffusion_optuna.evaluation.features.base import Extractor, Network, Wanted
 from autodiffusion_optuna.evaluation.features.user import read_torchscript
 from autodiffusion_optuna.evaluation.features.weights import sha256_of
-from autodiffusion_optuna.evaluation.files import check_content, read_json
 from autodiffusion_optuna.evaluation.tensors import check_numbers, plain_weights
+from autodiffusion_optuna.files import check_content, read_json
 
 SIZE = 224
 IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # mean and standard deviation
@@ -25,7 +25,7 @@ CONFIG, WEIGHTS = "config.json", "model.safetensors"
 
 def load_dinov2(wanted: Wanted) -> Extractor:
     """The class token, as many features as the network has."""
-    weights = wanted.require("a TorchScript file, or a folder that Dinov2Model.save_pretrained wrote")
+    weights = wanted.require()
     if weights.is_dir():
         net, digest = _read_folder(wanted, weights)
     else:

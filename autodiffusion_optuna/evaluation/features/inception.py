@@ -22,7 +22,7 @@ TORCHSCRIPT, PYTORCH = "inception-2015-12-05.pt", "pt_inception-2015-12-05-67268
 def load_inception(wanted: Wanted) -> Extractor:
     """2,048 features; ``wanted.mode`` decides the resize and the file of weights."""
     mode = wanted.mode or "clean"
-    weights = wanted.require(f"a local {PYTORCH if mode == 'legacy_pytorch' else TORCHSCRIPT}")
+    weights = wanted.require()
     net = _pytorch(wanted, weights) if mode == "legacy_pytorch" else _torchscript(wanted, weights)
 
     def network(images: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from autodiffusion_optuna.evaluation.features.base import Extractor, Network, Wa
 
 def load_torchscript(wanted: Wanted) -> Extractor:
     """A TorchScript file of uint8 [B, C, H, W] to float [B, D]."""
-    weights = wanted.require("a TorchScript file of uint8 [B, C, H, W] to float [B, D]")
+    weights = wanted.require()
     return wanted.extractor(wanted.guard(read_torchscript(wanted, weights)), None, weights, "own", None)
 
 

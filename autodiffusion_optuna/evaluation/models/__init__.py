@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import zipfile
 from collections.abc import Callable
 from dataclasses import replace
@@ -10,11 +11,10 @@ from pathlib import Path
 
 import torch
 
-from autodiffusion_optuna.config import ModelConfig
+from autodiffusion_optuna.config import MEMORY, ModelConfig
 from autodiffusion_optuna.errors import ConfigError, ModelError, choose_from
-from autodiffusion_optuna.evaluation.files import check_content
 from autodiffusion_optuna.evaluation.models.adm import load_adm
-from autodiffusion_optuna.evaluation.models.base import Conditions, Model, check_unused, find_device
+from autodiffusion_optuna.evaluation.models.base import Conditions, Floor, Model, check_unused, find_device
 from autodiffusion_optuna.evaluation.models.checkpoints import read_checkpoint
 from autodiffusion_optuna.evaluation.models.diffusers_folder import UNET, load_folder
 from autodiffusion_optuna.evaluation.models.hub import resolve
@@ -23,23 +23,37 @@ from autodiffusion_optuna.evaluation.models.parts import Pipeline, find_pipeline
 from autodiffusion_optuna.evaluation.models.plugin import load_plugin
 from autodiffusion_optuna.evaluation.models.text_to_image import PIPELINES, load_text_to_image
 from autodiffusion_optuna.evaluation.references.reference import load_reference
+from autodiffusion_optuna.files import check_content
 
-__all__ = ["MODELS", "Conditions", "Model", "find_device", "load_model"]
+__all__ = ["MODELS", "Conditions", "Model", "check_source", "find_device", "load_model"]
 
-DIGITS = Path(__file__).parent.parent.parent / "assets" / "digits"
+ASSETS = Path(__file__).parent.parent.parent / "assets"
+DIGITS = ASSETS / "digits"
 
 
-def _digits(config: ModelConfig, device: torch.device) -> Model:
-    """The bundled model, with the statistics of the digits it was trained on."""
-    model = load_folder(config, device, find_pipeline(DIGITS), "digits")
-    return replace(model, reference=partial(load_reference, DIGITS / "reference.npz"))
+def _bundled(name: str, config: ModelConfig, device: torch.device) -> Model:
+    """A bundled model, with the statistics of the images it was trained on, and what real images score."""
+    model, folder = load_folder(config, device, find_pipeline(ASSETS / name), name), ASSETS / name
+    return replace(model, reference=partial(load_reference, folder / "reference.npz"), floor=_floor(folder))
+
+
+def _floor(folder: Path) -> Floor | None:
+    """What ``training.json`` of a bundled model says of real images, if it does."""
+    said = json.loads((folder / "training.json").read_text()).get("floor")
+    if said is None:
+        return None
+    return Floor(said["extractor"], {int(images): value for images, value in said["values"].items()})
 
 
 def _mixture(config: ModelConfig, device: torch.device) -> Model:
     return mixture_model(device=str(device), clip=config.clip is not False)
 
 
-MODELS: dict[str, Callable[[ModelConfig, torch.device], Model]] = {"digits": _digits, "mixture": _mixture}
+MODELS: dict[str, Callable[[ModelConfig, torch.device], Model]] = {
+    "digits": partial(_bundled, "digits"),
+    "faces": partial(_bundled, "faces"),
+    "mixture": _mixture,
+}
 """Bundled models by name."""
 
 SINGLE_FILES = (".safetensors", ".ckpt", ".pt", ".pth", ".bin")
@@ -62,6 +76,24 @@ def load_model(config: ModelConfig, *, device: str | None = None, trust: bool = 
         ) from None
 
 
+def check_source(config: ModelConfig) -> None:
+    """What ``load_model`` would refuse of a source's name, and of settings that a bundled model does not take."""
+    source, path = config.source, Path(config.source)
+    if source in MODELS:
+        check_unused(config, source)
+    elif not (path.exists() or source.startswith(("adm:", "python:")) or path.suffix in (*SINGLE_FILES, ".gguf")):
+        is_id = source.count("/") == 1 and not source.startswith((".", "/", "~"))
+        if not is_id:
+            raise _unknown(source)
+
+
+def _unknown(source: str) -> ModelError:
+    return ModelError(
+        f"{choose_from('model', source, MODELS)}; or the path of a diffusers folder, a hub id (org/name), adm:FILE.pt "
+        "or python:module:function"
+    )
+
+
 def _load(config: ModelConfig, device: torch.device, trust: bool) -> Model:
     source = config.source
     path = Path(source)
@@ -69,6 +101,11 @@ def _load(config: ModelConfig, device: torch.device, trust: bool) -> Model:
     if source in MODELS:
         check_unused(config, source)
         return MODELS[source](config, device)
+    if source.startswith(MEMORY):
+        raise ModelError(
+            f"{source}: the study was begun in Python with a model in memory; go on there with "
+            "autodiffusion_optuna.search(model, ..., name=..., storage=...)"
+        )
     if colon and scheme == "adm":
         return load_adm(config, device, Path(rest))
     if colon and scheme == "python":
@@ -83,10 +120,7 @@ def _load(config: ModelConfig, device: torch.device, trust: bool) -> Model:
         return _single_file(config, device, path)
     if source.count("/") == 1 and not source.startswith((".", "/", "~")):
         return _folder(config, device, resolve(source), source)
-    raise ModelError(
-        f"{choose_from('model', source, MODELS)}; or the path of a diffusers folder, a hub id (org/name), adm:FILE.pt "
-        "or python:module:function"
-    )
+    raise _unknown(source)
 
 
 def _folder(config: ModelConfig, device: torch.device, folder: Path, name: str) -> Model:

@@ -31,6 +31,7 @@ from autodiffusion_optuna.evaluation.models.base import (
     assemble,
     check_unused,
     choose_clip,
+    count_parameters,
     label_conditions,
     trace_units,
 )
@@ -93,6 +94,7 @@ def load_adm(config: ModelConfig, device: torch.device, path: Path) -> Model:
         shape=(CHANNELS, adm.image_size, adm.image_size),
         conditions=label_conditions(range(adm.num_classes), device, draw=config.labels) if labelled else None,
         kind="adm",
+        parameters=count_parameters(network),
         notes=tuple(notes),
     )
 

@@ -68,6 +68,17 @@ def label_conditions(
     return Conditions("labels", len(labels), rows, negative if null is not None else None, fingerprint, draw)
 
 
+@dataclass(frozen=True)
+class Floor:
+    """Fréchet distances of real images from a model's reference, with one extractor.
+
+    ``values``: how many images -> the mean over disjoint groups of as many; a distance falls with their number.
+    """
+
+    extractor: str
+    values: Mapping[int, float]
+
+
 @dataclass(frozen=True, eq=False)
 class Model:
     """A frozen diffusion model on one device.
@@ -84,6 +95,8 @@ class Model:
     ``latent_scale``: what latents are multiplied by. ``weights``: some of them by name, see ``weights_sample``.
     ``kind``: class of the diffusers pipeline, or of the bare network; "adm", "plugin" and "mixture" for the others.
     ``notes``: what its loader assumed, chose or left out, a line each; shown wherever the study's values are.
+    ``floor``: distance of real images that trained nothing from ``reference``, where the model ships with one.
+    ``parameters``: numbers that its denoising network was trained to; None where that is not known.
     """
 
     name: str
@@ -104,6 +117,8 @@ class Model:
     image_shape: tuple[int, int, int] | None = None
     kind: str = "UNet2DModel"
     notes: tuple[str, ...] = ()
+    floor: Floor | None = None
+    parameters: int | None = None
 
     @property
     def picture_shape(self) -> tuple[int, int, int]:
@@ -128,7 +143,8 @@ class Model:
         if scale is not None and self.guidance == "none":
             raise ConfigError(
                 f"guidance {scale:g} was given, but model {self.name!r} has none (it is unconditional, was distilled "
-                "to need none, or has neither a classifier nor an empty condition); leave guidance out"
+                "to need none, or has neither a classifier nor an empty condition); leave sampling.guidance out "
+                "(delete the line)"
             )
 
     def costs(self, kind: Literal["macs", "latency"] = "macs", batch: int = 1) -> UnitCosts:
@@ -179,11 +195,13 @@ SETTINGS = ("preset", "fields", "classifier", "prompts", "negative_prompt", "siz
 
 
 def check_unused(config: ModelConfig, name: str, used: Collection[str] = ()) -> None:
-    """``ConfigError`` where a setting is given that a model of this kind does not use."""
-    for setting in SETTINGS:
-        given = getattr(config, setting)
-        if given and setting not in used:
-            raise ConfigError(f"{setting} = {given!r} is not for models such as {name!r}; leave model.{setting} out")
+    """``ConfigError`` that names all settings that are given and that a model of this kind does not use."""
+    unused = [setting for setting in SETTINGS if getattr(config, setting) and setting not in used]
+    if unused:
+        given = " and ".join(f"{setting} = {getattr(config, setting)!r}" for setting in unused)
+        lines = " and ".join(f"model.{setting}" for setting in unused)
+        verb = "is" if len(unused) == 1 else "are"
+        raise ConfigError(f"{given} {verb} not for models such as {name!r}; leave {lines} out (delete the line)")
 
 
 def choose_clip(clip: bool | None, name: str, latent: bool) -> bool:
@@ -227,7 +245,7 @@ def trace_units(
         ) from error
 
 
-def check_channels(channels: Any, out: Any, path: Path) -> int:
+def check_channels(channels: Any, out: Any, path: Path | str) -> int:
     """Channels of a network's states; ``ModelError`` where a config gives it others out than in."""
     if not isinstance(channels, int) or out not in (channels, 2 * channels):
         raise ModelError(
@@ -237,12 +255,17 @@ def check_channels(channels: Any, out: Any, path: Path) -> int:
     return channels
 
 
-def sides_of(size: Any, path: Path) -> tuple[int, int]:
+def sides_of(size: Any, path: Path | str) -> tuple[int, int]:
     """(height, width) of a config's ``sample_size``, a side or both. ``ModelError`` where it is neither."""
     sides = tuple(size) if isinstance(size, (list, tuple)) else (size, size)
     if len(sides) != 2 or not all(isinstance(side, int) and side > 0 for side in sides):
         raise ModelError(f"{path}: sample_size is {size!r}; set it to the side of the images, or [height, width]")
     return sides[0], sides[1]
+
+
+def count_parameters(network: nn.Module) -> int:
+    """Numbers that a network was trained to."""
+    return sum(parameter.numel() for parameter in network.parameters())
 
 
 def assemble(config: ModelConfig, denoiser: Denoiser, vae: Vae | None = None, **facts: Any) -> Model:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from autodiffusion_optuna.errors import ModelError, first_line
-from autodiffusion_optuna.evaluation.files import check_content, read_json
+from autodiffusion_optuna.files import check_content, read_json
 
 STEM = "diffusion_pytorch_model"
 WEIGHTS = f"{STEM}.safetensors"

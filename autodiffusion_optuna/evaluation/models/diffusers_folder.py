@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +21,14 @@ from autodiffusion_optuna.evaluation.models.base import (
     check_channels,
     check_unused,
     choose_clip,
+    count_parameters,
     label_conditions,
     sides_of,
     trace_units,
 )
 from autodiffusion_optuna.evaluation.models.parts import Pipeline, digest, load_part, networks_beside, read_config
-from autodiffusion_optuna.evaluation.models.scheduler import load_scheduler
-from autodiffusion_optuna.evaluation.models.vae import load_vae
+from autodiffusion_optuna.evaluation.models.scheduler import Scheduler, load_scheduler
+from autodiffusion_optuna.evaluation.models.vae import Vae, load_vae
 
 UNET, DIT = "UNet2DModel", "DiTTransformer2DModel"
 NAMES = {UNET: (UNET,), DIT: (DIT, "Transformer2DModel")}
@@ -62,30 +64,64 @@ def load_folder(config: ModelConfig, device: torch.device, pipeline: Pipeline, n
     clip = choose_clip(config.clip, name, latent=decoder is not None)
     stored, path = read_config(folder, NAMES[kind]), folder / "config.json"
     facts = {**DIT_DEFAULTS, **stored} if kind == DIT else stored
-    shape = _state_shape(facts, kind, path)
-    conditions = _conditions(facts, kind, config, name, path, device)
+    shape = state_shape(facts, kind, path)
+    conditions = class_conditions(facts, kind, config, name, path, device)
     network, files, notes = load_part(folder, kind, stored, config.precision)
     scheduler = load_scheduler(pipeline.folder)
-    if scheduler.filled.get("use_dynamic_shifting"):
-        raise ModelError(
-            f"{pipeline.folder}: its scheduler shifts the noise by the size of the images (use_dynamic_shifting), but "
-            f"how a {kind} was trained with it is not known; save a scheduler with use_dynamic_shifting=false and a "
-            "shift"
-        )
     vae = load_vae(decoder, device, config.precision, usual=kind == DIT) if decoder else None
     network.to(device)
+    return make_model(
+        config,
+        network,
+        Described(path, shape, clip, conditions, scheduler, vae),
+        device=device,
+        name=name,
+        fingerprint=digest(files, stored, scheduler.config, {"vae": vae and vae.digest}),
+        kind=pipeline.kind or kind,
+        notes=(*networks_beside(folder), *notes),
+    )
+
+
+@dataclass(frozen=True, eq=False)
+class Described:
+    """What is known of a network besides itself. ``where`` stands for its config in messages; the rest as ``Model``."""
+
+    where: Path | str
+    shape: tuple[int, int, int]
+    clip: bool
+    conditions: Conditions | None
+    scheduler: Scheduler
+    vae: Vae | None
+
+
+def make_model(
+    config: ModelConfig, network: Any, known: Described, *, device: torch.device, notes: Sequence[str], **facts: Any
+) -> Model:
+    """The model of a network that is on its device: a UNet2DModel or a DiT.
+
+    ``notes``: what its loader has to say. ``facts``: ``name``, ``fingerprint`` and ``kind`` of the ``Model``.
+    """
+    scheduler, conditions, vae, where = known.scheduler, known.conditions, known.vae, known.where
+    unet = UNET in (base.__name__ for base in type(network).__mro__)
+    if scheduler.filled.get("use_dynamic_shifting"):
+        raise ModelError(
+            f"{where}: its scheduler shifts the noise by the size of the images (use_dynamic_shifting), but how a "
+            f"{type(network).__name__} was trained with it is not known; use a scheduler with "
+            "use_dynamic_shifting=false and a shift"
+        )
 
     def predict(x: Tensor, model_times: Tensor, condition: Condition) -> Tensor:
-        output: Tensor = network(x, model_times, class_labels=condition.get("label"), return_dict=False)[0]
+        x, label = x.to(network.dtype), condition.get("label")
+        output: Tensor = network(x, model_times, class_labels=label, return_dict=False)[0]
         return output
 
     some = conditions.rows([0]) if conditions else UNCONDITIONAL
-    units = trace_units(network, lambda x, t: predict(x, t, some), shape, device, config.precision, path)
-    notes += [*scheduler.notes, *(vae.notes if vae else _clip_notes(scheduler.filled, config.clip))]
-    if kind == UNET and conditions is not None and "null_class" not in config.fields:
-        notes.append(
-            f"{path} does not say whether one of its {conditions.count} classes means no class; all are drawn. Say it: "
-            "model.fields.null_class = NUMBER, or false for none"
+    units = trace_units(network, lambda x, t: predict(x, t, some), known.shape, device, config.precision, where)
+    said = [*notes, *scheduler.notes, *(vae.notes if vae else _clip_notes(scheduler.filled, config.clip))]
+    if unet and conditions is not None and "null_class" not in config.fields:
+        said.append(
+            f"{where} does not say whether one of its {conditions.count} classes means no class; all are drawn. Say "
+            "it: model.fields.null_class = NUMBER, or false for none"
         )
     guided = conditions is not None and conditions.negative is not None
     denoiser = Denoiser(
@@ -94,7 +130,7 @@ def load_folder(config: ModelConfig, device: torch.device, pipeline: Pipeline, n
         scheduler.prediction,
         device,
         config.precision,
-        clip,
+        known.clip,
         units,
         "free" if guided else "none",
     )
@@ -102,15 +138,14 @@ def load_folder(config: ModelConfig, device: torch.device, pipeline: Pipeline, n
         config,
         denoiser,
         vae,
-        name=name,
-        fingerprint=digest(files, stored, scheduler.config, {"vae": vae and vae.digest}),
-        shape=shape,
+        shape=known.shape,
         weights=weights_sample(network),
+        parameters=count_parameters(network),
         conditions=conditions,
-        scale=DIT_SCALE if kind == DIT else 1.0,
-        image_shape=vae.image_shape(shape, path) if vae else None,
-        kind=pipeline.kind or kind,
-        notes=(*networks_beside(folder), *notes),
+        scale=1.0 if unet else DIT_SCALE,
+        image_shape=vae.image_shape(known.shape, where) if vae else None,
+        notes=tuple(said),
+        **facts,
     )
 
 
@@ -125,7 +160,7 @@ def _find_decoder(pipeline: Pipeline, kind: str) -> Path | None:
     return next((path for path in folders if kind == DIT or path.name in pipeline.index or path.is_dir()), None)
 
 
-def _state_shape(facts: Mapping[str, Any], kind: str, path: Path) -> tuple[int, int, int]:
+def state_shape(facts: Mapping[str, Any], kind: str, path: Path | str) -> tuple[int, int, int]:
     """(C, H, W) of a config's states; ``ModelError`` where such a network is not supported."""
     channels, out = facts.get("in_channels"), facts.get("out_channels")
     if kind == DIT:
@@ -145,8 +180,8 @@ def _state_shape(facts: Mapping[str, Any], kind: str, path: Path) -> tuple[int, 
     return check_channels(channels, out, path), *sides
 
 
-def _conditions(
-    facts: Mapping[str, Any], kind: str, config: ModelConfig, name: str, path: Path, device: torch.device
+def class_conditions(
+    facts: Mapping[str, Any], kind: str, config: ModelConfig, name: str, path: Path | str, device: torch.device
 ) -> Conditions | None:
     """The classes to be drawn, all but the null class; None where the network is unconditional."""
     field = "num_embeds_ada_norm" if kind == DIT else "num_class_embeds"

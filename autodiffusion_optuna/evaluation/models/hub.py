@@ -8,9 +8,9 @@ from collections.abc import Collection, Iterable
 from pathlib import Path, PurePosixPath
 
 from autodiffusion_optuna.errors import ModelError, first_line
-from autodiffusion_optuna.evaluation.files import read_json
 from autodiffusion_optuna.evaluation.models.checkpoints import STEM
 from autodiffusion_optuna.evaluation.models.parts import INDEX
+from autodiffusion_optuna.files import read_json
 
 SOURCE = re.compile(r"(?P<id>[\w.-]+/[\w.-]+)(@(?P<revision>[\w./-]+))?")
 TEXTS = (".json", ".txt", ".model")

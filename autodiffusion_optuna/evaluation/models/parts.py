@@ -18,7 +18,6 @@ from torch import Tensor, nn
 
 from autodiffusion_optuna.errors import ModelError, first_line
 from autodiffusion_optuna.evaluation.denoiser import store_reduced
-from autodiffusion_optuna.evaluation.files import read_json
 from autodiffusion_optuna.evaluation.models.checkpoints import (
     STEM,
     find_weights,
@@ -27,6 +26,7 @@ from autodiffusion_optuna.evaluation.models.checkpoints import (
     read_weights,
 )
 from autodiffusion_optuna.evaluation.tensors import PLAIN, SCALE, Weights, check_numbers, misfit, plain_weights
+from autodiffusion_optuna.files import read_json
 
 INDEX = "model_index.json"
 
@@ -215,7 +215,7 @@ def is_settled(key: str, config: Mapping[str, Any]) -> bool:
     return old and config.get("predict_epsilon", True) is True  # what came before prediction_type
 
 
-def assumed(path: Path, values: Mapping[str, Any]) -> str:
+def assumed(path: Path | str, values: Mapping[str, Any]) -> str:
     """One line for defaults that stand in for what the file at ``path`` does not say."""
     listed = ", ".join(f"{key} = {json.dumps(value)}" for key, value in values.items())
     return f"{path} does not say all; assumed is the default of its class: {listed}"

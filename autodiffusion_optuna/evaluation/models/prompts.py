@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from autodiffusion_optuna.errors import ConfigError, choose_from
-from autodiffusion_optuna.evaluation.files import START, not_content
+from autodiffusion_optuna.files import START, not_content
 
 KEYS = ("prompt", "caption", "text")
 """Where a csv column or a jsonl field of prompts is looked for, in this order and in any case of letters."""
@@ -24,8 +24,7 @@ def read_prompts(path: Path) -> tuple[str, ...]:
     (arXiv 1504.00325); of each image the caption with the lowest id, images by id.
     ``ConfigError`` where the file is missing, of another kind, damaged or without prompts.
     """
-    if path.suffix.lower() not in READERS:
-        raise ConfigError(f"{path}: {choose_from('kind of prompt file', path.suffix, READERS)}")
+    check_prompt_file(path)
     try:
         text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
@@ -39,6 +38,14 @@ def read_prompts(path: Path) -> tuple[str, ...]:
     if not prompts:
         raise ConfigError(f"{path}: holds no prompts; give at least one")
     return prompts
+
+
+def check_prompt_file(path: Path) -> None:
+    """``ConfigError`` where the file is missing or of another kind; it is not read."""
+    if path.suffix.lower() not in READERS:
+        raise ConfigError(f"{path}: {choose_from('kind of prompt file', path.suffix, READERS)}")
+    if not path.exists():
+        raise ConfigError(f"{path}: cannot be read (there is no such file); give a file of prompts")
 
 
 def _read_csv(text: str, path: Path) -> Iterable[str]:

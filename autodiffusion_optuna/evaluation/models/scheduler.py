@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -13,8 +13,8 @@ from typing import Any
 
 from autodiffusion_optuna.errors import ConfigError, ModelError, choose_from, first_line
 from autodiffusion_optuna.evaluation.denoiser import PREDICTIONS
-from autodiffusion_optuna.evaluation.files import read_json
 from autodiffusion_optuna.evaluation.models.parts import assumed, is_settled
+from autodiffusion_optuna.files import read_json
 from autodiffusion_optuna.noise import NoiseSchedule, from_scheduler_config
 
 SCHEDULER = "scheduler_config.json"
@@ -57,16 +57,20 @@ def load_scheduler(folder: Path, trained: Mapping[str, Any] = MappingProxyType({
                 f"{path}: {key} is {json.dumps(config[key])}, but the checkpoint's own is {json.dumps(value)}; "
                 "correct the config, or give another model.config"
             )
-    config = {**config, **trained}
+    notes = [] if path in near else [f"{folder} has no noise schedule of its own; that of {path} is used"]
+    return read_scheduler({**config, **trained}, path, notes)
+
+
+def read_scheduler(config: Mapping[str, Any], path: Path | str, notes: Sequence[str] = ()) -> Scheduler:
+    """The noise of a scheduler's ``config``, which ``path`` stands for in messages (ModelError, as above)."""
     absent = _absent(config, path)
     filled = {**config, **absent}
-    notes = [] if path in near else [f"{folder} has no noise schedule of its own; that of {path} is used"]
     unsaid = {key: value for key, value in absent.items() if not is_settled(key, config)}
-    notes += [assumed(path, unsaid)] if unsaid else []
-    return Scheduler(*_read(filled, path), config, filled, tuple(notes))
+    said = [assumed(path, unsaid)] if unsaid else []
+    return Scheduler(*_read(filled, path), config, filled, (*notes, *said))
 
 
-def _read(config: Mapping[str, Any], path: Path) -> tuple[NoiseSchedule, str]:
+def _read(config: Mapping[str, Any], path: Path | str) -> tuple[NoiseSchedule, str]:
     """The noise schedule and the prediction type that a whole ``config`` says."""
     kind = str(config.get("_class_name", ""))
     flow = "FlowMatch" in kind  # whose networks predict one kind, so its configs do not say
@@ -82,7 +86,7 @@ def _read(config: Mapping[str, Any], path: Path) -> tuple[NoiseSchedule, str]:
     return schedule, prediction
 
 
-def _absent(config: Mapping[str, Any], path: Path) -> dict[str, Any]:
+def _absent(config: Mapping[str, Any], path: Path | str) -> dict[str, Any]:
     """What the scheduler's config in ``path`` should say and does not, or says is null, with its class's defaults."""
     import diffusers
 

@@ -16,10 +16,10 @@ from torch import Tensor
 from torch.nn import functional
 
 from autodiffusion_optuna.errors import ConfigError, ModelError, first_line
-from autodiffusion_optuna.evaluation.files import check_content, read_json
 from autodiffusion_optuna.evaluation.models.checkpoints import find_weights, read_shapes
 from autodiffusion_optuna.evaluation.models.parts import Pipeline, digest
 from autodiffusion_optuna.evaluation.tensors import PLAIN, SCALE, check_numbers, plain_weights
+from autodiffusion_optuna.files import check_content, read_json
 
 ENCODERS = ("CLIPTextModel", "CLIPTextModelWithProjection", "T5EncoderModel")
 TOKENIZERS = ("CLIPTokenizer", "CLIPTokenizerFast", "T5Tokenizer", "T5TokenizerFast")
@@ -192,10 +192,14 @@ def load_encoders(
         tokenizer_name = name.replace("text_encoder", "tokenizer")
         model = _load_model(folder / name, index[name][1], dtype).to(device).eval().requires_grad_(False)
         tokenizer = _load_tokenizer(folder / tokenizer_name, index.get(tokenizer_name))
-        longest = getattr(model.config, "max_position_embeddings", None)
-        length = min(tokenizer.model_max_length, longest) if longest else t5_length
-        encoders[name] = TextEncoder(tokenizer, model, length)
+        encoders[name] = TextEncoder(tokenizer, model, token_length(tokenizer, model, t5_length))
     return encoders
+
+
+def token_length(tokenizer: Any, model: Any, t5_length: int) -> int:
+    """Tokens that every prompt is cut or filled to: CLIP's tokenizer says, of T5 ``t5_length``."""
+    longest = getattr(model.config, "max_position_embeddings", None)
+    return min(tokenizer.model_max_length, longest) if longest else t5_length
 
 
 def encoders_digest(pipeline: Pipeline) -> str:

@@ -26,7 +26,6 @@ from autodiffusion_optuna.evaluation.denoiser import (
     store_reduced,
     weights_sample,
 )
-from autodiffusion_optuna.evaluation.files import read_json
 from autodiffusion_optuna.evaluation.models import text
 from autodiffusion_optuna.evaluation.models.base import (
     Conditions,
@@ -35,6 +34,7 @@ from autodiffusion_optuna.evaluation.models.base import (
     check_channels,
     check_unused,
     choose_clip,
+    count_parameters,
     sides_of,
     trace_units,
 )
@@ -54,6 +54,7 @@ from autodiffusion_optuna.evaluation.models.prompts import read_prompts
 from autodiffusion_optuna.evaluation.models.scheduler import Scheduler, load_scheduler
 from autodiffusion_optuna.evaluation.models.single_file import read_single_file, training_facts
 from autodiffusion_optuna.evaluation.models.vae import Vae, load_vae
+from autodiffusion_optuna.files import read_json
 from autodiffusion_optuna.noise import NoiseSchedule, flow
 
 MARKED = ("prediction_type", "rescale_betas_zero_snr")
@@ -163,22 +164,33 @@ def load_text_to_image(
     """
     folder = pipeline.folder
     clip = choose_clip(config.clip, name, latent=True)
-    prompts = _read_prompts(config, name)
+    if config.prompts is None:
+        raise ConfigError(
+            f"model {name!r} draws images of prompts; set model.prompts=FILE (txt, csv, jsonl or COCO captions json)"
+        )
+    prompts = read_prompts(Path(config.prompts))
     kind = _find_kind(pipeline)
     path = folder / (pipeline.network or kind.folder) / "config.json"
     stored = read_config(path.parent, (kind.network,))
     network = build_network(kind.network, stored, path, META)
-    guidance = _guidance(network, kind, path)
+    guidance = find_guidance(network, kind, path)
     used = {"prompts", "size", *(["negative_prompt"] if guidance == "free" else []), *(["config"] if file else [])}
     check_unused(config, name, used)
     facts = training_facts(file) if file else {}
     vae = load_vae(folder / "vae", device, config.precision, facts.get("scaling_factor"), usual=True)
-    shape = _latent_shape(network, kind, vae, config.size, path)
+    shape = latent_shape(network, kind, vae, config.size, path)
     image_shape = vae.image_shape(shape, path)
     files, said = ([file], list[str]()) if file else fitting_weights(network, path.parent, stored)
     scheduler = load_scheduler(folder, {key: facts[key] for key in MARKED if key in facts})
-    schedule = _flow_schedule(scheduler, shape, kind, folder) if kind.largest_mu else scheduler.schedule
-    conditions = _conditions(config, pipeline, prompts, network.config, device, guidance, image_shape)
+    schedule = find_schedule(scheduler, shape, kind, folder / "scheduler")
+    texts = Texts(
+        load=partial(text.load_encoders, pipeline, dtype=PRECISIONS[config.precision], t5_length=kind.t5_length),
+        digest=partial(text.encoders_digest, pipeline),
+        zeros=pipeline.kind == XL and pipeline.index.get("force_zeros_for_empty_prompt", True),
+    )
+    # Autocast rounds embeddings to its precision before their first product, so they may as well be kept in it.
+    dtype = PRECISIONS[config.precision]
+    conditions = text_conditions(config, kind, texts, prompts, network.config, dtype, device, guidance, image_shape)
     predict = partial(kind.predict, network)
     some = {key: torch.empty(tensor.shape, device=META) for key, tensor in conditions.rows([0]).items()}
     some |= {"guidance": torch.empty(1, device=META)} if guidance == "embedded" else {}
@@ -200,6 +212,7 @@ def load_text_to_image(
         fingerprint=digest(files, stored, scheduler.config, {"pipeline": pipeline.kind, "vae": vae.digest}),
         shape=shape,
         weights=weights_sample(network),
+        parameters=count_parameters(network),
         conditions=conditions,
         scale=1.0 if guidance == "none" else kind.scale,
         image_shape=image_shape,
@@ -233,14 +246,6 @@ def _notes(
         yield f"{pipeline.folder / INDEX} does not say {zeros}; assumed is true, the default of its class"
 
 
-def _read_prompts(config: ModelConfig, name: str) -> tuple[str, ...]:
-    if config.prompts is None:
-        raise ConfigError(
-            f"model {name!r} draws images of prompts; set model.prompts=FILE (txt, csv, jsonl or COCO captions json)"
-        )
-    return read_prompts(Path(config.prompts))
-
-
 def _find_kind(pipeline: Pipeline) -> Kind:
     """How a pipeline is run, which may be the one in ``model.config``."""
     if not pipeline.index:
@@ -252,8 +257,8 @@ def _find_kind(pipeline: Pipeline) -> Kind:
     return PIPELINES[pipeline.kind]
 
 
-def _latent_shape(
-    network: nn.Module, kind: Kind, vae: Vae, size: Sequence[int] | None, path: Path
+def latent_shape(
+    network: nn.Module, kind: Kind, vae: Vae, size: Sequence[int] | None, path: Path | str
 ) -> tuple[int, int, int]:
     """(C, h, w) of a latent for images of ``size``, or the model's own; ``path`` of the network's config."""
     config: Any = network.config
@@ -272,7 +277,7 @@ def _latent_shape(
     return channels, height // vae.factor, width // vae.factor
 
 
-def _guidance(network: nn.Module, kind: Kind, path: Path) -> GuidanceKind:
+def find_guidance(network: nn.Module, kind: Kind, path: Path | str) -> GuidanceKind:
     """How the network is guided; ``path`` of its config."""
     config: Any = network.config
     if config.get("time_cond_proj_dim") is not None:
@@ -284,10 +289,11 @@ def _guidance(network: nn.Module, kind: Kind, path: Path) -> GuidanceKind:
     return "none" if kind.guidance == "embedded" and not config.guidance_embeds else kind.guidance
 
 
-def _flow_schedule(scheduler: Scheduler, shape: tuple[int, int, int], kind: Kind, folder: Path) -> NoiseSchedule:
-    """The schedule of a flow-matching scheduler, found in ``folder``, for latents of ``shape``."""
-    config, where = scheduler.filled, folder / "scheduler"
-    assert kind.largest_mu is not None
+def find_schedule(scheduler: Scheduler, shape: tuple[int, int, int], kind: Kind, where: Path | str) -> NoiseSchedule:
+    """The schedule of a scheduler, found in ``where``, for latents of ``shape``: flows may be shifted by their size."""
+    if kind.largest_mu is None:
+        return scheduler.schedule
+    config = scheduler.filled
     if scheduler.prediction != "flow_prediction" or config.get("invert_sigmas"):
         raise ModelError(
             f"{where}: {config.get('_class_name')} with prediction_type {scheduler.prediction!r} and invert_sigmas "
@@ -317,27 +323,41 @@ def flow_shift(config: Mapping[str, Any], tokens: int, largest_mu: float) -> flo
     return float(mu) if config.get("time_shift_type") == "linear" else math.exp(mu)
 
 
-def _conditions(
+@dataclass(frozen=True, eq=False)
+class Texts:
+    """What makes conditions of prompts.
+
+    ``load``: the text encoders on a device. ``digest``: of them. ``zeros``: whether an empty negative prompt is zero.
+    """
+
+    load: Callable[[torch.device], text.Encoders]
+    digest: Callable[[], str]
+    zeros: bool
+
+
+def text_conditions(
     config: ModelConfig,
-    pipeline: Pipeline,
+    kind: Kind,
+    texts: Texts,
     prompts: Sequence[str],
     network: Any,
+    dtype: torch.dtype,
     device: torch.device,
     guidance: GuidanceKind,
     image_shape: tuple[int, int, int],
 ) -> Conditions:
-    """``prompts`` for a network of the config ``network``, encoded as they are drawn, and what guidance leads from."""
-    kind, dtype = PIPELINES[pipeline.kind], PRECISIONS[config.precision]
-    load = partial(text.load_encoders, pipeline, dtype=dtype, t5_length=kind.t5_length)
-    # Autocast rounds embeddings to its precision before their first product, so they may as well be kept in it.
-    cache = text.PromptCache(load, kind.encode, network, dtype, device)
+    """``prompts`` for a network of the config ``network``, encoded as they are drawn, and what guidance leads from.
+
+    Encoded ones are kept in ``dtype``.
+    """
+    cache = text.PromptCache(texts.load, kind.encode, network, dtype, device)
     cache.prepare([config.negative_prompt, prompts[0]])  # a part that does not fit shows now
     away = cache.rows([config.negative_prompt])
-    if pipeline.kind == XL and not config.negative_prompt and pipeline.index.get("force_zeros_for_empty_prompt", True):
+    if texts.zeros and not config.negative_prompt:
         away = {key: torch.zeros_like(tensor) for key, tensor in away.items()}
     sizes = torch.tensor([[*image_shape[1:], 0, 0, *image_shape[1:]]], dtype=torch.float32, device=device)
     # Of SDXL: the image's size before it was cropped, the corner of the crop, and the size wanted.
-    beside = {"sizes": sizes} if pipeline.kind == XL else {}
+    beside = {"sizes": sizes} if kind.encode is text.encode_sdxl else {}
 
     def repeated(tensors: Mapping[str, Tensor], count: int) -> dict[str, Tensor]:
         return {key: tensor.expand(count, *tensor.shape[1:]) for key, tensor in tensors.items()}
@@ -352,8 +372,7 @@ def _conditions(
         cache.prepare(prompts[i] for i in chosen)
 
     free = guidance == "free"
-    encoders = text.encoders_digest(pipeline)
-    described = json.dumps([prompts, config.negative_prompt if free else "", config.labels, encoders])
+    described = json.dumps([prompts, config.negative_prompt if free else "", config.labels, texts.digest()])
     fingerprint = hashlib.sha256(described.encode()).hexdigest()
     return Conditions("prompts", len(prompts), rows, negative if free else None, fingerprint, config.labels, prepare)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +39,7 @@ class Vae:
     scale: float = 1.0
     """What latents were multiplied by for the diffusion model, in the mean of their channels."""
 
-    def image_shape(self, shape: tuple[int, int, int], where: Path) -> tuple[int, int, int]:
+    def image_shape(self, shape: tuple[int, int, int], where: Path | str) -> tuple[int, int, int]:
         """(3, H, W) of the images of latents of ``shape``. ``ModelError``, naming ``where``, where they do not fit."""
         channels, height, width = shape
         if channels != self.channels:
@@ -81,48 +81,64 @@ def load_vae(
     encoder = nn.Sequential(network.encoder, network.quant_conv or nn.Identity()).cpu()
     network.encoder = network.quant_conv = nn.Identity()  # a third of the weights, and hardly ever run
     network.to(device)
-    channels = config.get("vq_embed_dim") or config.latent_channels
-    gain, offset = _affine(config, scaling, channels, folder, device)
+
+    def encode(image: Tensor) -> Tensor:
+        encoder.to(device)
+        try:
+            latent: Tensor = encoder(image)
+        finally:
+            encoder.cpu()  # it runs once, and its memory is worth more to the network
+        return latent
+
     upcast = precision == "float16" and config.force_upcast
     dtype = torch.float32 if upcast else PRECISIONS[precision]
+    override = {} if scaling is None else {"scaling_factor": scaling}
+    whole = digest(files, {**stored, **override})
+    made = make_vae(network, encode, whole, folder / "config.json", scaling=scaling, autocast=dtype)
+    return replace(made, notes=tuple(notes))
+
+
+def make_vae(
+    network: Any,
+    encode: Callable[[Tensor], Tensor],
+    digest: str,
+    where: Path | str,
+    *,
+    scaling: float | None = None,
+    autocast: torch.dtype = torch.float32,
+) -> Vae:
+    """The decoder ``network`` on its device, in its own dtype or under ``autocast``.
+
+    ``encode``: its encoder, images float32 [B, 3, H, W] -> latents [B, c or 2c, h, w], not scaled. ``where`` stands for
+    its config in a ModelError. ``scaling``: in place of its config's.
+    """
+    config, device = network.config, network.device
+    channels = config.get("vq_embed_dim") or config.latent_channels
+    gain, offset = _affine(config, scaling, channels, where, device)
 
     def decode(latents: Tensor) -> Tensor:
-        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-            images: Tensor = network.decode(latents * gain + offset, return_dict=False)[0]
+        with torch.autocast(device.type, autocast, enabled=autocast != torch.float32):
+            images: Tensor = network.decode((latents * gain + offset).to(network.dtype), return_dict=False)[0]
         return images.float()
 
     @torch.inference_mode()
-    def encode(images: Tensor) -> Tensor:
-        encoder.to(device)
-        try:
-            latents = torch.cat([encoder(image) for image in torch.split(images.to(device, torch.float32), 1)])
-        finally:
-            encoder.cpu()  # it runs once, and its memory is worth more to the network
+    def encode_scaled(images: Tensor) -> Tensor:
+        latents = torch.cat([encode(image) for image in torch.split(images.to(device, torch.float32), 1)]).float()
         return (latents[:, :channels] - offset) / gain  # of an AutoencoderKL the mean comes first
 
     factor = 2 ** (len(config.block_out_channels) - 1)
-    override = {} if scaling is None else {"scaling_factor": scaling}
-    return Vae(
-        channels,
-        factor,
-        digest(files, {**stored, **override}),
-        SlicedDecode(decode, factor),
-        encode=encode,
-        notes=tuple(notes),
-        scale=float(1 / gain.mean()),
-    )
+    scale = float(1 / gain.mean())
+    return Vae(channels, factor, digest, SlicedDecode(decode, factor), encode=encode_scaled, scale=scale)
 
 
 def _affine(
-    config: Any, scaling: float | None, channels: int, folder: Path, device: torch.device
+    config: Any, scaling: float | None, channels: int, where: Path | str, device: torch.device
 ) -> tuple[Tensor, Tensor]:
     """(gain, offset), float32 [1, c or 1, 1, 1]: a diffusion model's latents times gain plus offset are decoded."""
     factor = config.scaling_factor if scaling is None else scaling
     mean, std = config.get("latents_mean"), config.get("latents_std")
     if (mean is None) != (std is None):
-        raise ModelError(
-            f"{folder / 'config.json'}: latents_mean is {mean!r} and latents_std {std!r}; give both, or null for both"
-        )
+        raise ModelError(f"{where}: latents_mean is {mean!r} and latents_std {std!r}; give both, or null for both")
     shift = config.get("shift_factor") or 0.0
     try:
         gain = torch.tensor(std or [1.0], dtype=torch.float32).reshape(1, -1, 1, 1) / float(factor)
@@ -132,7 +148,7 @@ def _affine(
         fits = False
     if not fits:
         raise ModelError(
-            f"{folder / 'config.json'}: scaling_factor {factor!r}, shift_factor {shift!r}, latents_mean {mean!r} and "
+            f"{where}: scaling_factor {factor!r}, shift_factor {shift!r}, latents_mean {mean!r} and "
             f"latents_std {std!r} do not scale latents of {channels} channels; copy the config again"
         )
     return gain.to(device), offset.to(device)

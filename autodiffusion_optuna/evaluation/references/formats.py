@@ -20,7 +20,6 @@ from pydantic import BaseModel, ValidationError
 
 from autodiffusion_optuna.config import Mode
 from autodiffusion_optuna.errors import StatisticsError, first_line
-from autodiffusion_optuna.evaluation.files import check_content
 from autodiffusion_optuna.evaluation.references.images import (
     BAD_ZIP,
     MAX_MEMBER,
@@ -34,6 +33,7 @@ from autodiffusion_optuna.evaluation.references.images import (
     zip_members,
 )
 from autodiffusion_optuna.evaluation.references.pickles import read_pickle
+from autodiffusion_optuna.files import check_content
 
 Array = npt.NDArray[Any]
 MODES: tuple[Mode, ...] = get_args(Mode)
@@ -49,6 +49,9 @@ CLEANFID_NAME = re.compile(
 )
 UNKNOWN = "statistics (mu, sigma) of unknown make"
 DAMAGED = (*BAD_ZIP, ValueError, TypeError, SyntaxError, MemoryError)
+LISTED = 8
+"""Arrays of a file that a message names."""
+IMAGES = "uint8 [N, H, W], or [N, H, W, C] with C = 1 or 3"
 ADVICE = "give an npz file, a folder or zip of images, or statistics in a known format"
 
 
@@ -106,7 +109,7 @@ def read_reference_data(path: Path) -> ReferenceData:
                             The name ``DATASET_MODE[_clip_vit_b_32]_SPLIT_SIZE.npz`` says what made them.
     ADM (guided-diffusion)  npz: mu, sigma, mu_s, sigma_s[, arr_0]: Inception, mode legacy_tensorflow
     pytorch-fid, TTUR, EDM  npz: mu, sigma, and no word of what made them
-    sample batches          npz: uint8 [N, H, W, 1 or 3] as arr_0, or as its only array of images; a npy of the same
+    sample batches          npz: uint8 [N, H, W] or [N, H, W, 1 or 3], as arr_0 or its only one; a npy of the same
     features                npz: feats, reps or features float [N, D]; a npy of the same
     dgm-eval                npz: reps and model (dinov2; its other networks are none of ours)
     EDM2                    pickle: fid (Inception, legacy_tensorflow) and fd_dinov2, each with mu, sigma
@@ -119,13 +122,18 @@ def read_reference_data(path: Path) -> ReferenceData:
     """
     if path.is_dir():
         return ReferenceData("a folder of images", images=folder_images(path))
-    if not path.exists():
-        raise StatisticsError(f"reference {str(path)!r} does not exist; {ADVICE}")
+    require_reference(path)
     check_content(path, StatisticsError)
     try:
         return _read_file(path)
     except DAMAGED as error:
         raise _unknown(path, first_line(error)) from error
+
+
+def require_reference(path: Path) -> None:
+    """StatisticsError where there is nothing at ``path``."""
+    if not path.exists():
+        raise StatisticsError(f"reference {str(path)!r} does not exist; {ADVICE}")
 
 
 def _unknown(path: Path, reason: str) -> StatisticsError:
@@ -177,24 +185,29 @@ def _check_small(path: Path, name: str, header: NpyHeader) -> None:
         raise StatisticsError(f"{path}: {name} claims {header.nbytes:,} bytes; at most {MAX_MEMBER:,} are loaded")
 
 
-def _is_images(header: NpyHeader) -> bool:
+def _image_shape(header: NpyHeader) -> tuple[int, ...] | None:
+    """(N, H, W, C) of an array of images, grey ones with or without C; None for another array."""
     shape = header.shape
-    return header.dtype == np.uint8 and len(shape) == 4 and shape[3] in (1, 3) and 0 not in shape[1:]
+    if len(shape) == 3 and shape[2] not in (1, 3):  # else one image in colour
+        shape = (*shape, 1)
+    fits = header.dtype == np.uint8 and len(shape) == 4 and shape[3] in (1, 3) and 0 not in shape[1:]
+    return shape if fits else None
 
 
-def _check_images(path: Path, name: str, header: NpyHeader) -> None:
-    if not _is_images(header):
-        raise StatisticsError(
-            f"{path}: {name} is {header.dtype} {list(header.shape)}; images are uint8 [N, H, W, 1 or 3]"
-        )
+def _check_images(path: Path, name: str, header: NpyHeader) -> tuple[int, ...]:
+    """``_image_shape`` of an array that must hold images."""
+    shape = _image_shape(header)
+    if shape is None:
+        raise StatisticsError(f"{path}: {name} is {header.dtype} {list(header.shape)}; images are {IMAGES}")
+    return shape
 
 
 def _npy(path: Path) -> ReferenceData:
     with path.open("rb") as file:
         header = _checked_header(path, "the array", file, path.stat().st_size)
-    if len(header.shape) == 4:
-        _check_images(path, "the array", header)
-        return ReferenceData("an array of images", images=array_images(np.load(path, mmap_mode="r")))
+    if len(header.shape) == 4 or _image_shape(header):
+        shape = _check_images(path, "the array", header)
+        return ReferenceData("an array of images", images=array_images(np.load(path, mmap_mode="r").reshape(shape)))
     _check_small(path, "the array", header)
     if len(header.shape) != 2 or not np.issubdtype(header.dtype, np.floating):
         raise ValueError(f"one array, {header.dtype} {list(header.shape)}")
@@ -219,13 +232,24 @@ class _Npz:
         with self.stream(key) as stream:
             return _checked_header(self.path, key, stream, self.members[key].file_size)
 
-    def has_images(self, key: str) -> bool:
-        """Whether an array is one of images, also where another could not be read."""
+    def plain_header(self, key: str) -> NpyHeader | None:
+        """Of an array whose header can be read, unchecked; also where that of another cannot."""
         try:
             with self.stream(key) as stream:
-                return _is_images(npy_header(stream))
+                return npy_header(stream)
         except DAMAGED:
-            return False
+            return None
+
+    def batches(self) -> list[str]:
+        """Names of the arrays of images: those with a channel axis, else grey ones without."""
+        headers = {key: header for key in self.members if (header := self.plain_header(key)) and _image_shape(header)}
+        return [key for key, header in headers.items() if len(header.shape) == 4] or list(headers)
+
+    def listed(self) -> str:
+        """Its arrays with their types and shapes, by name."""
+        headers = ((key, self.plain_header(key)) for key in sorted(self.members))
+        shown = [f"{key} ({header.dtype} {list(header.shape)})" if header else key for key, header in headers]
+        return ", ".join([*shown[:LISTED], *([f"{len(shown) - LISTED} others"] if len(shown) > LISTED else [])])
 
     def data(self, key: str) -> IO[bytes]:
         """A member from the first byte after its header."""
@@ -244,10 +268,10 @@ class _Npz:
 
     def images(self, key: str) -> Images:
         header = self.header(key)
-        _check_images(self.path, key, header)
+        shape = _check_images(self.path, key, header)
         if header.fortran:
-            return array_images(self.array(key))
-        return stream_images(lambda: self.data(key), header.shape, self.path)
+            return array_images(self.array(key).reshape(shape))
+        return stream_images(lambda: self.data(key), shape, self.path)
 
 
 def _npz(path: Path) -> ReferenceData:
@@ -258,8 +282,8 @@ def _npz(path: Path) -> ReferenceData:
     images = _npz_images(npz, alone=statistics is None)
     if statistics is None and images is None:
         raise StatisticsError(
-            f"{path}: holds {', '.join(sorted(npz.members)) or 'nothing'}; it needs mu and sigma, features, or images "
-            "in arr_0"
+            f"{path}: holds {npz.listed() or 'nothing'}; it needs mu and sigma, features, or one array of images, "
+            f"{IMAGES}, which is arr_0 where there are several"
         )
     found = [*([statistics.what] if statistics else []), *(["images"] if images else [])]
     return ReferenceData(" and ".join(found), (statistics,) if statistics else (), images)
@@ -287,7 +311,7 @@ def _own(npz: _Npz) -> ReferenceData:
 def _npz_images(npz: _Npz, alone: bool) -> Images | None:
     """The images of arr_0, or where nothing else is usable (``alone``) of the only array that has some."""
     keys = npz.members.keys()
-    batches = [key for key in keys if npz.has_images(key)]
+    batches = npz.batches()
     if "arr_0" in keys and len(npz.header("arr_0").shape) != 2:
         images, others = npz.images("arr_0"), sorted({*batches} - {"arr_0"})
         if others:

@@ -19,7 +19,7 @@ import numpy.typing as npt
 from PIL import Image, UnidentifiedImageError
 
 from autodiffusion_optuna.errors import StatisticsError
-from autodiffusion_optuna.evaluation.files import START, not_content
+from autodiffusion_optuna.files import START, not_content
 
 Pixels = npt.NDArray[np.uint8]
 Read = Callable[[str], IO[bytes]]
@@ -45,7 +45,8 @@ class Images:
     ``batches(size)``: all of them, uint8 [up to size, C, H, W]; StatisticsError at one that is unreadable.
     ``others``: further (H, W), where not all images have that of ``shape``, the first one's; a batch is of one size,
     and all of a size come before the next. ``odd``: an image of another size than the first one's, in words.
-    ``notes``: what was left out or is not read as it is, a line each.
+    ``notes``: what was left out or is not read as it is, a line each. ``names``: of the files, in the order in which
+    they are read, where each holds one image.
     """
 
     total: int
@@ -54,6 +55,7 @@ class Images:
     others: tuple[tuple[int, int], ...] = ()
     odd: str | None = None
     notes: tuple[str, ...] = ()
+    names: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -238,7 +240,8 @@ def _file_images(
         name, other = PurePosixPath(by_size[first][0]).name, root / by_size[others[0]][0]
         odd = f"{other} is {_size(others[0])}, {name} is {_size(first)}"
     shape = (1 if mode == "L" else 3, *first)
-    return Images(len(headers), shape, batches, tuple(others), odd, _notes(root, left_out, headers))
+    names = tuple(name for members in by_size.values() for name in members)
+    return Images(len(headers), shape, batches, tuple(others), odd, _notes(root, left_out, headers), names)
 
 
 def _notes(root: Path, left_out: Sequence[str], headers: Mapping[str, _Header]) -> tuple[str, ...]:

@@ -7,7 +7,7 @@ import json
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +19,7 @@ from autodiffusion_optuna.errors import StatisticsError
 from autodiffusion_optuna.evaluation.features import Extractor
 from autodiffusion_optuna.evaluation.features.efficientnet import efficientnet_side
 from autodiffusion_optuna.evaluation.frechet import Moments, covariance_factor
+from autodiffusion_optuna.evaluation.references.cache import remembered
 from autodiffusion_optuna.evaluation.references.formats import (
     FORMAT,
     MODES,
@@ -103,7 +104,7 @@ def load_reference(path: Path, extractor: Extractor) -> Reference:
         if statistics.extractor == extractor.name and statistics.mode == _mode(extractor):
             return _foreign(path, statistics, extractor, data.images)
     if data.images is not None:
-        return _build_from(data.images, extractor, path.stem)
+        return _build_from(path, data.images, extractor)
     return _foreign(path, _as_stated(path, data, extractor), extractor)
 
 
@@ -115,7 +116,7 @@ def build_reference_from(path: Path, extractor: Extractor, on_images: OnImages |
     data = read_reference_data(path)
     if data.images is None:
         raise StatisticsError(f"{path}: holds {data.what}, no images; give a folder, zip or array of images")
-    return _build_from(data.images, extractor, path.stem, on_images)
+    return _build_from(path, data.images, extractor, on_images)
 
 
 def build_reference(images: Tensor, extractor: Extractor, dataset: str) -> Reference:
@@ -234,18 +235,43 @@ def _few_features(reference: Reference) -> str | None:
 # Building
 
 
-def _build_from(images: Images, extractor: Extractor, dataset: str, on_images: OnImages | None = None) -> Reference:
+def _build_from(path: Path, images: Images, extractor: Extractor, on_images: OnImages | None = None) -> Reference:
+    """Statistics of the images at ``path``, or what is kept of the same ones."""
+    dataset = path.stem
     seen = {(size if extractor.seen is None else extractor.seen(*size)) for size in (images.shape[1:], *images.others)}
     if len(seen) > 1:
         resized = "resizes no images" if extractor.seen is None else "sees them in several sizes"
         raise StatisticsError(f"{images.odd}, and extractor {extractor.name!r} {resized}; give images of one size")
-    batches = (torch.from_numpy(batch) for batch in images.batches(BATCH))
-    reference = _build(batches, images.total, images.shape, extractor, dataset, on_images)
+
+    def build() -> Reference:
+        batches = (torch.from_numpy(batch) for batch in images.batches(BATCH))
+        return _build(batches, images.total, images.shape, extractor, dataset, on_images)
+
+    if extractor.name.startswith("python:"):  # what its module imports may have changed, and shows nowhere
+        reference = build()
+    else:
+        kept = partial(_kept, extractor=extractor)
+        reference = remembered(path, images, _facts(extractor), build, kept, save_reference)
     several = (
         f"reference {dataset!r}: its images have {1 + len(images.others):,} sizes ({images.odd}); the extractor "
         "resizes each to one, whatever its aspect ratio"
     )
     return replace(reference, notes=(*images.notes, *([several] if images.others else [])))
+
+
+def _facts(extractor: Extractor) -> list[str | int | None]:
+    """What decides the statistics of given images."""
+    device = extractor.device
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    return [FORMAT, extractor.fingerprint, extractor.mode, name]
+
+
+def _kept(file: Path, extractor: Extractor) -> Reference:
+    """A reference that was kept; ``StatisticsError`` where the file is damaged or another one."""
+    data = read_reference_data(file)
+    if data.meta is None:
+        raise StatisticsError(f"{file}: holds {data.what}")
+    return _own(file, data, data.meta, extractor)
 
 
 def _build(

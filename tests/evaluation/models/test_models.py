@@ -15,7 +15,7 @@ from tiny_models import make_vae, write_class_conditional, write_ddpm
 from torch import Tensor, nn
 
 from autodiffusion_optuna.errors import ConfigError, ModelError
-from autodiffusion_optuna.evaluation.models import DIGITS, MODELS, find_device
+from autodiffusion_optuna.evaluation.models import MODELS, find_device
 from autodiffusion_optuna.evaluation.models.checkpoints import WEIGHTS
 from autodiffusion_optuna.evaluation.models.mixture import GaussianMixture, default_mixture, mixture_model
 from autodiffusion_optuna.evaluation.solvers import SOLVERS, times
@@ -177,7 +177,7 @@ def test_images_are_clamped_and_rounded(flat: Path) -> None:
 
 
 def test_missing_parts_are_named(tmp_path: Path, pipeline: Path) -> None:
-    assert "Known: digits, mixture" in refused(tmp_path / "nowhere")
+    assert "Known: digits, faces, mixture" in refused(tmp_path / "nowhere")
     with pytest.raises(ModelError, match=r"unknown model 'digit'; did you mean 'digits'"):
         load_source("digit", clip=False)
     shutil.rmtree(pipeline / "scheduler")
@@ -513,8 +513,6 @@ def test_the_mixture_as_a_model() -> None:
 
 @pytest.mark.parametrize("name", sorted(MODELS))
 def test_built_in_models_load_and_denoise(name: str) -> None:
-    if name == "digits" and not (DIGITS / "unet").is_dir():
-        pytest.skip("the bundled weights are not in this checkout")
     model = load_source(name)
     assert model.name == name
     x = torch.randn(2, *model.shape, generator=torch.Generator().manual_seed(0))
