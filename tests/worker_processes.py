@@ -17,7 +17,7 @@ from typing import Any
 import optuna
 from optuna.trial import TrialState
 
-from autodiffusion_optuna.storage.attrs import CANDIDATE, FAILURE, OWNER
+from autodiffusion_optuna.storage.attrs import CANDIDATE, CONFIG, FAILURE, OWNER
 from autodiffusion_optuna.storage.database import open_storage
 from autodiffusion_optuna.storage.studies import load_study
 from autodiffusion_optuna.storage.study_storage import StudyStorage
@@ -99,10 +99,10 @@ def check_whole(url: str, name: str, trials: int, *, cut_off: bool = False) -> N
 
 
 def names(url: str) -> set[str]:
-    """Owners of the trials of the study, if it has begun."""
+    """Owners of the trials of the study, if it has begun: its name is there before its configuration."""
     database: StudyStorage = open_storage(url)
-    studies = [s.study_name for s in database.get_all_studies()]
-    trials = load_study(database, "quick").get_trials(deepcopy=False) if "quick" in studies else []
+    begun = any(s.study_name == "quick" and CONFIG in s.user_attrs for s in database.get_all_studies())
+    trials = load_study(database, "quick").get_trials(deepcopy=False) if begun else []
     return {t.user_attrs[OWNER] for t in trials if OWNER in t.user_attrs}
 
 

@@ -24,7 +24,7 @@ from autodiffusion_optuna.evaluation.prefix_cache import NfeCounter, PrefixCache
 from autodiffusion_optuna.evaluation.references.reference import Reference, log_trace_ratio
 from autodiffusion_optuna.evaluation.sampling import Sampling
 from autodiffusion_optuna.evaluation.screen import Screen
-from autodiffusion_optuna.evaluation.teacher import POINTS, teacher_images
+from autodiffusion_optuna.evaluation.teacher import teacher_images
 
 _log = logging.getLogger("autodiffusion_optuna")
 
@@ -88,8 +88,8 @@ class Evaluator:
     prefix_cache: PrefixCache | None = None
     screen_images: int = 0
     """Images of the search's bank that the screen compares; 0: no screen."""
-    screen_points: int = POINTS
-    """Steps of the fine run that it compares them with, see ``starts.screen_points``."""
+    screen_timesteps: tuple[int, ...] = ()
+    """Of the fine run that it compares them with, see ``starts.screen_timesteps``; descending."""
 
     def __post_init__(self) -> None:
         if self.metric == "kid" and self.reference.features is None:
@@ -111,12 +111,12 @@ class Evaluator:
         """
         if not self.screen_images:
             return None
-        teacher = teacher_images(self.images, self.screen_images, self.screen_points)
+        teacher = teacher_images(self.images, self.screen_images, self.screen_timesteps)
         if teacher is None:
             _log.warning(
                 "a run of %d steps gives images that are not finite; the search goes without the screen that compares "
                 "candidates with it",
-                self.screen_points,
+                len(self.screen_timesteps),
             )
             return None
         features = torch.cat([self._extract(images) for images in torch.split(teacher, self.fitting_batch)])

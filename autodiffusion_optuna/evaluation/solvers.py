@@ -396,9 +396,6 @@ SOLVERS: dict[str, Solver] = {
 }
 """Name -> solver. All take K evaluations but heun, plms and dpmpp_2s_mid."""
 
-FIRST_ORDER = frozenset({"ddim", "euler"})
-"""Solvers of the first order; all others have a higher one."""
-
 ORDERS: dict[str, dict[int, str]] = {
     "dpm_solver": {2: "dpm_solver_2", 3: "dpm_solver_3"},
     "dpmpp": {2: "dpmpp_2m", 3: "dpmpp_3m"},

@@ -1,7 +1,8 @@
-"""A teacher: a fine run of the model, whose states and images cheaper runs of the same noise are compared with."""
+"""Teachers: fine runs of the model, whose states and images cheaper runs of the same noise are compared with."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,10 +11,12 @@ from torch import Tensor
 
 from autodiffusion_optuna.errors import ConfigError
 from autodiffusion_optuna.evaluation.drawing import ImageSampler
-from autodiffusion_optuna.evaluation.solvers import ddim, times
+from autodiffusion_optuna.evaluation.solvers import SOLVERS, ddim, times
 
 POINTS = 25
-"""Steps of a teacher, at least."""
+"""Steps of a teacher of the first order, at least."""
+FINE = "dpmpp_2m"
+"""Solver of a teacher of which the images alone are kept."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,18 +78,18 @@ def run_teacher(sampler: ImageSampler, count: int, points: int = POINTS) -> Teac
     return Teacher(timesteps, states, denoised, end, images, len(timesteps) * count)
 
 
-def teacher_images(sampler: ImageSampler, count: int, points: int = POINTS) -> Tensor | None:
-    """Images uint8 [n, C, H, W] of a teacher, of which nothing else is kept; None where its end is not finite.
+def teacher_images(sampler: ImageSampler, count: int, timesteps: Sequence[float]) -> Tensor | None:
+    """Images uint8 [n, C, H, W] that DPM-Solver++(2M) makes with ``timesteps``; None where one is not finite.
 
-    Parameters and errors are those of ``run_teacher``.
+    Of the second order: one of the first is no nearer to the model than candidates of a higher order are, unless it has
+    hundreds of steps. ``count`` and errors are those of ``run_teacher``.
     """
-    schedule = sampler.model.schedule
-    nodes = times(schedule, teacher_grid(schedule.T, points), sampler.sampling.final)
+    nodes = times(sampler.model.schedule, timesteps, sampler.sampling.final)
     sampler.prepare(0, count)
 
     def run(first: int, last: int) -> tuple[Tensor, bool]:
         denoise = sampler.denoiser(sampler.sampling, first, last)
-        x = ddim(lambda x, t: denoise(x, t, 0), sampler.noise(first, last), nodes)
+        x = SOLVERS[FINE](lambda x, t: denoise(x, t, 0), sampler.noise(first, last), nodes)
         return sampler.model.to_images(x), bool(x.isfinite().all())
 
     images, finite = zip(*sampler.by_batch(run, 0, count), strict=True)

@@ -40,7 +40,7 @@ from autodiffusion_optuna.search.sampler import AutoDiffusionSampler
 from autodiffusion_optuna.search.space import SearchSpace
 from autodiffusion_optuna.search.timesteps import baseline_timesteps, uniform_timesteps
 from autodiffusion_optuna.study.given import read_warm_starts
-from autodiffusion_optuna.study.starts import screen_points, start_order
+from autodiffusion_optuna.study.starts import screen_timesteps, start_order
 
 
 @dataclass(frozen=True, eq=False)
@@ -133,7 +133,7 @@ def build(
         batch=drawn.batch,
         prefix_cache=drawn.prefix_cache,
         screen_images=config.screen_images,
-        screen_points=screen_points(loaded.space, drawn.sampling.solver),
+        screen_timesteps=screen_timesteps(loaded.space, model.schedule),
     )
     check_images(reference, model.picture_shape)
     _check_features(evaluator)

@@ -11,11 +11,12 @@ from typing import TYPE_CHECKING, TypeVar
 from autodiffusion_optuna.candidate import Candidate, Value
 from autodiffusion_optuna.evaluation.drawing import ImageSampler
 from autodiffusion_optuna.evaluation.optimal_steps import count_evaluations, gits, optimal_steps
-from autodiffusion_optuna.evaluation.solvers import FIRST_ORDER
 from autodiffusion_optuna.evaluation.teacher import POINTS, run_teacher
+from autodiffusion_optuna.noise import NoiseSchedule
 from autodiffusion_optuna.results.headline import UNIFORM
-from autodiffusion_optuna.search.repair import spread
+from autodiffusion_optuna.search.repair import Timesteps, spread
 from autodiffusion_optuna.search.space import SearchSpace
+from autodiffusion_optuna.search.timesteps import log_snr
 from autodiffusion_optuna.storage.attrs import SCREEN_TEACHER
 
 if TYPE_CHECKING:
@@ -31,6 +32,8 @@ IMAGES = 8
 """Images of a teacher: the lists of 16 and of 32 are no better (benchmarks/starts.py)."""
 NUMBERS = 2**28
 """Numbers in the states of a teacher; of large images it has fewer, one at least."""
+SCREEN_STEPS = 16
+"""Of the screen's teacher, at least."""
 
 
 @dataclass(frozen=True)
@@ -116,17 +119,14 @@ def plan_starts(components: StudyComponents) -> StartPlan | None:
     return StartPlan(settings, steps, points, min(IMAGES, images, room), candidate)
 
 
-def screen_points(space: SearchSpace, solver: str) -> int:
-    """Steps of the teacher that the screen compares with; ``solver``: of the study that searches none.
+def screen_timesteps(space: SearchSpace, schedule: NoiseSchedule) -> Timesteps:
+    """Of the teacher that the screen compares with: twice the most network evaluations of a candidate, 16 at least.
 
-    The teacher is DDIM, of the first order: with twice the steps it has half the error of a candidate of that order.
-    Those of a higher order are nearer to the model at the same number, and need one of more.
+    Even in log(alpha / sigma): of all closed forms the nearest to the model at so many steps of its solver, for
+    variance-preserving schedules and flows alike (``benchmarks/screen.py``).
     """
-    wanted = (
-        (2 if settings.get("solver", solver) in FIRST_ORDER else 4) * space.most_evaluations(settings)
-        for settings in space.variants
-    )
-    return min(max(POINTS, *wanted), space.T)
+    most = max(space.most_evaluations(settings) for settings in space.variants)
+    return log_snr(schedule, min(max(SCREEN_STEPS, 2 * most), space.T))
 
 
 def screen_costs(components: StudyComponents) -> dict[str, int]:
@@ -135,7 +135,9 @@ def screen_costs(components: StudyComponents) -> dict[str, int]:
     Every worker runs it when it starts, and it is counted once.
     """
     evaluator = components.evaluator
-    return {SCREEN_TEACHER: evaluator.screen_points * evaluator.screen_images} if evaluator.screen_images else {}
+    return (
+        {SCREEN_TEACHER: len(evaluator.screen_timesteps) * evaluator.screen_images} if evaluator.screen_images else {}
+    )
 
 
 def compute_starts(components: StudyComponents, plan: StartPlan) -> Starts:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from load_source import load_source
@@ -17,9 +18,16 @@ from autodiffusion_optuna.evaluation.prefix_cache import PrefixCache
 from autodiffusion_optuna.evaluation.references.reference import Reference
 from autodiffusion_optuna.evaluation.sampling import Sampling
 from autodiffusion_optuna.evaluation.screen import Screen, whitening_of
-from autodiffusion_optuna.evaluation.teacher import run_teacher, teacher_images
+from autodiffusion_optuna.evaluation.solvers import evaluations, query_steps
+from autodiffusion_optuna.evaluation.teacher import teacher_images
+from autodiffusion_optuna.search.ranks import rank_correlation
+from autodiffusion_optuna.search.repair import spread
+from autodiffusion_optuna.search.space import SearchSpace
+from autodiffusion_optuna.search.timesteps import baseline_timesteps, log_snr
+from autodiffusion_optuna.study.starts import screen_timesteps
 
 CANDIDATE = Candidate((900, 500, 100))
+FINE = log_snr(load_source("mixture").schedule, 25)
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +35,9 @@ def evaluator() -> Evaluator:
     model = load_source("mixture")
     extractor = load_extractor("pixels", model.device)
     assert model.reference is not None
-    return Evaluator(model, Sampling(), extractor, model.reference(extractor), batch=32, screen_images=16)
+    return Evaluator(
+        model, Sampling(), extractor, model.reference(extractor), batch=32, screen_images=16, screen_timesteps=FINE
+    )
 
 
 def reference_of(features: torch.Tensor) -> Reference:
@@ -81,21 +91,14 @@ def test_features_that_are_no_numbers_are_refused() -> None:
 
 
 def test_the_screen_compares_the_first_images_with_the_teachers(evaluator: Evaluator) -> None:
-    teacher = run_teacher(evaluator.images, 16)
+    teacher = teacher_images(evaluator.images, 16, FINE)
     screen = evaluator.screen
     assert screen is not None
-    assert screen.distances(evaluator.extractor(teacher.images), 0) == pytest.approx([0] * 16, abs=1e-9)
+    assert teacher is not None
+    assert screen.distances(evaluator.extractor(teacher), 0) == pytest.approx([0] * 16, abs=1e-9)
     score = evaluator.score(CANDIDATE, [64, 128], screen=screen)
     wanted = screen.distances(evaluator.extractor(evaluator.sample(CANDIDATE, 0, 16)), 0)
     assert score.screen == pytest.approx(wanted, rel=1e-4)
-
-
-def test_the_teacher_has_the_steps_that_are_asked_for(evaluator: Evaluator) -> None:
-    finer = replace(evaluator, screen_points=40).screen
-    assert finer is not None
-    images = run_teacher(evaluator.images, 16, 40).images
-    assert finer.distances(evaluator.extractor(images), 0) == pytest.approx([0] * 16, abs=1e-9)
-    assert teacher_images(evaluator.images, 16, 40) is not None
 
 
 def test_finer_steps_are_nearer_to_the_teacher(evaluator: Evaluator) -> None:
@@ -104,6 +107,27 @@ def test_finer_steps_are_nearer_to_the_teacher(evaluator: Evaluator) -> None:
         for timesteps in ((900,), (900, 500, 100), tuple(range(975, -1, -75)))
     ]
     assert means[0] > means[1] > means[2] > 0
+
+
+@pytest.mark.parametrize(("solver", "steps"), [("ddim", 20), ("dpmpp_2m", 10), ("dpmpp_2m", 20), ("heun", 8)])
+def test_it_ranks_many_and_higher_order_steps_as_a_far_finer_run_does(
+    evaluator: Evaluator, solver: str, steps: int
+) -> None:
+    """A teacher that is no nearer to the model than its candidates ranks them by how much they are like it."""
+    model, nfe = evaluator.model, evaluations(solver, steps, "zero")
+    space = SearchSpace(model.schedule.T, steps, steps, visits=lambda many, _: query_steps(solver, many, "zero"))
+    studys = replace(evaluator, sampling=Sampling(solver), screen_timesteps=screen_timesteps(space, model.schedule))
+    assert len(studys.screen_timesteps) <= max(2 * nfe, 16)
+    finest = replace(studys, screen_timesteps=log_snr(model.schedule, 300)).screen
+    rng, lists = np.random.default_rng(0), list(baseline_timesteps(model.schedule, steps).values())
+    means = []
+    for _ in range(30):
+        one, other = rng.choice(len(lists), 2, replace=False)
+        share = rng.random()
+        between = share * np.array(lists[one]) + (1 - share) * np.array(lists[other])
+        features = evaluator.extractor(studys.sample(Candidate(spread(between.astype(int), 1000)), 0, 16))
+        means.append([statistics.fmean(screen.distances(features, 0)) for screen in (studys.screen, finest) if screen])
+    assert rank_correlation(*zip(*means, strict=True)) > 0.95
 
 
 def test_nothing_is_sampled_twice_and_values_stay_what_they_were(evaluator: Evaluator) -> None:

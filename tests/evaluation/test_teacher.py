@@ -13,6 +13,7 @@ from autodiffusion_optuna.evaluation.drawing import ImageSampler
 from autodiffusion_optuna.evaluation.sampling import Sampling
 from autodiffusion_optuna.evaluation.seeds import Bank
 from autodiffusion_optuna.evaluation.teacher import run_teacher, teacher_grid, teacher_images
+from autodiffusion_optuna.search.timesteps import log_snr
 
 
 @pytest.fixture(scope="module")
@@ -56,11 +57,14 @@ def test_out_of_memory_it_goes_on_with_fewer_images_at_a_time(sampler: ImageSamp
 
 
 @pytest.mark.parametrize("final", ["zero", "sigma_min"])
-def test_images_alone_are_those_of_the_same_run(sampler: ImageSampler, final: str) -> None:
-    sampler = replace(sampler, sampling=Sampling(final=final))  # type: ignore[arg-type]
-    images = teacher_images(sampler, 12, points=9)
+@pytest.mark.parametrize("solver", ["ddim", "heun"])
+def test_images_alone_are_those_of_a_second_order_solver(sampler: ImageSampler, final: str, solver: str) -> None:
+    timesteps = log_snr(sampler.model.schedule, 9)
+    studys = replace(sampler, sampling=Sampling(solver, final=final))  # type: ignore[arg-type]
+    images = teacher_images(studys, 12, timesteps)
     assert images is not None
-    assert torch.equal(images, run_teacher(sampler, 12, points=9).images)
+    fine = replace(sampler, sampling=Sampling("dpmpp_2m", final=final))  # type: ignore[arg-type]
+    assert torch.equal(images, fine.sample(Candidate(timesteps), 0, 12))
 
 
 def test_there_are_none_where_one_image_is_not_finite(sampler: ImageSampler) -> None:
@@ -71,7 +75,7 @@ def test_there_are_none_where_one_image_is_not_finite(sampler: ImageSampler) -> 
         x0[-1, 0, 0, 0] = torch.inf if t == 0 else x0[-1, 0, 0, 0]
         return x0
 
-    assert teacher_images(replace(sampler, model=replace(sampler.model, denoiser=broken)), 12, points=4) is None
+    assert teacher_images(replace(sampler, model=replace(sampler.model, denoiser=broken)), 12, (900, 500, 0)) is None
 
 
 def test_a_grid_has_no_more_points_than_the_model_has_times() -> None:

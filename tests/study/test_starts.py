@@ -19,6 +19,7 @@ from optuna.trial import TrialState
 from autodiffusion_optuna.cli.output import load_components, load_image_components
 from autodiffusion_optuna.errors import ModelError
 from autodiffusion_optuna.results.summary import read_summary
+from autodiffusion_optuna.search.timesteps import log_snr
 from autodiffusion_optuna.storage.attrs import BASELINE, BASELINE_KEYS, START_COSTS, START_SECONDS
 from autodiffusion_optuna.storage.database import open_storage
 from autodiffusion_optuna.study import components, lifecycle, loop, starts
@@ -92,15 +93,15 @@ def test_what_they_cost_is_part_of_the_total(folder: Path, adopt: Adopt) -> None
 def test_the_screens_teacher_has_a_name_of_its_own(folder: Path, adopt: Adopt) -> None:
     alone = "search.warm_starts=['uniform']"
     study = run(folder / "quick.toml", URL, "search.trials=2", *SCREENED, alone)
-    assert study.user_attrs[START_COSTS] == {"screen": 25 * 16}
+    assert study.user_attrs[START_COSTS] == {"screen": 16 * 16}
     assert read_summary(study).evaluations["starts"] == 0
-    assert "(400 for the screen's teacher)" in adopt("show", "--study", "quick", "--storage", URL).out
+    assert "(256 for the screen's teacher)" in adopt("show", "--study", "quick", "--storage", URL).out
     both = run(folder / "quick.toml", "sqlite:///both.db", "search.trials=2", *SCREENED)
     evaluations = read_summary(both).to_json()["evaluations"]
-    assert (evaluations["starts"], evaluations["screen"]) == (752, 400)
-    assert evaluations["run"] == read_summary(both).total("run") + 752 + 400
+    assert (evaluations["starts"], evaluations["screen"]) == (752, 256)
+    assert evaluations["run"] == read_summary(both).total("run") + 752 + 256
     shown = adopt("show", "--study", "quick", "--storage", "both.db").out
-    assert "(752 for the starts, 400 for the screen's teacher)" in shown
+    assert "(752 for the starts, 256 for the screen's teacher)" in shown
 
 
 def test_the_seconds_of_what_comes_first_are_part_of_the_total(folder: Path, adopt: Adopt) -> None:
@@ -150,12 +151,12 @@ def test_a_run_and_a_dry_run_say_what_they_cost(folder: Path, adopt: Adopt) -> N
 def test_they_say_what_the_screens_teacher_costs_too(folder: Path, adopt: Adopt) -> None:
     screened = [word for setting in SCREENED for word in ("--set", setting)]
     dry = adopt("run", "--study", "quick.toml", "--dry-run", *screened)
-    parts = "24 candidates + 752 of the starts + 400 of the screen's teacher"
-    assert f"{parts} = {24 * 3 * 64 + 752 + 400:,} network evaluations" in dry.out
+    parts = "24 candidates + 752 of the starts + 256 of the screen's teacher"
+    assert f"{parts} = {24 * 3 * 64 + 752 + 256:,} network evaluations" in dry.out
     ran = adopt("run", "--study", "quick.toml", *screened, "--set", "search.trials=1")
-    line = "752 network evaluations, as many as 3.9 candidates have; then 400 for the screen's teacher\n"
+    line = "752 network evaluations, as many as 3.9 candidates have; then 256 for the screen's teacher\n"
     assert line in ran.out
-    assert "1 candidate + 400 of the screen's teacher = 592 network evaluations" in ran.out
+    assert "1 candidate + 256 of the screen's teacher = 448 network evaluations" in ran.out
 
 
 def test_workers_say_it_on_stderr_without_calling_it_a_warning(folder: Path) -> None:
@@ -171,19 +172,16 @@ def test_workers_say_it_on_stderr_without_calling_it_a_warning(folder: Path) -> 
 @pytest.mark.parametrize(
     ("settings", "points"),
     [
-        ([], 25),
+        ([], 16),
         (["sampling.steps=20"], 40),
-        (["sampling.steps=20", "sampling.solver=euler"], 40),
-        (["sampling.steps=20", "sampling.solver=dpmpp_2m"], 80),
-        (["sampling.steps=20", "sampling.solver=heun"], 156),  # 39 evaluations
-        (["sampling.steps=20", "sampling.solver=['ddim', 'dpmpp_2m']"], 80),
-        (["sampling.steps={min=2, max=20}", "sampling.solver=['ddim', 'heun']", "search.max_cost=1"], 76),  # 19 of heun
-        (["sampling.steps=300", "sampling.solver=dpmpp_2m"], 1000),
+        (["sampling.steps=20", "sampling.solver=heun"], 78),  # 39 evaluations
+        (["sampling.steps={min=2, max=20}", "sampling.solver=['ddim', 'heun']", "search.max_cost=1"], 40),  # 19 of heun
+        (["sampling.steps=600", "sampling.solver=dpmpp_2m"], 1000),
     ],
 )
 def test_the_screens_teacher_has_more_steps_than_candidates(folder: Path, settings: list[str], points: int) -> None:
     parts = built(folder, *SCREENED, *settings)
-    assert parts.evaluator.screen_points == points
+    assert parts.evaluator.screen_timesteps == log_snr(parts.model.schedule, points)
     assert starts.screen_costs(parts) == {"screen": points * 16}
 
 
@@ -262,14 +260,14 @@ def test_a_screens_teacher_that_is_not_finite_leaves_no_screen_with_a_warning(
 
     def overflowing(x: torch.Tensor, t: float, skip: int) -> torch.Tensor:
         calls.append(t)
-        return denoiser(x, t, skip) * (torch.nan if len(calls) == 25 else 1.0)
+        return denoiser(x, t, skip) * (torch.nan if len(calls) == 16 else 1.0)
 
     model = replace(parts.model, denoiser=overflowing)
     broken = replace(parts, evaluator=replace(parts.evaluator, model=model))
     database = open_storage(URL)
     study = lifecycle.open_study(broken, database)
     loop.work(broken, study, database)
-    assert "a run of 25 steps gives images that are not finite; the search goes without the screen" in caplog.text
+    assert "a run of 16 steps gives images that are not finite; the search goes without the screen" in caplog.text
     assert [(t.state, sorted(t.intermediate_values)) for t in study.trials] == [(TrialState.COMPLETE, [32, 64])] * 2
 
 
