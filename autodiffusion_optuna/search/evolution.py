@@ -30,9 +30,9 @@ UNIFORM_MUTATION = 0.1  # chance per gene of the mutants of uniform in generatio
 class Proposal:
     """A candidate and where it came from; the names of the fields are those that are stored with a trial.
 
-    ``operator``: "uniform", "random", "mutation" or "crossover"; "baseline" for a trial that was enqueued, "unknown"
-    for one that tries another candidate than is proposed for it now. ``skip_ratio``: largest ratio of units that a step
-    could skip. ``parents``: numbers of the trials it was made from.
+    ``operator``: "uniform", "random", "mutation" or "crossover"; "baseline" for a trial that was enqueued or is a
+    start, "unknown" for one that tries another candidate than is proposed for it now. ``skip_ratio``: largest ratio
+    of units that a step could skip. ``parents``: numbers of the trials it was made from.
     """
 
     candidate: Candidate
@@ -67,11 +67,13 @@ def propose(
     *,
     barrier: bool = False,
     thrifty: bool = False,
+    started: bool = False,
 ) -> Proposal:
     """The next candidate.
 
     ``barrier``: parents come from earlier generations alone. ``thrifty``: children that keep more of the first steps
-    of what was tried are preferred, since they cost less.
+    of what was tried are preferred, since they cost less. ``started``: the first generation has starts enough, and no
+    random candidates.
     """
     generation = history.index // preset.population_size
     if barrier:
@@ -79,7 +81,7 @@ def propose(
     skip_ratio = _skip_ratio(history, space, preset)
     niche = _niche(rng, space, history) if preset.local else history.ranked
     elite = best(niche, preset.parents)
-    operator = operator_at(history.index, preset)
+    operator = operator_at(history.index, preset, started)
     # A random candidate has no others to choose from, or it would not be random.
     bred = operator in ("mutation", "crossover") and history.objectives == 1
     wanted = preset.children if bred else 1
@@ -102,12 +104,21 @@ def propose(
     return Proposal(chosen, generation, 2 if skip_ratio else 1, origin, skip_ratio, parents)
 
 
-def operator_at(index: int, preset: Preset) -> str:
+def next_start(history: History, space: SearchSpace, preset: Preset, starts: Sequence[Candidate]) -> Proposal | None:
+    """The first of ``starts`` that was not tried, at every second place; None where a child is to be tried."""
+    left = None if history.index % 2 else next((s for s in starts if s.key not in history.taken), None)
+    if left is None:
+        return None
+    generation, skip_ratio = history.index // preset.population_size, _skip_ratio(history, space, preset)
+    return Proposal(left, generation, 2 if skip_ratio else 1, "baseline", skip_ratio)
+
+
+def operator_at(index: int, preset: Preset, started: bool = False) -> str:
     """Operator by place in the generation, so that each generation has exact numbers of each."""
     generation, place = divmod(index, preset.population_size)
     if index == 0:
         return "uniform"
-    if generation == 0:
+    if generation == 0 and not started:
         return "random" if place <= preset.population_size // 2 else "mutation"
     if place < preset.mutation:
         return "mutation"

@@ -16,8 +16,9 @@ from optuna.distributions import BaseDistribution
 from optuna.samplers import BaseSampler, RandomSampler
 from optuna.trial import FrozenTrial, TrialState
 
+from autodiffusion_optuna.candidate import Candidate
 from autodiffusion_optuna.errors import ConfigError
-from autodiffusion_optuna.search.evolution import Proposal, propose
+from autodiffusion_optuna.search.evolution import Proposal, next_start, propose
 from autodiffusion_optuna.search.history import HistoryReader, published, tried
 from autodiffusion_optuna.search.presets import settings_of
 from autodiffusion_optuna.search.space import SearchSpace
@@ -38,7 +39,9 @@ class AutoDiffusionSampler(BaseSampler):
     and, by its place there, the operator. With ``barrier`` parents come from earlier generations alone: whoever waits
     for a generation to be finished before asking for the next gets the same candidates from any number of workers.
     ``thrifty``: whoever scores keeps the network's answers at first steps (a prefix cache), so of the children of
-    "adopt" those are preferred that share more of them with what was tried.
+    "adopt" those are preferred that share more of them with what was tried. ``starts``: candidates to try besides what
+    is enqueued, in their order, at every second place until none is left: better children soon let a pruner stop those
+    that are no good.
 
     Raises ConfigError where the sizes contradict each other.
     """
@@ -56,11 +59,12 @@ class AutoDiffusionSampler(BaseSampler):
         stage_one_generations: int | None = None,
         barrier: bool = False,
         thrifty: bool = False,
+        starts: Sequence[Candidate] = (),
         seed: int | None = 0,
     ) -> None:
         if seed is not None and seed < 0:
             raise ConfigError(f"seed {seed} must not be negative")
-        self.space, self.barrier, self.thrifty = space, barrier, thrifty
+        self.space, self.barrier, self.thrifty, self.starts = space, barrier, thrifty, tuple(starts)
         self.settings = settings_of(
             preset,
             population_size=population_size,
@@ -114,7 +118,8 @@ class AutoDiffusionSampler(BaseSampler):
         The candidate is the one that ``space.suggest`` decodes: parameters that the trial has or was enqueued with, and
         for those left open the candidate whose key it carries, else the proposed one. The rest is what is stored with
         the trial or was proposed here, else what the trials before it, as they are now, lead to. Operator "baseline":
-        it was enqueued; "unknown": it tries another candidate. Raises ConfigError for values that are no candidate's.
+        it was enqueued, or is one of ``starts``; "unknown": it tries another candidate. Raises ConfigError for values
+        that are no candidate's.
         """
         if self.space is None:
             raise ConfigError("a sampler without a space has no proposals; give it one")
@@ -141,7 +146,9 @@ class AutoDiffusionSampler(BaseSampler):
     def _propose(self, space: SearchSpace, study: optuna.Study, trials: Sequence[FrozenTrial], number: int) -> Proposal:
         history = self._reader.history(space, study, trials, number)
         rng = self._rng(history.index, RELATIVE)
-        proposal = propose(history, space, self.settings, rng, barrier=self.barrier, thrifty=self.thrifty)
+        proposal = next_start(history, space, self.settings, self.starts) or propose(
+            history, space, self.settings, rng, barrier=self.barrier, thrifty=self.thrifty, started=bool(self.starts)
+        )
         self._proposed[study.study_name, number] = proposal
         return proposal
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -34,11 +34,12 @@ from autodiffusion_optuna.evaluation.sampling import Sampling
 from autodiffusion_optuna.evaluation.sanity import check_model
 from autodiffusion_optuna.evaluation.solvers import ORDERS, query_steps, solver_names
 from autodiffusion_optuna.noise import Final
+from autodiffusion_optuna.results.headline import UNIFORM
 from autodiffusion_optuna.search.presets import settings_of
 from autodiffusion_optuna.search.repair import spread
 from autodiffusion_optuna.search.sampler import AutoDiffusionSampler
 from autodiffusion_optuna.search.space import SearchSpace
-from autodiffusion_optuna.search.timesteps import baseline_timesteps, uniform_timesteps
+from autodiffusion_optuna.search.timesteps import BASELINES, baseline_timesteps, uniform_timesteps
 from autodiffusion_optuna.study.given import read_warm_starts
 from autodiffusion_optuna.study.starts import screen_timesteps, start_order
 
@@ -57,7 +58,9 @@ class StudyComponents:
     sanity: tuple[str, ...] = ()
     """What is doubtful about the model itself, a line each."""
     warm_starts: tuple[str, ...] = ()
-    """Names of the baselines that are evaluated first."""
+    """Names of the baselines that the search starts from; they are evaluated first, in this order."""
+    offered: tuple[str, ...] = ()
+    """Those of them that are not: the sampler has one at every second place."""
     list_notes: tuple[str, ...] = ()
     """What was changed in the lists of ``search.warm_starts``, a line each."""
 
@@ -114,6 +117,7 @@ def build(
     first = read_warm_starts(config.search, known, model.schedule, loaded.space)  # refused before anything else
     fit, most = loaded.space.fit, loaded.space.max_skip
     baselines |= {given.label: fit(Candidate(given.timesteps), most) for given in first.lists}
+    offered = tuple(name for name in first.names if not first.chosen and name in BASELINES and name != UNIFORM)
     extractor = load_extractor(
         config.score.extractor,
         model.device,
@@ -142,11 +146,12 @@ def build(
         config=config,
         model=model,
         space=loaded.space,
-        sampler=_sampler(config, loaded.space),
+        sampler=_sampler(config, loaded.space, [baselines[name] for name in offered]),
         evaluator=evaluator,
         baselines=baselines,
         sanity=tuple(sanity),
         warm_starts=first.names,
+        offered=offered,
         list_notes=tuple(note for given in first.lists for note in given.notes),
     )
 
@@ -318,7 +323,7 @@ def _visits(fixed: Sampling, steps: int, settings: Mapping[str, str | float]) ->
     return query_steps(str(settings.get("solver", fixed.solver)), steps, cast(Final, final))
 
 
-def _sampler(config: StudyConfig, space: SearchSpace) -> AutoDiffusionSampler:
+def _sampler(config: StudyConfig, space: SearchSpace, starts: Sequence[Candidate]) -> AutoDiffusionSampler:
     search = config.search
     return AutoDiffusionSampler(
         space,
@@ -331,6 +336,7 @@ def _sampler(config: StudyConfig, space: SearchSpace) -> AutoDiffusionSampler:
         stage_one_generations=search.stage_one_generations,
         barrier=search.barrier,
         thrifty=True,
+        starts=starts,
         seed=search.seed,
     )
 

@@ -30,10 +30,14 @@ ROWS = ("best found", "adopt", "uniform")
 
 @dataclass(frozen=True)
 class WarmStarts:
-    """What is evaluated first: ``names`` in their order, and the ``lists`` among them that are no known baselines."""
+    """What a search starts from: ``names`` in their order, and the ``lists`` among them that are no known baselines.
+
+    ``chosen``: whether they were named one by one; all of them are then evaluated before anything else.
+    """
 
     names: tuple[str, ...]
     lists: tuple[NamedList, ...] = ()
+    chosen: bool = True
 
 
 def read_warm_starts(
@@ -48,7 +52,7 @@ def read_warm_starts(
     if given is None:
         given = ["uniform"] if search.preset == "paper" else True
     if isinstance(given, bool):
-        return WarmStarts(tuple(known) if given else ())
+        return WarmStarts(tuple(known) if given else (), chosen=False)
     entries = [entry if isinstance(entry, str) else str(entry) for entry in given]
     names_of_all = {*known, ALL}
     for entry in entries:

@@ -285,7 +285,7 @@ def _begin(components: StudyComponents, study: optuna.Study, pictures: str | Non
     components = with_baselines(components, study.user_attrs[BASELINE_KEYS])
     starts: dict[str, str] = {}
     for name in components.warm_starts:
-        if name in components.baselines:  # else it could not be computed
+        if name in components.baselines and name not in components.offered:  # else it could not be computed
             starts.setdefault(components.baselines[name].key, name)  # two names may mean the same list
     enqueued = len(study.get_trials(deepcopy=False))
     for key, name in list(starts.items())[enqueued:]:

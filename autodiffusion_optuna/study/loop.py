@@ -25,6 +25,7 @@ from autodiffusion_optuna.evaluation.runtime import describe_runtime
 from autodiffusion_optuna.results.summary import runtime_warnings
 from autodiffusion_optuna.storage.artifacts import ArtifactStore, attach_picture, notable
 from autodiffusion_optuna.storage.attrs import (
+    BASELINE,
     CANDIDATE,
     COST,
     FAILURE,
@@ -154,6 +155,9 @@ def describe(components: StudyComponents, study: optuna.Study, trial: optuna.Tri
         return f"the enqueued parameters are no candidate: {error}"
     attrs = {CANDIDATE: candidate.key, COST: relative_cost(components, candidate), **origin}
     said = trial.user_attrs
+    if origin["operator"] == "baseline" and BASELINE not in said:
+        names = [name for name in components.offered if components.baselines[name] == candidate]
+        attrs |= {BASELINE: names[0]} if names else {}
     for name, value in attrs.items():
         if name not in said or said[name] != value:
             trial.set_user_attr(name, value)
