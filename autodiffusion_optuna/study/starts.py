@@ -98,7 +98,8 @@ def start_order(space: SearchSpace, closed_forms: Iterable[str]) -> tuple[str, .
     """Names of all baselines in the order in which a search tries them.
 
     The first few are scored in full, for the race has nothing yet to stop them by: what mostly is the best, what every
-    result is compared with, and what is better than the first for some models.
+    result is compared with, and what is better than the first for some models. ``closed_forms`` come last: unless they
+    were asked for, there are children between them.
     """
     best, *others, second = computed_names(space)
     return tuple(dict.fromkeys((best, UNIFORM, second, *others, *closed_forms)))

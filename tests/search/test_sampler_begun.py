@@ -122,6 +122,18 @@ def test_the_trial_of_a_foreign_sampler_is_of_unknown_origin() -> None:
     assert {proposal.operator for proposal in proposals} == {"unknown"}
 
 
+def test_starts_are_tried_at_every_second_place_until_none_is_left() -> None:
+    starts = [Candidate((900, 700, 500, gap)) for gap in (300, 200, 100)]
+    study = optuna.create_study(sampler=AutoDiffusionSampler(SPACE, starts=[starts[0], *starts]))
+    study.enqueue_trial(SPACE.encode(starts[1]))
+    go(study, 8)
+    tried = [SPACE.decode(t.params) for t in study.trials]
+    assert [tried[0], tried[2], tried[4]] == [starts[1], starts[0], starts[2]]
+    assert len(set(tried)) == 8
+    assert [sampler_of(study).proposal(study, n).operator for n in (0, 2, 4)] == ["baseline"] * 3
+    assert all(sampler_of(study).proposal(study, n).operator == "mutation" for n in (1, 3, 5, 6, 7))
+
+
 def test_parameters_without_a_space_are_random_and_repeatable() -> None:
     def values(seed: int) -> list[dict[str, Any]]:
         study = optuna.create_study(sampler=AutoDiffusionSampler(seed=seed))

@@ -20,7 +20,7 @@ from autodiffusion_optuna.cli.output import load_components, load_image_componen
 from autodiffusion_optuna.errors import ModelError
 from autodiffusion_optuna.results.summary import read_summary
 from autodiffusion_optuna.search.timesteps import log_snr
-from autodiffusion_optuna.storage.attrs import BASELINE, BASELINE_KEYS, START_COSTS, START_SECONDS
+from autodiffusion_optuna.storage.attrs import BASELINE, BASELINE_KEYS, CANDIDATE, OPERATOR, START_COSTS, START_SECONDS
 from autodiffusion_optuna.storage.database import open_storage
 from autodiffusion_optuna.study import components, lifecycle, loop, starts
 from autodiffusion_optuna.study.starts import compute_starts, plan_starts
@@ -72,6 +72,41 @@ def test_they_are_computed_once_and_evaluated_first(folder: Path, adopt: Adopt, 
     opened = lifecycle.open_run(config_with(folder / "quick.toml"), URL)
     assert opened.components.baselines["oss"].key == keys["oss"]
     assert len(teachers) == 1
+
+
+def test_closed_forms_come_between_children(folder: Path) -> None:
+    study = run(folder / "quick.toml", URL, "search.trials=24", "search.population=20")
+    names = {t.number: t.user_attrs[BASELINE] for t in study.trials if BASELINE in t.user_attrs}
+    assert [names[n] for n in range(3)] == ["oss", "uniform", "gits"]
+    assert all(n % 2 == 0 for n in list(names)[3:])
+    keys = {t.number: t.user_attrs[CANDIDATE] for t in study.trials}
+    known = study.user_attrs[BASELINE_KEYS]
+    assert {keys[n] for n in names} == set(known.values())  # each is tried, those that two names share once
+    assert all(keys[n] == known[name] for n, name in names.items())
+    assert {study.trials[n].user_attrs[OPERATOR] for n in names} == {"baseline"}
+    assert {study.trials[n].user_attrs[OPERATOR] for n in (3, 5, 7)} == {"mutation"}  # of the first, not of chance
+
+
+def test_those_that_were_asked_for_by_name_all_come_first(folder: Path) -> None:
+    wanted = ["karras", "gits", "uniform", "log-snr"]
+    study = run(folder / "quick.toml", URL, "search.trials=8", f"search.warm_starts={wanted}")
+    assert [t.user_attrs.get(BASELINE) for t in study.trials] == [*wanted, *[None] * 4]
+
+
+def test_with_a_barrier_any_number_of_workers_tries_them_at_the_same_places(folder: Path) -> None:
+    settings = ["search.barrier=true", "search.trials=30", "search.population=6"]
+    alone = run(folder / "quick.toml", URL, *settings)
+    together = begin(folder, "sqlite:///together.db", *settings)
+    parts, database = built(folder, *settings), open_storage("sqlite:///together.db")
+    opened = lifecycle.open_run(parts.config, "sqlite:///together.db")
+    with ThreadPoolExecutor(3) as pool:
+        list(pool.map(lambda _: loop.work(opened.components, together, database), range(3)))
+    told = [
+        [t.user_attrs[key] for t in sorted(s.trials, key=lambda t: t.number)]
+        for s in (alone, together)
+        for key in (CANDIDATE, OPERATOR)
+    ]
+    assert told[:2] == told[2:]
 
 
 def test_what_they_cost_is_part_of_the_total(folder: Path, adopt: Adopt) -> None:
