@@ -65,13 +65,13 @@ class Looked:
     last: float
 
 
-def search_in_full(name: str, folder: Path, trials: int) -> tuple[list[Looked], int]:
+def search_in_full(name: str, folder: Path, trials: int, *others: str) -> tuple[list[Looked], int]:
     """A study whose race stops nobody, and the images that it scores on."""
     settings = [f"score.rungs=[{', '.join(map(str, RUNGS))}]", f"search.trials={trials}", "model.check=false"]
     if name == WIDE:
         settings += ["score.extractor=torchscript", f"score.weights={random_inception(folder)}", "score.images=256"]
         settings += [f"score.reference={many_steps(folder)}"]
-    config = load_preset(name.partition(",")[0], settings)
+    config = load_preset(name.partition(",")[0], [*settings, *others])
     run = lifecycle.open_run(config, f"sqlite:///{folder}/{name.replace(' ', '-')}.db")
     with mock.patch.object(RacePruner, "prune", return_value=False):
         loop.work(run.components, run.study, run.storage)
