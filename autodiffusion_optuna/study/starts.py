@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
@@ -32,8 +33,8 @@ IMAGES = 8
 """Images of a teacher: the lists of 16 and of 32 are no better (benchmarks/starts.py)."""
 NUMBERS = 2**28
 """Numbers in the states of a teacher; of large images it has fewer, one at least."""
-SCREEN_STEPS = 16
-"""Of the screen's teacher, at least."""
+WIDEST = 0.65
+"""Largest step of the screen's teacher, in log(alpha / sigma)."""
 
 
 @dataclass(frozen=True)
@@ -121,13 +122,14 @@ def plan_starts(components: StudyComponents) -> StartPlan | None:
 
 
 def screen_timesteps(space: SearchSpace, schedule: NoiseSchedule) -> Timesteps:
-    """Of the teacher that the screen compares with: twice the most network evaluations of a candidate, 16 at least.
+    """Of the teacher that the screen compares with: twice the most network evaluations of a candidate, or more.
 
-    Even in log(alpha / sigma): of all closed forms the nearest to the model at so many steps of its solver, for
-    variance-preserving schedules and flows alike (``benchmarks/screen.py``).
+    Even in log(alpha / sigma), and nowhere farther apart than ``WIDEST``: of all closed forms the nearest to the model
+    at so many steps of its solver, for variance-preserving schedules and flows alike (``benchmarks/race.py``).
     """
     most = max(space.most_evaluations(settings) for settings in space.variants)
-    return log_snr(schedule, min(max(SCREEN_STEPS, 2 * most), space.T))
+    span = float(schedule.lambdas[0] - schedule.lambdas[-1])
+    return log_snr(schedule, min(max(2 * most, 1 + math.ceil(span / WIDEST)), space.T))
 
 
 def screen_costs(components: StudyComponents) -> dict[str, int]:

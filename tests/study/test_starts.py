@@ -18,7 +18,9 @@ from optuna.trial import TrialState
 
 from autodiffusion_optuna.cli.output import load_components, load_image_components
 from autodiffusion_optuna.errors import ModelError
+from autodiffusion_optuna.noise import NoiseSchedule, cosine, flow, linear
 from autodiffusion_optuna.results.summary import read_summary
+from autodiffusion_optuna.search.space import SearchSpace
 from autodiffusion_optuna.search.timesteps import log_snr
 from autodiffusion_optuna.storage.attrs import BASELINE, BASELINE_KEYS, CANDIDATE, OPERATOR, START_COSTS, START_SECONDS
 from autodiffusion_optuna.storage.database import open_storage
@@ -218,6 +220,15 @@ def test_the_screens_teacher_has_more_steps_than_candidates(folder: Path, settin
     parts = built(folder, *SCREENED, *settings)
     assert parts.evaluator.screen_timesteps == log_snr(parts.model.schedule, points)
     assert starts.screen_costs(parts) == {"screen": points * 16}
+
+
+@pytest.mark.parametrize(
+    ("schedule", "points"),
+    [(linear(), 16), (cosine(), 25), (flow(), 23), (flow(T=12), 9), (linear(T=6), 6)],
+    ids=["linear", "cosine", "flow", "a flow of few times", "no more than there are"],
+)
+def test_the_wider_the_noise_levels_the_more_steps_it_has(schedule: NoiseSchedule, points: int) -> None:
+    assert starts.screen_timesteps(SearchSpace(schedule.T, 4, 4), schedule) == log_snr(schedule, points)
 
 
 def test_a_share_of_a_candidate_is_of_its_network_evaluations(folder: Path) -> None:
