@@ -16,7 +16,7 @@ from autodiffusion_optuna.search import operators, surrogate
 from autodiffusion_optuna.search.history import History, Record, best, expected, skip_ratio_at, stage_two_start
 from autodiffusion_optuna.search.presets import Preset
 from autodiffusion_optuna.search.space import SearchSpace
-from autodiffusion_optuna.search.thrift import thrift_at
+from autodiffusion_optuna.search.thrift import THRIFT
 from autodiffusion_optuna.search.timesteps import uniform_timesteps
 from autodiffusion_optuna.storage.attrs import GENERATION, OPERATOR, PARENTS, SKIP_RATIO, STAGE
 
@@ -98,8 +98,7 @@ def propose(
             offspring.setdefault(stranger, ("random", ()))
     if not offspring:  # nothing new is left near here: a repeat is allowed
         offspring[child] = (origin, parents)
-    weight = thrift_at(generation) if thrifty else 0.0
-    chosen = surrogate.choose(list(offspring), expected(history), space, weight)
+    chosen = surrogate.choose(list(offspring), expected(history), space, THRIFT if thrifty else 0.0)
     origin, parents = offspring[chosen]
     return Proposal(chosen, generation, 2 if skip_ratio else 1, origin, skip_ratio, parents)
 

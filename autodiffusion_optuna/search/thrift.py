@@ -18,17 +18,11 @@ from autodiffusion_optuna.search.history import Record
 from autodiffusion_optuna.search.space import SearchSpace
 
 LATELY = 300  # finished trials whose steps the cache may still hold: those of parents are used, and kept, all the time
-FULL = 1.0  # normal scores by which a child may look worse if it costs nothing instead of a whole run
-FROM = 3  # generation from which that is so; before, good first steps are still to be found
+THRIFT = 1.0  # normal scores by which a child may look worse if it costs nothing instead of a whole run
 
 Pairs = tuple[tuple[int, int], ...]
 Tried = dict[tuple[Settings, int], list[Pairs]]
 """Settings and number of steps, without which nothing is shared -> (timestep, skip set) of the candidates, sorted."""
-
-
-def thrift_at(generation: int) -> float:
-    """What costing nothing instead of a whole run is worth, in normal scores: it grows to ``FULL``."""
-    return FULL * min(generation / FROM, 1.0)
 
 
 def costs_left(children: Sequence[Candidate], ranked: Sequence[Record], space: SearchSpace) -> NDArray[np.float64]:

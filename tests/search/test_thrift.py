@@ -90,13 +90,6 @@ def test_what_was_tried_long_ago_is_forgotten() -> None:
     assert thrift.costs_left([PARENT], ranked, SPACE) == [1.0]
 
 
-def test_thrift_grows_to_its_full_weight() -> None:
-    weights = [thrift.thrift_at(generation) for generation in range(8)]
-    assert weights[0] == 0
-    assert weights == sorted(weights)
-    assert set(weights[thrift.FROM :]) == {thrift.FULL}
-
-
 def test_the_thrifty_choice_costs_less_and_no_weight_changes_nothing() -> None:
     rng = np.random.default_rng(1)
     known = records([random_candidate(rng, SPACE, 0.0) for _ in range(40)])
