@@ -213,10 +213,10 @@ class SearchConfig(Section):
     stage_one_generations: Annotated[int, Field(ge=0)] | None = None
     """Generations in which every layer stays on; stage two begins earlier where nothing improves any more."""
     warm_starts: bool | list[str | Numbers] | None = None
-    """What to evaluate first: names of baselines, "all" for every one, and lists of any form that ``search.lists``
-    reads, which become baselines; ``true`` and unset: ``oss``, ``uniform`` and ``gits`` first, the closed forms at
-    every second place after that (unset in ``paper``: uniform alone). ``oss`` and ``gits`` are computed from the model
-    when the study is begun, where they are asked for."""
+    """What the search starts from. Names of baselines, "all" for every one, and lists of any form that ``search.lists``
+    reads, which become baselines: all are evaluated first. ``true`` and unset: all baselines, the closed forms but
+    ``uniform`` at every second place after the others (unset in ``paper``: uniform alone). ``oss`` and ``gits`` are
+    computed from the model when the study is begun, where they are asked for."""
     max_skip: Annotated[float, Field(ge=0, le=1)] = 0.0
     """Largest ratio of layers that one step may skip; 0 searches timesteps alone."""
     max_cost: Annotated[float, Field(gt=0)] | None = None

@@ -17,7 +17,7 @@ from typing import Any
 import optuna
 from optuna.trial import TrialState
 
-from autodiffusion_optuna.storage.attrs import CANDIDATE, CONFIG, FAILURE, OWNER
+from autodiffusion_optuna.storage.attrs import CANDIDATE, CONFIG, FAILURE, GIVEN_UP, OWNER
 from autodiffusion_optuna.storage.database import open_storage
 from autodiffusion_optuna.storage.studies import load_study
 from autodiffusion_optuna.storage.study_storage import StudyStorage
@@ -87,7 +87,7 @@ def check_whole(url: str, name: str, trials: int, *, cut_off: bool = False) -> N
     ones are given up at once.
     """
     found = load_study(open_storage(url), name).get_trials(deepcopy=False)
-    given_up = [t for t in found if t.user_attrs.get(FAILURE, "").startswith("given up at once")]
+    given_up = [t for t in found if t.user_attrs.get(FAILURE, "").startswith(GIVEN_UP)]
     failed = len(given_up) if cut_off else 0
     states = [t.state for t in found]
     assert states.count(TrialState.COMPLETE) == trials

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from autodiffusion_optuna.candidate import Candidate
 from autodiffusion_optuna.config import SEARCH_BANK
-from autodiffusion_optuna.errors import StatisticsError
+from autodiffusion_optuna.errors import ConfigError, StatisticsError
 from autodiffusion_optuna.evaluation.drawing import ImageSampler, Seconds, timed, too_small
 from autodiffusion_optuna.evaluation.features import Extractor
 from autodiffusion_optuna.evaluation.frechet import Moments, frechet_distance, mmd2_unbiased
@@ -92,6 +92,10 @@ class Evaluator:
     """Of the fine run that it compares them with, see ``starts.screen_timesteps``; descending."""
 
     def __post_init__(self) -> None:
+        if self.screen_images and not self.screen_timesteps:
+            raise ConfigError(
+                f"screen_images = {self.screen_images} needs screen_timesteps, those of the fine run; got none"
+            )
         if self.metric == "kid" and self.reference.features is None:
             raise StatisticsError(
                 "metric 'kid' needs the reference's features, and this reference holds moments only; "

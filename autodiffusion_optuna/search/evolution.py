@@ -105,7 +105,8 @@ def propose(
 
 def next_start(history: History, space: SearchSpace, preset: Preset, starts: Sequence[Candidate]) -> Proposal | None:
     """The first of ``starts`` that was not tried, at every second place; None where a child is to be tried."""
-    left = None if history.index % 2 else next((s for s in starts if s.key not in history.taken), None)
+    tried = history.taken | history.failed.keys()
+    left = None if history.index % 2 else next((start for start in starts if start.key not in tried), None)
     if left is None:
         return None
     generation, skip_ratio = history.index // preset.population_size, _skip_ratio(history, space, preset)
@@ -117,7 +118,7 @@ def operator_at(index: int, preset: Preset, started: bool = False) -> str:
     generation, place = divmod(index, preset.population_size)
     if index == 0:
         return "uniform"
-    if generation == 0 and not started:
+    if generation == 0 and not (started and preset.local):
         return "random" if place <= preset.population_size // 2 else "mutation"
     if place < preset.mutation:
         return "mutation"

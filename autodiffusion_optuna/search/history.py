@@ -23,7 +23,7 @@ from autodiffusion_optuna.candidate import Candidate
 from autodiffusion_optuna.errors import ConfigError
 from autodiffusion_optuna.search.rungs import RungRegression
 from autodiffusion_optuna.search.space import SearchSpace
-from autodiffusion_optuna.storage.attrs import CANDIDATE
+from autodiffusion_optuna.storage.attrs import CANDIDATE, FAILURE, GIVEN_UP
 
 Losses = tuple[float, ...]
 FAILED_TRIES = 2  # a candidate that failed so often is not proposed again
@@ -78,7 +78,7 @@ class History:
             record = record_of(trial)
             if trial.state == TrialState.FAIL:
                 new.failures.append(trial.number)
-                new.failed.update([record.key] if record else [])
+                new.failed.update([record.key] if record and not _is_given_up(trial) else [])
             elif record is not None:
                 new.taken.add(record.key)
                 if record.losses:
@@ -104,6 +104,10 @@ class History:
             stopped=self.stopped[:stopped],
             stopped_indices=self.stopped_indices[:stopped],
         )
+
+
+def _is_given_up(trial: FrozenTrial) -> bool:
+    return str(trial.user_attrs.get(FAILURE, "")).startswith(GIVEN_UP)
 
 
 class HistoryReader:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import secrets
 from bisect import bisect_left
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -41,9 +41,10 @@ class AutoDiffusionSampler(BaseSampler):
     ``thrifty``: whoever scores keeps the network's answers at first steps (a prefix cache), so of the children of
     "adopt" those are preferred that share more of them with what was tried. ``starts``: candidates to try besides what
     is enqueued, in their order, at every second place until none is left: better children soon let a pruner stop those
-    that are no good.
+    that are no good. Trials that plain Optuna begins at the same moment may try the same one.
 
-    Raises ConfigError where the sizes contradict each other.
+    Raises ConfigError where the sizes contradict each other, and for starts that are no canonical candidates of the
+    space.
     """
 
     def __init__(
@@ -64,7 +65,8 @@ class AutoDiffusionSampler(BaseSampler):
     ) -> None:
         if seed is not None and seed < 0:
             raise ConfigError(f"seed {seed} must not be negative")
-        self.space, self.barrier, self.thrifty, self.starts = space, barrier, thrifty, tuple(starts)
+        self.space, self.barrier, self.thrifty = space, barrier, thrifty
+        self.offer(starts)
         self.settings = settings_of(
             preset,
             population_size=population_size,
@@ -79,6 +81,16 @@ class AutoDiffusionSampler(BaseSampler):
         # Neither decides a proposal: finished trials as read, and what was proposed, for ``proposal``.
         self._reader = HistoryReader()
         self._proposed: dict[tuple[str, int], Proposal] = {}
+
+    def offer(self, starts: Iterable[Candidate]) -> None:
+        """Have other ``starts``; ConfigError for one that is no canonical candidate of the space."""
+        self.starts = tuple(starts)
+        for start in self.starts:
+            if self.space is None or not self.space.is_canonical(start):
+                raise ConfigError(
+                    f"start {start.key} is no candidate of the space"
+                    + (", for there is none; give one" if self.space is None else "; give what space.fit makes of it")
+                )
 
     def reseed_rng(self) -> None:
         """Turn to other random numbers; Optuna calls this in ``optimize(n_jobs=...)``."""
@@ -134,7 +146,8 @@ class AutoDiffusionSampler(BaseSampler):
         candidate = tried(trial, self.space, made.candidate, partial(self.sample_independent, study, trial))
         enqueued = "fixed_params" in trial.system_attrs
         if enqueued or candidate != made.candidate:
-            made = replace(made, candidate=candidate, operator="baseline" if enqueued else "unknown", parents=())
+            known = enqueued or candidate in self.starts
+            made = replace(made, candidate=candidate, operator="baseline" if known else "unknown", parents=())
         return made
 
     def read(self, study: optuna.Study) -> None:

@@ -22,7 +22,7 @@ from typing import Any, Literal
 import optuna
 from optuna.trial import FrozenTrial, TrialState
 
-from autodiffusion_optuna.storage.attrs import CANDIDATE, FAILURE, OWNER, RETRIES
+from autodiffusion_optuna.storage.attrs import CANDIDATE, FAILURE, GIVEN_UP, OWNER, RETRIES
 from autodiffusion_optuna.storage.study_storage import StudyStorage, id_of_study, id_of_trial
 from autodiffusion_optuna.storage.trials import FINISHED
 
@@ -122,7 +122,7 @@ def _keeps(study: optuna.Study, storage: StudyStorage, lease: Lease, known: int,
 
 
 def _give_up(storage: StudyStorage, trial_id: int, why: str) -> None:
-    storage.end_trial(trial_id, TrialState.FAIL, None, owner(), (FAILURE, f"given up at once: {why}"))
+    storage.end_trial(trial_id, TrialState.FAIL, None, owner(), (FAILURE, f"{GIVEN_UP}: {why}"))
 
 
 def reclaim(study: optuna.Study, storage: StudyStorage, trials: Sequence[FrozenTrial], grace: float) -> list[int]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -58,9 +58,9 @@ class StudyComponents:
     sanity: tuple[str, ...] = ()
     """What is doubtful about the model itself, a line each."""
     warm_starts: tuple[str, ...] = ()
-    """Names of the baselines that the search starts from; they are evaluated first, in this order."""
+    """Names of the baselines that the search starts from, in the order in which they are tried."""
     offered: tuple[str, ...] = ()
-    """Those of them that are not: the sampler has one at every second place."""
+    """The last of them, which are not enqueued: the sampler tries one at every second place."""
     list_notes: tuple[str, ...] = ()
     """What was changed in the lists of ``search.warm_starts``, a line each."""
 
@@ -137,7 +137,7 @@ def build(
         batch=drawn.batch,
         prefix_cache=drawn.prefix_cache,
         screen_images=config.screen_images,
-        screen_timesteps=screen_timesteps(loaded.space, model.schedule),
+        screen_timesteps=screen_timesteps(loaded.space, model.schedule) if config.screen_images else (),
     )
     check_images(reference, model.picture_shape)
     _check_features(evaluator)
@@ -146,7 +146,7 @@ def build(
         config=config,
         model=model,
         space=loaded.space,
-        sampler=_sampler(config, loaded.space, [baselines[name] for name in offered]),
+        sampler=_sampler(config, loaded.space),
         evaluator=evaluator,
         baselines=baselines,
         sanity=tuple(sanity),
@@ -323,7 +323,7 @@ def _visits(fixed: Sampling, steps: int, settings: Mapping[str, str | float]) ->
     return query_steps(str(settings.get("solver", fixed.solver)), steps, cast(Final, final))
 
 
-def _sampler(config: StudyConfig, space: SearchSpace, starts: Sequence[Candidate]) -> AutoDiffusionSampler:
+def _sampler(config: StudyConfig, space: SearchSpace) -> AutoDiffusionSampler:
     search = config.search
     return AutoDiffusionSampler(
         space,
@@ -336,7 +336,6 @@ def _sampler(config: StudyConfig, space: SearchSpace, starts: Sequence[Candidate
         stage_one_generations=search.stage_one_generations,
         barrier=search.barrier,
         thrifty=True,
-        starts=starts,
         seed=search.seed,
     )
 

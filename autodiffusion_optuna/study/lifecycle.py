@@ -103,6 +103,9 @@ def open_study(
             _begin(components, study, pictures, say)
     if begun:
         _describe_run(components, study)
+    # Those that the study was begun with: another machine may round a closed form otherwise.
+    baselines = with_baselines(components, study.user_attrs[BASELINE_KEYS]).baselines
+    components.sampler.offer(baselines[name] for name in components.offered)
     return study
 
 

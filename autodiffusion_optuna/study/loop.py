@@ -155,9 +155,10 @@ def describe(components: StudyComponents, study: optuna.Study, trial: optuna.Tri
         return f"the enqueued parameters are no candidate: {error}"
     attrs = {CANDIDATE: candidate.key, COST: relative_cost(components, candidate), **origin}
     said = trial.user_attrs
-    if origin["operator"] == "baseline" and BASELINE not in said:
-        names = [name for name in components.offered if components.baselines[name] == candidate]
-        attrs |= {BASELINE: names[0]} if names else {}
+    starts = zip(components.offered, components.sampler.starts, strict=True)
+    names = [name for name, start in starts if start == candidate]
+    if names and BASELINE not in said:
+        attrs[BASELINE] = names[0]
     for name, value in attrs.items():
         if name not in said or said[name] != value:
             trial.set_user_attr(name, value)

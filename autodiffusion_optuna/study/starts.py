@@ -9,6 +9,8 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, TypeVar
 
+import numpy as np
+
 from autodiffusion_optuna.candidate import Candidate, Value
 from autodiffusion_optuna.evaluation.drawing import ImageSampler
 from autodiffusion_optuna.evaluation.optimal_steps import count_evaluations, gits, optimal_steps
@@ -34,7 +36,7 @@ IMAGES = 8
 NUMBERS = 2**28
 """Numbers in the states of a teacher; of large images it has fewer, one at least."""
 WIDEST = 0.65
-"""Largest step of the screen's teacher, in log(alpha / sigma)."""
+"""Widest step of the screen's teacher on average, in log(alpha / sigma)."""
 
 
 @dataclass(frozen=True)
@@ -124,12 +126,12 @@ def plan_starts(components: StudyComponents) -> StartPlan | None:
 def screen_timesteps(space: SearchSpace, schedule: NoiseSchedule) -> Timesteps:
     """Of the teacher that the screen compares with: twice the most network evaluations of a candidate, or more.
 
-    Even in log(alpha / sigma), and nowhere farther apart than ``WIDEST``: of all closed forms the nearest to the model
-    at so many steps of its solver, for variance-preserving schedules and flows alike (``benchmarks/race.py``).
+    Even in log(alpha / sigma), about ``WIDEST`` apart where they are fewer: at so many steps of its solver they rank
+    more steadily than other closed forms, for variance-preserving schedules and flows alike (``benchmarks/race.py``).
     """
     most = max(space.most_evaluations(settings) for settings in space.variants)
-    span = float(schedule.lambdas[0] - schedule.lambdas[-1])
-    return log_snr(schedule, min(max(2 * most, 1 + math.ceil(span / WIDEST)), space.T))
+    levels = schedule.lambdas[np.isfinite(schedule.lambdas)]
+    return log_snr(schedule, min(max(2 * most, 1 + math.ceil(float(np.ptp(levels)) / WIDEST)), space.T))
 
 
 def screen_costs(components: StudyComponents) -> dict[str, int]:

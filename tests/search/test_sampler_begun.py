@@ -14,7 +14,7 @@ from autodiffusion_optuna.candidate import Candidate
 from autodiffusion_optuna.errors import ConfigError
 from autodiffusion_optuna.search.sampler import AutoDiffusionSampler
 from autodiffusion_optuna.search.space import SearchSpace
-from autodiffusion_optuna.storage.attrs import CANDIDATE
+from autodiffusion_optuna.storage.attrs import CANDIDATE, FAILURE, GIVEN_UP
 
 TINY = SearchSpace(5, 2, 2)  # 10 candidates
 BEGUN = Candidate((900, 700, 500, 300))
@@ -132,6 +132,34 @@ def test_starts_are_tried_at_every_second_place_until_none_is_left() -> None:
     assert len(set(tried)) == 8
     assert [sampler_of(study).proposal(study, n).operator for n in (0, 2, 4)] == ["baseline"] * 3
     assert all(sampler_of(study).proposal(study, n).operator == "mutation" for n in (1, 3, 5, 6, 7))
+
+
+@pytest.mark.parametrize("timesteps", [(900, 700, 500), (2000, 700, 500, 300)], ids=["too few", "beyond the grid"])
+def test_a_start_that_is_no_candidate_is_refused(timesteps: tuple[int, ...]) -> None:
+    with pytest.raises(ConfigError, match="no candidate of the space; give what space"):
+        AutoDiffusionSampler(SPACE, starts=[Candidate(timesteps)])
+    with pytest.raises(ConfigError, match="there is none"):
+        AutoDiffusionSampler(starts=[Candidate(timesteps)])
+
+
+def test_with_starts_the_published_first_generation_is_as_published() -> None:
+    study = optuna.create_study(sampler=AutoDiffusionSampler(SPACE, preset="paper", starts=[BEGUN]))
+    go(study, 12)
+    operators = [sampler_of(study).proposal(study, n).operator for n in range(12)]
+    assert operators == ["baseline", *["random"] * 11]
+
+
+def test_a_candidate_that_was_begun_by_mistake_is_not_held_against_it() -> None:
+    study = optuna.create_study(sampler=AutoDiffusionSampler(SPACE, starts=[BEGUN]))
+    study.add_trial(
+        optuna.create_trial(
+            state=TrialState.FAIL,
+            params=(params := SPACE.encode(BEGUN)),
+            distributions={name: SPACE.distributions()[name] for name in params},
+            user_attrs={CANDIDATE: BEGUN.key, FAILURE: f"{GIVEN_UP}: trial 7 tries the same"},
+        )
+    )
+    assert SPACE.suggest(study.ask()) == BEGUN
 
 
 def test_parameters_without_a_space_are_random_and_repeatable() -> None:

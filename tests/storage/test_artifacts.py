@@ -221,7 +221,7 @@ def test_a_study_is_moved_with_its_pictures(folder: Path, adopt: Adopt, monkeypa
     store = shown_by_dashboard(study, "sqlite:///adopt.db", None)
     assert store is not None
     pictures = [meta for trial in study.trials for meta in get_all_artifact_meta(trial, storage=study._storage)]
-    assert len(pictures) >= 6
+    assert len(pictures) >= 4  # of the baselines among the six
     for meta in pictures:
         with store.open_reader(meta.artifact_id) as picture:
             assert picture.read(4) == b"\x89PNG"

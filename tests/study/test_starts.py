@@ -16,10 +16,13 @@ import torch
 from command import Adopt
 from optuna.trial import TrialState
 
+from autodiffusion_optuna.candidate import Candidate
 from autodiffusion_optuna.cli.output import load_components, load_image_components
-from autodiffusion_optuna.errors import ModelError
+from autodiffusion_optuna.errors import ModelError, StatisticsError
+from autodiffusion_optuna.evaluation.evaluator import Evaluator
 from autodiffusion_optuna.noise import NoiseSchedule, cosine, flow, linear
 from autodiffusion_optuna.results.summary import read_summary
+from autodiffusion_optuna.search import timesteps
 from autodiffusion_optuna.search.space import SearchSpace
 from autodiffusion_optuna.search.timesteps import log_snr
 from autodiffusion_optuna.storage.attrs import BASELINE, BASELINE_KEYS, CANDIDATE, OPERATOR, START_COSTS, START_SECONDS
@@ -95,20 +98,31 @@ def test_those_that_were_asked_for_by_name_all_come_first(folder: Path) -> None:
     assert [t.user_attrs.get(BASELINE) for t in study.trials] == [*wanted, *[None] * 4]
 
 
-def test_with_a_barrier_any_number_of_workers_tries_them_at_the_same_places(folder: Path) -> None:
-    settings = ["search.barrier=true", "search.trials=30", "search.population=6"]
-    alone = run(folder / "quick.toml", URL, *settings)
-    together = begin(folder, "sqlite:///together.db", *settings)
-    parts, database = built(folder, *settings), open_storage("sqlite:///together.db")
-    opened = lifecycle.open_run(parts.config, "sqlite:///together.db")
-    with ThreadPoolExecutor(3) as pool:
-        list(pool.map(lambda _: loop.work(opened.components, together, database), range(3)))
-    told = [
-        [t.user_attrs[key] for t in sorted(s.trials, key=lambda t: t.number)]
-        for s in (alone, together)
-        for key in (CANDIDATE, OPERATOR)
-    ]
-    assert told[:2] == told[2:]
+def test_a_start_that_fails_is_not_tried_again_and_the_study_goes_on(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    score = Evaluator.score
+
+    def fails_at_the_end(self: Evaluator, candidate: Candidate, *given: Any, **named: Any) -> Any:
+        if candidate.timesteps[0] == 999:
+            raise StatisticsError("features hold NaN or infinity")
+        return score(self, candidate, *given, **named)
+
+    monkeypatch.setattr(Evaluator, "score", fails_at_the_end)
+    study = run(folder / "quick.toml", URL, "search.trials=30")
+    failed = [t for t in study.trials if t.state == TrialState.FAIL and BASELINE in t.user_attrs]
+    keys = [t.user_attrs[CANDIDATE] for t in failed]
+    assert len(keys) == len(set(keys)) >= 5
+    assert sum(t.state == TrialState.COMPLETE for t in study.trials) > 10
+
+
+def test_the_starts_of_a_study_are_those_that_it_was_begun_with(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    study = begin(folder, URL, "search.trials=24")
+    known = dict(study.user_attrs[BASELINE_KEYS])
+    monkeypatch.setitem(timesteps.BASELINES, "dmn", lambda schedule, steps: (998, 500, 3)[:steps])
+    run(folder / "quick.toml", URL, "search.trials=24")
+    tried = {t.user_attrs[BASELINE]: t.user_attrs[CANDIDATE] for t in study.trials if BASELINE in t.user_attrs}
+    assert tried["dmn"] == known["dmn"] != "998,500,3"
 
 
 def test_what_they_cost_is_part_of_the_total(folder: Path, adopt: Adopt) -> None:
