@@ -33,7 +33,7 @@ types: $(VENV)/tested
 # Hours on two cores; each script writes benchmarks/results/NAME.json.
 bench: $(VENV)/tested
 	$(BIN)/python benchmarks/studies.py digits-4 digits-4-paper digits-10-layers faces-4 faces-6 faces-10 faces-solvers-6 --seeds 0 1 2
-	for script in prefix prefix_solvers skip_time overhead frechet dashboard storage model_card; do $(BIN)/python benchmarks/$$script.py || exit 1; done
+	for script in race prefix prefix_solvers skip_time overhead frechet dashboard storage model_card; do $(BIN)/python benchmarks/$$script.py || exit 1; done
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check cmaes # one of the rivals needs it, the package does not
 	$(BIN)/python benchmarks/rivals.py
 	$(BIN)/python docs/generate.py

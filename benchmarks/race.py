@@ -4,7 +4,7 @@
 
 Each study is searched with every candidate scored in full, its values at the screen and at growing numbers of images
 noted on the way. Then the race goes through the same candidates in their order, as if it were its study. Written after
-each study to ``results/race.json``, and taken from there the next time:
+each study to ``results/race.json``; studies that are there already are not searched again:
 
 - ``studies``: {name: {"rank correlation": {images: of the value there with the last one, over all candidates};
   "stopped": {images: candidates that the race stops there}; "best stopped": of the best 20 of the search in full, the
