@@ -67,7 +67,7 @@ def choose_from(what: str, given: str, known: Iterable[str]) -> str:
     >>> choose_from("solver", "dim", ["ddim", "heun"])
     "unknown solver 'dim'; did you mean 'ddim'? Known: ddim, heun"
     """
-    names = sorted(known)
+    names = sorted(set(known))
     near = difflib.get_close_matches(given, names, n=1)
     hint = f"; did you mean {near[0]!r}?" if near else "."
     return f"unknown {what} {given!r}{hint} Known: {', '.join(names)}"

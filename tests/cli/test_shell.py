@@ -19,7 +19,7 @@ from command import Adopt
 from autodiffusion_optuna import config
 from autodiffusion_optuna.cli import completion
 from autodiffusion_optuna.cli.main import app
-from autodiffusion_optuna.errors import program
+from autodiffusion_optuna.errors import choose_from, program
 from autodiffusion_optuna.evaluation.features import EXTRACTORS
 from autodiffusion_optuna.workers.launch import ENGINES
 
@@ -208,3 +208,8 @@ def test_tab_imports_no_model_code() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout.split()) == (0, ["quick"]), done
+
+
+def test_a_name_that_is_known_twice_is_listed_once() -> None:
+    """Of a study that is named as its preset is."""
+    assert choose_from("study", "digits-5", ["digits-4", "mine", "digits-4"]).endswith("Known: digits-4, mine")
