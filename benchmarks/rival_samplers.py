@@ -17,8 +17,8 @@ ADOPT, IN_FULL, PAPER, EA = "adopt", "adopt, in full", "paper", "published EA"
 """Ours; ours without the race, where both are run; our preset of the published search; the published search itself."""
 
 SAMPLERS: dict[str, Callable[[SearchSpace, int], BaseSampler]] = {
-    ADOPT: lambda space, seed: AutoDiffusionSampler(space, seed=seed),
-    IN_FULL: lambda space, seed: AutoDiffusionSampler(space, seed=seed),
+    ADOPT: lambda space, seed: AutoDiffusionSampler(space, thrifty=True, seed=seed),
+    IN_FULL: lambda space, seed: AutoDiffusionSampler(space, thrifty=True, seed=seed),
     PAPER: lambda space, seed: AutoDiffusionSampler(space, preset="paper", seed=seed),
     EA: PublishedEA,
     "random": lambda space, seed: RandomSampler(seed),

@@ -139,10 +139,12 @@ def enumerated(lists: Sequence[tuple[int, ...]]) -> list[float]:
 def search(table: Table, method: str, seed: int, candidates: int) -> dict[str, Any]:
     """One run: best value over the optimum, and evaluations spent, after each distinct candidate."""
     raced = table.screen is not None and method == ADOPT
-    study = optuna.create_study(sampler=SAMPLERS[method](table.space, seed), pruner=pruner_of(method))
     ours = method in (ADOPT, IN_FULL)
+    study = optuna.create_study(sampler=SAMPLERS[method](table.space, seed), pruner=pruner_of(method))
     firsts = first_lists(method, table.schedule, table.space.max_steps)
-    for timesteps in dict.fromkeys([*table.starts, *firsts] if ours else firsts):
+    if ours:
+        firsts = offer(table, study.sampler, firsts)
+    for timesteps in firsts:
         study.enqueue_trial(table.space.encode(Candidate(timesteps)))
     seen: set[str] = set()
     best, spent = float("inf"), (TEACHER if raced else 0) + (table.start_evaluations if ours else 0)
@@ -163,6 +165,15 @@ def search(table: Table, method: str, seed: int, candidates: int) -> dict[str, A
         if len(seen) == candidates:
             break
     return {"ratios": ratios, "evaluations": costs, "candidates": candidates}
+
+
+def offer(table: Table, sampler: Any, lists: Sequence[tuple[int, ...]]) -> list[tuple[int, ...]]:
+    """Offer our sampler the closed forms as a study does; what is left to be tried before anything else."""
+    uniform, *others = lists
+    first, *second = table.starts or (uniform,)
+    before = list(dict.fromkeys([first, uniform, *second]))
+    sampler.offer(Candidate(timesteps) for timesteps in others if timesteps not in before)
+    return before
 
 
 def is_stopped(table: Table, trial: optuna.Trial, candidate: Candidate) -> bool:

@@ -102,15 +102,16 @@ def suits(name: str, schedule: NoiseSchedule) -> bool:
 BASELINES: dict[str, Callable[[NoiseSchedule, int], Timesteps]] = {
     "uniform": lambda schedule, steps: uniform_timesteps(schedule.T, steps),
     "uniform-trailing": uniform_trailing,
+    "dmn": dmn,
+    "ays": ays,
     "uniform-linspace": uniform_linspace,
     "quadratic": quadratic,
     "cosine": cosine,
     "log-snr": log_snr,
     "karras": karras,
     "arctan": arctan,
-    "ays": ays,
-    "dmn": dmn,
 }
+"""In the order in which a search tries them: a short one does not come to the last."""
 
 
 def baseline_timesteps(schedule: NoiseSchedule, steps: int, min_gap: int = 1) -> dict[str, Timesteps]:
