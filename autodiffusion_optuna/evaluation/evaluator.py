@@ -123,7 +123,7 @@ class Evaluator:
                 len(self.screen_timesteps),
             )
             return None
-        features = torch.cat([self._extract(images) for images in torch.split(teacher, self.fitting_batch)])
+        features = torch.cat([self.extract(images) for images in torch.split(teacher, self.fitting_batch)])
         return Screen.of(features, self.reference)
 
     @property
@@ -152,33 +152,25 @@ class Evaluator:
         cache = self.prefix_cache if (bank == SEARCH_BANK if cached is None else cached) else None
         self.prepare(0, rungs[-1], bank)
         seconds, counter = Seconds(), NfeCounter()
-        moments, kept, reached, shown, screened = Moments(self.extractor.dim), [], [], [], list[float]()
+        gathered = _Gathered(self, screen, preview)
+        reached: list[tuple[int, float]] = []
         start, first = 0, [] if screen is None else [screen.count]
         for count in [*first, *rungs]:
             for images in self.images.batches(candidate, start, count, bank, seconds, counter, cache):
-                if moments.n < preview:
-                    shown.append(images[: preview - moments.n].cpu())
                 with timed(seconds, "features", self.model.device):
-                    features = self._extract(images)
-                    if screen is not None and moments.n < screen.count:
-                        screened += screen.distances(features, moments.n)
-                    moments.add(features)
-                    kept.append(features)
-                    # Below D images the features' own N x N Gram matrix is the cheaper way to the distance.
-                    if self.metric == "frechet" and moments.n >= len(self.reference.mu):
-                        kept.clear()
+                    gathered.add(images)
             start = count
-            if screen is not None and count == screen.count:
-                value = statistics.fmean(screened)
-                if on_screen is not None and not on_screen(screened):
-                    break
-                continue
-            with timed(seconds, "distance", self.model.device):
-                value = self._distance(moments, kept)
-            reached.append((count, value))
-            if on_rung is not None and not on_rung(count, value):
+            if count in first:
+                value = statistics.fmean(gathered.screened)
+                go_on = on_screen is None or on_screen(gathered.screened)
+            else:
+                with timed(seconds, "distance", self.model.device):
+                    value = gathered.distance()
+                reached.append((count, value))
+                go_on = on_rung is None or on_rung(count, value)
+            if not go_on:
                 break
-        ratio = log_trace_ratio(moments, self.reference)
+        ratio = log_trace_ratio(gathered.moments, self.reference)
         return Score(
             value,
             count,
@@ -188,8 +180,8 @@ class Evaluator:
             saved=counter.saved,
             seconds=seconds,
             trace_ratio=round(ratio, 6) if math.isfinite(ratio) else None,  # JSON has no infinity
-            screen=tuple(screened),
-            preview=torch.cat(shown) if shown else None,
+            screen=tuple(gathered.screened),
+            preview=torch.cat(gathered.shown) if gathered.shown else None,
         )
 
     def sample(self, candidate: Candidate, start: int, stop: int, bank: int = SEARCH_BANK) -> Tensor:
@@ -200,7 +192,7 @@ class Evaluator:
         """Encode the prompts of images ``start`` to ``stop`` - 1 of a bank, those that are not yet."""
         self.images.prepare(start, stop, bank)
 
-    def _extract(self, images: Tensor) -> Tensor:
+    def extract(self, images: Tensor) -> Tensor:
         """Features float32 [B, D] of uint8 [B, C, H, W]; of half a batch at a time where the extractor needs it."""
         try:
             return self.extractor(images)
@@ -208,13 +200,40 @@ class Evaluator:
             self.images.make_room()
             if len(images) == 1:
                 raise too_small(self.model.name) from None
-        return torch.cat([self._extract(half) for half in images.chunk(2)])
+        return torch.cat([self.extract(half) for half in images.chunk(2)])
 
-    def _distance(self, moments: Moments, kept: list[Tensor]) -> float:
-        if self.metric == "frechet":
-            return frechet_distance(torch.cat(kept) if kept else moments, self.reference)
-        assert self.reference.features is not None
-        return mmd2_unbiased(torch.cat(kept), self.reference.features)
+
+class _Gathered:
+    """What a candidate's images have given so far: moments and features, distances to the teacher, the first images."""
+
+    def __init__(self, evaluator: Evaluator, screen: Screen | None, preview: int) -> None:
+        self.evaluator, self.screen, self.preview = evaluator, screen, preview
+        self.moments = Moments(evaluator.extractor.dim)
+        self.features: list[Tensor] = []
+        self.screened: list[float] = []
+        self.shown: list[Tensor] = []
+
+    def add(self, images: Tensor) -> None:
+        """Take in the next images, uint8 [B, C, H, W]."""
+        seen = self.moments.n
+        if seen < self.preview:
+            self.shown.append(images[: self.preview - seen].cpu())
+        features = self.evaluator.extract(images)
+        if self.screen is not None and seen < self.screen.count:
+            self.screened += self.screen.distances(features, seen)
+        self.moments.add(features)
+        self.features.append(features)
+        # Below D images the features' own N x N Gram matrix is the cheaper way to the distance.
+        if self.evaluator.metric == "frechet" and self.moments.n >= len(self.evaluator.reference.mu):
+            self.features.clear()
+
+    def distance(self) -> float:
+        """Of the images so far to the reference."""
+        reference = self.evaluator.reference
+        if self.evaluator.metric == "frechet":
+            return frechet_distance(torch.cat(self.features) if self.features else self.moments, reference)
+        assert reference.features is not None
+        return mmd2_unbiased(torch.cat(self.features), reference.features)
 
 
 CPU_BATCH, LARGEST_BATCH = 64, 1024
