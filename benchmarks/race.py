@@ -168,6 +168,7 @@ def summary(candidates: Sequence[Looked], images: int, teacher: int) -> dict[str
             for s in steps
         },
         "stopped": {str(s): stopped.count(s) for s in looks},
+        "best": BEST,
         "best stopped": sum(stopped[i] is not None for i in order[:BEST]),
         "evaluations": round(100 * spent / (images * sum(calls)), 1),
     }

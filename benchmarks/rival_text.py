@@ -162,15 +162,17 @@ def reached(found: Mapping[str, Any], name: str, methods: Mapping[str, Any]) -> 
 
 
 def ahead(found: Mapping[str, Any], name: str, methods: Mapping[str, Any]) -> str:
-    """Which methods are better than ours until which budget, as a sentence; "" where none is."""
+    """Which methods are better than ours until which budget, once ours has a winner; "" where none is."""
     ours, told = found["curves"][name][OURS], []
     for method, entry in methods.items():
         if method.startswith(OURS):
             continue
         curve = found["curves"][name].get(method, [[entry["evaluations"], entry["held-out median"]]])
-        least = min(value for _, value in curve)
-        better = [spent for spent, value in curve if (standing := at(ours, spent)) is None or standing > value]
+        known = [(max(spent, ours[0][0]), value) for spent, value in curve]
+        better = [(spent, value) for spent, value in known if (at(ours, spent) or 0) > value]
         if better:
-            until = next((spent for spent, value in ours if spent >= better[-1] and value <= least), None)
-            told.append(f"`{method}` {'to the end' if until is None else f'until {until:,.0f}'}")
-    return f" Better than `{OURS}` for fewer evaluations: {', '.join(told)}." if told else ""
+            when, least = min(better, key=lambda point: point[1])
+            until = next((spent for spent, value in ours if spent >= better[-1][0] and value <= least), None)
+            later = f"with {significant(least)} at {when:,.0f}" if until is None else f"until {until:,.0f}"
+            told.append(f"`{method}` {later}")
+    return f" Better than `{OURS}` on the way: {', '.join(told)}." if told else ""
