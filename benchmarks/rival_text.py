@@ -167,7 +167,7 @@ def ahead(found: Mapping[str, Any], name: str, methods: Mapping[str, Any]) -> st
     for method, entry in methods.items():
         if method.startswith(OURS):
             continue
-        curve = found["curves"][name].get(method, [[entry["evaluations"], entry["held-out median"]]])
+        curve = found["curves"][name].get(method) or [[entry["evaluations"], entry["held-out median"]]]
         known = [(max(spent, ours[0][0]), value) for spent, value in curve]
         better = [(spent, value) for spent, value in known if (at(ours, spent) or 0) > value]
         if better:
