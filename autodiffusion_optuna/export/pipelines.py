@@ -99,7 +99,7 @@ def apply(
         warnings.warn(f"the pipeline is not of the model that {result} was found on: {other}", stacklevel=2)
     remove(pipe)
     if bypasses and _is_compiled(_part(pipe, *NETWORKS), network):
-        from autodiffusion_optuna.evaluation.skip import allow_graphs
+        from autodiffusion_optuna.evaluation.units import allow_graphs
 
         allow_graphs(len(bypasses))
     forwards = [(module, vars(module).get("forward")) for module, _, _ in bypasses]
@@ -221,7 +221,7 @@ def _other_model(pipe: object, network: Any, result: Result) -> str:
 
 def _bypasses(network: Any, result: Result) -> list[tuple[nn.Module, Forward, frozenset[int]]]:
     """Each module that is ever skipped, what it then returns, and in which evaluations (ConfigError)."""
-    from autodiffusion_optuna.evaluation.skip import find_shortcut
+    from autodiffusion_optuna.evaluation.units import find_shortcut
     from autodiffusion_optuna.evaluation.solvers import query_steps
 
     visits = query_steps(result.solver, len(result.timesteps), result.final)

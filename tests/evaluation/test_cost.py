@@ -9,7 +9,7 @@ from torch import nn
 
 from autodiffusion_optuna.evaluation import cost
 from autodiffusion_optuna.evaluation.cost import UnitCosts, macs, unit_latency, unit_macs
-from autodiffusion_optuna.evaluation.skip import find_units, skipping
+from autodiffusion_optuna.evaluation.units import find_units, skipping
 
 CPU = torch.device("cpu")
 

@@ -16,7 +16,7 @@ from autodiffusion_optuna.evaluation.denoiser import (
     model_time,
     store_reduced,
 )
-from autodiffusion_optuna.evaluation.skip import find_units
+from autodiffusion_optuna.evaluation.units import find_units
 from autodiffusion_optuna.noise import NoiseSchedule, flow, linear
 
 CPU = torch.device("cpu")

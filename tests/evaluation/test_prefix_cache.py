@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from autodiffusion_optuna.candidate import Candidate
 from autodiffusion_optuna.evaluation.denoiser import UNCONDITIONAL, Condition, Denoiser
 from autodiffusion_optuna.evaluation.prefix_cache import NfeCounter, PrefixCache, cached_denoise
-from autodiffusion_optuna.evaluation.skip import find_units
+from autodiffusion_optuna.evaluation.units import find_units
 from autodiffusion_optuna.evaluation.solvers import (
     CAPPED,
     SOLVERS,

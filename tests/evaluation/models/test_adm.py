@@ -34,7 +34,7 @@ from autodiffusion_optuna.evaluation.models.adm_fields import (
     noise_schedule,
     resolve_fields,
 )
-from autodiffusion_optuna.evaluation.skip import Units, find_units, skipping
+from autodiffusion_optuna.evaluation.units import Units, find_units, skipping
 from autodiffusion_optuna.evaluation.solvers import ddim, times
 
 Tiny = tuple[Path, Path, dict[str, Any]]

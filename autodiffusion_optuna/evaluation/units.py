@@ -1,20 +1,22 @@
-"""The units of a network that can be skipped, and the switch that skips them.
+"""The units of a network, and the switch that lets each of them run, be skipped, or reuse what it gave before.
 
-A unit is a residual block, an attention block or a transformer block. A skipped unit returns what its residual branch
-would be added to, so skipping equals zeroing that branch.
+A unit is a residual block, an attention block or a transformer block. A skipped unit returns its shortcut, what its
+residual branch would be added to: skipping equals zeroing that branch. One that reuses adds the branch of an earlier
+evaluation to its shortcut of now.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from autodiffusion_optuna.candidate import REUSE, RUN, SKIP, unit_modes
 from autodiffusion_optuna.errors import ModelError
 
 Forward = Callable[..., Any]
@@ -75,23 +77,64 @@ def find_shortcut(module: Any) -> Forward | None:
     return partial(SHORTCUTS[kind], module) if kind in SHORTCUTS else None
 
 
+@dataclass(eq=False)
+class Branches:
+    """Residual branches of the units, of one batch, that an evaluation of the network takes or leaves.
+
+    ``given``: by index, of the units that reuse. ``keep``: of those whose branches are to be in ``kept`` afterwards;
+    each is a list, for a network may call a unit several times in an evaluation. A guided batch holds both halves.
+    """
+
+    given: Mapping[int, list[Any]] = field(default_factory=dict)
+    keep: frozenset[int] = frozenset()
+    kept: dict[int, list[Any]] = field(default_factory=dict)
+
+
+def branch_bytes(branches: Iterable[Any]) -> int:
+    """Bytes of the tensors of a unit's branches."""
+    found = 0
+    for branch in branches:
+        if isinstance(branch, Tensor):
+            found += branch.nbytes
+        elif branch is not None:
+            found += branch_bytes(branch.values() if isinstance(branch, Mapping) else branch)
+    return found
+
+
+def _combined(operation: Callable[[Tensor, Tensor], Tensor], one: Any, other: Any) -> Any:
+    """What a unit returns, with ``operation`` of each pair of tensors in two such; None, where a stream ends, stays."""
+    if isinstance(one, Tensor):
+        return operation(one, other)
+    if one is None:
+        return None
+    if isinstance(one, Mapping):  # an output class of diffusers
+        return type(one)(**{name: _combined(operation, part, other[name]) for name, part in one.items()})
+    return tuple(_combined(operation, *parts) for parts in zip(one, other, strict=True))
+
+
 class _Switch:
-    """Stands in for a module's ``forward`` and bypasses it while ``skip`` is true."""
+    """Stands in for a module's ``forward``: runs it, or what its mode asks for instead."""
 
     def __init__(self, forward: Forward, shortcut: Forward) -> None:
         self.forward, self.shortcut = forward, shortcut
-        self.skip = self.compiled = False
+        self.mode, self.compiled = RUN, False
+        self.given: Iterator[Any] = iter(())
+        self.kept: list[Any] | None = None
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self.shortcut(*args, **kwargs) if self.skip else self.forward(*args, **kwargs)
+        if self.mode == SKIP:
+            return self.shortcut(*args, **kwargs)
+        if self.mode == REUSE:
+            return _combined(torch.add, self.shortcut(*args, **kwargs), next(self.given))
+        output = self.forward(*args, **kwargs)
+        if self.kept is not None:
+            self.kept.append(_combined(torch.sub, output, self.shortcut(*args, **kwargs)))
+        return output
 
 
 @dataclass(frozen=True, eq=False)
 class Units:
-    """The skippable units of one network in execution order.
-
-    ``names``: module paths. Bit u of a skip set is unit u.
-    """
+    """The units of one network in execution order. ``names``: module paths."""
 
     names: tuple[str, ...]
     _switches: tuple[_Switch, ...]
@@ -99,31 +142,37 @@ class Units:
     def __len__(self) -> int:
         return len(self.names)
 
-    @property
-    def mask(self) -> int:
-        """The skip set now in force."""
-        return sum(1 << u for u, switch in enumerate(self._switches) if switch.skip)
+    @contextlib.contextmanager
+    def in_modes(self, modes: int, branches: Branches | None = None) -> Iterator[None]:
+        """Inside the block, one evaluation, units are in ``modes``, two bits each; afterwards as they were.
 
-    def apply(self, mask: int) -> None:
-        """Skip exactly the units in ``mask`` from now on. ``ModelError`` where it names none of them."""
-        if mask < 0 or mask >> len(self):
-            raise ModelError(
-                f"skip set {mask:#x} names a unit that does not exist; this model has {len(self)} units, "
-                f"so sets lie in [0, {(1 << len(self)) - 1:#x}]"
-            )
+        ``branches``: what those in mode ``REUSE`` add to their shortcuts, and what those that run are to leave.
+        ``ModelError`` where modes name a unit that does not exist or has nothing to reuse.
+        """
+        branches = branches or Branches()
+        self._check(modes, branches)
+        before = [(switch.mode, switch.given, switch.kept) for switch in self._switches]
         for u, switch in enumerate(self._switches):
-            switch.skip = bool(mask >> u & 1)
+            switch.mode = modes >> 2 * u & 3
+            switch.given = iter(branches.given.get(u, ()))
+            switch.kept = branches.kept.setdefault(u, []) if u in branches.keep else None
+        try:
+            yield
+        finally:
+            for switch, (mode, given, kept) in zip(self._switches, before, strict=True):
+                switch.mode, switch.given, switch.kept = mode, given, kept
 
-
-@contextlib.contextmanager
-def skipping(units: Units, mask: int) -> Iterator[None]:
-    """Skip the units in ``mask`` inside the block; afterwards what was skipped before is skipped again."""
-    before = units.mask
-    units.apply(mask)
-    try:
-        yield
-    finally:
-        units.apply(before)
+    def _check(self, modes: int, branches: Branches) -> None:
+        if modes < 0 or modes >> 2 * len(self):
+            raise ModelError(
+                f"modes {modes:#x} name a unit that does not exist; this model has {len(self)} units, of two bits each, "
+                f"so modes lie in [0, {(1 << 2 * len(self)) - 1:#x}]"
+            )
+        for u, mode in unit_modes(modes).items():
+            if mode not in (SKIP, REUSE):
+                raise ModelError(f"modes {modes:#x} have unit {self.names[u]!r} skipped and reused; give one of them")
+            if mode == REUSE and u not in branches.given:
+                raise ModelError(f"unit {self.names[u]!r} is to reuse its branch, and no earlier evaluation kept one")
 
 
 GRAPHS_A_UNIT = 16
@@ -133,8 +182,8 @@ GRAPHS_A_UNIT = 16
 def compile_units(units: Units, backend: str | Callable[..., Any] = "inductor") -> None:
     """Run every unit through ``torch.compile`` from now on; a second call changes nothing.
 
-    A unit is compiled when it first runs, and once more for each new shape of its input. The question whether to skip
-    is asked outside, so skip sets never compile anything. What is compiled rounds differently from what is not.
+    A unit is compiled when it first runs, and once more for each new shape of its input. What it is to do is asked
+    outside, so modes never compile anything. What is compiled rounds differently from what is not.
     ``backend``: of ``torch.compile``.
     """
     allow_graphs(len(units))

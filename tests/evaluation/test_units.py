@@ -13,7 +13,7 @@ from tiny_pipelines import flux_transformer, sd3_transformer, sd_unet, sdxl_unet
 from torch import Tensor, nn
 
 from autodiffusion_optuna.errors import ModelError
-from autodiffusion_optuna.evaluation.skip import GRAPHS_A_UNIT, SHORTCUTS, Units, compile_units, find_units, skipping
+from autodiffusion_optuna.evaluation.units import GRAPHS_A_UNIT, SHORTCUTS, Units, compile_units, find_units, skipping
 
 X = torch.randn(2, 1, 8, 8, generator=torch.Generator().manual_seed(0))
 
