@@ -97,7 +97,7 @@ def measure(seed: int, watch: Stopwatch) -> dict[str, float]:
                     extractor.function(images[:size])
             watch.lap("extractor")
 
-        loop.make_screen(parts, study)
+        loop.make_screen(parts, study, storage)
         network.sizes(), extractor.sizes()
         watch.lap("not counted")
         loop.work(parts, study, storage, on_trial=bare)

@@ -2,8 +2,8 @@
 
     OMP_NUM_THREADS=1 python benchmarks/prefix.py
 
-Each study is searched as it ships, but for fewer images a candidate: what is saved is a share of the evaluations,
-whatever their number. The published search ends where ``digits-4`` does. The search of ``digits-4`` goes on to 200
+Each study is searched as it ships, with as many images a candidate: the race stops candidates by them. The published
+search ends where ``digits-4`` does. The search of ``digits-4`` goes on to 200
 candidates, and each of them is scored again without the prefix cache. ``benchmarks/results/prefix.json`` is written
 again after each study.
 """
@@ -31,10 +31,9 @@ SHORTER = {"digits-4-paper": ["search.trials=120"]}
 CANDIDATES = 200
 
 
-def saved_share(name: str, seed: int, images: int) -> float:
+def saved_share(name: str, seed: int) -> float:
     """Share of the network evaluations of one search that the prefix cache answered."""
-    settings = [f"search.seed={seed}", f"score.images={images}", *SHORTER.get(name, ())]
-    config = load_preset(name, settings)
+    config = load_preset(name, [f"search.seed={seed}", *SHORTER.get(name, ())])
     parts = components.build(config)
     with tempfile.TemporaryDirectory() as folder:
         storage = open_storage(f"sqlite:///{folder}/a.db")
@@ -60,16 +59,16 @@ def differing(name: str, images: int) -> int:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--images", type=int, default=64, help="of a candidate")
+    parser.add_argument("--images", type=int, default=64, help="of a candidate whose values are compared")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0], help="of the search")
     given = parser.parse_args()
     saved: dict[str, list[float]] = {}
-    result: dict[str, Any] = {"images": given.images, "seeds": given.seeds, "evaluations saved": {}}
+    result: dict[str, Any] = {"seeds": given.seeds, "evaluations saved": {}}
     for name in STUDIES:
-        saved[name] = [saved_share(name, seed, given.images) for seed in given.seeds]
+        saved[name] = [saved_share(name, seed) for seed in given.seeds]
         result["evaluations saved"][name] = {"mean": fmean(saved[name]), "by seed": saved[name]}
         print(name, saved[name], record("prefix", result), flush=True)
-    result["candidates"] = CANDIDATES
+    result["candidates"], result["images"] = CANDIDATES, given.images
     result["candidates whose values differ in any bit"] = differing("digits-4", given.images)
     print(json.dumps(result, indent=2), record("prefix", result))
 

@@ -8,7 +8,7 @@ each study to ``results/race.json``; studies that are there already are not sear
 
 - ``studies``: {name: {"rank correlation": {images: of the value there with the last one, over all candidates};
   "stopped": {images: candidates that the race stops there}; "best stopped": of the best 20 of the search in full, the
-  winner among them, how many; "evaluations": what the race runs in per cent of all in full; …}}.
+  winner among them, how many; "evaluations": what the race runs, its teacher included, in per cent of all in full; …}}.
   ``digits-10-layers`` searches layers too; ``faces-6, 2048 features`` measures with a random network of Inception's
   shape (torchvision's, on faces of 75 pixels), against 1,000 images that the model makes in 20 steps.
 - ``teachers``: how a teacher's solver, list and number of steps decide what the screen says. {noise schedule: {teacher:
@@ -42,9 +42,10 @@ from autodiffusion_optuna.noise import NoiseSchedule
 from autodiffusion_optuna.search.ranks import rank_correlation
 from autodiffusion_optuna.search.repair import Timesteps, spread
 from autodiffusion_optuna.search.timesteps import BASELINES, baseline_timesteps, log_snr
-from autodiffusion_optuna.storage.attrs import CANDIDATE, SCREEN
+from autodiffusion_optuna.storage.attrs import CANDIDATE, SCREEN, SCREEN_TEACHER
 from autodiffusion_optuna.study import lifecycle, loop
 from autodiffusion_optuna.study.components import build
+from autodiffusion_optuna.study.starts import screen_costs
 
 WIDE = "faces-6, 2048 features"
 STUDIES = ("digits-4", "digits-10", "faces-4", "faces-6", "digits-10-layers", WIDE)
@@ -65,8 +66,8 @@ class Looked:
     last: float
 
 
-def search_in_full(name: str, folder: Path, trials: int, *others: str) -> tuple[list[Looked], int]:
-    """A study whose race stops nobody, and the images that it scores on."""
+def search_in_full(name: str, folder: Path, trials: int, *others: str) -> tuple[list[Looked], int, int]:
+    """A study whose race stops nobody, the images that it scores on, and the evaluations of the screen's teacher."""
     settings = [f"score.rungs=[{', '.join(map(str, RUNGS))}]", f"search.trials={trials}", "model.check=false"]
     if name == WIDE:
         settings += ["score.extractor=torchscript", f"score.weights={random_inception(folder)}", "score.images=256"]
@@ -78,7 +79,7 @@ def search_in_full(name: str, folder: Path, trials: int, *others: str) -> tuple[
     complete = [t for t in run.study.get_trials() if t.state == TrialState.COMPLETE]
     found = [looked(trial) for trial in complete]
     run.storage.engine.dispose()
-    return found, config.score.images
+    return found, config.score.images, screen_costs(run.components)[SCREEN_TEACHER]
 
 
 def looked(trial: FrozenTrial) -> Looked:
@@ -144,14 +145,15 @@ def replay(candidates: Sequence[Looked], steps: Sequence[int]) -> list[int | Non
     return found
 
 
-def summary(candidates: Sequence[Looked], images: int) -> dict[str, Any]:
-    """A study's part of the result."""
+def summary(candidates: Sequence[Looked], images: int, teacher: int) -> dict[str, Any]:
+    """A study's part of the result; ``teacher``: evaluations of the screen's."""
     steps = sorted(step for step in candidates[0].values if step < images)
     looks = [step for step in steps if step in (len(candidates[0].by_image), images // 2)]
     stopped = replay(candidates, looks)
     last = [c.last for c in candidates]
     order = np.argsort(last)
-    spent = sum(step or images for step in stopped)
+    calls = [len(Candidate.from_key(c.key).timesteps) for c in candidates]
+    spent = teacher + sum((step or images) * n for step, n in zip(stopped, calls, strict=True))
     return {
         "candidates": len(candidates),
         "images": images,
@@ -166,8 +168,9 @@ def summary(candidates: Sequence[Looked], images: int) -> dict[str, Any]:
             for s in steps
         },
         "stopped": {str(s): stopped.count(s) for s in looks},
+        "best": BEST,
         "best stopped": sum(stopped[i] is not None for i in order[:BEST]),
-        "evaluations": round(100 * spent / (images * len(candidates)), 1),
+        "evaluations": round(100 * spent / (images * sum(calls)), 1),
     }
 
 
@@ -243,8 +246,8 @@ def main(names: Sequence[str]) -> None:
         if name in result["studies"]:
             continue
         with tempfile.TemporaryDirectory() as folder:
-            candidates, images = search_in_full(name, Path(folder), 100)
-        result["studies"][name] = summary(candidates, images)
+            found = search_in_full(name, Path(folder), 100)
+        result["studies"][name] = summary(*found)
         record("race", result)
         print(name, result["studies"][name], flush=True)
 

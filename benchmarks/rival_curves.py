@@ -5,6 +5,9 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Mapping, Sequence
+from typing import TypeVar
+
+T = TypeVar("T")
 
 Spent = Sequence[tuple[int, str]]
 """(evaluations spent so far, key of the best candidate so far) after each candidate."""
@@ -36,11 +39,11 @@ def changes(spent: Spent) -> list[tuple[int, str]]:
     return found if found[-1][0] == spent[-1][0] else [*found, spent[-1]]
 
 
-def thinned(winners: Winners, factor: float) -> list[tuple[int, str]]:
-    """Of the winners only those that stood each time the evaluations had grown by a factor, and the last."""
+def thinned(winners: Sequence[tuple[int, T]], factor: float) -> list[tuple[int, T]]:
+    """Of winners, or a curve, only those that stood each time the evaluations had grown by a factor, and the last."""
     kept, moment = [winners[0]], winners[0][0] * factor
     while moment < winners[-1][0]:
-        standing = max(winner for winner in winners if winner[0] <= moment)
+        standing = max((winner for winner in winners if winner[0] <= moment), key=lambda winner: winner[0])
         kept += [standing] if standing != kept[-1] else []
         moment *= factor
     return kept if kept[-1] == winners[-1] else [*kept, winners[-1]]

@@ -169,10 +169,8 @@ def search(table: Table, method: str, seed: int, candidates: int) -> dict[str, A
 
 def offer(table: Table, sampler: Any, lists: Sequence[tuple[int, ...]]) -> list[tuple[int, ...]]:
     """Offer our sampler the closed forms as a study does; what is left to be tried before anything else."""
-    uniform, *others = lists
-    first, *second = table.starts or (uniform,)
-    before = list(dict.fromkeys([first, uniform, *second]))
-    sampler.offer(Candidate(timesteps) for timesteps in others if timesteps not in before)
+    before = list(dict.fromkeys([*table.starts[:1], lists[0], *table.starts[1:]]))  # as ``starts.start_order`` has it
+    sampler.offer(Candidate(timesteps) for timesteps in lists[1:] if timesteps not in before)
     return before
 
 

@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from rival_curves import at
+
 from autodiffusion_optuna.results.held_out import significant
 
 PATH = Path(__file__).parent / "results" / "rivals.json"
@@ -151,7 +153,26 @@ def reached(found: Mapping[str, Any], name: str, methods: Mapping[str, Any]) -> 
         return ""
     shares = [value for key, value in found["ratios"][name].items() if key.startswith("per cent of it")]
     ours, papers = (f"{significant(value, 2)} %" for value in shares)
+    first = found["curves"][name][OURS][0][0] == reach
     return (
-        f"`{OURS}` is no worse than the published search's last winner after {reach:,.0f} evaluations: {ours} of what "
-        f"that spends here, {papers} of what it would spend at its own 5,000 images a candidate."
+        f"`{OURS}` is no worse than the published search's last winner after {reach:,.0f} evaluations"
+        f"{', with its very first trial, the list of OptimalSteps' if first else ''}: {ours} of what that spends here, "
+        f"{papers} of what it would spend at its own 5,000 images a candidate.{ahead(found, name, methods)}"
     )
+
+
+def ahead(found: Mapping[str, Any], name: str, methods: Mapping[str, Any]) -> str:
+    """Which methods are better than ours until which budget, once ours has a winner; "" where none is."""
+    ours, told = found["curves"][name][OURS], []
+    for method, entry in methods.items():
+        if method.startswith(OURS):
+            continue
+        curve = found["curves"][name].get(method) or [[entry["evaluations"], entry["held-out median"]]]
+        known = [(max(spent, ours[0][0]), value) for spent, value in curve]
+        better = [(spent, value) for spent, value in known if (at(ours, spent) or 0) > value]
+        if better:
+            when, least = min(better, key=lambda point: point[1])
+            until = next((spent for spent, value in ours if spent >= better[-1][0] and value <= least), None)
+            later = f"with {significant(least)} at {when:,.0f}" if until is None else f"until {until:,.0f}"
+            told.append(f"`{method}` {later}")
+    return f" Better than `{OURS}` on the way: {', '.join(told)}." if told else ""

@@ -45,7 +45,7 @@ import rival_live
 import rival_tables
 import torch
 from common import RESULTS, record
-from rival_curves import first_no_worse, held_out_curve, median, median_curve, stays_no_worse
+from rival_curves import first_no_worse, held_out_curve, median, median_curve, stays_no_worse, thinned
 from rival_live import LISTS, PROBLEMS, QUICK, Live
 from rival_picture import draw
 from rival_samplers import ADOPT, EA, IN_FULL, SAMPLERS, missing
@@ -194,7 +194,10 @@ def add_live(result: dict[str, Any], live: Live, runs: Mapping[str, Mapping[int,
         stays = median([stays_no_worse(curve, target) for curve in curves[ADOPT]])
         result["ratios"][live.name] = ratios(live, methods[EA]["evaluations"], reach, stays)
     result["live"][live.name] = methods
-    result["curves"][live.name] = {method: median_curve(found) for method, found in curves.items()}
+    result["curves"][live.name] = {
+        method: median_curve([thinned(curve, rival_live.DOUBLED) for curve in found])
+        for method, found in curves.items()
+    }
     result["finished"][live.name] = {
         method: f"{len(found)} of {len(live.seeds_of(method))} seeds" for method, found in runs.items()
     }

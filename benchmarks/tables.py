@@ -168,6 +168,14 @@ def facts() -> str:
         f"{prefix['candidates whose values differ in any bit']} differ in any bit; it saves "
         f"{', '.join(spared)} of the network evaluations of a search "
         "([prefix.json](../benchmarks/results/prefix.json)).",
+        *(
+            f"Race, `{name}`: of the best {study['best']} candidates of a search in full it stops "
+            f"{study['best stopped']}, for {study['evaluations']:.0f} % of the evaluations; rank correlation with the "
+            "last value "
+            f"{', '.join(f'{value:.2f} ({count} images)' for count, value in study['rank correlation'].items())} "
+            "([race.json](../benchmarks/results/race.json))."
+            for name, study in load("race")["studies"].items()
+        ),
         f"The same with each of {len(solvers)} solvers, over a walk of one-gene changes: "
         f"{sum(solver['differ'] for solver in solvers.values())} runs differ in any bit, and {min(saved):.0%} to "
         f"{max(saved):.0%} of the evaluations are saved "

@@ -177,7 +177,9 @@ def print_facts(summary: StudySummary) -> None:
     )
     extra = {"starts": "for the starts", "screen": "for the screen's teacher", "validation": "to validate finalists"}
     parts = [f"{calls[part]:,} {purpose}" for part, purpose in extra.items() if calls[part]]
-    spent = f" ({', '.join(parts)})" if parts else ""
+    if data["start_evaluations"]:
+        parts[0] += f": {', '.join(f'{name} {count:,}' for name, count in data['start_evaluations'].items())}"
+    spent = f" ({'; '.join(parts)})" if parts else ""
     say(f"network calls (an image each): {run:,} run{spent}, {saved:,} reused ({saved / max(run + saved, 1):.0%})")
     if summary.race is not None:
         say(summary.race.text())

@@ -25,15 +25,13 @@ class Teacher:
 
     ``timesteps``: the grid's points, strictly descending. ``states``, ``denoised``: float32 [points, n, C, H, W] on the
     CPU, the state at each point and the clean image predicted there. ``end``: float32 [n, C, H, W] on the CPU, where
-    the run ends. ``images``: uint8 [n, C, H, W], its images, as ``ImageSampler`` draws them. ``evaluations``: of the
-    network, counted by image.
+    the run ends. ``evaluations``: of the network, counted by image.
     """
 
     timesteps: tuple[int, ...]
     states: Tensor
     denoised: Tensor
     end: Tensor
-    images: Tensor
     evaluations: int
 
     @property
@@ -61,7 +59,7 @@ def run_teacher(sampler: ImageSampler, count: int, points: int = POINTS) -> Teac
     shape = (len(timesteps), count, *sampler.model.shape)
     states, denoised, end = torch.empty(shape), torch.empty(shape), torch.empty(shape[1:])
 
-    def run(first: int, last: int) -> Tensor:
+    def run(first: int, last: int) -> None:
         denoise, points = sampler.denoiser(sampler.sampling, first, last), iter(range(len(timesteps)))
 
         def recorded(x: Tensor, t: float) -> Tensor:
@@ -70,12 +68,11 @@ def run_teacher(sampler: ImageSampler, count: int, points: int = POINTS) -> Teac
             states[point, first:last], denoised[point, first:last] = x.cpu(), x0.cpu()
             return x0
 
-        x = ddim(recorded, sampler.noise(first, last), nodes)
-        end[first:last] = x.cpu()
-        return sampler.model.to_images(x)
+        end[first:last] = ddim(recorded, sampler.noise(first, last), nodes).cpu()
 
-    images = torch.cat(list(sampler.by_batch(run, 0, count)))
-    return Teacher(timesteps, states, denoised, end, images, len(timesteps) * count)
+    for _ in sampler.by_batch(run, 0, count):
+        pass
+    return Teacher(timesteps, states, denoised, end, len(timesteps) * count)
 
 
 def teacher_images(sampler: ImageSampler, count: int, timesteps: Sequence[float]) -> Tensor | None:

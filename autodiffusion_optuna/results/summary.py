@@ -306,10 +306,16 @@ class StudySummary:
         return {
             "run": int(self.total("run")) + sum(costs.values()) + validation,
             "saved": int(self.total("saved") + self.validation_total("saved")),
-            STARTS: sum(costs.values()) - screen,
+            STARTS: sum(self.start_evaluations.values()),
             SCREEN_TEACHER: screen,
             "validation": validation,
         }
+
+    @property
+    def start_evaluations(self) -> dict[str, int]:
+        """Network evaluations, counted by image, of each start that was computed, and of the teacher they come from."""
+        costs = self.attrs.get(START_COSTS, {})
+        return {name: cost for name, cost in costs.items() if name != SCREEN_TEACHER}
 
     @property
     def seconds(self) -> dict[str, float]:
@@ -383,6 +389,7 @@ class StudySummary:
             "ablation": [change.to_json() for change in self.ablation],
             "race": self.race and self.race.to_json(),
             "evaluations": self.evaluations,
+            "start_evaluations": self.start_evaluations,
             "seconds": {
                 **{phase: round(seconds, 3) for phase, seconds in self.seconds.items()},
                 "total": round(self.wall_seconds + self.validation_seconds + sum(self.start_seconds.values()), 3),

@@ -34,6 +34,7 @@ from autodiffusion_optuna.storage.attrs import (
     SCORE,
     SCREEN,
     SCREEN_TEACHER,
+    START_COSTS,
     START_SECONDS,
     rung_key,
     runtime_key,
@@ -43,6 +44,7 @@ from autodiffusion_optuna.storage.lease import Heartbeat, Lease, acquire, is_min
 from autodiffusion_optuna.storage.study_storage import StudyStorage
 from autodiffusion_optuna.storage.trials import count_finished
 from autodiffusion_optuna.study.components import StudyComponents, relative_cost
+from autodiffusion_optuna.study.starts import screen_costs
 
 _log = logging.getLogger("autodiffusion_optuna")
 
@@ -82,7 +84,7 @@ def work(
     search = components.config.search
     failures, idle, tell_seconds = 0, FIRST_WAIT, 0.0
     publish, ready = partial(propose, components, study), partial(_ready, components)
-    make_screen(components, study)
+    make_screen(components, study, storage)
     components.sampler.read(study)  # a long study is read before others have to wait for it
     with Heartbeat(storage, search.grace / BEATS) as heartbeat, _leaving(study, storage):
         while True:
@@ -113,16 +115,22 @@ def work(
                 on_trial()
 
 
-def make_screen(components: StudyComponents, study: optuna.Study) -> None:
+def make_screen(components: StudyComponents, study: optuna.Study, storage: StudyStorage) -> None:
     """Have the screen's teacher run before the first trial, whose seconds are none of its own.
 
-    Every worker does; the seconds that count are those of the first, as its evaluations do.
+    Every worker does, and adds what it took to what is counted; the first one's evaluations are there already.
     """
+    if not components.evaluator.screen_images or "screen" in vars(components.evaluator):
+        return  # none, or it has run
     started = time.perf_counter()
     _ = components.evaluator.screen
-    seconds = study.user_attrs.get(START_SECONDS, {})
-    if components.evaluator.screen_images and SCREEN_TEACHER not in seconds:
-        study.set_user_attr(START_SECONDS, {**seconds, SCREEN_TEACHER: time.perf_counter() - started})
+    took = time.perf_counter() - started
+    with storage.locked(study):
+        seconds, costs = (dict(study.user_attrs.get(name, {})) for name in (START_SECONDS, START_COSTS))
+        if SCREEN_TEACHER in seconds:
+            costs[SCREEN_TEACHER] = costs.get(SCREEN_TEACHER, 0) + screen_costs(components)[SCREEN_TEACHER]
+            study.set_user_attr(START_COSTS, costs)
+        study.set_user_attr(START_SECONDS, {**seconds, SCREEN_TEACHER: seconds.get(SCREEN_TEACHER, 0.0) + took})
 
 
 def propose(components: StudyComponents, study: optuna.Study, trial: optuna.Trial) -> None:

@@ -137,7 +137,7 @@ def screen_timesteps(space: SearchSpace, schedule: NoiseSchedule) -> Timesteps:
 def screen_costs(components: StudyComponents) -> dict[str, int]:
     """Network evaluations, counted by image, of the teacher that the screen compares with; empty without a screen.
 
-    Every worker runs it when it starts, and it is counted once.
+    Every worker runs it when it starts; each counts.
     """
     evaluator = components.evaluator
     return (

@@ -39,16 +39,18 @@ def test_a_screen_that_says_nothing_stops_nobody() -> None:
 def test_the_summary_counts_the_best_that_were_stopped(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(race, "BEST", 3)
     misjudged = searched([*GOOD, 50.0, 4.0], screen=[*GOOD, 50.0, 50.0])  # the best looks as bad as the worst
-    told = summary(misjudged, 128)
+    told = summary(misjudged, 128, 20)
     assert told["best stopped"] == 1
     assert told["stopped"] == {"8": 2, "64": 0}
-    assert told["evaluations"] == pytest.approx(100 * (8 * 128 + 2 * 8) / (10 * 128), abs=0.1)
+    assert told["evaluations"] == pytest.approx(100 * (20 + 8 * 128 + 2 * 8) / (10 * 128), abs=0.1)
 
 
 def test_a_search_in_full_has_every_value_of_every_candidate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(race, "RUNGS", (16, 24))
-    found, images = race.search_in_full("digits-4", tmp_path, 3, "score.images=32", "search.warm_starts=['uniform']")
-    assert images == 32
+    found, images, teacher = race.search_in_full(
+        "digits-4", tmp_path, 3, "score.images=32", "search.warm_starts=['uniform']"
+    )
+    assert (images, teacher) == (32, 16 * 8)
     assert [sorted(c.values) for c in found] == [[8, 16, 24, 32]] * 3
     assert all(len(c.by_image) == 8 and c.last == c.values[32] for c in found)
 

@@ -154,6 +154,18 @@ def test_the_parts_of_the_pages_say_what_was_found() -> None:
     assert "adopt" in rival_text.short({**found, "live": {}})  # before anything live is finished
 
 
+def test_who_is_better_on_the_way_is_said() -> None:
+    found = finished()
+    curves = found["curves"]["digits-4"]
+    curves["TPE"] = [[5, 20.0], [50, 8.0], [200, 7.5]]  # before ours has a winner; then better than 9, not than 6.5
+    curves["GP"] = [[50, 9.5], [900, 6.0]]
+    found["live"]["digits-4"]["dmn"] = {"evaluations": 0, "held-out median": 8.5}
+    methods = {name: found["live"]["digits-4"].get(name, {}) for name in (ADOPT, "TPE", "GP", "dmn")}
+    told = rival_text.ahead(found, "digits-4", methods)
+    assert told == " Better than `adopt` on the way: `TPE` until 100, `GP` with 6 at 900, `dmn` until 100."
+    assert rival_text.ahead(found, "digits-6", {ADOPT: {}, EA: {}}) == ""
+
+
 def test_the_picture_has_a_panel_a_problem_and_a_line_a_method() -> None:
     found = finished()
     found["curves"]["faces-6, solvers"] = {"adopt, ddim": [[1, 2.0]]}

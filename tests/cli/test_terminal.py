@@ -178,7 +178,7 @@ def test_calls_that_were_reused_and_stages_have_one_name_everywhere(adopt: Adopt
         assert ", stage timesteps, " in text
         assert not re.search(r"stage \d|evaluations saved|\d saved", text)
     assert re.search(
-        r"network calls \(an image each\): [\d,]+ run \([\d,]+ for the starts\), [\d,]+ reused \(\d+%\)", shown
+        r"network calls \(an image each\): [\d,]+ run \([\d,]+ for the starts: [^)]+\), [\d,]+ reused \(\d+%\)", shown
     )
     assert re.search(r"^ +0  timesteps +\d", shown, flags=re.MULTILINE)
     assert re.search(r", network calls reused \d+%, ", again)

@@ -138,7 +138,11 @@ def test_what_they_cost_is_part_of_the_total(folder: Path, adopt: Adopt) -> None
         "screen": 0,
         "validation": 0,
     }
-    assert f"({spent:,} for the starts)" in adopt("show", "--study", "quick", "--storage", URL).out
+    assert summary.to_json()["start_evaluations"] == costs
+    assert (
+        f"({spent:,} for the starts: teacher 200, oss 552, gits 0)"
+        in adopt("show", "--study", "quick", "--storage", URL).out
+    )
 
 
 def test_the_screens_teacher_has_a_name_of_its_own(folder: Path, adopt: Adopt) -> None:
@@ -152,7 +156,15 @@ def test_the_screens_teacher_has_a_name_of_its_own(folder: Path, adopt: Adopt) -
     assert (evaluations["starts"], evaluations["screen"]) == (752, 256)
     assert evaluations["run"] == read_summary(both).total("run") + 752 + 256
     shown = adopt("show", "--study", "quick", "--storage", "both.db").out
-    assert "(752 for the starts, 256 for the screen's teacher)" in shown
+    assert "(752 for the starts: teacher 200, oss 552, gits 0; 256 for the screen's teacher)" in shown
+
+
+def test_a_teacher_that_ran_again_is_counted_again(folder: Path) -> None:
+    first = read_summary(run(folder / "quick.toml", URL, "search.trials=2", *SCREENED))
+    second = read_summary(run(folder / "quick.toml", URL, "search.trials=3", *SCREENED))
+    assert (first.evaluations["screen"], second.evaluations["screen"]) == (256, 512)
+    assert second.start_seconds["screen"] > first.start_seconds["screen"] > 0
+    assert second.evaluations["starts"] == first.evaluations["starts"]
 
 
 def test_the_seconds_of_what_comes_first_are_part_of_the_total(folder: Path, adopt: Adopt) -> None:
@@ -167,7 +179,9 @@ def test_the_seconds_of_what_comes_first_are_part_of_the_total(folder: Path, ado
     shown = adopt("show", "--study", "quick", "--storage", URL).out
     assert f"starts {first['starts']:.1f}, screen {first['screen']:.1f}, total" in shown
     again = run(folder / "quick.toml", URL, "search.trials=3", *SCREENED)
-    assert again.user_attrs[START_SECONDS] == first  # as its evaluations, counted once
+    seconds = again.user_attrs[START_SECONDS]
+    assert seconds["starts"] == first["starts"]
+    assert seconds["screen"] > first["screen"]  # the teacher ran again
     unscreened = run(folder / "quick.toml", "sqlite:///none.db", "search.trials=2")
     assert unscreened.user_attrs[START_SECONDS].keys() == {"starts"}
 

@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -169,6 +170,12 @@ def _check(made: object, name: str) -> PluginModel:
             raise ModelError(
                 f"{name}: {field} is {first_line(ValueError(repr(getattr(made, field))))}; make it {wanted}"
             )
+    levels = np.stack([made.schedule.alphas, made.schedule.sigmas, made.schedule.model_times])
+    if not (np.isfinite(levels).all() and (levels[:2] > 0).all() and (np.diff(levels[1] / levels[0]) > 0).all()):
+        raise ModelError(
+            f"{name}: schedule has levels that no solver can use; make alphas and sigmas positive and finite, sigma / "
+            "alpha increasing (noise.zero_terminal_snr for a model without a signal at the end)"
+        )
     channels, height, width = shape
     return replace(made, shape=(channels, height, width))
 

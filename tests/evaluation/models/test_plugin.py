@@ -189,6 +189,24 @@ def test_models_that_do_not_fit_are_refused(network: str, rest: str, reason: str
     assert reason in refused()
 
 
+@pytest.mark.parametrize(
+    "levels",
+    [
+        "[1.0, 0.5, 0.0], [0.1, 0.8, 1.0]",  # no signal left
+        "[1.0, 0.9, 0.5], [0.0, 0.4, 0.8]",  # no noise at first
+        "[1.0, 0.5, 0.9], [0.1, 0.8, 0.4]",  # not in order
+        "[1.0, 0.9, float('nan')], [0.1, 0.4, 0.8]",
+    ],
+)
+def test_levels_that_no_solver_can_use_are_refused(levels: str) -> None:
+    schedule = f"NoiseSchedule(*np.array([{levels}, [0.0, 1.0, 2.0]]))"
+    write(
+        "import numpy as np\nfrom autodiffusion_optuna.noise import NoiseSchedule\n"
+        f"def make(device): return PluginModel(lambda x, t, c: x, (3, 8, 8), {schedule}, 'sample', '1')"
+    )
+    assert "mine:make: schedule has levels that no solver can use; make alphas and sigmas positive" in refused()
+
+
 def test_too_little_memory_is_left_to_the_evaluator() -> None:
     write("""
         def network(x, t, condition):
