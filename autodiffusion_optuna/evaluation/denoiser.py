@@ -41,7 +41,8 @@ class UnitDenoise(Protocol):
     ``branches``: where units reuse what an earlier evaluation gave, or are to keep it for a later one.
     """
 
-    def __call__(self, x: Tensor, t: float, modes: int, branches: Branches | None = None, /) -> Tensor: ...
+    def __call__(self, x: Tensor, t: float, modes: int, branches: Branches | None = None, /) -> Tensor:
+        """The images."""
 
 
 PREDICTIONS: dict[str, Callable[[float, float], tuple[float, float]]] = {

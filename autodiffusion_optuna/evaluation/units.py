@@ -8,7 +8,7 @@ evaluation to its shortcut of now.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -112,7 +112,36 @@ def _combined(operation: Callable[[Tensor, Tensor], Tensor], one: Any, other: An
     return tuple(_combined(operation, *parts) for parts in zip(one, other, strict=True))
 
 
-class _Switch:
+def sources(modes: Sequence[int], visits: Sequence[int]) -> dict[int, int]:
+    """Evaluations of a run in which a unit reuses its branch, and of each the evaluation that gave it.
+
+    That is the last step at which the unit ran; where a step has several evaluations, the one in the same place, or the
+    last. ``modes``: of the unit, at each step; ``visits``: the step of each evaluation, ascending. Where it has not run
+    before, it runs instead.
+    """
+    found: dict[int, int] = {}
+    ran: list[int] = []
+    for evaluation, step in enumerate(visits):
+        earlier = [other for other in ran if visits[other] < step]
+        if modes[step] == REUSE and earlier:
+            last = [other for other in earlier if visits[other] == visits[earlier[-1]]]
+            found[evaluation] = last[min(evaluation - visits.index(step), len(last) - 1)]
+        elif modes[step] != SKIP:
+            ran.append(evaluation)
+    return found
+
+
+def branch_of(output: Any, shortcut: Any) -> Any:
+    """What a unit's residual branch gave, from what it returned and would have returned without."""
+    return _combined(torch.sub, output, shortcut)
+
+
+def added_branch(shortcut: Any, branch: Any) -> Any:
+    """What a unit returns with another evaluation's branch."""
+    return _combined(torch.add, shortcut, branch)
+
+
+class Switch:
     """Stands in for a module's ``forward``: runs it, or what its mode asks for instead."""
 
     def __init__(self, forward: Forward, shortcut: Forward) -> None:
@@ -120,15 +149,17 @@ class _Switch:
         self.mode, self.compiled = RUN, False
         self.given: Iterator[Any] = iter(())
         self.kept: list[Any] | None = None
+        """Where branches go; None: they are not wanted."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """What the module returns in its mode."""
         if self.mode == SKIP:
             return self.shortcut(*args, **kwargs)
         if self.mode == REUSE:
-            return _combined(torch.add, self.shortcut(*args, **kwargs), next(self.given))
+            return added_branch(self.shortcut(*args, **kwargs), next(self.given))
         output = self.forward(*args, **kwargs)
         if self.kept is not None:
-            self.kept.append(_combined(torch.sub, output, self.shortcut(*args, **kwargs)))
+            self.kept.append(branch_of(output, self.shortcut(*args, **kwargs)))
         return output
 
 
@@ -137,7 +168,7 @@ class Units:
     """The units of one network in execution order. ``names``: module paths."""
 
     names: tuple[str, ...]
-    _switches: tuple[_Switch, ...]
+    switches: tuple[Switch, ...]
 
     def __len__(self) -> int:
         return len(self.names)
@@ -151,22 +182,22 @@ class Units:
         """
         branches = branches or Branches()
         self._check(modes, branches)
-        before = [(switch.mode, switch.given, switch.kept) for switch in self._switches]
-        for u, switch in enumerate(self._switches):
+        before = [(switch.mode, switch.given, switch.kept) for switch in self.switches]
+        for u, switch in enumerate(self.switches):
             switch.mode = modes >> 2 * u & 3
             switch.given = iter(branches.given.get(u, ()))
             switch.kept = branches.kept.setdefault(u, []) if u in branches.keep else None
         try:
             yield
         finally:
-            for switch, (mode, given, kept) in zip(self._switches, before, strict=True):
+            for switch, (mode, given, kept) in zip(self.switches, before, strict=True):
                 switch.mode, switch.given, switch.kept = mode, given, kept
 
     def _check(self, modes: int, branches: Branches) -> None:
         if modes < 0 or modes >> 2 * len(self):
             raise ModelError(
-                f"modes {modes:#x} name a unit that does not exist; this model has {len(self)} units, of two bits each, "
-                f"so modes lie in [0, {(1 << 2 * len(self)) - 1:#x}]"
+                f"modes {modes:#x} name a unit that does not exist; this model has {len(self)} units, two bits each; "
+                f"give modes in [0, {(1 << 2 * len(self)) - 1:#x}]"
             )
         for u, mode in unit_modes(modes).items():
             if mode not in (SKIP, REUSE):
@@ -187,7 +218,7 @@ def compile_units(units: Units, backend: str | Callable[..., Any] = "inductor") 
     ``backend``: of ``torch.compile``.
     """
     allow_graphs(len(units))
-    for switch in units._switches:
+    for switch in units.switches:
         if not switch.compiled:
             switch.forward = torch.compile(switch.forward, backend=backend, dynamic=False)
             switch.compiled = True
@@ -237,7 +268,7 @@ def release(network: nn.Module) -> None:
     """Undo ``find_units``: every module has the ``forward`` that it had."""
     for module in network.modules():
         switch = vars(module).get("forward")
-        if not isinstance(switch, _Switch):
+        if not isinstance(switch, Switch):
             continue
         if getattr(switch.forward, "__func__", None) is type(module).forward:
             del module.forward  # the class has its own
@@ -245,7 +276,7 @@ def release(network: nn.Module) -> None:
             module.forward = switch.forward
 
 
-def _switch(module: nn.Module, shortcut: Forward) -> _Switch:
-    if not isinstance(module.forward, _Switch):
-        module.forward = _Switch(module.forward, shortcut)
+def _switch(module: nn.Module, shortcut: Forward) -> Switch:
+    if not isinstance(module.forward, Switch):
+        module.forward = Switch(module.forward, shortcut)
     return module.forward

@@ -69,8 +69,9 @@ def cheapest_cost(space: SearchSpace, settings: Mapping[str, Value], limit: int)
 
 def least_cost(space: SearchSpace, steps: int, settings: Mapping[str, Value], limit: int) -> float:
     """The same of so many steps; where nothing can be skipped, the first of them has nothing to reuse."""
-    visits, most = [count for count in _visits_by_step(space, steps, settings) if count], most_saved(space, limit)
-    return sum(visits) * (1.0 - most) + (0.0 if space.skips else visits[0] * most)
+    visits, most = space.visits(steps, settings), most_saved(space, limit)
+    first = 0 if space.skips else sum(step == visits[0] for step in visits)
+    return len(visits) * (1.0 - most) + first * most
 
 
 def most_saved(space: SearchSpace, limit: int) -> float:
@@ -138,7 +139,8 @@ def _trimmed(modes: int, limit: int, rng: Generator | None) -> int:
     if rng is not None:
         kept = [int(u) for u in rng.choice(units, limit, replace=False)]
     else:
-        kept = [units[(modes + j * len(units) // limit) % len(units)] for j in range(limit)]
+        start = sum(1 << u for u in units)
+        kept = [units[(start + j * len(units) // limit) % len(units)] for j in range(limit)]
     return sum(given[u] << 2 * u for u in kept)
 
 

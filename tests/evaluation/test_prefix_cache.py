@@ -8,12 +8,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from skip_masks import skips
 from torch import Tensor, nn
 
 from autodiffusion_optuna.candidate import Candidate
 from autodiffusion_optuna.evaluation.denoiser import UNCONDITIONAL, Condition, Denoiser
 from autodiffusion_optuna.evaluation.prefix_cache import NfeCounter, PrefixCache, cached_denoise
-from autodiffusion_optuna.evaluation.units import find_units
 from autodiffusion_optuna.evaluation.solvers import (
     CAPPED,
     SOLVERS,
@@ -23,6 +23,7 @@ from autodiffusion_optuna.evaluation.solvers import (
     query_steps,
     times,
 )
+from autodiffusion_optuna.evaluation.units import find_units
 from autodiffusion_optuna.noise import Final, linear
 
 SCHEDULE = linear()
@@ -61,14 +62,14 @@ def mutated(candidate: Candidate, rng: random.Random, units: int) -> Candidate:
     i = rng.randrange(len(pairs))
     t, skip = pairs[i]
     if rng.random() < 0.5:
-        pairs[i] = (t, skip ^ 1 << rng.randrange(units))
+        pairs[i] = (t, skip ^ 1 << 2 * rng.randrange(units))
     else:
         pairs[i] = (rng.choice(sorted(set(range(1000)) - set(candidate.timesteps))), skip)
     return Candidate.from_pairs(pairs)
 
 
 def queries_of(candidate: Candidate, solver: str, final: Final) -> list[tuple[float, int]]:
-    """(time, skip set) of every query of a run."""
+    """(time, modes) of every query of a run."""
     asked: list[float] = []
 
     def record(x: Tensor, t: float) -> Tensor:
@@ -77,7 +78,7 @@ def queries_of(candidate: Candidate, solver: str, final: Final) -> list[tuple[fl
 
     SOLVERS[solver](record, X, times(SCHEDULE, candidate.timesteps, final))
     steps = query_steps(solver, candidate.steps, final)
-    return [(t, candidate.skips[step]) for t, step in zip(asked, steps, strict=True)]
+    return [(t, candidate.modes[step]) for t, step in zip(asked, steps, strict=True)]
 
 
 def shared_queries(a: Candidate, b: Candidate, solver: str, final: Final) -> int:
@@ -91,7 +92,7 @@ def shared_queries(a: Candidate, b: Candidate, solver: str, final: Final) -> int
 def test_caching_changes_no_bit_and_counts_right(denoiser: Denoiser, solver: str, final: Final) -> None:
     assert denoiser.units
     rng = random.Random(solver + final)
-    parent = Candidate((940, 720, 430, 211, 30), tuple(rng.getrandbits(12) for _ in range(5)))
+    parent = Candidate((940, 720, 430, 211, 30), tuple(skips(rng.getrandbits(12)) for _ in range(5)))
     asked = len(query_steps(solver, parent.steps, final))
     children = [mutated(parent, rng, len(denoiser.units)) for _ in range(5)]
     for child in children:
@@ -147,7 +148,7 @@ def test_one_small_cache_serves_all(denoiser: Denoiser, solver: str) -> None:
 @pytest.mark.parametrize(("solver", "queries"), [("ddim", 3), ("heun", 6), ("plms", 4), ("dpmpp_2s_mid", 6)])
 def test_the_same_run_again_asks_for_its_last_evaluation_alone(denoiser: Denoiser, solver: str, queries: int) -> None:
     cache, counter = PrefixCache(1 << 20), NfeCounter()
-    candidate = Candidate((900, 500, 100), (0, 3, 5))
+    candidate = Candidate((900, 500, 100), (0, 5, 17))
     first = run(denoiser, solver, "sigma_min", candidate, cache, counter)
     again = run(denoiser, solver, "sigma_min", candidate, cache, counter)
     assert torch.equal(first, again)
@@ -170,7 +171,7 @@ def test_the_last_query_of_one_run_is_cached_as_an_inner_one_of_another() -> Non
     assert len(cache) == 1
 
 
-def test_other_skip_sets_and_other_roots_do_not_hit() -> None:
+def test_other_modes_and_other_roots_do_not_hit() -> None:
     calls: list[tuple[float, int]] = []
 
     def denoise(x: Tensor, t: float, skip: int) -> Tensor:
@@ -178,17 +179,17 @@ def test_other_skip_sets_and_other_roots_do_not_hit() -> None:
         return x + skip
 
     cache = PrefixCache(1 << 20)
-    for root, skips in (("a", (0, 0)), ("a", (1, 0)), ("a", (1, 2)), ("b", (0, 0))):
+    for root, modes in (("a", (0, 0)), ("a", (1, 0)), ("a", (1, 4)), ("b", (0, 0))):
         SOLVERS["ddim"](
-            cached_denoise(denoise, Candidate((50, 20), skips), cache, root, NfeCounter()),
+            cached_denoise(denoise, Candidate((50, 20), modes), cache, root, NfeCounter()),
             X,
             times(SCHEDULE, (50, 20), "zero"),
         )
     # The second skip set alone differs in the third run, so its first query is cached.
-    assert calls == [(50, 0), (20, 0), (50, 1), (20, 0), (20, 2), (50, 0), (20, 0)]
+    assert calls == [(50, 0), (20, 0), (50, 1), (20, 0), (20, 4), (50, 0), (20, 0)]
 
 
-def test_a_query_off_the_list_takes_the_last_skip_set() -> None:
+def test_a_query_off_the_list_takes_the_last_modes() -> None:
     asked: list[tuple[float, int]] = []
 
     def denoise(x: Tensor, t: float, skip: int) -> Tensor:
@@ -196,8 +197,8 @@ def test_a_query_off_the_list_takes_the_last_skip_set() -> None:
         return x
 
     nodes = times(SCHEDULE, (50, 20), "sigma_min")
-    SOLVERS["heun"](cached_denoise(denoise, Candidate((50, 20), (1, 2)), None, (), NfeCounter()), X, nodes)
-    assert asked == [(50, 1), (20, 2), (20, 2), (0, 2)]
+    SOLVERS["heun"](cached_denoise(denoise, Candidate((50, 20), (1, 4)), None, (), NfeCounter()), X, nodes)
+    assert asked == [(50, 1), (20, 4), (20, 4), (0, 4)]
 
 
 @settings(deadline=None)

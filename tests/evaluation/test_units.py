@@ -8,12 +8,14 @@ from typing import Any
 
 import pytest
 import torch
+from skip_masks import skips
 from tiny_models import kinds_of
 from tiny_pipelines import flux_transformer, sd3_transformer, sd_unet, sdxl_unet
 from torch import Tensor, nn
 
+from autodiffusion_optuna.candidate import RUN, SKIP, packed
 from autodiffusion_optuna.errors import ModelError
-from autodiffusion_optuna.evaluation.units import GRAPHS_A_UNIT, SHORTCUTS, Units, compile_units, find_units, skipping
+from autodiffusion_optuna.evaluation.units import GRAPHS_A_UNIT, SHORTCUTS, Units, compile_units, find_units
 
 X = torch.randn(2, 1, 8, 8, generator=torch.Generator().manual_seed(0))
 
@@ -42,7 +44,7 @@ def test_nothing_skipped_is_bit_equal(unet: nn.Module) -> None:
     plain = forward(unet)
     units = units_of(unet)
     assert torch.equal(forward(unet), plain)
-    with skipping(units, (1 << len(units)) - 1):
+    with units.in_modes(skips((1 << len(units)) - 1)):
         assert not torch.equal(forward(unet), plain)
     assert torch.equal(forward(unet), plain)
 
@@ -53,7 +55,7 @@ def test_each_unit_alone_equals_zeroing_its_residual_branch(unet: nn.Module) -> 
     plain = forward(unet)
     for u, name in enumerate(units.names):
         expected = forward(without_residual_branch(untouched, name))
-        with skipping(units, 1 << u):
+        with units.in_modes(skips(1 << u)):
             skipped = forward(unet)
         assert (skipped - expected).norm() / expected.norm() < 2e-6
         assert (skipped - plain).norm() / plain.norm() > 1e-4
@@ -64,7 +66,7 @@ def test_a_set_of_units_equals_zeroing_all_their_branches(unet: nn.Module) -> No
     units = units_of(unet)
     for name in units.names[::2]:
         zeroed = without_residual_branch(zeroed, name)
-    with skipping(units, sum(1 << u for u in range(0, len(units), 2))):
+    with units.in_modes(packed(skips=range(0, len(units), 2))):
         skipped = forward(unet)
     assert (skipped - forward(zeroed)).norm() / skipped.norm() < 2e-6
 
@@ -115,27 +117,40 @@ def test_blocks_that_are_never_reached_are_no_units(make_unet: Callable[..., nn.
 def test_wrapping_twice_does_not_stack(unet: nn.Module) -> None:
     first, second = units_of(unet), units_of(unet)
     assert first.names == second.names
-    first.apply(0b11)
-    assert second.mask == 0b11
+    with first.in_modes(skips(0b11)):
+        assert torch.equal(forward(unet), forward(unet))
+        assert [switch.mode for switch in second.switches[:3]] == [SKIP, SKIP, RUN]
     switch = vars(unet.get_submodule(first.names[0]))["forward"]
     assert not isinstance(switch.forward, type(switch))
 
 
 def test_skipping_restores_what_was_skipped_before(unet: nn.Module) -> None:
     units = units_of(unet)
-    units.apply(0b100)
-    with skipping(units, 0b011):
-        assert units.mask == 0b011
-    with pytest.raises(KeyError), skipping(units, 0):
-        raise KeyError
-    assert units.mask == 0b100
+    with units.in_modes(skips(0b100)):
+        outer = forward(unet)
+        with units.in_modes(skips(0b011)):
+            assert not torch.equal(forward(unet), outer)
+        with pytest.raises(KeyError), units.in_modes(0):
+            raise KeyError
+        assert torch.equal(forward(unet), outer)
 
 
-@pytest.mark.parametrize("mask", [-1, 1 << 12])
-def test_sets_beyond_the_units_are_refused(mask: int, make_unet: Callable[..., nn.Module]) -> None:
+@pytest.mark.parametrize("modes", [-1, 1 << 24])
+def test_modes_beyond_the_units_are_refused(modes: int, make_unet: Callable[..., nn.Module]) -> None:
     units = units_of(make_unet())
-    with pytest.raises(ModelError, match=r"has 12 units, so sets lie in \[0, 0xfff\]"):
-        units.apply(mask)
+    with (
+        pytest.raises(ModelError, match=r"has 12 units, two bits each; give modes in \[0, 0xffffff\]"),
+        units.in_modes(modes),
+    ):
+        pass
+
+
+def test_modes_that_say_two_things_or_have_nothing_to_reuse_are_refused(unet: nn.Module) -> None:
+    units = units_of(unet)
+    with pytest.raises(ModelError, match=r"'down_blocks\.0\.resnets\.0' skipped and reused"), units.in_modes(0b11):
+        pass
+    with pytest.raises(ModelError, match=r"' is to reuse its branch, and no earlier"), units.in_modes(0b1000):
+        pass
 
 
 def dit() -> Any:
@@ -258,12 +273,12 @@ def test_each_unit_of_a_transformer_alone_equals_zeroing_its_branch(name: str) -
     assert Counter(kinds) == KINDS[name]
     assert torch.equal(output(network, **inputs), plain)
     for u, (unit, kind) in enumerate(zip(units.names, kinds, strict=True)):
-        with skipping(units, 1 << u):
+        with units.in_modes(skips(1 << u)):
             skipped = output(network, **inputs)
         expected = output(with_zeroed_ends(untouched, unit, kind), **inputs)
         assert (skipped - expected).norm() / expected.norm() < 2e-6, unit
         assert not torch.equal(skipped, plain), unit
-    with skipping(units, (1 << len(units)) - 1):
+    with units.in_modes(skips((1 << len(units)) - 1)):
         assert output(network, **inputs).isfinite().all()
     assert torch.equal(output(network, **inputs), plain)
 
@@ -273,23 +288,23 @@ def test_a_skipped_transformer_answers_as_it_is_asked() -> None:
     units = find_units(network, lambda: output(network, **arguments(network)))
     block = network.get_submodule("down_blocks.0.attentions.0")
     x, text = tensor(1, 16, 8, 8), tensor(1, 5, 32)
-    units.apply((1 << len(units)) - 1)
-    assert block(x, encoder_hidden_states=text).sample is x
-    assert block(x, encoder_hidden_states=text, return_dict=False) == (x,)
+    with units.in_modes(skips((1 << len(units)) - 1)):
+        assert block(x, encoder_hidden_states=text).sample is x
+        assert block(x, encoder_hidden_states=text, return_dict=False) == (x,)
 
 
 def test_blocks_over_two_sequences_return_them_in_the_order_of_the_network() -> None:
     network = sd3_transformer()
     inputs = arguments(network)
     units = find_units(network, lambda: output(network, **inputs))
-    with skipping(units, 0b010):
+    with units.in_modes(skips(0b010)):
         skipped = output(network, **inputs)
     assert torch.equal(skipped, output(network, **inputs, skip_layers=[1]))
     image, text = tensor(1, 16, 32), tensor(1, 5, 32)
-    units.apply(0b111)
     first, last = network.transformer_blocks[0], network.transformer_blocks[2]
-    assert first(image, text, None) == (text, image)
-    assert last(hidden_states=image, encoder_hidden_states=text, temb=None) == (None, image)
+    with units.in_modes(skips(0b111)):
+        assert first(image, text, None) == (text, image)
+        assert last(hidden_states=image, encoder_hidden_states=text, temb=None) == (None, image)
 
 
 RELEASED: dict[str, tuple[str, dict[str, Any], int, dict[str, int]]] = {
@@ -378,14 +393,14 @@ def test_masks_never_compile_anything_again(name: str, backend: CountingBackend)
     masks = [0, (1 << len(units)) - 2, *(chance.getrandbits(len(units)) for _ in range(10))]
     plain = []
     for mask in masks:
-        with skipping(units, mask):
+        with units.in_modes(skips(mask)):
             plain.append(output(network, **inputs))
     compile_units(units, backend)
     compile_units(units, backend)
     compiled = []
     for i, mask in enumerate(masks):
         before = len(backend.graphs)
-        with skipping(units, mask):
+        with units.in_modes(skips(mask)):
             compiled.append(output(network, **inputs))
         assert i < 2 or len(backend.graphs) == before, f"mask {mask:#x} was compiled for"
     print(f"{name}: {len(units)} units, {len(backend.graphs)} graphs")

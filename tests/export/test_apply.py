@@ -342,8 +342,11 @@ def test_pipelines_of_another_kind_are_refused_and_left_alone(tmp_path: Path) ->
         (example(model={"prediction": "v_prediction"}), "predicts v_prediction, the pipeline's scheduler says epsilon"),
         (example(linear(1000, 1e-4, 0.01)), "another noise schedule"),
         (example(linear(4000)), "another noise schedule"),
-        (example(skips=(("mid.9",), (), ())), r"skips 'mid\.9', and the pipeline's UNet2DModel has no such layer"),
-        (example(skips=(("conv_in",), (), ())), "skips 'conv_in'"),
+        (
+            example(skips=(("mid.9",), (), ())),
+            r"skips or reuses 'mid\.9', and the pipeline's UNet2DModel has no such layer",
+        ),
+        (example(skips=(("conv_in",), (), ())), "skips or reuses 'conv_in'"),
         (example(solver="plms"), "no scheduler that takes the steps of plms"),
     ]
     for result, message in refused:

@@ -33,6 +33,7 @@ def full() -> Result:
         guidance=7.5,
         timesteps=(999, 631, 77),
         skips=(("down.0",), (), ("up.1", "down.0")),
+        reuses=((), ("up.1",), ()),
         cost=2.9 / 3,
         score=ScorePart(
             metric="FID",
@@ -79,7 +80,7 @@ def test_a_result_is_a_candidate_of_any_model_with_its_layers() -> None:
     result = full()
     assert result.candidate(("down.0", "mid", "up.1")) == Candidate((999, 631, 77), (0b001, 0, 0b101))
     assert result.candidate(("up.1", "down.0"), T=1000) == Candidate((999, 631, 77), (0b10, 0, 0b11))
-    with pytest.raises(ConfigError, match=r"skips 'up\.1', and the model has no such layer"):
+    with pytest.raises(ConfigError, match=r"skips or reuses 'up\.1', and the model has no such layer"):
         result.candidate(("down.0", "mid"))
     with pytest.raises(ConfigError, match="indexes 1000 timesteps and the model has 4000"):
         result.candidate(("down.0", "up.1"), T=4000)

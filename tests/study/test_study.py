@@ -359,7 +359,7 @@ def check_json(data: dict[str, Any]) -> None:
     assert (data["finished"], data["budget"]) == (26, 26)
     assert list(data["best"]) == [
         "trial", "timesteps", "settings", "value", "images", "bank", "held_out", "difference",
-        "validation", "skips", "variance_ratio", "cost",
+        "validation", "skips", "reuses", "variance_ratio", "cost",
     ]  # fmt: skip
     assert {(baseline["images"], baseline["bank"]) for baseline in data["baselines"]} == {(64, 0)}
     assert list(data["best"]["held_out"]) == ["mean", "low", "high", "images", "banks"]

@@ -86,8 +86,8 @@ class Model:
     ``fingerprint``: sha256 in hexadecimal over weights and configs; the same wherever the files lie, and
     without device, precision and clip. ``shape``: (C, H, W) of a state. ``denoiser``: (x, t, modes) -> x0, of a
     conditional model a ``Denoiser`` that also takes conditions.
-    ``units``: names of the units that can be skipped or reused, in execution order. ``reference``: statistics of the data the
-    model was trained on, for an extractor; None where the model ships with none.
+    ``units``: names of the units that can be skipped or reused, in execution order. ``reference``: statistics of the
+    data the model was trained on, for an extractor; None where the model ships with none.
     ``conditions``: None where the model is unconditional. ``guidance``: how a scale acts; ``scale``: the model's own,
     used where the study sets none. ``decode``: float32 [B, C, H, W] states -> images in [-1, 1], None where states are
     images; ``encode``: the way back, None where it is not known. ``image_shape``: (C, H, W) of an image, None for the
