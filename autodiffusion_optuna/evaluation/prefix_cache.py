@@ -142,6 +142,9 @@ class _Run:
             self.counter.saved += len(x)
             return x0
         x0 = self._run(query)
+        for earlier in self.asked:  # what neither this step, which may ask again, nor a later one reuses goes
+            last = self.wanted[earlier.step]
+            earlier.kept = {unit: branch for unit, branch in earlier.kept.items() if last[unit] >= step}
         if self.prefix_cache is not None and len(self.asked) != self.queries:
             self.prefix_cache.put(self.path, x0)
         return x0
@@ -159,9 +162,6 @@ class _Run:
         x0 = self.denoiser(query.x, query.t, modes, branches) if used else self.denoiser(query.x, query.t, modes)
         self.counter.run += len(query.x)
         query.kept = branches.kept
-        for earlier in self.asked:  # that no later step reuses
-            last = self.wanted[earlier.step]
-            earlier.kept = {u: branch for u, branch in earlier.kept.items() if last[u] >= self.asked[-1].step}
         return x0
 
     def _source(self, query: _Query, unit: int) -> _Query:

@@ -13,9 +13,19 @@ from tiny_models import kinds_of
 from tiny_pipelines import flux_transformer, sd3_transformer, sd_unet, sdxl_unet
 from torch import Tensor, nn
 
-from autodiffusion_optuna.candidate import RUN, SKIP, packed
+from autodiffusion_optuna.candidate import REUSE, RUN, SKIP, packed
 from autodiffusion_optuna.errors import ModelError
-from autodiffusion_optuna.evaluation.units import GRAPHS_A_UNIT, SHORTCUTS, Units, compile_units, find_units
+from autodiffusion_optuna.evaluation.units import (
+    GRAPHS_A_UNIT,
+    SHORTCUTS,
+    Branches,
+    Units,
+    branch_bytes,
+    compile_units,
+    find_shortcut,
+    find_units,
+    sources,
+)
 
 X = torch.randn(2, 1, 8, 8, generator=torch.Generator().manual_seed(0))
 
@@ -281,6 +291,73 @@ def test_each_unit_of_a_transformer_alone_equals_zeroing_its_branch(name: str) -
     with units.in_modes(skips((1 << len(units)) - 1)):
         assert output(network, **inputs).isfinite().all()
     assert torch.equal(output(network, **inputs), plain)
+
+
+@pytest.mark.parametrize("name", sorted(NETWORKS))
+def test_each_unit_of_a_transformer_reuses_the_branch_that_it_gave(name: str) -> None:
+    network = NETWORKS[name]()
+    inputs = arguments(network)
+    units = find_units(network, lambda: output(network, **inputs))
+    first = "sample" if "sample" in inputs else "hidden_states"
+    others = {**inputs, first: 0.5 * inputs[first]}
+    plain, everything = output(network, **others), Branches(keep=frozenset(range(len(units))))
+    with units.in_modes(0, everything):
+        assert torch.equal(output(network, **others), plain), "keeping branches changes what the network returns"
+    with units.in_modes(0, earlier := Branches(keep=everything.keep)):
+        output(network, **inputs)
+    assert sum(map(branch_bytes, earlier.kept.values())) == sum(map(branch_bytes, everything.kept.values())) > 0
+    for u, unit in enumerate(units.names):
+        with units.in_modes(REUSE << 2 * u, Branches(everything.kept)):
+            torch.testing.assert_close(output(network, **others), plain, rtol=1e-4, atol=1e-5)  # its own branch
+        with units.in_modes(REUSE << 2 * u, Branches(earlier.kept)):
+            reused = output(network, **others)
+        with units.in_modes(SKIP << 2 * u):
+            skipped = output(network, **others)
+        assert not torch.allclose(reused, plain, atol=1e-6), unit
+        assert not torch.allclose(reused, skipped, atol=1e-6), unit
+
+
+def test_a_resnet_that_reuses_adds_what_it_added_then(unet: nn.Module) -> None:
+    units = units_of(unet)
+    block: Any = unet.get_submodule("mid_block.resnets.0")
+    u, channels = units.names.index("mid_block.resnets.0"), block.conv1.in_channels
+    one, other = torch.randn(2, 1, channels, 4, 4, generator=torch.Generator().manual_seed(0))
+    time = torch.ones(1, block.time_emb_proj.in_features)
+    shortcut = find_shortcut(block)
+    assert shortcut is not None
+    with units.in_modes(0, branches := Branches(keep=frozenset([u]))):
+        gave = block(one, time)
+    with units.in_modes(REUSE << 2 * u, Branches(branches.kept)):
+        torch.testing.assert_close(block(other, time), shortcut(other) + (gave - shortcut(one)))
+
+
+def test_a_unit_that_is_called_twice_keeps_a_branch_of_each_call(unet: nn.Module) -> None:
+    units = units_of(unet)
+    block: Any = unet.get_submodule("mid_block.resnets.0")
+    u, channels = units.names.index("mid_block.resnets.0"), block.conv1.in_channels
+    halves = torch.randn(2, 1, channels, 4, 4, generator=torch.Generator().manual_seed(0))
+    time = torch.ones(1, block.time_emb_proj.in_features)
+    with units.in_modes(0, branches := Branches(keep=frozenset([u]))):
+        gave = [block(half, time) for half in halves]
+    with units.in_modes(REUSE << 2 * u, Branches(branches.kept)):
+        for half, expected in zip(halves, gave, strict=True):
+            torch.testing.assert_close(block(half, time), expected)
+
+
+@pytest.mark.parametrize(
+    ("modes", "visits", "found"),
+    [
+        ([RUN, REUSE, REUSE, RUN, REUSE], [0, 1, 2, 3, 4], {1: 0, 2: 0, 4: 3}),
+        ([RUN, SKIP, REUSE], [0, 1, 2], {2: 0}),  # what is skipped gives nothing
+        ([REUSE, REUSE, SKIP], [0, 1, 2], {1: 0}),  # at first there is nothing to reuse
+        ([RUN, REUSE, RUN, REUSE], [0, 1, 1, 2, 2, 3, 3], {1: 0, 2: 0, 5: 3, 6: 4}),  # Heun: by place in the step
+        ([RUN, REUSE], [0, 0, 1], {2: 0}),
+    ],
+)
+def test_a_branch_comes_from_the_last_step_at_which_the_unit_ran(
+    modes: list[int], visits: list[int], found: dict[int, int]
+) -> None:
+    assert sources(modes, visits) == found
 
 
 def test_a_skipped_transformer_answers_as_it_is_asked() -> None:

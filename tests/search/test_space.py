@@ -221,7 +221,8 @@ def test_suggest_works_with_foreign_samplers(name: str) -> None:
 
 def test_codec_names_what_must_not_change() -> None:
     assert SPACES["range"].codec() == {
-        "codec": 2, "T": 1000, "steps": [3, 8], "min_gap": 5, "units": [], "modes": ["skip"], "chunk": 32, "choices": {}, "ranges": {},
+        "codec": 2, "T": 1000, "steps": [3, 8], "min_gap": 5, "units": [], "modes": ["skip"], "chunk": 32,
+        "choices": {}, "ranges": {},
     }  # fmt: skip
 
 
