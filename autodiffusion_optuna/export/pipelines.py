@@ -92,6 +92,7 @@ def apply(
     _check_noise(before, result)
     recipe, run = find_recipe(result), _Run(weakref.ref(pipe), result)
     layers = _layers(network, result, run) if masks and result.masked else []
+    run.layers = [layer for _, layer in layers]
     native = not recipe.scales or type(pipe).__name__ in SCALING
     if check:
         _check_steps(before, recipe, result, native, network)
@@ -105,6 +106,7 @@ def apply(
         allow_graphs(len(layers))
     forwards = [(module, vars(module).get("forward")) for module, _ in layers]
     for module, layer in layers:
+        layer.forward = module.forward
         module.forward = _outside(layer)
     pipe.scheduler = run.scheduler  # type: ignore[attr-defined]
     setattr(pipe, APPLIED, _Applied(before, run.scheduler, forwards))
@@ -221,7 +223,7 @@ def _other_model(pipe: object, network: Any, result: Result) -> str:
 
 
 def _layers(network: Any, result: Result, run: _Run) -> list[tuple[nn.Module, _Layer]]:
-    """Each module that does not always run, and what stands in for its ``forward`` (ConfigError)."""
+    """Each module that does not always run, and what is to stand in for its ``forward`` (ConfigError)."""
     from autodiffusion_optuna.evaluation.solvers import query_steps
     from autodiffusion_optuna.evaluation.units import find_shortcut, sources
 
@@ -238,7 +240,7 @@ def _layers(network: Any, result: Result, run: _Run) -> list[tuple[nn.Module, _L
                 "apply it to the same model, or with masks=False"
             )
         skipped = frozenset(i for i, step in enumerate(visits) if name in result.skips[step])
-        found.append((module, _Layer(module.forward, shortcut, run, skipped, sources(result.modes_of(name), visits))))
+        found.append((module, _Layer(shortcut, run, skipped, sources(result.modes_of(name), visits))))
     return found
 
 
@@ -251,11 +253,11 @@ class _Layer:
     each half of the guidance.
     """
 
-    forward: Forward
     shortcut: Forward
     run: _Run
     skipped: frozenset[int]
     sources: dict[int, int]
+    forward: Forward | None = None
     kept: dict[int, list[Any]] = field(default_factory=dict)
     now: tuple[int, int] = (0, -1)
     calls: int = 0
@@ -274,6 +276,7 @@ class _Layer:
             return self.shortcut(*args, **kwargs)
         if evaluation in self.sources:
             return added_branch(self.shortcut(*args, **kwargs), self.kept[self.sources[evaluation]][call])
+        assert self.forward is not None
         output = self.forward(*args, **kwargs)
         if evaluation in self.sources.values():
             self.kept.setdefault(evaluation, []).append(branch_of(output, self.shortcut(*args, **kwargs)))
@@ -297,6 +300,7 @@ class _Run:
     scheduler: Any = None
     begun: int = 0  # runs
     evaluation: int = -1  # network evaluations finished in it; -1 outside of one
+    layers: list[_Layer] = field(default_factory=list)
     warned: set[str] = field(default_factory=set)
 
     def begin(self, steps: int | None, timesteps: Any, sigmas: Any) -> None:
@@ -315,6 +319,11 @@ class _Run:
         if wanted is not None and scale is not None and not math.isclose(scale, wanted):
             found = f"guidance_scale={scale:g} is not the one that {self.result} was found with"
             self.warn("guidance", f"{found}; pass guidance_scale={wanted:g}")
+
+    def let_go(self) -> None:
+        """Keep no branches: the run has ended."""
+        for layer in self.layers:
+            layer.kept = {}
 
     def warn_ignored(self, name: str, given: str, right: str) -> None:
         self.warn(
@@ -384,6 +393,8 @@ def _configured(before: Any, recipe: Recipe, run: _Run, native: bool) -> Any:
     def step(model_output: Any, timestep: object, sample: Any, *args: object, **kwargs: object) -> Any:
         here = run.evaluation
         run.evaluation += 1
+        if run.evaluation == len(scheduler.timesteps):
+            run.let_go()
         if recipe.euler_last and here == recipe.steps - 1:
             scheduler.lower_order_nums = 0
         output = model_output[:, : sample.shape[1]]  # without a learned variance
