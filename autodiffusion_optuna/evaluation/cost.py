@@ -62,10 +62,10 @@ def unit_latency(evaluate: Callable[[int], object], units: int, device: torch.de
     saved = [max(statistics.median(1 - r[1 + i] / r[0] for r in rounds), 0.0) for i in range(2 * units)]
     skip, reuse = saved[:units], saved[units:]
     full = statistics.median(r[0] for r in rounds)
-    whole = max(sum(skip), 1.0)  # noise can add up to more than the network takes
-    # Noise can also have a unit save more by being reused, which is skipping it and something more.
-    reuse = [min(pair) for pair in zip(skip, reuse, strict=True)]
-    return UnitCosts(full, tuple(share / whole for share in skip), tuple(share / whole for share in reuse))
+    # Reusing a unit is skipping it and something more: where noise has it save more, both take the mean of the two.
+    pairs = [(s, r) if r <= s else ((s + r) / 2,) * 2 for s, r in zip(skip, reuse, strict=True)]
+    whole = max(sum(s for s, _ in pairs), 1.0)  # noise can add up to more than the network takes
+    return UnitCosts(full, tuple(s / whole for s, _ in pairs), tuple(r / whole for _, r in pairs))
 
 
 def seconds(evaluate: Callable[[int], object], modes: int, device: torch.device) -> float:

@@ -354,7 +354,7 @@ def check_json(data: dict[str, Any]) -> None:
     assert list(data) == [
         "study", "finished", "budget", "generation", "stage", "solver", "metric", "extractor", "images", "bank", "seed",
         "reference_images", "warnings", "headline", "best", "validation", "baselines", "floors", "best_by_setting",
-        "ablation", "race", "evaluations", "seconds",
+        "ablation", "race", "evaluations", "start_evaluations", "seconds",
     ]  # fmt: skip
     assert (data["finished"], data["budget"]) == (26, 26)
     assert list(data["best"]) == [

@@ -160,13 +160,13 @@ class Model:
 
         t, units = self.schedule.T // 2, len(self.units)
         latest = Branches(keep=frozenset(range(units)))
-        if kind == "latency" and units:
-            denoise(x, t, 0, latest)
 
         def evaluate(modes: int) -> Tensor:
             return denoise(x, t, modes, Branches(latest.kept)) if modes else denoise(x, t, 0)
 
         try:
+            if kind == "latency" and units:
+                denoise(x, t, 0, latest)
             return unit_macs(evaluate, units) if kind == "macs" else unit_latency(evaluate, units, self.device)
         except torch.OutOfMemoryError:
             if batch == 1:
