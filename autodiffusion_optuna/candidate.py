@@ -16,30 +16,40 @@ Settings = tuple[tuple[str, Value], ...]
 RESERVED = frozenset("=;|,")
 """Characters that the canonical string is built with."""
 
+RUN, SKIP, REUSE = 0, 1, 2
+"""What a unit of the network does at a step.
+
+It runs; its residual branch is left out; or the branch is that of the last step at which the unit ran.
+"""
+MODES = {"skip": SKIP, "reuse": REUSE}
+"""Modes that save something, by name."""
+
 
 @dataclass(frozen=True)
 class Candidate:
-    """Timesteps of a sampling run, the units skipped at each of them, and the settings that the study searches.
+    """Timesteps of a sampling run, what each unit does at each of them, and the settings that the study searches.
 
-    ``timesteps``: strictly descending ints in [0, T). ``skips``: one int per timestep, a bit set over the
-    model's skippable units in execution order (bit u set: unit u is skipped). A bit set belongs to its
-    timestep and travels with it. ``settings``: name and value of each setting that is searched, ascending by
+    ``timesteps``: strictly descending ints in [0, T). ``modes``: one int per timestep with two bits for each of the
+    model's units in execution order: bits 2u and 2u + 1 hold the mode of unit u. They belong to their timestep and
+    travel with it. ``settings``: name and value of each setting that is searched, ascending by
     name, such as ``("guidance", 4.5), ("solver", "heun")``; a value is a string or a finite float. Settings
     that a study holds fixed are not here. Equal candidates have equal ``key``. Raises ValueError for
     anything else.
     """
 
     timesteps: tuple[int, ...]
-    skips: tuple[int, ...] = ()
+    modes: tuple[int, ...] = ()
     settings: Settings = ()
 
     def __post_init__(self) -> None:
-        if not self.skips:
-            object.__setattr__(self, "skips", (0,) * len(self.timesteps))
-        if len(self.skips) != len(self.timesteps):
-            raise ValueError(f"{len(self.timesteps)} timesteps but {len(self.skips)} skip sets")
-        if not self.timesteps or self.timesteps[-1] < 0 or min(self.skips) < 0:
-            raise ValueError(f"timesteps and skips must be non-negative and not empty: {self}")
+        if not self.modes:
+            object.__setattr__(self, "modes", (0,) * len(self.timesteps))
+        if len(self.modes) != len(self.timesteps):
+            raise ValueError(f"{len(self.timesteps)} timesteps but modes of {len(self.modes)} steps")
+        if not self.timesteps or self.timesteps[-1] < 0 or min(self.modes) < 0:
+            raise ValueError(f"timesteps and modes must be non-negative and not empty: {self}")
+        if any(skipped(modes) & reused(modes) for modes in self.modes):
+            raise ValueError(f"a unit is skipped or reused at a step, not both: {self}")
         if any(a <= b for a, b in zip(self.timesteps, self.timesteps[1:], strict=False)):
             raise ValueError(f"timesteps must be strictly descending: {self.timesteps}")
         if self.settings:
@@ -49,18 +59,18 @@ class Candidate:
 
     @classmethod
     def from_pairs(cls, pairs: Iterable[tuple[int, int]], settings: Iterable[tuple[str, Value]] = ()) -> Candidate:
-        """Candidate of (timestep, skip set) pairs in any order; the timesteps must be distinct.
+        """Candidate of (timestep, modes) pairs in any order; the timesteps must be distinct.
 
         ``settings``: (name, value) pairs in any order; the names must be distinct.
         """
         ordered = sorted(pairs, reverse=True)
         named = tuple(sorted(settings, key=lambda setting: setting[0]))
-        return cls(tuple(t for t, _ in ordered), tuple(s for _, s in ordered), named)
+        return cls(tuple(t for t, _ in ordered), tuple(modes for _, modes in ordered), named)
 
     @cached_property
     def pairs(self) -> tuple[tuple[int, int], ...]:
-        """(timestep, skip set) in execution order."""
-        return tuple(zip(self.timesteps, self.skips, strict=True))
+        """(timestep, modes) in execution order."""
+        return tuple(zip(self.timesteps, self.modes, strict=True))
 
     @property
     def steps(self) -> int:
@@ -74,11 +84,11 @@ class Candidate:
 
     @cached_property
     def key(self) -> str:
-        """Canonical string: ``"940,613"``, or ``"940:1a,613"`` with the skip sets in hexadecimal.
+        """Canonical string: ``"940,613"``, or ``"940:1a,613"`` with the modes in hexadecimal.
 
         Searched settings come before it: ``"guidance=4.5;solver=heun|940:1a,613"``.
         """
-        steps = ",".join(f"{t}:{s:x}" if s else str(t) for t, s in self.pairs)
+        steps = ",".join(f"{t}:{modes:x}" if modes else str(t) for t, modes in self.pairs)
         return ";".join(f"{name}={value}" for name, value in self.settings) + "|" + steps if self.settings else steps
 
     @classmethod
@@ -89,37 +99,80 @@ class Candidate:
         fields = [field.partition(":") for field in steps.split(",")]
         return cls(
             tuple(int(t) for t, _, _ in fields),
-            tuple(int(s or "0", 16) for _, _, s in fields),
+            tuple(int(modes or "0", 16) for _, _, modes in fields),
             tuple((name, _read(value)) for name, _, value in named),
         )
 
-    def skip_names(self, units: Sequence[str]) -> list[list[str]]:
-        """Names of the units skipped at each step."""
-        return [[units[u] for u in unit_indices(skip)] for skip in self.skips]
+    def unit_names(self, units: Sequence[str], mode: int) -> list[list[str]]:
+        """Names of the units in a mode at each step."""
+        return [[units[u] for u in at_step] for at_step in self.units_in(mode)]
+
+    def units_in(self, mode: int) -> list[list[int]]:
+        """Indices of the units in a mode at each step."""
+        return [[u for u, at_step in unit_modes(modes).items() if at_step == mode] for modes in self.modes]
 
     def to_json(self) -> dict[str, Any]:
-        """``{"timesteps": [int], "skips": [[unit index]]}``, and ``"settings": {name: value}`` if any are searched."""
-        steps = {"timesteps": list(self.timesteps), "skips": [unit_indices(s) for s in self.skips]}
+        """Inverse of ``from_json``.
+
+        ``{"timesteps": [int], "skips": [[unit index]], "reuses": [[unit index]]}``, and ``"settings": {name: value}``
+        if any are searched.
+        """
+        steps = {"timesteps": list(self.timesteps), "skips": self.units_in(SKIP), "reuses": self.units_in(REUSE)}
         return {**steps, "settings": self.settings_dict} if self.settings else steps
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> Candidate:
         """Inverse of ``to_json``."""
         settings = tuple(sorted(data.get("settings", {}).items()))
-        return cls(tuple(data["timesteps"]), tuple(skip_set(s) for s in data["skips"]), settings)
+        by_step = zip(data["skips"], data["reuses"], strict=True)
+        return cls(tuple(data["timesteps"]), tuple(packed(skips, reuses) for skips, reuses in by_step), settings)
 
 
-def unit_indices(skip: int) -> list[int]:
-    """Unit indices in a bit set, ascending."""
-    return [u for u in range(skip.bit_length()) if skip >> u & 1]
+def packed(skips: Iterable[int] = (), reuses: Iterable[int] = ()) -> int:
+    """Modes of a step at which these units are skipped or reused, by index, and all others run."""
+    modes = 0
+    for u in skips:
+        modes |= SKIP << 2 * u
+    for u in reuses:
+        modes |= REUSE << 2 * u
+    return modes
 
 
-def skip_set(indices: Iterable[int]) -> int:
-    """Bit set of unit indices; the inverse of ``unit_indices``."""
-    skip = 0
-    for index in indices:
-        skip |= 1 << index
-    return skip
+def unit_modes(modes: int) -> dict[int, int]:
+    """Mode by index of the units that do not run, ascending; the inverse of ``packed``."""
+    return {u: mode for u in range((modes.bit_length() + 1) // 2) if (mode := modes >> 2 * u & 3)}
+
+
+def all_units(units: int) -> int:
+    """Bit set of ``units`` units as ``skipped`` and its like return: bit 2u stands for unit u."""
+    return ((1 << 2 * units) - 1) // 3
+
+
+def skipped(modes: int) -> int:
+    """Units that are skipped, as bits 2u."""
+    return modes & all_units((modes.bit_length() + 1) // 2)
+
+
+def reused(modes: int) -> int:
+    """Units whose branch is reused, as bits 2u."""
+    return skipped(modes >> 1)
+
+
+def resting(modes: int) -> int:
+    """Units that do not run, as bits 2u."""
+    return skipped(modes | modes >> 1)
+
+
+def grounded(modes: Sequence[int], visited: Sequence[object] | None = None) -> tuple[int, ...]:
+    """Modes by step, where a unit that is to reuse a branch and has not run before runs instead.
+
+    ``visited``: whether the network is evaluated at each step; None: it is.
+    """
+    found, idle = [], -1  # bits 2u of units that have not run
+    for step, at_step in enumerate(modes):
+        found.append(at_step & ~((reused(at_step) & idle) << 1))
+        idle &= resting(found[-1]) if visited is None or visited[step] else -1
+    return tuple(found)
 
 
 def _setting(name: str, value: Value) -> tuple[str, Value]:

@@ -192,7 +192,7 @@ Numbers = Annotated[list[int | float], Choices]
 
 
 class SearchConfig(Section):
-    """``[search]``: budget, operators and the space of skipped layers. Unset sizes are the preset's."""
+    """``[search]``: budget, operators and what layers may do. Unset sizes are the preset's."""
 
     preset: str = "adopt"
     """Sizes and operators: ``adopt``, or ``paper`` for the published ones."""
@@ -209,7 +209,7 @@ class SearchConfig(Section):
     crossovers: Annotated[int, Field(ge=0)] | None = None
     """Of a generation, those bred from two parents."""
     mutation_probability: Annotated[float, Field(gt=0, le=1)] | None = None
-    """Of each timestep and skip set of a mutant; one at least is changed."""
+    """Of each timestep of a mutant and the modes of its layers there; one at least is changed."""
     stage_one_generations: Annotated[int, Field(ge=0)] | None = None
     """Generations in which every layer stays on; stage two begins earlier where nothing improves any more."""
     warm_starts: bool | list[str | Numbers] | None = None
@@ -218,7 +218,10 @@ class SearchConfig(Section):
     ``uniform`` at every second place after the others (unset in ``paper``: uniform alone). ``oss`` and ``gits`` are
     computed from the model when the study is begun, where they are asked for."""
     max_skip: Annotated[float, Field(ge=0, le=1)] = 0.0
-    """Largest ratio of layers that one step may skip; 0 searches timesteps alone."""
+    """Largest ratio of layers that need not run at a step; 0 searches timesteps alone."""
+    modes: Annotated[list[Literal["skip", "reuse"]], Field(min_length=1)] = ["skip"]
+    """What a layer does that does not run: ``skip`` leaves its residual branch out, ``reuse`` takes that of the last
+    step at which it ran."""
     max_cost: Annotated[float, Field(gt=0)] | None = None
     """Largest cost of a candidate, 1.0 being ``cost_steps`` steps with every layer on."""
     cost_steps: Count | None = None
@@ -226,7 +229,7 @@ class SearchConfig(Section):
     cost: Literal["macs", "latency"] = "macs"
     """What a layer costs: multiply-adds, or time measured once at the start."""
     chunk: Annotated[int, Field(ge=1, le=32)] = 32
-    """Layers packed into one stored parameter."""
+    """Bits of one stored parameter of modes: a layer takes one, or about 1.6 where it may be skipped or reused."""
     barrier: bool = False
     """Wait for all of a generation before the next begins; any number of workers then finds the same candidates."""
     grace: Annotated[float, Field(gt=0, le=LONGEST_GRACE)] = 120.0

@@ -51,7 +51,7 @@ class Guess(Evaluator):
     def score(self, candidate: Candidate, rungs: Any, **options: Any) -> Score:
         away = np.abs(np.linspace(880, 40, candidate.steps) - np.array(candidate.timesteps)).mean()
         settings = sum(zlib.crc32(str(value).encode()) % 97 for _, value in candidate.settings)
-        skipped = sum(skip.bit_count() for skip in candidate.skips)
+        skipped = sum(modes.bit_count() for modes in candidate.modes)
         value = float(away + skipped + settings + zlib.crc32(candidate.key.encode()) / 2**32)
         return Score(value, rungs[-1], ((rungs[-1], value),), True, rungs[-1] * candidate.steps, 0, Seconds())
 

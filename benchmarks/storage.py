@@ -74,7 +74,7 @@ class Sleeper:
     def score(self, candidate: Candidate, rungs: Sequence[int], **options: Any) -> Score:
         """The mean timestep, so that the search has something to improve."""
         time.sleep(self.seconds)
-        value = float(np.mean(candidate.timesteps)) + sum(s.bit_count() for s in candidate.skips)
+        value = float(np.mean(candidate.timesteps)) + sum(modes.bit_count() for modes in candidate.modes)
         return Score(value, rungs[-1], ((rungs[-1], value),), True, rungs[-1] * candidate.steps, 0, Seconds())
 
 

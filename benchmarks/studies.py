@@ -99,7 +99,7 @@ def entry(candidate: Candidate, cost: float, held_out: HeldOut | None) -> dict[s
     return {
         "timesteps": list(candidate.timesteps),
         "settings": candidate.settings_dict,
-        "skipped": sum(mask.bit_count() for mask in candidate.skips),
+        "skipped": sum(modes.bit_count() for modes in candidate.modes),
         "cost": cost,
         "values": list(held_out.values),
     }
@@ -111,7 +111,7 @@ def without_skips(study: optuna.Study, config: StudyConfig) -> dict[str, Any]:
     best = best_candidate(study)
     steps = config.search.cost_steps or parts.space.max_steps
     values = values_by_key(study)
-    plain = [candidate for candidate in map(Candidate.from_key, values) if not any(candidate.skips)]
+    plain = [candidate for candidate in map(Candidate.from_key, values) if not any(candidate.modes)]
     chosen = {
         "uniform, every layer on": Candidate(uniform_timesteps(parts.space.T, steps), settings=best.settings),
         "best without skips": min(plain, key=lambda candidate: values[candidate.key]),

@@ -180,8 +180,9 @@ def facts() -> str:
         f"{sum(solver['differ'] for solver in solvers.values())} runs differ in any bit, and {min(saved):.0%} to "
         f"{max(saved):.0%} of the evaluations are saved "
         "([prefix_solvers.json](../benchmarks/results/prefix_solvers.json)).",
-        f"Skipped cost is saved time: over {skipping['masks']} random masks of {skipping['units']} layers, counted and "
-        f"measured time correlate by {skipping['correlation of predicted and measured time']:.2f} "
+        f"Saved cost is saved time: over {skipping['choices']} random choices which of {skipping['units']} layers are "
+        "skipped or reused, counted and measured time correlate by "
+        f"{skipping['correlation of predicted and measured time']:.2f} "
         "([skip_time.json](../benchmarks/results/skip_time.json)).",
         f"Fréchet distance: {frechet['speed_ratio']:.0f} times as fast as clean-fid's at D = {frechet['dimensions']}, "
         f"N = {frechet['generated']}, relative difference {frechet['relative_difference']:.0e} "

@@ -43,7 +43,8 @@ def example(noise: NoiseSchedule | None = None, **fields: Any) -> Result:
         "config": ConfigPart(model=ModelConfig(source=model.source), score=ScoreConfig(extractor="pixels")),
         **fields,
     }
-    given.setdefault("skips", ((),) * len(given["timesteps"]))
+    for name in ("skips", "reuses"):
+        given.setdefault(name, ((),) * len(given["timesteps"]))
     given.setdefault("noise", NoisePart.of(noise, given["timesteps"], given["final"]))
     return Result(**given)
 
@@ -51,7 +52,7 @@ def example(noise: NoiseSchedule | None = None, **fields: Any) -> Result:
 def result_for(source: Path, options: dict[str, Any] | None = None, **fields: Any) -> Result:
     """A result of the model in a folder. ``options``: as in the study's ``[model]``; ``fields``: of ``Result``.
 
-    ``skips``: indices of units by step.
+    ``skips``, ``reuses``: indices of units by step.
     """
     model = open_model(str(source), options)
     assert isinstance(model.denoiser, Denoiser)
@@ -68,8 +69,8 @@ def result_for(source: Path, options: dict[str, Any] | None = None, **fields: An
         weights=model.weights and dict(model.weights),
         units=model.units,
     )
-    if "skips" in fields:
-        fields["skips"] = tuple(tuple(model.units[u] for u in step) for step in fields["skips"])
+    for name in {"skips", "reuses"} & fields.keys():
+        fields[name] = tuple(tuple(model.units[u] for u in step) for step in fields[name])
     given: dict[str, Any] = {
         "guidance": None if model.guidance == "none" else model.scale,
         "conditions": model.conditions and model.conditions.fingerprint,

@@ -8,7 +8,7 @@ import numpy as np
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from autodiffusion_optuna import noise
-from autodiffusion_optuna.candidate import Candidate, skip_set
+from autodiffusion_optuna.candidate import Candidate, packed
 from autodiffusion_optuna.config import StudyConfig, load_preset
 from autodiffusion_optuna.results.summary import Best, Row, StudySummary
 from autodiffusion_optuna.storage.attrs import CANDIDATE, COST, GENERATION, NOISE, OPERATOR, SCORE, STAGE
@@ -41,7 +41,7 @@ def _config() -> StudyConfig:
 
 def _trial(rng: np.random.Generator, number: int, trials: int, units: int) -> FrozenTrial:
     timesteps = np.sort(rng.choice(T, STEPS, replace=False))[::-1].tolist()
-    skips = [skip_set(np.flatnonzero(rng.random(units) < 0.2).tolist()) for _ in range(STEPS)]
+    skips = [packed(np.flatnonzero(rng.random(units) < 0.2).tolist()) for _ in range(STEPS)]
     attrs: dict[str, Any] = {
         CANDIDATE: Candidate(tuple(timesteps), tuple(skips)).key,
         GENERATION: number // POPULATION,

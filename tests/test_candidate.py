@@ -8,9 +8,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from autodiffusion_optuna.candidate import Candidate, skip_set, unit_indices
+from autodiffusion_optuna.candidate import REUSE, SKIP, Candidate, grounded, packed, unit_modes
 
-pairs = st.dictionaries(st.integers(0, 999), st.integers(0, 2**60), min_size=1, max_size=12)
+modes = st.dictionaries(st.integers(0, 40), st.sampled_from([SKIP, REUSE])).map(
+    lambda chosen: sum(mode << 2 * unit for unit, mode in chosen.items())
+)
+pairs = st.dictionaries(st.integers(0, 999), modes, min_size=1, max_size=12)
 candidates = pairs.map(lambda chosen: Candidate.from_pairs(chosen.items()))
 
 
@@ -44,13 +47,28 @@ def test_equal_keys_mean_equal_candidates(one: Candidate, other: Candidate) -> N
     assert (one.key == other.key) == (one == other)
 
 
-def test_a_skip_set_travels_with_its_timestep() -> None:
-    assert Candidate.from_pairs([(3, 7), (900, 1), (40, 0)]) == Candidate((900, 40, 3), (1, 0, 7))
+def test_modes_travel_with_their_timestep() -> None:
+    assert Candidate.from_pairs([(3, 21), (900, 1), (40, 0)]) == Candidate((900, 40, 3), (1, 0, 21))
 
 
-def test_names_of_skipped_units() -> None:
-    assert Candidate((9, 2), (0b101, 0)).skip_names(["a", "b", "c"]) == [["a", "c"], []]
-    assert unit_indices(skip_set([5, 1])) == [1, 5]
+def test_names_of_units_by_mode() -> None:
+    candidate = Candidate((9, 2), (packed(skips=[0, 2]), packed(skips=[1], reuses=[0])))
+    assert candidate.unit_names(["a", "b", "c"], SKIP) == [["a", "c"], ["b"]]
+    assert candidate.unit_names(["a", "b", "c"], REUSE) == [[], ["a"]]
+    assert unit_modes(packed(skips=[5, 1], reuses=[70])) == {1: SKIP, 5: SKIP, 70: REUSE}
+
+
+def test_a_unit_is_not_skipped_and_reused_at_once() -> None:
+    with pytest.raises(ValueError, match="skipped or reused at a step, not both"):
+        Candidate((9, 2), (0, 0b1100))
+
+
+def test_what_has_not_run_is_not_reused() -> None:
+    skip, reuse = packed(skips=[0]), packed(reuses=[0])
+    assert grounded([reuse, reuse, skip, reuse]) == (0, reuse, skip, reuse)
+    assert grounded([skip, reuse, reuse]) == (skip, 0, reuse)
+    assert grounded([0, reuse, reuse], [0, 1, 1]) == (0, 0, reuse)  # the first step is never evaluated
+    assert grounded([packed(reuses=[1]), packed([1], [0])]) == (0, packed([1], [0]))
 
 
 @pytest.mark.parametrize("timesteps", [(), (1, 1), (1, 2), (3, -1)])
@@ -59,16 +77,16 @@ def test_timesteps_that_are_not_strictly_descending_are_refused(timesteps: tuple
         Candidate(timesteps)
 
 
-def test_skips_of_another_length_are_refused() -> None:
-    with pytest.raises(ValueError, match="2 timesteps but 1 skip sets"):
+def test_modes_of_another_length_are_refused() -> None:
+    with pytest.raises(ValueError, match="2 timesteps but modes of 1 steps"):
         Candidate((2, 1), (0,))
 
 
 def test_keys_with_and_without_settings() -> None:
-    plain = Candidate((940, 613), (0x1A, 0))
-    assert (plain.key, list(plain.to_json())) == ("940:1a,613", ["timesteps", "skips"])
+    plain = Candidate((940, 613), (0x14, 0))
+    assert (plain.key, list(plain.to_json())) == ("940:14,613", ["timesteps", "skips", "reuses"])
     named = Candidate.from_pairs(plain.pairs, [("solver", "deis_3"), ("guidance", 4.5), ("final", "zero")])
-    assert named.key == "final=zero;guidance=4.5;solver=deis_3|940:1a,613"
+    assert named.key == "final=zero;guidance=4.5;solver=deis_3|940:14,613"
     assert named.to_json()["settings"] == {"final": "zero", "guidance": 4.5, "solver": "deis_3"}
     assert named != plain
     assert hash(named) == hash(Candidate.from_key(named.key))

@@ -20,7 +20,7 @@ BOUNDED = {
         report/dashboard.py relies on where it keeps notes, plots and artifacts, and on its routes. Look at its
         release notes, open `adopt dashboard --study digits-4` in a browser, and run tests/report.""",
     "diffusers": """
-        evaluation/skip.py returns what a block's own forward would, evaluation/solvers.py repeats the schedulers'
+        evaluation/units.py returns what a block's own forward would, evaluation/solvers.py repeats the schedulers'
         arithmetic, evaluation/models/ reads configs with diffusers' defaults, and export/ prints its pipelines' names:
         look at the release notes for blocks, schedulers, defaults and renamed arguments, and run tests/evaluation and
         tests/export.""",

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from rich.table import Table
 
+from autodiffusion_optuna.candidate import REUSE, SKIP
 from autodiffusion_optuna.cli.fitted import print_fitted
 from autodiffusion_optuna.cli.output import out, say
 
@@ -62,10 +63,12 @@ def print_table(summary: StudySummary) -> None:
         table.add_row(*_cells(summary, row, size), *([row.settings] if best.settings else []), "floor of many steps")
     _add_real(table, summary)
     print_fitted(out, table)
-    if any(best.skips):
-        say("\nlayers skipped by the best candidate:")
-        for timestep, skipped in zip(best.timesteps, best.skip_names(summary.units), strict=True):
-            say(f"  {timestep:>5}  {', '.join(skipped) or '-'}")
+    for mode, what in ((SKIP, "skipped"), (REUSE, "reused")):
+        names = best.unit_names(summary.units, mode)
+        if any(names):
+            say(f"\nlayers {what} by the best candidate:")
+            for timestep, units in zip(best.timesteps, names, strict=True):
+                say(f"  {timestep:>5}  {', '.join(units) or '-'}")
 
 
 def _cells(summary: StudySummary, row: Row, size: tuple[int, int] | None) -> list[str]:

@@ -1,4 +1,4 @@
-"""What one network evaluation costs, and the share of it that skipping each unit saves."""
+"""What one network evaluation costs, and the share of it that each unit saves when it is skipped or reused."""
 
 from __future__ import annotations
 
@@ -10,24 +10,27 @@ from dataclasses import dataclass
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from autodiffusion_optuna.candidate import unit_indices
+from autodiffusion_optuna.candidate import REUSE, SKIP, unit_modes
 
 
 @dataclass(frozen=True)
 class UnitCosts:
     """Cost of one evaluation.
 
-    ``full``: with nothing skipped, in multiply-adds an image or in seconds a batch.
-    ``shares``: for each unit, in execution order, the part of ``full`` saved by skipping it alone, in [0, 1].
-    Multiply-adds of units add up exactly; latencies nearly.
+    ``full``: with all units running, in multiply-adds an image or in seconds a batch.
+    ``shares``: for each unit, in execution order, the part of ``full`` saved by skipping it alone, in [0, 1];
+    ``reuse_shares``: by reusing it alone, which takes an addition more. Multiply-adds of units add up exactly;
+    latencies nearly.
     """
 
     full: float
     shares: tuple[float, ...]
+    reuse_shares: tuple[float, ...]
 
-    def of(self, skip: int) -> float:
-        """Cost of one evaluation with the skip set ``skip``, in the unit of ``full``."""
-        return self.full * (1.0 - sum(self.shares[u] for u in unit_indices(skip)))
+    def of(self, modes: int) -> float:
+        """Cost of one evaluation with its units in ``modes``, in the unit of ``full``."""
+        saved = {SKIP: self.shares, REUSE: self.reuse_shares}
+        return self.full * (1.0 - sum(saved[mode][u] for u, mode in unit_modes(modes).items()))
 
 
 def macs(evaluate: Callable[[], object]) -> int:
@@ -38,34 +41,38 @@ def macs(evaluate: Callable[[], object]) -> int:
 
 
 def unit_macs(evaluate: Callable[[int], object], units: int) -> UnitCosts:
-    """Counted cost; ``evaluate(skip)`` evaluates the network once on one image."""
+    """Counted cost; ``evaluate(modes)`` evaluates the network once on one image. Reuse counts as skipping does."""
     full = macs(lambda: evaluate(0))
-    alone = [macs(lambda u=u: evaluate(1 << u)) for u in range(units)]  # type: ignore[misc]
-    return UnitCosts(float(full), tuple((full - cost) / full for cost in alone))
+    alone = [macs(lambda u=u: evaluate(SKIP << 2 * u)) for u in range(units)]  # type: ignore[misc]
+    shares = tuple((full - cost) / full for cost in alone)
+    return UnitCosts(float(full), shares, shares)
 
 
 def unit_latency(evaluate: Callable[[int], object], units: int, device: torch.device, repeats: int = 7) -> UnitCosts:
-    """Measured cost; ``evaluate(skip)`` evaluates the network once on the batch whose latency matters.
+    """Measured cost; ``evaluate(modes)`` evaluates the network once on the batch whose latency matters.
 
-    Medians over ``repeats`` rounds. A round times the full network and each unit's absence one after the
+    Medians over ``repeats`` rounds. A round times the full network and each unit skipped and reused one after the
     other, and shares are taken within a round, so that a machine that slows down over minutes does not tilt
     them.
     """
-    skips = (0, *(1 << u for u in range(units)))
-    for skip in skips:  # the first call of a kernel pays for its choice and its memory
-        evaluate(skip)
-    rounds = [[seconds(evaluate, skip, device) for skip in skips] for _ in range(repeats)]
-    shares = [max(statistics.median(1 - r[1 + u] / r[0] for r in rounds), 0.0) for u in range(units)]
+    modes = (0, *(mode << 2 * u for mode in (SKIP, REUSE) for u in range(units)))
+    for at_step in modes:  # the first call of a kernel pays for its choice and its memory
+        evaluate(at_step)
+    rounds = [[seconds(evaluate, at_step, device) for at_step in modes] for _ in range(repeats)]
+    saved = [max(statistics.median(1 - r[1 + i] / r[0] for r in rounds), 0.0) for i in range(2 * units)]
+    skip, reuse = saved[:units], saved[units:]
     full = statistics.median(r[0] for r in rounds)
-    whole = max(sum(shares), 1.0)  # noise can add up to more than the network takes
-    return UnitCosts(full, tuple(share / whole for share in shares))
+    # Reusing a unit is skipping it and something more: where noise has it save more, both take the mean of the two.
+    pairs = [(s, r) if r <= s else ((s + r) / 2,) * 2 for s, r in zip(skip, reuse, strict=True)]
+    whole = max(sum(s for s, _ in pairs), 1.0)  # noise can add up to more than the network takes
+    return UnitCosts(full, tuple(s / whole for s, _ in pairs), tuple(r / whole for _, r in pairs))
 
 
-def seconds(evaluate: Callable[[int], object], skip: int, device: torch.device) -> float:
-    """Wall seconds of ``evaluate(skip)``, the device's queue empty before and after."""
+def seconds(evaluate: Callable[[int], object], modes: int, device: torch.device) -> float:
+    """Wall seconds of ``evaluate(modes)``, the device's queue empty before and after."""
     wait = torch.cuda.synchronize if device.type == "cuda" else lambda _: None
     wait(device)
     start = time.perf_counter()
-    evaluate(skip)
+    evaluate(modes)
     wait(device)
     return time.perf_counter() - start

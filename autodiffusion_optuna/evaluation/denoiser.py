@@ -1,18 +1,18 @@
-"""A network made into ``x0 = denoiser(x, t, skip)``, whatever it predicts."""
+"""A network made into ``x0 = denoiser(x, t, modes)``, whatever it predicts."""
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from autodiffusion_optuna.errors import ConfigError, ModelError, choose_from
-from autodiffusion_optuna.evaluation.skip import Units, skipping
+from autodiffusion_optuna.evaluation.units import Branches, Units
 from autodiffusion_optuna.noise import NoiseSchedule
 
 Condition = Mapping[str, Tensor]
@@ -34,8 +34,15 @@ the negative half is not evaluated. ``embedded``: the network takes the scale as
 ``classifier``: eps - scale sigma grad log p(y | x_t) after clipping (arXiv 2105.05233, algorithm 2).
 """
 
-SkippingDenoise = Callable[[Tensor, float, int], Tensor]
-"""(x float [B, C, H, W], time index t, skip set) -> expected clean image, of x's shape and dtype."""
+
+class UnitDenoise(Protocol):
+    """(x float [B, C, H, W], time index t, modes of the units) -> expected clean image, of x's shape and dtype.
+
+    ``branches``: where units reuse what an earlier evaluation gave, or are to keep it for a later one.
+    """
+
+    def __call__(self, x: Tensor, t: float, modes: int, branches: Branches | None = None, /) -> Tensor:
+        """The images."""
 
 
 PREDICTIONS: dict[str, Callable[[float, float], tuple[float, float]]] = {
@@ -57,7 +64,7 @@ PRECISIONS: dict[str, torch.dtype] = {
 
 @dataclass(frozen=True, eq=False)
 class Denoiser:
-    """A frozen network on one device as ``x0 = denoiser(x, t, skip=0)``.
+    """A frozen network on one device as ``x0 = denoiser(x, t, modes=0)``.
 
     ``prediction``: what the network predicts, a name of ``PREDICTIONS``. If it has twice the channels of x,
     the second half is a learned variance and is dropped.
@@ -65,7 +72,7 @@ class Denoiser:
     arithmetic on states stay float32 or the dtype of x, whichever is wider.
     ``clip``: clamp x0 to [-1, 1]. Solvers derive eps from (x, x0), so eps follows the clipped x0. A classifier's
     guidance is added after the clip and not clipped again, as in guided-diffusion.
-    ``units``: what a skip set refers to; ``None`` where nothing can be skipped. A classifier skips nothing.
+    ``units``: what modes refer to; ``None`` where there are none. A classifier has none.
     ``guidance``: how a scale acts; ``classifier``: the gradient that kind ``"classifier"`` needs.
 
     Runs in inference mode and leaves every global setting as it found it.
@@ -94,7 +101,8 @@ class Denoiser:
         self,
         x: Tensor,
         t: float,
-        skip: int = 0,
+        modes: int = 0,
+        branches: Branches | None = None,
         condition: Condition = UNCONDITIONAL,
         negative: Condition | None = None,
         scale: float = 1.0,
@@ -102,15 +110,16 @@ class Denoiser:
         """Expected clean image, of x's shape and dtype.
 
         ``x``: float32 or float64 [B, C, H, W] on the denoiser's device. ``t``: time index in [0, T - 1], may
-        be fractional. ``skip``: bit set over ``units``. ``condition``: of the B images; ``negative``: what
-        classifier-free guidance leads away from; ``scale``: of the guidance, without effect for kind ``"none"``.
-        ``ModelError`` for a set that names no unit, or a network whose output does not fit.
+        be fractional. ``modes``: of the ``units``, two bits each, with the ``branches`` that they reuse or keep.
+        ``condition``: of the B images; ``negative``: what classifier-free guidance leads away from; ``scale``: of the
+        guidance, without effect for kind ``"none"``. ``ModelError`` for modes that name no unit, or a network whose
+        output does not fit.
         """
         # A fill on the device: a tensor made from a host number would have to be copied and waited for.
         model_times = torch.full((x.shape[0],), model_time(self.schedule, t), device=x.device)
         alpha, sigma = self.schedule.alpha(t), self.schedule.sigma(t)
         a, b = PREDICTIONS[self.prediction](alpha, sigma)
-        x0 = a * x + b * self._predict(x, model_times, skip, condition, negative, scale)
+        x0 = a * x + b * self._predict(x, model_times, (modes, branches), condition, negative, scale)
         x0 = x0.clamp(-1.0, 1.0) if self.clip else x0
         if self.classifier is None or scale == 0:
             return x0
@@ -118,24 +127,30 @@ class Denoiser:
         return x0 + (scale * sigma**2 / alpha) * gradient  # eps - scale sigma gradient, as x0
 
     def _predict(
-        self, x: Tensor, model_times: Tensor, skip: int, condition: Condition, negative: Condition | None, scale: float
+        self,
+        x: Tensor,
+        model_times: Tensor,
+        units: tuple[int, Branches | None],
+        condition: Condition,
+        negative: Condition | None,
+        scale: float,
     ) -> Tensor:
         if self.guidance == "embedded":
             condition = {**condition, "guidance": torch.full_like(model_times, scale)}
         if self.guidance != "free" or scale == 1:
-            return self._run(x, model_times, skip, condition)
+            return self._run(x, model_times, units, condition)
         assert negative is not None, "classifier-free guidance needs a negative condition"
         both = {name: torch.cat([negative[name], tensor]) for name, tensor in condition.items()}
-        away, towards = self._run(torch.cat([x, x]), model_times.repeat(2), skip, both).chunk(2)
+        away, towards = self._run(torch.cat([x, x]), model_times.repeat(2), units, both).chunk(2)
         return away + scale * (towards - away)
 
-    def _run(self, x: Tensor, model_times: Tensor, skip: int, condition: Condition) -> Tensor:
-        """The network's prediction in x's shape and dtype."""
-        if skip and not self.units:
-            raise ModelError(f"skip set {skip:#x} was given, but this model has no units that can be skipped; use 0")
+    def _run(self, x: Tensor, model_times: Tensor, units: tuple[int, Branches | None], condition: Condition) -> Tensor:
+        """The network's prediction in x's shape and dtype, with its units in modes, and branches."""
+        if units[0] and not self.units:
+            raise ModelError(f"modes {units[0]:#x} were given, but this model has no units that can rest; use 0")
         dtype = PRECISIONS[self.precision]
         reduced = torch.autocast(self.device.type, dtype, enabled=dtype != torch.float32)
-        with reduced, skipping(self.units, skip) if self.units else contextlib.nullcontext():
+        with reduced, self.units.in_modes(*units) if self.units else contextlib.nullcontext():
             prediction = self.network(x.float(), model_times, condition)
         if prediction.shape[1] == 2 * x.shape[1]:
             prediction = prediction[:, : x.shape[1]]

@@ -14,7 +14,7 @@ from torch import Tensor
 from autodiffusion_optuna.candidate import Candidate
 from autodiffusion_optuna.config import SEARCH_BANK
 from autodiffusion_optuna.errors import ModelError
-from autodiffusion_optuna.evaluation.denoiser import SkippingDenoise
+from autodiffusion_optuna.evaluation.denoiser import UnitDenoise
 from autodiffusion_optuna.evaluation.models import Model
 from autodiffusion_optuna.evaluation.prefix_cache import NfeCounter, PrefixCache, cached_denoise
 from autodiffusion_optuna.evaluation.sampling import Sampling
@@ -110,7 +110,7 @@ class ImageSampler:
             yield done
             first = last
 
-    def denoiser(self, sampling: Sampling, first: int, last: int, bank: int = SEARCH_BANK) -> SkippingDenoise:
+    def denoiser(self, sampling: Sampling, first: int, last: int, bank: int = SEARCH_BANK) -> UnitDenoise:
         """What denoises images ``first`` to ``last`` - 1 of a bank: their labels or prompts, at a guidance scale."""
         conditions, images = self.model.conditions, self._bank(bank)
         chosen = images.conditions(first, last, conditions.count, conditions.draw) if conditions else []

@@ -152,6 +152,7 @@ def _listed(pipe: object, config: Mapping[str, Any], timesteps: tuple[int, ...],
         guidance=None,
         timesteps=timesteps,
         skips=((),) * len(timesteps),
+        reuses=((),) * len(timesteps),
         noise=NoisePart.of(noise, timesteps, final),  # type: ignore[arg-type]
     )
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from importlib import metadata
 from typing import Any
 
-from autodiffusion_optuna.candidate import Candidate
+from autodiffusion_optuna.candidate import REUSE, SKIP, Candidate
 from autodiffusion_optuna.config import MEMORY, Range, StudyConfig
 from autodiffusion_optuna.errors import ConfigError, StudyError, choose_from, program
 from autodiffusion_optuna.export.comfyui import comfyui_notes, comfyui_sigmas
@@ -90,7 +90,8 @@ def result_of(summary: StudySummary) -> Result:
         train_timesteps=attrs[CODEC]["T"],
         amplification_cap=config.sampling.amplification_cap,
         timesteps=candidate.timesteps,
-        skips=tuple(tuple(names) for names in candidate.skip_names(summary.units)),
+        skips=tuple(map(tuple, candidate.unit_names(summary.units, SKIP))),
+        reuses=tuple(map(tuple, candidate.unit_names(summary.units, REUSE))),
         cost=best.cost,
         score=ScorePart(
             metric=summary.metric,

@@ -62,11 +62,12 @@ def apply(
     JSON, that JSON as a dict, a study that ``load_study`` or ``search`` returned, or a plain list of timesteps, from
     noise to image or the other way round. A list is taken by the pipeline's own scheduler, or by ``solver``, one of
     the search's, as in a study. The scheduler becomes one that takes these steps, however many steps or which
-    timesteps a call asks for. ``masks``: also skip the layers that the result skips; False takes its timesteps alone.
+    timesteps a call asks for. ``masks``: also skip and reuse the layers that the result does; False takes its timesteps
+    alone.
     ``check``: compare the scheduler's steps with those of the search's sampler, on small states and formulas in the
     network's place, which takes milliseconds and no prompt. Nothing waits for the device between steps. The guidance
     scale stays an argument of the pipeline: pass ``result.guidance``. A call that asks for other steps or another scale
-    is answered with a warning, once. Networks may be compiled: which layers are skipped is asked outside of the graphs.
+    is answered with a warning, once. Networks may be compiled: which layers run is asked outside of the graphs.
     Where its weights, latent scale or size are not those that the result was found with, a warning says so.
     Applying another result takes the place of the first; ``remove`` restores the pipeline.
 
@@ -90,7 +91,8 @@ def apply(
     network = _network(pipe, result)
     _check_noise(before, result)
     recipe, run = find_recipe(result), _Run(weakref.ref(pipe), result)
-    bypasses = _bypasses(network, result) if masks and result.masked else []
+    layers = _layers(network, result, run) if masks and result.masked else []
+    run.layers = [layer for _, layer in layers]
     native = not recipe.scales or type(pipe).__name__ in SCALING
     if check:
         _check_steps(before, recipe, result, native, network)
@@ -98,13 +100,14 @@ def apply(
     if other := _other_model(pipe, network, result):
         warnings.warn(f"the pipeline is not of the model that {result} was found on: {other}", stacklevel=2)
     remove(pipe)
-    if bypasses and _is_compiled(_part(pipe, *NETWORKS), network):
-        from autodiffusion_optuna.evaluation.skip import allow_graphs
+    if layers and _is_compiled(_part(pipe, *NETWORKS), network):
+        from autodiffusion_optuna.evaluation.units import allow_graphs
 
-        allow_graphs(len(bypasses))
-    forwards = [(module, vars(module).get("forward")) for module, _, _ in bypasses]
-    for module, shortcut, skipped in bypasses:
-        module.forward = _bypass(module.forward, shortcut, skipped, run)
+        allow_graphs(len(layers))
+    forwards = [(module, vars(module).get("forward")) for module, _ in layers]
+    for module, layer in layers:
+        layer.forward = module.forward
+        module.forward = _outside(layer)
     pipe.scheduler = run.scheduler  # type: ignore[attr-defined]
     setattr(pipe, APPLIED, _Applied(before, run.scheduler, forwards))
     return pipe
@@ -219,37 +222,72 @@ def _other_model(pipe: object, network: Any, result: Result) -> str:
 # Its layers
 
 
-def _bypasses(network: Any, result: Result) -> list[tuple[nn.Module, Forward, frozenset[int]]]:
-    """Each module that is ever skipped, what it then returns, and in which evaluations (ConfigError)."""
-    from autodiffusion_optuna.evaluation.skip import find_shortcut
+def _layers(network: Any, result: Result, run: _Run) -> list[tuple[nn.Module, _Layer]]:
+    """Each module that does not always run, and what is to stand in for its ``forward`` (ConfigError)."""
     from autodiffusion_optuna.evaluation.solvers import query_steps
+    from autodiffusion_optuna.evaluation.units import find_shortcut, sources
 
     visits = query_steps(result.solver, len(result.timesteps), result.final)
     # A part compiled by itself is wrapped, and comes before what it wraps.
     modules = {name.replace("_orig_mod.", "").removesuffix("._orig_mod"): m for name, m in network.named_modules()}
     found = []
-    for name in dict.fromkeys(name for names in result.skips for name in names):
+    for name in dict.fromkeys(name for names in result.skips + result.reuses for name in names):
         module = modules.get(name)
         shortcut = find_shortcut(module)
         if module is None or shortcut is None:
             raise ConfigError(
-                f"{result} skips {name!r}, and the pipeline's {type(network).__name__} has no such layer; apply it to "
-                "the same model, or with masks=False"
+                f"{result} skips or reuses {name!r}, and the pipeline's {type(network).__name__} has no such layer; "
+                "apply it to the same model, or with masks=False"
             )
         skipped = frozenset(i for i, step in enumerate(visits) if name in result.skips[step])
-        found.append((module, shortcut, skipped))
+        found.append((module, _Layer(shortcut, run, skipped, sources(result.modes_of(name), visits))))
     return found
 
 
-def _bypass(forward: Forward, shortcut: Forward, skipped: frozenset[int], run: _Run) -> Forward:
-    """Stands in for a module's ``forward``; bypasses it in the evaluations ``skipped``."""
+@dataclass(eq=False)
+class _Layer:
+    """Stands in for a module's ``forward``.
+
+    ``skipped``: network evaluations in which it is. ``sources``: those in which it reuses its branch, and of each the
+    one that gave it. ``kept``: branches by evaluation, one for each call in it: a loop may call the network once for
+    each half of the guidance.
+    """
+
+    shortcut: Forward
+    run: _Run
+    skipped: frozenset[int]
+    sources: dict[int, int]
+    forward: Forward | None = None
+    kept: dict[int, list[Any]] = field(default_factory=dict)
+    now: tuple[int, int] = (0, -1)
+    calls: int = 0
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        from autodiffusion_optuna.evaluation.units import added_branch, branch_of
+
+        now = self.run.now()
+        if now != self.now:
+            self.now, self.calls = now, 0
+            wanted = {source for reused, source in self.sources.items() if reused >= now[1]}
+            self.kept = {source: kept for source, kept in self.kept.items() if source in wanted and source < now[1]}
+        evaluation, call = now[1], self.calls
+        self.calls += 1
+        if evaluation in self.skipped:
+            return self.shortcut(*args, **kwargs)
+        if evaluation in self.sources:
+            return added_branch(self.shortcut(*args, **kwargs), self.kept[self.sources[evaluation]][call])
+        assert self.forward is not None
+        output = self.forward(*args, **kwargs)
+        if evaluation in self.sources.values():
+            self.kept.setdefault(evaluation, []).append(branch_of(output, self.shortcut(*args, **kwargs)))
+        return output
+
+
+def _outside(layer: _Layer) -> Forward:
+    """The layer's call, outside of what torch.compile makes of the network: that would be compiled for every mask."""
     from torch.compiler import disable
 
-    def chosen(*args: Any, **kwargs: Any) -> Any:
-        return (shortcut if run.skips(skipped) else forward)(*args, **kwargs)
-
-    # Asked outside of what torch.compile makes of the network: it would compile it again for every mask.
-    outside: Forward = disable(chosen, recursive=False)  # type: ignore[no-untyped-call]
+    outside: Forward = disable(layer.__call__, recursive=False)  # type: ignore[no-untyped-call]
     return outside
 
 
@@ -260,12 +298,14 @@ class _Run:
     pipe: Callable[[], Any]
     result: Result
     scheduler: Any = None
+    begun: int = 0  # runs
     evaluation: int = -1  # network evaluations finished in it; -1 outside of one
+    layers: list[_Layer] = field(default_factory=list)
     warned: set[str] = field(default_factory=set)
 
     def begin(self, steps: int | None, timesteps: Any, sigmas: Any) -> None:
         """A call asks for steps, or lists of its own (None where it does not), all of which the result replaces."""
-        self.evaluation = 0
+        self.begun, self.evaluation = self.begun + 1, 0
         own = self.result.timesteps
         asked = len(sigmas) if steps is None and sigmas is not None else steps
         if timesteps is not None and tuple(timesteps) != own:
@@ -280,6 +320,11 @@ class _Run:
             found = f"guidance_scale={scale:g} is not the one that {self.result} was found with"
             self.warn("guidance", f"{found}; pass guidance_scale={wanted:g}")
 
+    def let_go(self) -> None:
+        """Keep no branches: the run has ended."""
+        for layer in self.layers:
+            layer.kept = {}
+
     def warn_ignored(self, name: str, given: str, right: str) -> None:
         self.warn(
             name,
@@ -293,17 +338,17 @@ class _Run:
             self.warned.add(what)
             warnings.warn(message, stacklevel=2)
 
-    def skips(self, skipped: frozenset[int]) -> bool:
-        """Whether a layer that is bypassed in the evaluations ``skipped`` is bypassed now."""
+    def now(self) -> tuple[int, int]:
+        """Which run this is, and its present network evaluation; -1 where its layers are to run."""
         pipe = self.pipe()
         if pipe is not None and _part(pipe, "scheduler") is not self.scheduler:
             self.warn(
                 "scheduler",
-                f"the pipeline's scheduler was replaced after {self.result} was applied, so no layer is skipped; "
+                f"the pipeline's scheduler was replaced after {self.result} was applied, so all layers run; "
                 "apply the result again, or undo it with autodiffusion_optuna.remove(pipe)",
             )
-            return False
-        return self.evaluation in skipped
+            return self.begun, -1
+        return self.begun, self.evaluation
 
 
 def _is_even(sigmas: Any) -> bool:
@@ -348,6 +393,8 @@ def _configured(before: Any, recipe: Recipe, run: _Run, native: bool) -> Any:
     def step(model_output: Any, timestep: object, sample: Any, *args: object, **kwargs: object) -> Any:
         here = run.evaluation
         run.evaluation += 1
+        if run.evaluation == len(scheduler.timesteps):
+            run.let_go()
         if recipe.euler_last and here == recipe.steps - 1:
             scheduler.lower_order_nums = 0
         output = model_output[:, : sample.shape[1]]  # without a learned variance

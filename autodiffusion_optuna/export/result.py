@@ -14,14 +14,14 @@ from typing import Annotated, Any, Literal
 import numpy as np
 from pydantic import ConfigDict, Field, ValidationError, model_validator
 
-from autodiffusion_optuna.candidate import Candidate, skip_set
+from autodiffusion_optuna.candidate import REUSE, RUN, SKIP, Candidate, packed
 from autodiffusion_optuna.config import NAME_PATTERN, ModelConfig, ScoreConfig, Section
 from autodiffusion_optuna.errors import ConfigError, program
 from autodiffusion_optuna.files import START, not_content
 from autodiffusion_optuna.noise import Final, NoiseSchedule
 from autodiffusion_optuna.results.json_text import one_line_lists
 
-FORMAT: Literal[3] = 3
+FORMAT: Literal[4] = 4
 
 # Names become file names and code in exports, so they hold nothing else.
 Name = Annotated[str, Field(pattern=NAME_PATTERN)]
@@ -144,12 +144,13 @@ class Result(Table):
     """Everything that repeats the images of one candidate.
 
     ``train_timesteps``: T, the size of the grid that ``timesteps`` index. ``solver``: a name of ``SOLVERS``.
-    ``guidance``: the scale used, None where the model has no guidance. ``skips``: names of the units skipped at each
-    step. ``cost``: relative to the study's full run. ``origin``: None for a candidate that the search found; others
+    ``guidance``: the scale used, None where the model has no guidance. ``skips``, ``reuses``: names of the units at
+    each step that are skipped, and of those whose branch is that of the last step at which they ran. ``cost``: relative
+    to the study's full run. ``origin``: None for a candidate that the search found; others
     have no ``score``. ``conditions``: fingerprint of the labels or prompts, if any.
     """
 
-    format: Literal[3] = FORMAT
+    format: Literal[4] = FORMAT
     study: Name
     model: ModelPart
     train_timesteps: Annotated[int, Field(ge=1, le=1_000_000)]  # no file is believed to have a larger grid
@@ -160,6 +161,7 @@ class Result(Table):
     guidance: Annotated[float, Field(ge=0)] | None = None
     timesteps: Annotated[tuple[Index, ...], Field(min_length=1)]
     skips: tuple[tuple[str, ...], ...]
+    reuses: tuple[tuple[str, ...], ...]
     cost: float
     origin: OriginPart | None = None
     score: ScorePart | None
@@ -172,8 +174,11 @@ class Result(Table):
     def _consistent(self) -> Result:
         if any(a <= b for a, b in itertools.pairwise(self.timesteps)) or self.timesteps[0] >= self.train_timesteps:
             raise ValueError(f"timesteps must descend strictly within [0, {self.train_timesteps - 1}]")
-        if len(self.skips) != len(self.timesteps):
-            raise ValueError(f"{len(self.timesteps)} timesteps but skips for {len(self.skips)}")
+        for name in ("skips", "reuses"):
+            if len(getattr(self, name)) != len(self.timesteps):
+                raise ValueError(f"{len(self.timesteps)} timesteps but {name} for {len(getattr(self, name))}")
+        if any(set(skips) & set(reuses) for skips, reuses in zip(self.skips, self.reuses, strict=True)):
+            raise ValueError("a layer is skipped and reused at the same step")
         unpacked = NoisePart.of(self.noise_schedule(), self.timesteps, self.final)
         for name in ("model_times", "alpha", "sigma"):
             given, packed = getattr(self.noise, name), getattr(unpacked, name)
@@ -233,8 +238,15 @@ class Result(Table):
 
     @property
     def masked(self) -> bool:
-        """Whether any step skips a unit."""
-        return any(self.skips)
+        """Whether any step skips or reuses a unit."""
+        return any(self.skips) or any(self.reuses)
+
+    def modes_of(self, unit: str) -> list[int]:
+        """Mode of a unit at each step."""
+        return [
+            SKIP if unit in skips else REUSE if unit in reuses else RUN
+            for skips, reuses in zip(self.skips, self.reuses, strict=True)
+        ]
 
     @property
     def is_flow(self) -> bool:
@@ -260,13 +272,15 @@ class Result(Table):
                 "same number, or search for this model"
             )
         position = {name: index for index, name in enumerate(units)}
-        for name in itertools.chain.from_iterable(self.skips):
+        for name in itertools.chain.from_iterable(self.skips + self.reuses):
             if name not in position:
                 raise ConfigError(
-                    f"{self} skips {name!r}, and the model has no such layer; use it with a model of the same "
-                    "architecture, or search for this model"
+                    f"{self} skips or reuses {name!r}, and the model has no such layer; use it with a model of the "
+                    "same architecture, or search for this model"
                 )
-        return Candidate(self.timesteps, tuple(skip_set(position[name] for name in names) for names in self.skips))
+        by_step = zip(self.skips, self.reuses, strict=True)
+        modes = (packed(*([position[name] for name in names] for names in at_step)) for at_step in by_step)
+        return Candidate(self.timesteps, tuple(modes))
 
     def sampling_settings(self) -> dict[str, Any]:
         """Keywords of ``evaluation.sampling.Sampling``."""

@@ -21,6 +21,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from optuna.exceptions import ExperimentalWarning, OptunaError
 from sqlalchemy.exc import SQLAlchemyError
 
+from autodiffusion_optuna.candidate import resting
 from autodiffusion_optuna.config import StudyConfig, flatten
 from autodiffusion_optuna.errors import AdoptError, ConfigError
 from autodiffusion_optuna.report.figures import FIGURES, nothing
@@ -201,7 +202,7 @@ def note_text(summary: StudySummary, url: str) -> str:
     environment = Environment(loader=FileSystemLoader(ASSETS), undefined=StrictUndefined, trim_blocks=True)
     environment.filters.update(banks=banks_of, number=significant)
     tail, best = storage_option(url), summary.best
-    masks = zip(best.candidate.timesteps, best.candidate.skips, strict=True) if best else ()
+    at_steps = best.candidate.pairs if best else ()
     text = environment.get_template("note.md.j2").render(
         summary=summary,
         config=summary.config,
@@ -210,7 +211,7 @@ def note_text(summary: StudySummary, url: str) -> str:
         headline=summary.headline and summary.headline.text(),
         against=summary.headline.baseline.name if summary.headline else "uniform",
         real=summary.real_floor,
-        skipped=[f"{t} ({mask.bit_count()})" for t, mask in masks if mask],
+        resting=[f"{t} ({resting(modes).bit_count()})" for t, modes in at_steps if modes],
         size=summary.held_out_size,
         doubts=summary.warnings(tail),
         tail=tail,

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 import plotly.graph_objects as go
 from optuna.trial import FrozenTrial, TrialState
 
-from autodiffusion_optuna.candidate import Candidate, unit_indices
+from autodiffusion_optuna.candidate import Candidate
 from autodiffusion_optuna.noise import NoiseSchedule
 from autodiffusion_optuna.report.comparison import ablation, values
 from autodiffusion_optuna.report.style import (
@@ -42,7 +42,7 @@ OPERATORS = {
 """Operator -> its colour and symbol."""
 AGES = ["#c9dcee", "#8fbbe0", "#4c93c9", "#1b6ca8", "#0a3f6b"]
 """Colours of generations from first to last: lightness alone, so that they also survive a printer."""
-KEPT, SKIPPED = "#e3e8ef", RED
+KEPT, SKIPPED, REUSED = "#e3e8ef", RED, SKY
 ROWS, POINTS, MEDIANS, BARS, TICKS = 24, 900, 120, 40, 10
 """Most generations, trials, medians, bars and labels drawn: a figure stays below 60 kB, whatever the study's length."""
 WRITTEN = 8
@@ -150,29 +150,32 @@ def _age(row: int, rows: int) -> str:
 
 
 def masks(summary: StudySummary) -> go.Figure | None:
-    """Which layers the best candidate skips at each step: a line per step, a column per layer in execution order.
+    """Which layers the best candidate skips or reuses: a line per step, a column per layer in execution order.
 
-    None where it skips nothing.
+    None where all layers run.
     """
-    if summary.best is None or not any(summary.best.candidate.skips):
+    if summary.best is None or not any(summary.best.candidate.modes):
         return None
     candidate, units = summary.best.candidate, list(summary.units)
-    skipped = [set(unit_indices(skip)) for skip in candidate.skips]
-    cells = [[int(unit in step) for unit in range(len(units))] for step in skipped]
+    cells = [[modes >> 2 * unit & 3 for unit in range(len(units))] for modes in candidate.modes]
+    shown = [("run", KEPT), ("skipped", SKIPPED), ("reused", REUSED)]
     figure = go.Figure()
     figure.add_heatmap(
-        z=cells, x=units, y=[f"t = {t}" for t in candidate.timesteps], zmin=0, zmax=1, showscale=False,
-        colorscale=[[0, KEPT], [0.5, KEPT], [0.5, SKIPPED], [1, SKIPPED]], xgap=1, ygap=2,
+        z=cells, x=units, y=[f"t = {t}" for t in candidate.timesteps], zmin=-0.5, zmax=2.5, showscale=False,
+        colorscale=[[end / 3, colour] for mode, (_, colour) in enumerate(shown) for end in (mode, mode + 1)],
+        xgap=1, ygap=2,
         hovertemplate="%{y}<br>%{x}<extra></extra>",
     )  # fmt: skip
-    for name, colour in (("run", KEPT), ("skipped", SKIPPED)):
+    for mode, (name, colour) in enumerate(shown):
+        if not any(mode in row for row in cells):
+            continue
         figure.add_scatter(
             x=[None], y=[None], mode="markers", name=name, marker={"color": colour, "size": 12, "symbol": "square"}
         )
     groups = _groups(units)
     for start, _ in groups[1:]:
         figure.add_vline(start - 0.5, line={"color": INK, "width": 1.5})
-    style(figure, "Layers skipped by the best candidate", height=170 + min(26 * candidate.steps, 700))
+    style(figure, "Layers that the best candidate skips or reuses", height=170 + min(26 * candidate.steps, 700))
     figure.update_xaxes(
         title_text="layers in execution order", tickvals=[start for start, _ in groups],
         tickangle=0, ticklabelposition="outside right", showgrid=False,
@@ -362,7 +365,7 @@ FIGURES: dict[str, tuple[str, Callable[[StudySummary], go.Figure | None]]] = {
     "values": ("Values on held-out noise", values),
     "ablation": ("What each change earned", ablation),
     "timesteps": ("Timesteps of the best candidate", timesteps),
-    "masks": ("Layers that the best candidate skips", masks),
+    "masks": ("Layers that the best candidate skips or reuses", masks),
     "history": ("The search", history),
     "evaluations": ("Network calls run and reused", evaluations),
 }

@@ -13,7 +13,7 @@ from typing import Any
 
 from optuna.storages import BaseStorage
 
-from autodiffusion_optuna.candidate import Candidate
+from autodiffusion_optuna.candidate import REUSE, SKIP, Candidate
 from autodiffusion_optuna.config import StudyConfig
 from autodiffusion_optuna.storage import attrs
 
@@ -22,7 +22,8 @@ Attrs = list[dict[str, str]]
 """Attributes as the dashboard's pages get them: key and value, which is a string or JSON."""
 PAGE = re.compile(r"/api/studies(?:/(\d+))?")
 """Address of the list of studies, or of one of them."""
-TIMESTEPS, SETTINGS, SKIPPED, SOURCE, PICTURE = "timesteps", "settings", "layers skipped", "proposed by", "picture"
+TIMESTEPS, SETTINGS, SOURCE, PICTURE = "timesteps", "settings", "proposed by", "picture"
+SKIPPED, REUSED = "layers skipped", "layers reused"
 OURS = frozenset(
     {
         attrs.BASELINE, attrs.OWNER, attrs.RETRIES, attrs.CANDIDATE, attrs.GENERATION, attrs.STAGE, attrs.OPERATOR,
@@ -105,16 +106,17 @@ def trial_attrs(given: Attrs) -> Attrs:
 
 
 def _candidate_facts(key: str | None) -> dict[str, str]:
-    """Timesteps, settings and how many layers are skipped, with spaces at which a narrow page may break them."""
+    """Timesteps, settings, and how many layers are skipped and reused; a narrow page may break them at spaces."""
     try:
         candidate = Candidate.from_key(key or "")
     except ValueError:
         return {}
-    skipped = sum(skip.bit_count() for skip in candidate.skips)
+    skipped, reused = (sum(map(len, candidate.units_in(mode))) for mode in (SKIP, REUSE))
     return {
         TIMESTEPS: " ".join(map(str, candidate.timesteps)),
         SETTINGS: ", ".join(f"{name} {_number(str(value))}" for name, value in candidate.settings),
         SKIPPED: str(skipped) if skipped else "",
+        REUSED: str(reused) if reused else "",
     }
 
 
@@ -141,12 +143,13 @@ def _columns(given: list[dict[str, Any]]) -> list[dict[str, Any]]:
         TIMESTEPS: attrs.CANDIDATE in keys,
         SETTINGS: attrs.CANDIDATE in keys,
         SKIPPED: attrs.CANDIDATE in keys,
+        REUSED: attrs.CANDIDATE in keys,
         SOURCE: attrs.OPERATOR in keys or attrs.BASELINE in keys,
         attrs.GENERATION: attrs.GENERATION in keys,
         attrs.COST: attrs.COST in keys,
         PICTURE: attrs.NOTABLE in keys,
         attrs.FAILURE: attrs.FAILURE in keys,
     }
-    numbers = (attrs.GENERATION, attrs.COST, SKIPPED)
+    numbers = (attrs.GENERATION, attrs.COST, SKIPPED, REUSED)
     ours = [{"key": key, "sortable": key in numbers} for key, there in shown.items() if there]
     return [*ours, *(column for column in given if column["key"] not in OURS)]

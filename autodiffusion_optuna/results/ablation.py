@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from autodiffusion_optuna.candidate import Candidate, Value
+from autodiffusion_optuna.candidate import REUSE, SKIP, Candidate, Value
 from autodiffusion_optuna.results.held_out import Difference, HeldOut, largest_held_out, paired, stored_held_out
 
 
@@ -43,10 +43,10 @@ def undo_each(best: Candidate, codec: Mapping[str, Any]) -> list[Undone]:
 
     A timestep goes to the place it has among as many uniform ones, or as near to it as its neighbours allow: they stay
     where they are, and so do order and smallest gap. A searched setting goes to its first value, of a range to the
-    middle. A step's skipped layers all run. The budget is left aside. Neighbours in the list share their first
+    middle. A step's layers all run. The budget is left aside. Neighbours in the list share their first
     steps, the longest shared ones first, which the prefix cache then gives twice. ``codec``: ``SearchSpace.codec``.
     """
-    return [*_timesteps(best, codec["T"], codec["min_gap"]), *_skips(best), *_settings(best, codec)]
+    return [*_timesteps(best, codec["T"], codec["min_gap"]), *_modes(best), *_settings(best, codec)]
 
 
 def _timesteps(best: Candidate, T: int, gap: int) -> list[Undone]:
@@ -66,15 +66,23 @@ def _timesteps(best: Candidate, T: int, gap: int) -> list[Undone]:
     return undone
 
 
-def _skips(best: Candidate) -> list[Undone]:
+def _modes(best: Candidate) -> list[Undone]:
+    resting = [
+        list(filter(None, (_count(skips, "skipped"), _count(reuses, "reused"))))
+        for skips, reuses in zip(best.units_in(SKIP), best.units_in(REUSE), strict=True)
+    ]
     return [
         Undone(
-            f"step {i + 1}: no layer skipped instead of {best.skips[i].bit_count()}",
-            replace(best, skips=(*best.skips[:i], 0, *best.skips[i + 1 :])),
+            f"step {i + 1}: all layers run, {' and '.join(resting[i])} before",
+            replace(best, modes=(*best.modes[:i], 0, *best.modes[i + 1 :])),
         )
         for i in reversed(range(best.steps))
-        if best.skips[i]
+        if best.modes[i]
     ]
+
+
+def _count(units: Sequence[int], what: str) -> str:
+    return f"{len(units)} {what}" if units else ""
 
 
 def _settings(best: Candidate, codec: Mapping[str, Any]) -> list[Undone]:

@@ -11,7 +11,7 @@ from typing import Any
 import optuna
 from optuna.trial import FrozenTrial, TrialState
 
-from autodiffusion_optuna.candidate import Candidate
+from autodiffusion_optuna.candidate import REUSE, SKIP, Candidate
 from autodiffusion_optuna.config import SEARCH_BANK, StudyConfig
 from autodiffusion_optuna.errors import program
 from autodiffusion_optuna.noise import NoiseSchedule
@@ -413,7 +413,8 @@ class StudySummary:
             "trial": best.trial,
             **self._row_json(best),
             "validation": best.validated,
-            "skips": best.candidate.skip_names(self.units),
+            "skips": best.candidate.unit_names(self.units, SKIP),
+            "reuses": best.candidate.unit_names(self.units, REUSE),
             "variance_ratio": None if best.trace_ratio is None else round(math.exp(best.trace_ratio), 6),
             "cost": best.cost,
         }

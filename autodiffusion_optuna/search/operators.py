@@ -1,25 +1,25 @@
 """Operators: pure functions of (rng, space, parents, skip_ratio) to a canonical candidate.
 
-``skip_ratio`` is the largest ratio of the units that one step may skip now; 0 is stage one. Every child goes through
-the repair of ``SearchSpace``, so it has distinct timesteps and is within the budget, and every skip set follows its
-timestep. A mutation differs from its parent wherever the space lets it. Settings are searched in both stages.
+``skip_ratio`` is the largest ratio of the units that may rest at a step now; 0 is stage one. Every child goes through
+the repair of ``SearchSpace``, so it has distinct timesteps and is within the budget, and modes follow their timestep.
+A mutation differs from its parent wherever the space lets it. Settings are searched in both stages.
 """
 
 from __future__ import annotations
 
 import math
 from bisect import bisect_right
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from functools import lru_cache
 
 import numpy as np
 from numpy.random import Generator
 from numpy.typing import NDArray
 
-from autodiffusion_optuna.candidate import Candidate, Value, skip_set, unit_indices
+from autodiffusion_optuna.candidate import RUN, Candidate, Value, unit_modes
 from autodiffusion_optuna.search.space import SearchSpace
 
-Pairs = list[tuple[int, int]]  # (timestep, skip set) by step
+Pairs = list[tuple[int, int]]  # (timestep, modes) by step
 Named = dict[str, Value]  # searched settings by name, ascending; empty in most spaces
 Change = Callable[[Pairs, Named], tuple[Pairs, Named]]
 
@@ -27,13 +27,14 @@ TRIES = 20  # of a change that repair may undo
 RESIZE = 0.2  # chance that a local move adds or removes a step, where their number is open
 JUMP = 0.3  # chance that a moved timestep goes anywhere, which leaves local optima
 TWO_MOVES = 0.3  # chance that a local move touches two genes
+OTHER_MODE = 0.3  # chance that a unit that rests is reused instead of skipped, or the other way, where both may be
 SETTING = 0.35  # chance that a local move changes a setting, where any are searched
 OWN_SETTINGS = 0.75  # chance that a child with a shared prefix has all settings of the parent whose prefix it is
 FINEST = 0.01  # of a range: shortest local move of a number
 
 
 def random_candidate(rng: Generator, space: SearchSpace, skip_ratio: float) -> Candidate:
-    """Settings, number of steps, timesteps and number of skips at each step all uniform, brought within the budget."""
+    """Settings, steps, timesteps and number of resting units at each step all uniform, brought within the budget."""
     choices = {name: values[int(rng.integers(len(values)))] for name, values in space.choices.items()}
     numbers = {name: float(rng.uniform(low, high)) for name, (low, high) in space.ranges.items()}
     settings = space.canonical_settings({**choices, **numbers})
@@ -44,7 +45,7 @@ def random_candidate(rng: Generator, space: SearchSpace, skip_ratio: float) -> C
     slack = (steps - 1) * (space.min_gap - 1)
     ranks = np.sort(rng.choice(space.T - slack, steps, replace=False))
     times = ranks + np.arange(steps) * (space.min_gap - 1)
-    return _finish(rng, space, [(int(t), _random_skip(rng, space, limit)) for t in times], settings, skip_ratio)
+    return _finish(rng, space, [(int(t), _random_modes(rng, space, limit)) for t in times], settings, skip_ratio)
 
 
 def mutate_paper(
@@ -52,23 +53,23 @@ def mutate_paper(
 ) -> Candidate:
     """Each timestep is replaced with ``probability`` by an unused one; one at least (AutoDiffusion).
 
-    In stage two each skip set is a gene too: with ``probability`` it is redrawn or one unit is flipped.
-    The published code leaves skip sets as they are, by a slip. Each setting is one more gene: with
+    In stage two the modes of each step are a gene too: with ``probability`` they are redrawn or one unit's changes.
+    The published code leaves them as they are, by a slip. Each setting is one more gene: with
     ``probability`` a choice becomes another one, and a number is redrawn.
     """
     limit = space.open_limit(skip_ratio)
 
     def change(pairs: Pairs, settings: Named) -> tuple[Pairs, Named]:
         steps = len(pairs)
-        of_steps = 2 * steps if limit else steps  # timesteps, then skip sets; the settings follow
+        of_steps = 2 * steps if limit else steps  # timesteps, then modes; the settings follow
         genes = _chosen(rng, of_steps + len(settings), probability)
         for k in range(steps):
             if genes[k]:
                 pairs[k] = (_unused(rng, space, pairs, k), pairs[k][1])
             if limit and genes[steps + k]:
                 redraw = rng.random() < 0.5
-                skip = _random_skip(rng, space, limit) if redraw else _flip(rng, space, pairs[k][1], limit)
-                pairs[k] = (pairs[k][0], skip)
+                modes = _random_modes(rng, space, limit) if redraw else _flip(rng, space, pairs[k][1], limit)
+                pairs[k] = (pairs[k][0], modes)
         redrawn = [name for name, gene in zip(settings, genes[of_steps:], strict=True) if gene]
         return pairs, settings | {name: _other_value(rng, space, name, settings[name]) for name in redrawn}
 
@@ -76,7 +77,7 @@ def mutate_paper(
 
 
 def mutate_local(rng: Generator, space: SearchSpace, parent: Candidate, skip_ratio: float) -> Candidate:
-    """One or two timesteps move, mostly between their neighbours, or one or two skip sets or one setting change.
+    """One or two timesteps move, mostly between their neighbours, or the modes of one or two or one setting change.
 
     The distance is log-uniform, so fine moves are as likely as coarse ones. Late steps are chosen more
     often: the first steps stay those of the parent, and the prefix cache pays only for the rest.
@@ -88,9 +89,9 @@ def mutate_local(rng: Generator, space: SearchSpace, parent: Candidate, skip_rat
             return pairs, _move_setting(rng, space, settings)
         if space.min_steps != space.max_steps and rng.random() < RESIZE:
             return _resize(rng, space, pairs), settings
-        move_skips = bool(limit) and rng.random() < 0.5
+        move_modes = bool(limit) and rng.random() < 0.5
         for _ in range(2 if rng.random() < TWO_MOVES else 1):
-            pairs = _move_skips(rng, space, pairs, limit) if move_skips else _move_time(rng, space, pairs)
+            pairs = _move_modes(rng, space, pairs, limit) if move_modes else _move_time(rng, space, pairs)
         return pairs, settings
 
     return _mutant(rng, space, parent, skip_ratio, change)
@@ -126,8 +127,8 @@ def crossover_prefix(
     low, high = unequal[0] + 1, unequal[-1] if first.steps == second.steps else shorter
     cut = int(rng.integers(low, max(low, high) + 1))
     pairs = list(first.pairs[:cut])
-    for timestep, skip in second.pairs[cut:]:
-        pairs.append((min(timestep, pairs[-1][0] - space.min_gap), skip))
+    for timestep, modes in second.pairs[cut:]:
+        pairs.append((min(timestep, pairs[-1][0] - space.min_gap), modes))
     settings = first.settings_dict
     if settings and rng.random() >= OWN_SETTINGS:
         settings = _mixed_settings(rng, space, first, second)
@@ -197,21 +198,21 @@ def _late_odds(steps: int) -> list[float]:
 def _move_time(rng: Generator, space: SearchSpace, pairs: Pairs) -> Pairs:
     """Move a late step between its neighbours, or with chance JUMP to any unused timestep."""
     step = _late_step(rng, len(pairs))
-    timestep, skip = pairs[step]
+    timestep, modes = pairs[step]
     if rng.random() < JUMP:
-        pairs[step] = (_unused(rng, space, pairs, step), skip)
+        pairs[step] = (_unused(rng, space, pairs, step), modes)
         return sorted(pairs, reverse=True)
     highest = pairs[step - 1][0] - space.min_gap if step else space.T - 1
     lowest = pairs[step + 1][0] + space.min_gap if step + 1 < len(pairs) else 0
     reach = max(space.T / len(pairs), 2.0)
     distance = round(math.exp(rng.uniform(0.0, math.log(reach))))
     moved = timestep + (distance if rng.random() < 0.5 else -distance)
-    pairs[step] = (min(max(moved, lowest), highest), skip)
+    pairs[step] = (min(max(moved, lowest), highest), modes)
     return pairs
 
 
 def _resize(rng: Generator, space: SearchSpace, pairs: Pairs) -> Pairs:
-    """Add a step at a free timestep, with the skips of the step before it, or remove a late one."""
+    """Add a step at a free timestep, with the modes of the step before it, or remove a late one."""
     grow = len(pairs) == space.min_steps or (len(pairs) < space.max_steps and rng.random() < 0.5)
     if not grow:
         del pairs[_late_step(rng, len(pairs))]
@@ -219,43 +220,59 @@ def _resize(rng: Generator, space: SearchSpace, pairs: Pairs) -> Pairs:
     times = np.flatnonzero(_free_times(space, [t for t, _ in pairs]))
     if len(times):
         timestep = int(rng.choice(times))
-        before = [skip for t, skip in pairs if t > timestep] or [pairs[0][1]]
+        before = [modes for t, modes in pairs if t > timestep] or [pairs[0][1]]
         pairs.append((timestep, before[-1]))
     return pairs
 
 
-def _move_skips(rng: Generator, space: SearchSpace, pairs: Pairs, limit: int) -> Pairs:
-    """Flip a unit of a late step, exchange the skip sets of two steps, or copy one to a neighbour."""
+def _move_modes(rng: Generator, space: SearchSpace, pairs: Pairs, limit: int) -> Pairs:
+    """Change the mode of a unit at a late step, exchange the modes of two steps, or copy them to a neighbour."""
     step, kind = _late_step(rng, len(pairs)), rng.random()
-    timestep, skip = pairs[step]
+    timestep, modes = pairs[step]
     if kind < 0.6 or len(pairs) == 1:
-        pairs[step] = (timestep, _flip(rng, space, skip, limit))
+        pairs[step] = (timestep, _flip(rng, space, modes, limit))
     elif kind < 0.8:
         other = int(rng.integers(len(pairs)))
-        pairs[step], pairs[other] = (timestep, pairs[other][1]), (pairs[other][0], skip)
+        pairs[step], pairs[other] = (timestep, pairs[other][1]), (pairs[other][0], modes)
     else:
         neighbour = step - 1 if step == len(pairs) - 1 or (step and rng.random() < 0.5) else step + 1
-        pairs[neighbour] = (pairs[neighbour][0], skip)
+        pairs[neighbour] = (pairs[neighbour][0], modes)
     return pairs
 
 
-def _flip(rng: Generator, space: SearchSpace, skip: int, limit: int) -> int:
-    """Skip one unit more or one less; at the limit one less, or another instead."""
-    used = unit_indices(skip)
-    unused = [u for u in range(len(space.units)) if not skip >> u & 1]
-    removed = 1 << used[int(rng.integers(len(used)))] if used else 0
-    added = 1 << unused[int(rng.integers(len(unused)))] if unused else 0
+def _flip(rng: Generator, space: SearchSpace, modes: int, limit: int) -> int:
+    """One unit more rests or one less, or another way; at the limit one less, or another instead."""
+    used = unit_modes(modes)
+    if len(space.mode_codes) > 1 and used and rng.random() < OTHER_MODE:
+        unit = list(used)[int(rng.integers(len(used)))]
+        return modes ^ sum(space.mode_codes) << 2 * unit
+    unused = [u for u in range(len(space.units)) if u not in used]
+    removed = _one(rng, used) if used else 0
+    added = _mode(rng, space) << 2 * unused[int(rng.integers(len(unused)))] if unused else 0
     coin = rng.random() < 0.5
     if len(used) >= limit:
-        return skip ^ removed if coin else skip ^ removed ^ added
-    return skip ^ removed if used and coin else skip ^ added
+        return modes ^ removed if coin else modes ^ removed ^ added
+    return modes ^ removed if used and coin else modes ^ added
 
 
-def _random_skip(rng: Generator, space: SearchSpace, limit: int) -> int:
-    """A number of units uniform in [0, limit], then that many at random."""
+def _one(rng: Generator, modes: Mapping[int, int]) -> int:
+    """The mode of one of several units, as bits."""
+    unit = list(modes)[int(rng.integers(len(modes)))]
+    return modes[unit] << 2 * unit
+
+
+def _mode(rng: Generator, space: SearchSpace) -> int:
+    """One of those that are searched, by a coin where there are two."""
+    codes = space.mode_codes
+    return codes[int(rng.integers(len(codes)))] if len(codes) > 1 else codes[0]
+
+
+def _random_modes(rng: Generator, space: SearchSpace, limit: int) -> int:
+    """A number of resting units uniform in [0, limit], then that many at random."""
     if not limit:
-        return 0
-    return skip_set(int(u) for u in rng.choice(len(space.units), int(rng.integers(limit + 1)), replace=False))
+        return RUN
+    units = rng.choice(len(space.units), int(rng.integers(limit + 1)), replace=False)
+    return sum(_mode(rng, space) << 2 * int(u) for u in units)
 
 
 def _mixed_settings(rng: Generator, space: SearchSpace, first: Candidate, second: Candidate) -> Named:

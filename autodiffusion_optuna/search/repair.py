@@ -1,4 +1,4 @@
-"""How a candidate is brought within its limits: the gap between timesteps, the skips of a step, and the budget."""
+"""How a candidate is brought within its limits: the gap between timesteps, the modes of a step, and the budget."""
 
 from __future__ import annotations
 
@@ -9,7 +9,17 @@ from typing import TYPE_CHECKING
 
 from numpy.random import Generator
 
-from autodiffusion_optuna.candidate import Candidate, Value, skip_set, unit_indices
+from autodiffusion_optuna.candidate import (
+    REUSE,
+    SKIP,
+    Candidate,
+    Value,
+    all_units,
+    grounded,
+    resting,
+    reused,
+    unit_modes,
+)
 
 if TYPE_CHECKING:
     from autodiffusion_optuna.search.space import SearchSpace
@@ -41,21 +51,33 @@ def spread(timesteps: Sequence[float], T: int, min_gap: int = 1) -> Timesteps:
     return tuple(level - position * min_gap for position, level in enumerate(levels))
 
 
-def cost(space: SearchSpace, skips: Sequence[int], settings: Mapping[str, Value]) -> float:
+def cost(space: SearchSpace, modes: Sequence[int], settings: Mapping[str, Value]) -> float:
     """Network evaluations of a sampling run, in full ones; ``settings``: every searched one by name."""
-    saved = [sum(space.unit_costs[u] for u in unit_indices(skip)) if space.unit_costs else 0.0 for skip in skips]
-    visits = _visits_by_step(space, len(skips), settings)
-    return sum(count * (1.0 - part) for count, part in zip(visits, saved, strict=True))
+    visits = _visits_by_step(space, len(modes), settings)
+    return sum(count * (1.0 - saved(space, at_step)) for count, at_step in zip(visits, modes, strict=True))
+
+
+def saved(space: SearchSpace, modes: int) -> float:
+    """Share of one network evaluation that the modes of a step save."""
+    return sum(space.savings[mode][u] for u, mode in unit_modes(modes).items()) if modes else 0.0
 
 
 def cheapest_cost(space: SearchSpace, settings: Mapping[str, Value], limit: int) -> float:
-    """Least cost of any candidate with these settings whose steps skip at most ``limit`` units."""
-    return min(len(space.visits(steps, settings)) for steps in space.lengths) * (1.0 - most_saved(space, limit))
+    """Least cost of any candidate with these settings of whose units at most ``limit`` rest at a step."""
+    return min(least_cost(space, steps, settings, limit) for steps in space.lengths)
+
+
+def least_cost(space: SearchSpace, steps: int, settings: Mapping[str, Value], limit: int) -> float:
+    """The same of so many steps; where nothing can be skipped, the first of them has nothing to reuse."""
+    visits, most = space.visits(steps, settings), most_saved(space, limit)
+    first = 0 if space.skips else sum(step == visits[0] for step in visits)
+    return len(visits) * (1.0 - most) + first * most
 
 
 def most_saved(space: SearchSpace, limit: int) -> float:
-    """Largest share of one network evaluation that skipping at most ``limit`` units saves."""
-    return sum(sorted(space.unit_costs, reverse=True)[:limit])
+    """Largest share of one network evaluation that at most ``limit`` resting units save."""
+    best = SKIP if space.skips else REUSE
+    return sum(sorted(space.savings[best], reverse=True)[:limit])
 
 
 def is_affordable(space: SearchSpace, cost: float) -> bool:
@@ -64,21 +86,31 @@ def is_affordable(space: SearchSpace, cost: float) -> bool:
 
 
 def fit(space: SearchSpace, candidate: Candidate, limit: int, rng: Generator | None) -> Candidate:
-    """``SearchSpace.fit`` with at most ``limit`` units skipped at a step."""
+    """``SearchSpace.fit`` with at most ``limit`` resting units at a step."""
     times = list(candidate.timesteps)
-    skips = [skip if skip.bit_count() <= limit else _trimmed(skip, limit, rng) for skip in candidate.skips]
+    modes = [
+        at_step if resting(at_step).bit_count() <= limit else _trimmed(at_step, limit, rng)
+        for at_step in candidate.modes
+    ]
     settings = _affordable_settings(space, space.canonical_settings(candidate.settings_dict), limit, rng)
-    while space.max_cost is not None and not is_affordable(space, cost(space, skips, settings)):
+    modes = ground(space, modes, settings)
+    while space.max_cost is not None and not is_affordable(space, cost(space, modes, settings)):
         droppable = len(times) > space.min_steps
         coin = rng is not None and bool(rng.random() < 0.5)
-        if droppable and (not coin or not _skip_more(space, skips, settings, limit, rng)):
+        if droppable and (not coin or not _save_more(space, modes, settings, limit, rng)):
             step = _crowded(times) if rng is None else int(rng.integers(len(times)))
-            del times[step], skips[step]
+            del times[step], modes[step]
+            modes = ground(space, modes, settings)
         elif not droppable:
-            saved = _skip_more(space, skips, settings, limit, rng)
-            assert saved, "no candidate meets the budget, which SearchSpace rules out"
-    fitting = Candidate(tuple(times), tuple(skips), tuple(settings.items()))
+            cheaper = _save_more(space, modes, settings, limit, rng)
+            assert cheaper, "no candidate meets the budget, which SearchSpace rules out"
+    fitting = Candidate(tuple(times), tuple(modes), tuple(settings.items()))
     return candidate if fitting == candidate else fitting
+
+
+def ground(space: SearchSpace, modes: Sequence[int], settings: Mapping[str, Value]) -> list[int]:
+    """``candidate.grounded``, for a run with these settings."""
+    return list(grounded(modes, _visits_by_step(space, len(modes), settings)) if any(map(reused, modes)) else modes)
 
 
 def _affordable_settings(
@@ -97,42 +129,88 @@ def _affordable_settings(
     return settings | {name: chosen[name] for name in space.choices}
 
 
-def _trimmed(skip: int, limit: int, rng: Generator | None) -> int:
-    """``limit`` of the units of a larger set; without ``rng`` evenly spaced, their start varying with the set.
+def _trimmed(modes: int, limit: int, rng: Generator | None) -> int:
+    """``limit`` of more resting units; without ``rng`` evenly spaced, their start varying with the modes.
 
     Keeping the first ones would hide the later units from samplers that draw whole integers.
     """
-    units = unit_indices(skip)
+    given = unit_modes(modes)
+    units = list(given)
     if rng is not None:
-        return skip_set(int(u) for u in rng.choice(units, limit, replace=False))
-    return skip_set(units[(skip + j * len(units) // limit) % len(units)] for j in range(limit))
+        kept = [int(u) for u in rng.choice(units, limit, replace=False)]
+    else:
+        start = sum(1 << u for u in units)
+        kept = [units[(start + j * len(units) // limit) % len(units)] for j in range(limit)]
+    return sum(given[u] << 2 * u for u in kept)
 
 
-def _skip_more(
-    space: SearchSpace, skips: list[int], settings: Mapping[str, Value], limit: int, rng: Generator | None
+def _save_more(
+    space: SearchSpace, modes: list[int], settings: Mapping[str, Value], limit: int, rng: Generator | None
 ) -> bool:
-    """Make one step cheaper, in place: one more unit, or a costlier one instead; False if impossible."""
-    costs = space.unit_costs
-    visited = [step for step, count in enumerate(_visits_by_step(space, len(skips), settings)) if count]
-    free = {step: [u for u, c in enumerate(costs) if c > 0 and not skips[step] >> u & 1] for step in visited}
-    addable = [step for step in visited if skips[step].bit_count() < limit and free[step]]
+    """Make one step cheaper, in place: one more unit rests, or a costlier one instead; False if impossible."""
+    choices = _choices(space, modes, settings)
+    addable = [step for step, found in choices.items() if found and resting(modes[step]).bit_count() < limit]
     if addable and rng is not None:
         step = addable[int(rng.integers(len(addable)))]
-        skips[step] |= 1 << free[step][int(rng.integers(len(free[step])))]
+        unit, mode = choices[step][int(rng.integers(len(choices[step])))]
+        modes[step] |= mode << 2 * unit
         return True
     if addable:
-        step = min(addable, key=lambda k: skips[k].bit_count())
-        skips[step] |= 1 << max(free[step], key=costs.__getitem__)
+        step = min(addable, key=lambda k: resting(modes[k]).bit_count())
+        unit, mode = max(choices[step], key=lambda choice: (space.savings[choice[1]][choice[0]], choice[1]))
+        modes[step] |= mode << 2 * unit
         return True
-    for step in visited:
-        used = unit_indices(skips[step])
-        if not used or not free[step]:
+    for step, found in choices.items():
+        used = unit_modes(modes[step])
+        if not used or not found:
             continue
-        cheap, costly = min(used, key=costs.__getitem__), max(free[step], key=costs.__getitem__)
-        if costs[cheap] < costs[costly]:
-            skips[step] ^= 1 << cheap | 1 << costly
+        cheap = min(used, key=lambda u: space.savings[used[u]][u])
+        costly, mode = max(found, key=lambda choice: space.savings[choice[1]][choice[0]])
+        if space.savings[used[cheap]][cheap] < space.savings[mode][costly]:
+            modes[step] ^= used[cheap] << 2 * cheap | mode << 2 * costly
             return True
-    return False
+    return space.skips and _skip_what_reuses(modes)
+
+
+def _choices(
+    space: SearchSpace, modes: Sequence[int], settings: Mapping[str, Value]
+) -> dict[int, list[tuple[int, int]]]:
+    """(unit, mode) of what may rest in place of running, at each step that is visited.
+
+    Not what a later step reuses for want of another; that would have to run instead.
+    """
+    known = all_units(len(space.units))
+    visited = [step for step, count in enumerate(_visits_by_step(space, len(modes), settings)) if count]
+    runs = {step: known & ~resting(modes[step]) for step in visited}
+    earlier, ran = {}, 0
+    for step in visited:
+        earlier[step], ran = ran, ran | runs[step]
+    wanted, needed = 0, {}
+    for step in reversed(visited):
+        needed[step] = runs[step] & wanted & ~earlier[step]
+        wanted = (wanted | reused(modes[step])) & ~runs[step]
+    return {
+        step: [
+            (u, mode)
+            for u in range(len(space.units))
+            if (runs[step] & ~needed[step]) >> 2 * u & 1
+            for mode in space.mode_codes
+            if space.savings[mode][u] > 0 and (mode == SKIP or earlier[step] >> 2 * u & 1)
+        ]
+        for step in visited
+    }
+
+
+def _skip_what_reuses(modes: list[int]) -> bool:
+    """Let the last unit that reuses be skipped at every step where it does, in place: what it reused need not run."""
+    units = max((reused(at_step).bit_length() for at_step in modes), default=0)
+    if not units:
+        return False
+    unit = 1 << units - 1
+    for step, at_step in enumerate(modes):
+        if reused(at_step) & unit:
+            modes[step] ^= 3 * unit
+    return True
 
 
 def _visits_by_step(space: SearchSpace, steps: int, settings: Mapping[str, Value]) -> list[int]:

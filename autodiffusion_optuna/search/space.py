@@ -6,7 +6,7 @@ import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, reduce
 from itertools import pairwise, product
 from typing import Any
 
@@ -14,13 +14,13 @@ import optuna
 from numpy.random import Generator
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
 
-from autodiffusion_optuna.candidate import Candidate, Settings, Value
+from autodiffusion_optuna.candidate import MODES, REUSE, RUN, SKIP, Candidate, Settings, Value, all_units, resting
 from autodiffusion_optuna.errors import ConfigError
 from autodiffusion_optuna.search import repair
 
-CODEC_VERSION = 1
+CODEC_VERSION = 2
 DECIMALS = 3  # of a searched float: finer ones would make candidates distinct that no score can tell apart
-OURS = re.compile(r"steps|t_.*|skip_.*")  # names of the other parameters
+OURS = re.compile(r"steps|t_.*|modes_.*")  # names of the other parameters
 
 Visits = Callable[[int, Mapping[str, Value]], Sequence[int]]
 
@@ -35,17 +35,18 @@ class SearchSpace:
     """All candidates that a study may try, and their form as Optuna parameters.
 
     ``T``: size of the model's time grid. ``min_steps``, ``max_steps``: fewest and most timesteps.
-    ``min_gap``: smallest difference of neighbouring timesteps. ``units``: names of the skippable units in
-    execution order; ``unit_costs``: the share of one full network evaluation that skipping each saves
-    (empty: all 0). ``max_skip``: largest ratio of the units that one step may skip, 0 for stage one only.
-    ``max_cost``: budget in full network evaluations, None for no budget. ``visits``: for a number of steps
-    and the value of every searched setting by name, the step index of each network evaluation that the solver
-    makes. It may depend on ``choices``, not on ``ranges``. ``chunk``: bits in one skip parameter, 1 to 32; SQL
-    stores parameters as doubles, which corrupt long integers.
+    ``min_gap``: smallest difference of neighbouring timesteps. ``units``: names of the units that need not run at every
+    step, in execution order; ``modes``: what they may do instead, names of ``candidate.MODES``. ``unit_costs``: the
+    share of one full network evaluation that skipping each saves (empty: all 0); ``reuse_costs``: that reusing it
+    saves, no more than that (empty: as much). ``max_skip``: largest ratio of the units that do not run at a step, 0 for
+    stage one only. ``max_cost``: budget in full network evaluations, None for no budget. ``visits``: for a number of
+    steps and the value of every searched setting by name, the step index of each network evaluation that the solver
+    makes. It may depend on ``choices``, not on ``ranges``. ``chunk``: bits that the largest value of a parameter of
+    modes may have, 1 to 32; SQL stores parameters as doubles, which corrupt long integers.
 
     ``choices``: the values of each searched setting that has a list of them, such as the solver, at least two.
     ``ranges``: lowest and highest value of each that is any number between, such as the guidance scale; it is
-    rounded to three decimals. Both are empty where only timesteps and skips are searched.
+    rounded to three decimals. Both are empty where only timesteps and modes are searched.
 
     A candidate is *canonical* when it obeys all of these. ``decode`` makes any parameter values canonical.
     Raises ConfigError when the numbers contradict each other, no candidate meets the budget, or none that has
@@ -57,7 +58,9 @@ class SearchSpace:
     max_steps: int
     min_gap: int = 1
     units: tuple[str, ...] = ()
+    modes: tuple[str, ...] = ("skip",)
     unit_costs: tuple[float, ...] = ()
+    reuse_costs: tuple[float, ...] = ()
     max_skip: float = 0.0
     max_cost: float | None = None
     visits: Visits = visit_each_step
@@ -93,10 +96,15 @@ class SearchSpace:
             raise ConfigError(f"max_skip {self.max_skip} must be between 0 and 1")
         if not 1 <= self.chunk <= 32:
             raise ConfigError(f"chunk {self.chunk} must be between 1 and 32")
-        if self.unit_costs and len(self.unit_costs) != len(self.units):
-            raise ConfigError(f"{len(self.units)} units but {len(self.unit_costs)} unit_costs; give one for each")
-        if any(cost < 0 for cost in self.unit_costs) or sum(self.unit_costs) > 1 + 1e-6:
-            raise ConfigError("unit_costs must be shares of one network evaluation: none negative, sum at most 1")
+        if not self.modes or not set(self.modes) <= MODES.keys() or len(set(self.modes)) < len(self.modes):
+            raise ConfigError(f"modes {list(self.modes)} must be one or more of {', '.join(MODES)}, each once")
+        for name, costs in (("unit_costs", self.unit_costs), ("reuse_costs", self.reuse_costs)):
+            if costs and len(costs) != len(self.units):
+                raise ConfigError(f"{len(self.units)} units but {len(costs)} {name}; give one for each")
+            if any(cost < 0 for cost in costs) or sum(costs) > 1 + 1e-6:
+                raise ConfigError(f"{name} must be shares of one network evaluation: none negative, sum at most 1")
+        if any(reuse > skip for reuse, skip in zip(self.reuse_costs, self.savings[SKIP], strict=False)):
+            raise ConfigError("reuse_costs must be at most unit_costs: a unit that is reused is left out, too")
         if self.units and self.max_skip > 0 and not self.skip_limit(self.max_skip):
             raise ConfigError(
                 f"max_skip {self.max_skip} of {len(self.units)} units skips none; "
@@ -146,6 +154,22 @@ class SearchSpace:
         except ValueError as error:
             raise ConfigError(str(error)) from None
 
+    @cached_property
+    def savings(self) -> dict[int, tuple[float, ...]]:
+        """Share of one network evaluation that each unit saves, by mode."""
+        skip = self.unit_costs or (0.0,) * len(self.units)
+        return {SKIP: skip, REUSE: self.reuse_costs or skip}
+
+    @cached_property
+    def mode_codes(self) -> tuple[int, ...]:
+        """The modes as a candidate holds them."""
+        return tuple(sorted(MODES[name] for name in self.modes))
+
+    @property
+    def skips(self) -> bool:
+        """Whether units may be skipped."""
+        return SKIP in self.mode_codes
+
     # Settings
 
     @property
@@ -173,40 +197,40 @@ class SearchSpace:
     # Limits
 
     def cost(self, candidate: Candidate) -> float:
-        """Network evaluations of a sampling run, in full ones: a step's skips count at each of its visits."""
-        return repair.cost(self, candidate.skips, self.canonical_settings(candidate.settings_dict))
+        """Network evaluations of a sampling run, in full ones: a step's modes count at each of its visits."""
+        return repair.cost(self, candidate.modes, self.canonical_settings(candidate.settings_dict))
 
     def skip_limit(self, skip_ratio: float) -> int:
-        """Most units that one step may skip when ``skip_ratio`` of all units may be skipped."""
+        """Most units that may rest at a step when ``skip_ratio`` of all may."""
         return int(skip_ratio * len(self.units) + repair.TOLERANCE)
 
     def open_limit(self, skip_ratio: float) -> int:
-        """Most units that one step may skip now; the full limit where skipping nothing is too expensive."""
+        """Most units that may rest at a step now; the full limit where running all is too expensive."""
         return self.skip_limit(min(skip_ratio, self.max_skip) if self.stage_one_possible else self.max_skip)
 
     @cached_property
     def stage_one_possible(self) -> bool:
-        """Whether a candidate that skips nothing can meet the budget; else skips are open from the start."""
+        """Whether a candidate whose units all run can meet the budget; else modes are open from the start."""
         return any(repair.is_affordable(self, repair.cheapest_cost(self, settings, 0)) for settings in self.variants)
 
     @cached_property
     def full_steps(self) -> int:
-        """Most steps that meet the budget with nothing skipped and the default settings; see ``full_steps_with``."""
+        """Most steps that meet the budget with all units running and the default settings; see ``full_steps_with``."""
         return self.full_steps_with(self.default_settings)
 
     def full_steps_with(self, settings: Mapping[str, Value]) -> int:
-        """Most steps that meet the budget with nothing skipped; ``min_steps`` when none do."""
+        """Most steps that meet the budget with all units running; ``min_steps`` when none do."""
         affordable = [k for k in self.lengths if repair.is_affordable(self, len(self.visits(k, settings)))]
         return max(affordable, default=self.min_steps)
 
     def most_evaluations(self, settings: Mapping[str, Value]) -> int:
-        """Most network evaluations of a candidate with these settings, whatever it skips; 0 where none is affordable.
+        """Most network evaluations of a candidate with these settings, whatever rests; 0 where none is affordable.
 
         ``settings``: every searched one by name.
         """
-        least = 1.0 - repair.most_saved(self, self.skip_limit(self.max_skip))
-        counts = (len(self.visits(k, settings)) for k in self.lengths)
-        return max((count for count in counts if repair.is_affordable(self, count * least)), default=0)
+        limit = self.skip_limit(self.max_skip)
+        fitting = (k for k in self.lengths if repair.is_affordable(self, repair.least_cost(self, k, settings, limit)))
+        return max((len(self.visits(k, settings)) for k in fitting), default=0)
 
     # Parameters
 
@@ -225,22 +249,37 @@ class SearchSpace:
         return space
 
     def _step_distributions(self, step: int) -> dict[str, IntDistribution]:
-        bits = self._chunk_bits()
-        skips = {f"skip_{step:02d}_{c}": IntDistribution(0, 2**width - 1) for c, width in enumerate(bits)}
-        return {f"t_{step:02d}": IntDistribution(0, self.T - 1), **skips}
+        modes = {
+            f"modes_{step:02d}_{c}": IntDistribution(0, self._base ** len(units) - 1)
+            for c, units in enumerate(self._chunks)
+        }
+        return {f"t_{step:02d}": IntDistribution(0, self.T - 1), **modes}
 
-    def _chunk_bits(self) -> list[int]:
-        """Bits in each skip parameter of a step; empty where nothing can be skipped."""
+    @cached_property
+    def _codes(self) -> tuple[int, ...]:
+        """Mode by digit."""
+        return (RUN, *self.mode_codes)
+
+    @property
+    def _base(self) -> int:
+        """Of the numbers that hold modes: a digit says which of ``mode_codes`` a unit is in, 0 that it runs."""
+        return 1 + len(self.modes)
+
+    @cached_property
+    def _chunks(self) -> list[range]:
+        """Units of each parameter of modes; none where all units run."""
         units = len(self.units) if self.max_skip > 0 else 0
-        return [min(self.chunk, units - first) for first in range(0, units, self.chunk)]
+        size = max(int(self.chunk / math.log2(self._base) + repair.TOLERANCE), 1)
+        return [range(first, min(first + size, units)) for first in range(0, units, size)]
 
     def encode(self, candidate: Candidate) -> dict[str, Any]:
         """Parameter values of a canonical candidate: those of its own steps only, and its settings."""
         params: dict[str, Any] = {} if self.min_steps == self.max_steps else {"steps": candidate.steps}
-        for step, (timestep, skip) in enumerate(candidate.pairs):
+        for step, (timestep, modes) in enumerate(candidate.pairs):
             params[f"t_{step:02d}"] = timestep
-            for c, width in enumerate(self._chunk_bits()):
-                params[f"skip_{step:02d}_{c}"] = skip >> c * self.chunk & (1 << width) - 1
+            for c, units in enumerate(self._chunks):
+                digits = [self._codes.index(modes >> 2 * u & 3) for u in reversed(units)]
+                params[f"modes_{step:02d}_{c}"] = reduce(lambda number, digit: number * self._base + digit, digits)
         return params | candidate.settings_dict
 
     def decode(self, params: Mapping[str, Any]) -> Candidate:
@@ -268,13 +307,16 @@ class SearchSpace:
         return min(max(steps, self.min_steps), self.max_steps)
 
     def _read_step(self, params: Mapping[str, Any], step: int) -> tuple[int, int]:
-        skip = 0
-        for c, width in enumerate(self._chunk_bits()):
-            skip |= min(max(int(params[f"skip_{step:02d}_{c}"]), 0), (1 << width) - 1) << c * self.chunk
-        return min(max(int(params[f"t_{step:02d}"]), 0), self.T - 1), skip
+        modes = 0
+        for c, units in enumerate(self._chunks):
+            number = min(max(int(params[f"modes_{step:02d}_{c}"]), 0), self._base ** len(units) - 1)
+            for u in units:
+                number, digit = divmod(number, self._base)
+                modes |= self._codes[digit] << 2 * u
+        return min(max(int(params[f"t_{step:02d}"]), 0), self.T - 1), modes
 
     def suggest(self, trial: optuna.Trial) -> Candidate:
-        """Candidate of a running trial: asks for ``steps``, that many times and skip sets, and the settings."""
+        """Candidate of a running trial: asks for ``steps``, that many times and their modes, and the settings."""
         params: dict[str, Any] = {}
         if self.min_steps != self.max_steps:
             params["steps"] = trial.suggest_int("steps", self.min_steps, self.max_steps)
@@ -295,6 +337,7 @@ class SearchSpace:
             "steps": [self.min_steps, self.max_steps],
             "min_gap": self.min_gap,
             "units": list(self.units),
+            "modes": list(self.modes),
             "chunk": self.chunk,
             "choices": {name: list(values) for name, values in self.choices.items()},
             "ranges": {name: list(bounds) for name, bounds in self.ranges.items()},
@@ -303,34 +346,41 @@ class SearchSpace:
     # Repair
 
     def is_canonical(self, candidate: Candidate) -> bool:
-        """Whether the candidate obeys the grid, the gap, the skip limit, the budget, and has every setting."""
+        """Whether the candidate obeys the grid, the gap, modes and their limit, the budget, and has every setting."""
         times, limit = candidate.timesteps, self.skip_limit(self.max_skip)
+        settings = self.canonical_settings(candidate.settings_dict)
         return (
             candidate.steps in self.lengths
             and times[0] < self.T
             and all(a - b >= self.min_gap for a, b in pairwise(times))
-            and all(s.bit_length() <= len(self.units) and s.bit_count() <= limit for s in candidate.skips)
-            and candidate.settings_dict == self.canonical_settings(candidate.settings_dict)
+            and all(modes == self._known(modes) and resting(modes).bit_count() <= limit for modes in candidate.modes)
+            and tuple(repair.ground(self, candidate.modes, settings)) == candidate.modes
+            and candidate.settings_dict == settings
             and repair.is_affordable(self, self.cost(candidate))
         )
 
     def repair(self, pairs: Iterable[tuple[int, int]], settings: Settings = ()) -> Candidate:
-        """Candidate of (timestep, skip set) pairs in any order; repeats move to free neighbours.
+        """Candidate of (timestep, modes) pairs in any order; repeats move to free neighbours.
 
-        As many steps come out as go in, at most ``max_steps``. Skip sets stay with their timestep. ``settings``
+        As many steps come out as go in, at most ``max_steps``. Modes stay with their timestep. ``settings``
         are taken as they are; ``fit`` completes them.
         """
         ordered = sorted(pairs, reverse=True)
-        known = (1 << len(self.units)) - 1
         timesteps = repair.spread([t for t, _ in ordered], self.T, self.min_gap)
-        return Candidate(timesteps, tuple(skip & known for _, skip in ordered), settings)
+        return Candidate(timesteps, tuple(self._known(modes) for _, modes in ordered), settings)
+
+    def _known(self, modes: int) -> int:
+        """The modes of the units that there are, those that are searched."""
+        known = all_units(len(self.units))
+        return sum(known << code - 1 & modes for code in self.mode_codes)
 
     def fit(self, candidate: Candidate, skip_ratio: float, rng: Generator | None = None) -> Candidate:
         """The candidate, brought within the budget and ``skip_ratio``: unchanged where it already is.
 
-        Settings that are missing get their default, unknown ones go. Drops steps or skips more units until the
-        budget holds. Without ``rng``: drops the step nearest to the one before it while more than ``min_steps``
-        are left, then skips the costliest unit at the step that skips least. With ``rng``: a coin where both are
-        possible, and a random step and unit. Where neither is enough, as few settings change as will do.
+        Settings that are missing get their default, unknown ones go. A unit that is to reuse a branch and has not run
+        before runs. Drops steps or lets more units rest until the budget holds. Without ``rng``: drops the step nearest
+        to the one before it while more than ``min_steps`` are left, then the costliest unit rests at the step at which
+        fewest do. With ``rng``: a coin where both are possible, and a random step and unit. Where neither is enough, as
+        few settings change as will do.
         """
         return repair.fit(self, candidate, self.open_limit(skip_ratio), rng)

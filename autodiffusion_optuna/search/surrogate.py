@@ -37,14 +37,14 @@ class Embedding(NamedTuple):
     """Candidates of any length as points of one space.
 
     ``times``: float64 [N, max_steps + 1], the timesteps as ratios of T, stretched to ``max_steps`` positions, and the
-    number of steps. ``skips``: float32 [N, max_steps * units], the skip bits at those positions: sums of them are
-    exact, at half the cost of float64. ``choices``: float64 [N, sum of the numbers of choices], one at the one taken of
-    each. ``numbers``: float64 [N, ranges], ratios of their ranges. The last two have no columns where no settings are
-    searched.
+    number of steps. ``modes``: float32 [N, max_steps * 2 units], the bits of the modes at those positions: sums of them
+    are exact, at half the cost of float64. ``choices``: float64 [N, sum of the numbers of choices], one at the one
+    taken of each. ``numbers``: float64 [N, ranges], ratios of their ranges. The last two have no columns where no
+    settings are searched.
     """
 
     times: Array
-    skips: NDArray[np.float32]
+    modes: NDArray[np.float32]
     choices: Array
     numbers: Array
 
@@ -90,15 +90,15 @@ def _points(space: SearchSpace) -> Callable[[Candidate], Embedding]:
 
 def _point(space: SearchSpace, candidate: Candidate) -> Embedding:
     """One row of an embedding."""
-    times, skips = np.array(candidate.timesteps) / space.T, candidate.skips
+    times, modes = np.array(candidate.timesteps) / space.T, candidate.modes
     if candidate.steps != space.max_steps:
         positions = np.linspace(0.0, 1.0, space.max_steps)
         times = np.interp(positions, np.linspace(0.0, 1.0, candidate.steps), times)
-        skips = tuple(skips[step] for step in np.rint(positions * (candidate.steps - 1)).astype(int))
-    size = -(-len(space.units) // 8)
-    packed = b"".join(skip.to_bytes(size, "little") for skip in skips)
+        modes = tuple(modes[step] for step in np.rint(positions * (candidate.steps - 1)).astype(int))
+    size = -(-2 * len(space.units) // 8)
+    packed = b"".join(at_step.to_bytes(size, "little") for at_step in modes)
     octets = np.frombuffer(packed, dtype=np.uint8).reshape(space.max_steps, size)
-    bits = np.unpackbits(octets, axis=1, count=len(space.units), bitorder="little").ravel().astype(np.float32)
+    bits = np.unpackbits(octets, axis=1, count=2 * len(space.units), bitorder="little").ravel().astype(np.float32)
     settings = space.canonical_settings(candidate.settings_dict)
     choices = [float(settings[name] == value) for name, values in space.choices.items() for value in values]
     numbers = [(float(settings[n]) - low) / (high - low) for n, (low, high) in space.ranges.items()]
@@ -121,7 +121,7 @@ _quantile = lru_cache(maxsize=4096)(NormalDist().inv_cdf)
 def predict(known: Embedding, scores: Array, asked: Embedding, noise: Array | float = NOISE) -> tuple[Array, Array]:
     """Mean and standard deviation of the process at ``asked``, float64 [M] each.
 
-    Matérn 5/2 kernel in the timesteps times an exponential one in the number of skip bits that differ; the length
+    Matérn 5/2 kernel in the timesteps times an exponential one in the number of bits of modes that differ; the length
     scale of both is the one of ``SCALES`` with the largest marginal likelihood (Rasmussen and Williams 2006, eq. 5.8).
     Settings, where any are searched, add an exponential factor in the number of choices that differ and a Matérn one
     in the numbers; how much they matter, a length scale of their own, is found likewise.
@@ -151,13 +151,13 @@ def predict(known: Embedding, scores: Array, asked: Embedding, noise: Array | fl
 
 
 def distances(one: Embedding, other: Embedding) -> tuple[Array, ...]:
-    """Between times, skips, choices and numbers, float64 [N, M] each.
+    """Between times, modes, choices and numbers, float64 [N, M] each.
 
-    Euclidean for times and numbers; how many skip bits and how many choices differ for the others.
+    Euclidean for times and numbers; how many bits of modes and how many choices differ for the others.
     """
     return (
         _euclidean(one.times, other.times),
-        _differing(one.skips, other.skips),
+        _differing(one.modes, other.modes),
         _differing(one.choices, other.choices) / 2,
         _euclidean(one.numbers, other.numbers),
     )

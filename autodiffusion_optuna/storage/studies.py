@@ -78,10 +78,10 @@ def require_files(study: optuna.Study, config: StudyConfig, unneeded: str = "non
         raise StudyError(f"study {config.name!r} has {where}, not to be found here; say where it is now: {places}")
 
 
-def stored_unit_costs(study: optuna.Study | None) -> tuple[float, ...] | None:
-    """Cost shares of the units as they were when the study was begun; measured latencies are not measured again."""
+def stored_unit_costs(study: optuna.Study | None) -> dict[str, tuple[float, ...]] | None:
+    """Shares that units save, by mode, as they were when the study was begun: latencies are not measured again."""
     costs = None if study is None else study.user_attrs.get(UNIT_COSTS)
-    return None if costs is None else tuple(costs)
+    return None if costs is None else {mode: tuple(shares) for mode, shares in costs.items()}
 
 
 def stored_batch(study: optuna.Study | None) -> int | None:

@@ -43,6 +43,9 @@ from autodiffusion_optuna.search.timesteps import BASELINES, baseline_timesteps,
 from autodiffusion_optuna.study.given import read_warm_starts
 from autodiffusion_optuna.study.starts import screen_timesteps, start_order
 
+UnitShares = Mapping[str, tuple[float, ...]]
+"""Of a network evaluation, what each unit saves, by mode."""
+
 
 @dataclass(frozen=True, eq=False)
 class StudyComponents:
@@ -85,7 +88,7 @@ def build_images(
     config: StudyConfig,
     *,
     trust: bool = False,
-    unit_costs: tuple[float, ...] | None = None,
+    unit_costs: UnitShares | None = None,
     batch: int | None = None,
 ) -> ImageComponents:
     """As ``build``, without extractor and reference: no reference image is looked at."""
@@ -97,7 +100,7 @@ def build(
     config: StudyConfig,
     *,
     trust: bool = False,
-    unit_costs: tuple[float, ...] | None = None,
+    unit_costs: UnitShares | None = None,
     device: str | None = None,
     batch: int | None = None,
     model: Model | None = None,
@@ -165,7 +168,7 @@ def _load_images(
     config: StudyConfig,
     plan: SamplingSpace,
     trust: bool,
-    unit_costs: tuple[float, ...] | None,
+    unit_costs: UnitShares | None,
     device: str | None,
     batch: int | None,
     model: Model | None = None,
@@ -287,17 +290,18 @@ def _check_features(evaluator: Evaluator) -> None:
 
 
 def _space(
-    config: StudyConfig, plan: SamplingSpace, model: Model, batch: int, unit_costs: tuple[float, ...] | None
+    config: StudyConfig, plan: SamplingSpace, model: Model, batch: int, unit_costs: UnitShares | None
 ) -> SearchSpace:
     low, high = config.sampling.step_bounds
     units = model.units if config.search.max_skip else ()
     if config.search.max_skip and not model.units:
         raise ConfigError(
             f"search.max_skip = {config.search.max_skip} but model {config.model.source!r} has no layers that can be "
-            "skipped; set search.max_skip=0"
+            "skipped or reused; set search.max_skip=0"
         )
     if units and unit_costs is None:
-        unit_costs = model.costs(config.search.cost, batch=batch).shares
+        costs = model.costs(config.search.cost, batch=batch)
+        unit_costs = {"skip": costs.shares, "reuse": costs.reuse_shares}
     full = config.search.cost_steps or high
     visits = partial(_visits, plan.fixed)
     return SearchSpace(
@@ -306,7 +310,9 @@ def _space(
         max_steps=high,
         min_gap=config.sampling.min_gap,
         units=units,
-        unit_costs=unit_costs if units and unit_costs else (),
+        modes=tuple(config.search.modes),
+        unit_costs=unit_costs["skip"] if units and unit_costs else (),
+        reuse_costs=unit_costs["reuse"] if units and unit_costs else (),
         max_skip=config.search.max_skip,
         max_cost=None if config.search.max_cost is None else config.search.max_cost * len(visits(full, {})),
         visits=visits,

@@ -39,12 +39,15 @@ def derived_result(
         timesteps = resample(summary.noise, timesteps, steps, gap)
     notes.append(f"these are {origin}: they have no score of their own")
     if result.masked:
-        notes.append("the layers that the best candidate skips were found for its own timesteps: none is skipped here")
+        notes.append(
+            "the layers that the best candidate skips or reuses were found for its own timesteps: all run here"
+        )
     changed = result.model_copy(
         update={
             "study": _name(result.study, label, len(timesteps)),
             "timesteps": timesteps,
             "skips": ((),) * len(timesteps),
+            "reuses": ((),) * len(timesteps),
             "cost": _full_cost(summary.config, result, len(timesteps)),
             "score": None,
             "origin": origin,

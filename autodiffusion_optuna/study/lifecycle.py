@@ -280,7 +280,7 @@ def _begin(components: StudyComponents, study: optuna.Study, pictures: str | Non
         RUNTIME: describe_runtime(components.evaluator),
         VERSION: __version__,
         METRIC: metric_name(components),
-        UNIT_COSTS: list(components.space.unit_costs),
+        UNIT_COSTS: {"skip": list(components.space.unit_costs), "reuse": list(components.space.reuse_costs)},
         **computed,
     }
     for name, value in attrs.items():

@@ -5,11 +5,12 @@ import random
 import pytest
 import torch
 import torch.nn.functional as F
+from skip_masks import skips
 from torch import nn
 
 from autodiffusion_optuna.evaluation import cost
 from autodiffusion_optuna.evaluation.cost import UnitCosts, macs, unit_latency, unit_macs
-from autodiffusion_optuna.evaluation.skip import find_units, skipping
+from autodiffusion_optuna.evaluation.units import find_units
 
 CPU = torch.device("cpu")
 
@@ -32,32 +33,34 @@ def test_macs_of_units_add_up_exactly(unet: nn.Module) -> None:
     x = torch.zeros(1, 1, 8, 8)
     units = find_units(unet, lambda: unet(x, torch.tensor(1.0)))
 
-    def evaluate(skip: int) -> None:
-        with skipping(units, skip), torch.inference_mode():
+    def evaluate(modes: int) -> None:
+        with units.in_modes(modes), torch.inference_mode():
             unet(x, torch.tensor(1.0))
 
     costs = unit_macs(evaluate, len(units))
     assert costs.full == macs(lambda: evaluate(0)) > 0
     assert all(0 < share < 1 for share in costs.shares)
     rng = random.Random(0)
-    for skip in [(1 << len(units)) - 1, *(rng.getrandbits(len(units)) for _ in range(12))]:
-        counted = macs(lambda skip=skip: evaluate(skip))  # type: ignore[misc]
-        assert round(costs.of(skip)) == counted
-        assert costs.of(skip) == pytest.approx(counted, rel=1e-12)
+    for mask in [(1 << len(units)) - 1, *(rng.getrandbits(len(units)) for _ in range(12))]:
+        counted = macs(lambda mask=mask: evaluate(skips(mask)))  # type: ignore[misc]
+        assert round(costs.of(skips(mask))) == counted
+        assert costs.of(skips(mask)) == costs.of(skips(mask) << 1) == pytest.approx(counted, rel=1e-12)
 
 
 def test_latency_takes_medians_of_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
     rounds = 0
 
-    def seconds(evaluate: object, skip: int, device: torch.device) -> float:
+    def seconds(evaluate: object, modes: int, device: torch.device) -> float:
         nonlocal rounds
-        rounds += skip == 0
+        rounds += modes == 0
         slow = 10.0 if rounds == 3 else 1.0  # one round on a busy machine
-        return slow * {0: 4.0, 1: 3.0, 2: 2.0, 4: 4.5}[skip]
+        skip, reuse = {1: 3.0, 4: 2.0, 16: 4.5}, {2: 3.5, 8: 1.6, 32: 4.5}
+        return slow * {0: 4.0, **skip, **reuse}[modes]
 
     monkeypatch.setattr(cost, "seconds", seconds)
     warmed: list[int] = []
     costs = unit_latency(warmed.append, 3, CPU, repeats=5)
-    assert warmed == [0, 1, 2, 4]
-    assert costs == UnitCosts(4.0, (0.25, 0.5, 0.0))
-    assert costs.of(0b011) == 1.0
+    assert warmed == [0, 1, 4, 16, 2, 8, 32]
+    assert costs == UnitCosts(4.0, (0.25, 0.55, 0.0), (0.125, 0.55, 0.0))  # reuse cannot save more than skipping
+    assert costs.of(0b0101) == pytest.approx(4 * (1 - 0.25 - 0.55))
+    assert costs.of(0b0110) == pytest.approx(4 * (1 - 0.125 - 0.55))

@@ -16,7 +16,7 @@ from autodiffusion_optuna.evaluation.denoiser import (
     model_time,
     store_reduced,
 )
-from autodiffusion_optuna.evaluation.skip import find_units
+from autodiffusion_optuna.evaluation.units import find_units
 from autodiffusion_optuna.noise import NoiseSchedule, flow, linear
 
 CPU = torch.device("cpu")
@@ -111,7 +111,7 @@ def test_global_state_is_left_alone() -> None:
     assert not torch.is_autocast_enabled("cpu")
 
 
-def test_skip_sets_reach_the_network(make_unet: Callable[..., nn.Module]) -> None:
+def test_modes_reach_the_network(make_unet: Callable[..., nn.Module]) -> None:
     network = make_unet()
     x = torch.randn(2, 1, 8, 8, generator=torch.Generator().manual_seed(3))
 
@@ -122,10 +122,10 @@ def test_skip_sets_reach_the_network(make_unet: Callable[..., nn.Module]) -> Non
     units = find_units(network, lambda: predict(x, torch.zeros(2), UNCONDITIONAL))
     denoiser = Denoiser(predict, SCHEDULE, "epsilon", CPU, units=units)
     full = denoiser(x, 300)
-    assert not torch.equal(denoiser(x, 300, 0b101), full)
+    assert not torch.equal(denoiser(x, 300, 0b10001), full)
     assert torch.equal(denoiser(x, 300), full)
     with pytest.raises(ModelError, match=f"this model has {len(units)} units"):
-        denoiser(x, 300, 1 << len(units))
+        denoiser(x, 300, 1 << 2 * len(units))
 
 
 def test_bad_arguments_are_named() -> None:
@@ -133,7 +133,7 @@ def test_bad_arguments_are_named() -> None:
         Denoiser(constant(EPS), SCHEDULE, "eps", CPU)
     with pytest.raises(ConfigError, match=r"unknown precision 'float8'.*bfloat16"):
         Denoiser(constant(EPS), SCHEDULE, "epsilon", CPU, "float8")
-    with pytest.raises(ModelError, match="no units that can be skipped"):
+    with pytest.raises(ModelError, match="no units that can rest"):
         Denoiser(constant(EPS), SCHEDULE, "epsilon", CPU)(X0, 300, 1)
     with pytest.raises(ModelError, match=r"output has shape \[3, 3, 4, 4\], expected \[3, 2, 4, 4\]"):
         Denoiser(constant(torch.zeros(3, 3, 4, 4)), SCHEDULE, "epsilon", CPU)(X0, 300)

@@ -8,12 +8,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from skip_masks import skips
 from torch import Tensor, nn
 
-from autodiffusion_optuna.candidate import Candidate
+from autodiffusion_optuna.candidate import REUSE, RUN, SKIP, Candidate, packed
 from autodiffusion_optuna.evaluation.denoiser import UNCONDITIONAL, Condition, Denoiser
 from autodiffusion_optuna.evaluation.prefix_cache import NfeCounter, PrefixCache, cached_denoise
-from autodiffusion_optuna.evaluation.skip import find_units
 from autodiffusion_optuna.evaluation.solvers import (
     CAPPED,
     SOLVERS,
@@ -23,6 +23,7 @@ from autodiffusion_optuna.evaluation.solvers import (
     query_steps,
     times,
 )
+from autodiffusion_optuna.evaluation.units import Branches, find_units, sources
 from autodiffusion_optuna.noise import Final, linear
 
 SCHEDULE = linear()
@@ -61,14 +62,14 @@ def mutated(candidate: Candidate, rng: random.Random, units: int) -> Candidate:
     i = rng.randrange(len(pairs))
     t, skip = pairs[i]
     if rng.random() < 0.5:
-        pairs[i] = (t, skip ^ 1 << rng.randrange(units))
+        pairs[i] = (t, skip ^ 1 << 2 * rng.randrange(units))
     else:
         pairs[i] = (rng.choice(sorted(set(range(1000)) - set(candidate.timesteps))), skip)
     return Candidate.from_pairs(pairs)
 
 
 def queries_of(candidate: Candidate, solver: str, final: Final) -> list[tuple[float, int]]:
-    """(time, skip set) of every query of a run."""
+    """(time, modes) of every query of a run."""
     asked: list[float] = []
 
     def record(x: Tensor, t: float) -> Tensor:
@@ -77,7 +78,7 @@ def queries_of(candidate: Candidate, solver: str, final: Final) -> list[tuple[fl
 
     SOLVERS[solver](record, X, times(SCHEDULE, candidate.timesteps, final))
     steps = query_steps(solver, candidate.steps, final)
-    return [(t, candidate.skips[step]) for t, step in zip(asked, steps, strict=True)]
+    return [(t, candidate.modes[step]) for t, step in zip(asked, steps, strict=True)]
 
 
 def shared_queries(a: Candidate, b: Candidate, solver: str, final: Final) -> int:
@@ -91,7 +92,7 @@ def shared_queries(a: Candidate, b: Candidate, solver: str, final: Final) -> int
 def test_caching_changes_no_bit_and_counts_right(denoiser: Denoiser, solver: str, final: Final) -> None:
     assert denoiser.units
     rng = random.Random(solver + final)
-    parent = Candidate((940, 720, 430, 211, 30), tuple(rng.getrandbits(12) for _ in range(5)))
+    parent = Candidate((940, 720, 430, 211, 30), tuple(skips(rng.getrandbits(12)) for _ in range(5)))
     asked = len(query_steps(solver, parent.steps, final))
     children = [mutated(parent, rng, len(denoiser.units)) for _ in range(5)]
     for child in children:
@@ -103,6 +104,78 @@ def test_caching_changes_no_bit_and_counts_right(denoiser: Denoiser, solver: str
         shared = shared_queries(parent, child, solver, final)
         assert counter == NfeCounter(run=(2 * asked - shared) * BATCH, saved=shared * BATCH)
         assert torch.equal(cached, run(denoiser, solver, final, child, None, NfeCounter()))
+
+
+def drawn_modes(rng: random.Random, steps: int, units: int = 12) -> tuple[int, ...]:
+    """Modes that reuse much; at the first step too, where there is nothing to reuse."""
+    return tuple(sum(rng.choice([RUN, RUN, SKIP, REUSE, REUSE]) << 2 * u for u in range(units)) for _ in range(steps))
+
+
+def by_hand(denoiser: Denoiser, solver: str, final: Final, candidate: Candidate) -> Tensor:
+    """A run that keeps every branch, and takes each from the evaluation that ``sources`` says."""
+    assert denoiser.units
+    units, visits = range(len(denoiser.units)), query_steps(solver, candidate.steps, final)
+    of_unit = {u: sources([modes >> 2 * u & 3 for modes in candidate.modes], visits) for u in units}
+    kept: list[dict[int, list[Tensor]]] = []
+
+    def denoise(x: Tensor, t: float) -> Tensor:
+        now, modes = len(kept), candidate.modes[visits[len(kept)]]
+        for u in units:
+            if modes >> 2 * u & 3 == REUSE and now not in of_unit[u]:
+                modes ^= REUSE << 2 * u
+        given = {u: kept[of_unit[u][now]][u] for u in units if now in of_unit[u]}
+        branches = Branches(given, frozenset(u for u in units if not modes >> 2 * u & 3))
+        x0 = denoiser(x, t, modes, branches)
+        kept.append(branches.kept)
+        return x0
+
+    return SOLVERS[solver](denoise, X, times(SCHEDULE, candidate.timesteps, final))
+
+
+@pytest.mark.parametrize("final", ["zero", "sigma_min"])
+@pytest.mark.parametrize("solver", sorted(SOLVERS))
+def test_reuse_is_the_same_to_the_bit_with_and_without_the_cache(denoiser: Denoiser, solver: str, final: Final) -> None:
+    rng = random.Random(solver + final)
+    cache, counter, asked = PrefixCache(1 << 20), NfeCounter(), len(query_steps(solver, 5, final))
+    timesteps = [(940, 720, 430, 211, 30), (940, 720, 430, 190, 30), (940, 720, 400, 190, 30)]
+    modes = drawn_modes(rng, 5)
+    for n in range(9):
+        modes = (*modes[: n % 5], *drawn_modes(rng, 5 - n % 5))  # a part of the path stays
+        candidate = Candidate(timesteps[n % 3], modes)
+        plain = run(denoiser, solver, final, candidate, None, alone := NfeCounter())
+        assert alone == NfeCounter(run=asked * BATCH, saved=0)
+        assert torch.equal(plain, by_hand(denoiser, solver, final, candidate))
+        assert torch.equal(run(denoiser, solver, final, candidate, cache, counter), plain)
+    assert counter.saved > 0
+    assert counter.run + counter.saved >= 9 * asked * BATCH  # where a branch was missing, its query is run again
+
+
+def test_what_a_remembered_prefix_lacks_is_run_again_and_nothing_else(denoiser: Denoiser) -> None:
+    cache, counter = PrefixCache(1 << 20), NfeCounter()
+    first = Candidate((900, 600, 300, 50), (0, packed(reuses=[3]), packed(reuses=[4]), 0))
+    other = Candidate((900, 600, 300, 20), first.modes)
+    run(denoiser, "ddim", "zero", first, cache, counter)
+    assert counter == NfeCounter(run=4 * BATCH, saved=0)
+    run(denoiser, "ddim", "zero", other, cache, counter)  # only the last query is asked: it reuses nothing
+    assert counter == NfeCounter(run=5 * BATCH, saved=3 * BATCH)
+    late = Candidate((900, 600, 300, 20), (*first.modes[:3], packed(reuses=[4])))
+    run(denoiser, "ddim", "zero", late, cache, counter)  # unit 4 last ran at the second step, which reuses unit 3
+    assert counter == NfeCounter(run=(5 + 3) * BATCH, saved=6 * BATCH)
+
+
+def test_branches_are_let_go_once_no_later_step_reuses_them(denoiser: Denoiser) -> None:
+    held: list[int] = []
+    modes = (0, packed(reuses=[3]), 0, packed(reuses=[3, 4]), packed(reuses=[4]), 0)
+    denoise = cached_denoise(denoiser, Candidate((900, 700, 500, 300, 100, 20), modes))
+
+    def counted(x: Tensor, t: float) -> Tensor:
+        x0 = denoise(x, t)
+        asked = denoise.__self__.asked  # type: ignore[attr-defined]
+        held.append(sum(len(query.kept) for query in asked))
+        return x0
+
+    SOLVERS["ddim"](counted, X, times(SCHEDULE, (900, 700, 500, 300, 100, 20), "zero"))
+    assert held == [1, 1, 2, 2, 1, 0]
 
 
 def noise(step: int) -> Tensor:
@@ -147,7 +220,7 @@ def test_one_small_cache_serves_all(denoiser: Denoiser, solver: str) -> None:
 @pytest.mark.parametrize(("solver", "queries"), [("ddim", 3), ("heun", 6), ("plms", 4), ("dpmpp_2s_mid", 6)])
 def test_the_same_run_again_asks_for_its_last_evaluation_alone(denoiser: Denoiser, solver: str, queries: int) -> None:
     cache, counter = PrefixCache(1 << 20), NfeCounter()
-    candidate = Candidate((900, 500, 100), (0, 3, 5))
+    candidate = Candidate((900, 500, 100), (0, 5, 17))
     first = run(denoiser, solver, "sigma_min", candidate, cache, counter)
     again = run(denoiser, solver, "sigma_min", candidate, cache, counter)
     assert torch.equal(first, again)
@@ -170,7 +243,7 @@ def test_the_last_query_of_one_run_is_cached_as_an_inner_one_of_another() -> Non
     assert len(cache) == 1
 
 
-def test_other_skip_sets_and_other_roots_do_not_hit() -> None:
+def test_other_modes_and_other_roots_do_not_hit() -> None:
     calls: list[tuple[float, int]] = []
 
     def denoise(x: Tensor, t: float, skip: int) -> Tensor:
@@ -178,17 +251,17 @@ def test_other_skip_sets_and_other_roots_do_not_hit() -> None:
         return x + skip
 
     cache = PrefixCache(1 << 20)
-    for root, skips in (("a", (0, 0)), ("a", (1, 0)), ("a", (1, 2)), ("b", (0, 0))):
+    for root, modes in (("a", (0, 0)), ("a", (1, 0)), ("a", (1, 4)), ("b", (0, 0))):
         SOLVERS["ddim"](
-            cached_denoise(denoise, Candidate((50, 20), skips), cache, root, NfeCounter()),
+            cached_denoise(denoise, Candidate((50, 20), modes), cache, root, NfeCounter()),
             X,
             times(SCHEDULE, (50, 20), "zero"),
         )
     # The second skip set alone differs in the third run, so its first query is cached.
-    assert calls == [(50, 0), (20, 0), (50, 1), (20, 0), (20, 2), (50, 0), (20, 0)]
+    assert calls == [(50, 0), (20, 0), (50, 1), (20, 0), (20, 4), (50, 0), (20, 0)]
 
 
-def test_a_query_off_the_list_takes_the_last_skip_set() -> None:
+def test_a_query_off_the_list_takes_the_last_modes() -> None:
     asked: list[tuple[float, int]] = []
 
     def denoise(x: Tensor, t: float, skip: int) -> Tensor:
@@ -196,8 +269,8 @@ def test_a_query_off_the_list_takes_the_last_skip_set() -> None:
         return x
 
     nodes = times(SCHEDULE, (50, 20), "sigma_min")
-    SOLVERS["heun"](cached_denoise(denoise, Candidate((50, 20), (1, 2)), None, (), NfeCounter()), X, nodes)
-    assert asked == [(50, 1), (20, 2), (20, 2), (0, 2)]
+    SOLVERS["heun"](cached_denoise(denoise, Candidate((50, 20), (1, 4)), None, (), NfeCounter()), X, nodes)
+    assert asked == [(50, 1), (20, 4), (20, 4), (0, 4)]
 
 
 @settings(deadline=None)

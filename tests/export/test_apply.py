@@ -53,6 +53,9 @@ KINDS: dict[str, tuple[Callable[[Path], Any], str, str]] = {
 }
 
 
+REUSES = ((), (0,), (1,), (0, 1))
+
+
 def make(kind: str, folder: Path, **fields: Any) -> tuple[Any, Result, Callable[[Any], Tensor], Tensor]:
     """A pipeline as loaded, a result that skips layers, how images are drawn, and those of our own sampler."""
     import diffusers
@@ -83,7 +86,7 @@ def make(kind: str, folder: Path, **fields: Any) -> tuple[Any, Result, Callable[
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_pipeline_draws_our_images(tmp_path: Path, kind: str) -> None:
-    pipe, result, draw, wanted = make(kind, tmp_path)
+    pipe, result, draw, wanted = make(kind, tmp_path, reuses=REUSES)
     result.write(tmp_path / "best.json")
     assert apply(pipe, tmp_path / "best.json") is pipe
     masked = draw(pipe)
@@ -91,6 +94,18 @@ def test_the_pipeline_draws_our_images(tmp_path: Path, kind: str) -> None:
     plain = draw(apply(pipe, result, masks=False))
     assert not torch.equal(plain, masked), "the masks change nothing"
     assert torch.equal(draw(apply(pipe, str(tmp_path / "best.json"))), masked)
+
+
+def test_reuse_is_no_skipping_and_its_branches_do_not_outlive_the_run(tmp_path: Path) -> None:
+    pipe, result, draw, wanted = make("ddpm-heun", tmp_path, skips=((),) * 4, reuses=REUSES)
+    instead = result.model_copy(update={"skips": result.reuses, "reuses": result.skips})
+    reused = draw(apply(pipe, result))
+    assert int((reused - wanted).abs().max()) <= 2
+    layers = [vars(module)["forward"] for module in pipe.unet.modules() if "forward" in vars(module)]
+    assert len(layers) == 2
+    assert not any(layer.__wrapped__.__self__.kept for layer in layers)
+    assert torch.equal(draw(pipe), reused)
+    assert int((draw(apply(pipe, instead)) - reused).abs().max()) > 2
 
 
 ASKED: dict[str, tuple[dict[str, Any], str]] = {
@@ -133,13 +148,13 @@ def test_noise_that_the_result_does_not_add_is_warned_of() -> None:
         pipe.scheduler.step(torch.zeros(1, 1, 2, 2), 901, torch.zeros(1, 1, 2, 2), eta=0.5)
 
 
-def test_a_scheduler_set_afterwards_skips_nothing_and_says_so(tmp_path: Path) -> None:
+def test_with_a_scheduler_set_afterwards_all_layers_run_and_it_says_so(tmp_path: Path) -> None:
     pipe, result, _, _ = make("ddpm", tmp_path)
     before = pipe.scheduler
     plain = as_images(pipe(batch_size=2, num_inference_steps=4, generator=seed()))
     apply(pipe, result)
     pipe.scheduler = before
-    with pytest.warns(UserWarning, match="scheduler was replaced after .* so no layer is skipped; apply .* again"):
+    with pytest.warns(UserWarning, match="scheduler was replaced after .* so all layers run; apply .* again"):
         assert torch.equal(as_images(pipe(batch_size=2, num_inference_steps=4, generator=seed())), plain)
     pipe(batch_size=1, num_inference_steps=4)
 
@@ -342,8 +357,11 @@ def test_pipelines_of_another_kind_are_refused_and_left_alone(tmp_path: Path) ->
         (example(model={"prediction": "v_prediction"}), "predicts v_prediction, the pipeline's scheduler says epsilon"),
         (example(linear(1000, 1e-4, 0.01)), "another noise schedule"),
         (example(linear(4000)), "another noise schedule"),
-        (example(skips=(("mid.9",), (), ())), r"skips 'mid\.9', and the pipeline's UNet2DModel has no such layer"),
-        (example(skips=(("conv_in",), (), ())), "skips 'conv_in'"),
+        (
+            example(skips=(("mid.9",), (), ())),
+            r"skips or reuses 'mid\.9', and the pipeline's UNet2DModel has no such layer",
+        ),
+        (example(skips=(("conv_in",), (), ())), "skips or reuses 'conv_in'"),
         (example(solver="plms"), "no scheduler that takes the steps of plms"),
     ]
     for result, message in refused:

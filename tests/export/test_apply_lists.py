@@ -116,7 +116,7 @@ WRONG: dict[str, tuple[Any, dict[str, Any], str]] = {
     "none": ([], {}, "an empty list"),
     "a number": (3, {}, "a int was given; give a Result"),
     "no such file": ("gone.json", {}, "cannot read result"),
-    "another dict": ({"format": 3}, {}, "field 'study' is missing"),
+    "another dict": ({"format": 4}, {}, "field 'study' is missing"),
     "no such solver": ([5, 1], {"solver": "dim"}, "unknown solver 'dim'; did you mean 'ddim'"),
 }
 

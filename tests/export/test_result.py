@@ -15,7 +15,7 @@ import pytest
 from example_results import example
 
 from autodiffusion_optuna import Result
-from autodiffusion_optuna.candidate import Candidate
+from autodiffusion_optuna.candidate import Candidate, packed
 from autodiffusion_optuna.config import ModelConfig, ScoreConfig
 from autodiffusion_optuna.errors import ConfigError
 from autodiffusion_optuna.export.result import BaselinePart, ConfigPart, HeldOutPart, ScorePart
@@ -33,6 +33,7 @@ def full() -> Result:
         guidance=7.5,
         timesteps=(999, 631, 77),
         skips=(("down.0",), (), ("up.1", "down.0")),
+        reuses=((), ("up.1",), ()),
         cost=2.9 / 3,
         score=ScorePart(
             metric="FID",
@@ -60,7 +61,7 @@ def test_what_is_written_is_read_back_exactly(tmp_path: Path) -> None:
     result.write(tmp_path / "best.json")
     assert Result.read(tmp_path / "best.json") == result
     assert Result.read(str(tmp_path / "best.json")).text() == result.text()
-    assert json.loads(result.text())["format"] == 3
+    assert json.loads(result.text())["format"] == 4
 
 
 @pytest.mark.parametrize("noise", [scaled_linear(), flow(1000, 3.0)], ids=["eps", "flow"])
@@ -77,9 +78,13 @@ def test_the_noise_is_kept_bit_for_bit(noise: Any) -> None:
 
 def test_a_result_is_a_candidate_of_any_model_with_its_layers() -> None:
     result = full()
-    assert result.candidate(("down.0", "mid", "up.1")) == Candidate((999, 631, 77), (0b001, 0, 0b101))
-    assert result.candidate(("up.1", "down.0"), T=1000) == Candidate((999, 631, 77), (0b10, 0, 0b11))
-    with pytest.raises(ConfigError, match=r"skips 'up\.1', and the model has no such layer"):
+    assert result.candidate(("down.0", "mid", "up.1")) == Candidate(
+        (999, 631, 77), (packed([0]), packed(reuses=[2]), packed([0, 2]))
+    )
+    assert result.candidate(("up.1", "down.0"), T=1000) == Candidate(
+        (999, 631, 77), (packed([1]), packed(reuses=[0]), packed([0, 1]))
+    )
+    with pytest.raises(ConfigError, match=r"skips or reuses 'up\.1', and the model has no such layer"):
         result.candidate(("down.0", "mid"))
     with pytest.raises(ConfigError, match="indexes 1000 timesteps and the model has 4000"):
         result.candidate(("down.0", "up.1"), T=4000)
@@ -108,12 +113,12 @@ BOMB = base64.b64encode(zlib.compress(bytes(2**26), 9)).decode()
     [
         ("{", "not valid JSON"),
         ("[" * 100_000, "not valid JSON"),
-        ("[1]", "has no format, this version reads format 3"),
+        ("[1]", "has no format, this version reads format 4"),
         ('{"timesteps": [5]}', "has no format"),
-        ('{"format": "3"}', "has format '3', this version reads format 3"),
-        ('{"format": 4}', "format 4, this version reads format 3; give a file of adopt export"),
-        ('{"format": 2}', "format 2, this version reads format 3"),
-        ('{"format": 3}', "field 'study' is missing"),
+        ('{"format": "4"}', "has format '4', this version reads format 4"),
+        ('{"format": 5}', "format 5, this version reads format 4; give a file of adopt export"),
+        ('{"format": 2}', "format 2, this version reads format 4"),
+        ('{"format": 4}', "field 'study' is missing"),
         (damaged(noise=None), "'noise': input should be an object"),
         (damaged(colour="red"), "unknown field 'colour'"),
         (damaged(model__colour="red"), r"unknown field 'model\.colour'"),

@@ -22,7 +22,7 @@ from dashboard_server import fetch, serving
 from long_study import long_summary
 from optuna_dashboard import get_note, save_note, wsgi
 
-from autodiffusion_optuna.candidate import Candidate
+from autodiffusion_optuna.candidate import SKIP, Candidate
 from autodiffusion_optuna.config import load_config, load_preset, parse_config, presets, tomllib
 from autodiffusion_optuna.report import dashboard
 from autodiffusion_optuna.results.summary import read_summary
@@ -117,9 +117,9 @@ def test_the_note_names_searched_settings_and_skipped_layers() -> None:
     assert summary.best is not None
     plain = dashboard.note_text(summary, URL)
     assert "| candidate | held-out noise | difference to uniform, 95 % | FD(digits), 256 images | timesteps |" in plain
-    counts = [len(names) for names in summary.best.candidate.skip_names(summary.units)]
+    counts = [len(names) for names in summary.best.candidate.unit_names(summary.units, SKIP)]
     shown = [f"{t} ({count})" for t, count in zip(summary.best.candidate.timesteps, counts, strict=True) if count]
-    assert f"skips layers at timesteps (layers of 14): {', '.join(shown)}." in plain
+    assert f"skips or reuses layers at timesteps (layers of 14): {', '.join(shown)}." in plain
 
     chosen = Candidate(summary.best.candidate.timesteps, settings=(("guidance", 1.5), ("solver", "heun")))
     note = dashboard.note_text(replace(summary, best=replace(summary.best, candidate=chosen)), URL)
@@ -127,7 +127,7 @@ def test_the_note_names_searched_settings_and_skipped_layers() -> None:
     assert "| settings | timesteps |" in table[0]
     assert "| guidance 1.5, solver heun |" in table[2]
     assert {line.count("|") for line in table} == {7}
-    assert "skips layers" not in note
+    assert "skips or reuses layers" not in note
 
 
 def test_no_password_gets_into_the_note(folder: Path) -> None:

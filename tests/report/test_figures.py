@@ -12,7 +12,7 @@ from long_study import POPULATION, long_summary
 from optuna.trial import TrialState
 
 from autodiffusion_optuna import noise
-from autodiffusion_optuna.candidate import Candidate
+from autodiffusion_optuna.candidate import SKIP, Candidate
 from autodiffusion_optuna.report.figures import FIGURES, evaluations, history, masks, timesteps
 from autodiffusion_optuna.report.style import log_axis
 from autodiffusion_optuna.results.summary import StudySummary
@@ -91,7 +91,7 @@ def test_masks_show_each_step_and_unit(short: StudySummary) -> None:
     assert cells.x == short.units
     assert cells.y == tuple(f"t = {t}" for t in candidate.timesteps)
     found = [[short.units[u] for u, skipped in enumerate(line) if skipped] for line in cells.z]
-    assert found == candidate.skip_names(short.units)
+    assert found == candidate.unit_names(short.units, SKIP)
     assert figure.layout.xaxis.ticktext == ("down", "up")
     assert figure.layout.yaxis.autorange == "reversed"
 

@@ -27,7 +27,7 @@ def pages(study_id: int = 1) -> tuple[Any, Any]:
 
 def test_a_trial_in_words() -> None:
     shown = words(
-        candidate="guidance=4.5;solver=heun|940:3,613:1",
+        candidate="guidance=4.5;solver=heun|940:5,613:9",
         cost="0.8125001", generation="2", stage="2", operator="crossover", parents="[3, 14]", skip_ratio="0.4",
         images="64", worker="box/12/34", retries="1", notable="new best", mine="kept",
     )  # fmt: skip
@@ -35,6 +35,7 @@ def test_a_trial_in_words() -> None:
         "timesteps": "940 613",
         "settings": "guidance 4.5, solver heun",
         "layers skipped": "3",
+        "layers reused": "1",
         "proposed by": "crossover of 3 and 14",
         "generation": "2",
         "cost": "0.8125",

@@ -29,7 +29,7 @@ def test_every_change_is_undone_alone_and_leaves_a_valid_candidate(name: str) ->
             other = change.candidate
             assert (
                 sum(a != b for a, b in zip(best.timesteps, other.timesteps, strict=True))
-                + sum(a != b for a, b in zip(best.skips, other.skips, strict=True))
+                + sum(a != b for a, b in zip(best.modes, other.modes, strict=True))
                 + sum(a != b for a, b in zip(best.settings, other.settings, strict=True))
                 == 1
             )

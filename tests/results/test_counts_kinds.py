@@ -46,7 +46,7 @@ def test_long_names_stay_whole_beside_settings_and_many_timesteps(monkeypatch: p
     narrow = Console(width=80, record=True, highlight=False, markup=False)
     monkeypatch.setattr(tables, "out", narrow)
     settings = (("final", "zero"), ("guidance", 1.5), ("solver", "dpmpp_2m"))
-    best = replace(summary.best, candidate=replace(summary.best.candidate, skips=(), settings=settings))
+    best = replace(summary.best, candidate=replace(summary.best.candidate, modes=(), settings=settings))
     baselines = [replace(summary.baselines[0], name=name) for name in ("uniform, solver dpmpp_2m", "uniform-trailing")]
     tables.print_table(replace(summary, best=best, baselines=baselines))
     text = narrow.export_text()

@@ -15,7 +15,7 @@ SPACE = SPACES["budget"]
 
 
 def score(candidate: Candidate) -> float:
-    steps = sum(abs(t - 500) for t in candidate.timesteps) + sum(s % 97 for s in candidate.skips)
+    steps = sum(abs(t - 500) for t in candidate.timesteps) + sum(s % 97 for s in candidate.modes)
     return steps + sum(len(v) if isinstance(v, str) else v for _, v in candidate.settings)
 
 

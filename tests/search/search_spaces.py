@@ -22,6 +22,7 @@ def units(count: int) -> tuple[str, ...]:
     return tuple(f"block.{u}" for u in range(count))
 
 
+BOTH = ("skip", "reuse")
 COSTS = tuple((1 + u % 3) / 100 for u in range(40))  # sums to 0.79
 
 SPACES = {
@@ -36,7 +37,17 @@ SPACES = {
     ),
     "only with skips": SearchSpace(100, 6, 6, units=units(40), unit_costs=COSTS, max_skip=0.2, max_cost=5.4, chunk=32),
     "heun": SearchSpace(1000, 3, 6, units=units(40), unit_costs=COSTS, max_skip=0.3, max_cost=8, visits=heun_visits),
-}
+    "modes": SearchSpace(1000, 6, 6, units=units(40), modes=BOTH, unit_costs=COSTS, max_skip=0.2),
+    "reuse": SearchSpace(1000, 3, 8, units=units(40), modes=("reuse",), unit_costs=COSTS, max_skip=0.5, max_cost=3.8),
+    # The cheapest candidates skip all that they may at all steps: 5 evaluations of 0.64.
+    "modes and a small budget": SearchSpace(
+        1000, 3, 6, units=units(40), modes=BOTH, unit_costs=COSTS, reuse_costs=tuple(0.9 * cost for cost in COSTS),
+        max_skip=0.3, max_cost=3.25, visits=heun_visits, chunk=8,
+    ),
+    "reuse and a small budget": SearchSpace(
+        1000, 3, 6, units=units(40), modes=("reuse",), unit_costs=COSTS, max_skip=0.3, max_cost=3.6, visits=heun_visits
+    ),
+}  # fmt: skip
 SOLVERS = {"solver": ("ddim", "heun", "dpmpp")}
 SETTINGS = {
     "settings": SearchSpace(

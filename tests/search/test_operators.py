@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.random import Generator
 from search_spaces import SETTINGS, SPACES, units
+from skip_masks import skips
 
 from autodiffusion_optuna.candidate import Candidate
 from autodiffusion_optuna.search.operators import (
@@ -47,7 +48,7 @@ def test_children_are_canonical_within_the_skip_ratio_and_repeatable(
     first, second = (random_candidate(rng, space, space.max_skip) for _ in range(2))
     child = OPERATORS[operator](np.random.default_rng(seed), space, first, second, skip_ratio)
     assert space.is_canonical(child)
-    assert all(skip.bit_count() <= space.open_limit(skip_ratio) for skip in child.skips)
+    assert all(skip.bit_count() <= space.open_limit(skip_ratio) for skip in child.modes)
     assert child == OPERATORS[operator](np.random.default_rng(seed), space, first, second, skip_ratio)
 
 
@@ -72,7 +73,7 @@ def test_skips_follow_their_timestep_through_crossover(operator: str, seed: int)
     first, second = (
         Candidate(
             tuple(sorted((10 * rng.permutation(100)[:6]).tolist(), reverse=True)),
-            random_candidate(rng, space, 0.2).skips,
+            random_candidate(rng, space, 0.2).modes,
         )
         for _ in range(2)
     )
@@ -134,7 +135,7 @@ def test_replaced_genes_are_binomial_given_one(steps: int) -> None:
 
 def test_paper_mutation_changes_skip_sets_in_stage_two() -> None:
     space, rng = SPACES["skips"], np.random.default_rng(0)
-    parent = Candidate((900, 700, 500, 300, 200, 100), (3, 5, 9, 17, 33, 65))
+    parent = Candidate((900, 700, 500, 300, 200, 100), tuple(map(skips, (3, 5, 9, 17, 33, 65))))
     kept = np.zeros(6)
     for _ in range(1000):
         child = dict(mutate_paper(rng, space, parent, 0.2, 0.25).pairs)
@@ -160,16 +161,16 @@ def test_local_moves_are_mostly_small_and_late() -> None:
 
 def test_local_moves_of_skip_sets_flip_exchange_and_copy() -> None:
     space, rng = SPACES["skips"], np.random.default_rng(0)
-    parent = Candidate((900, 700, 500, 300, 200, 100), (3, 5, 9, 17, 33, 65))
+    parent = Candidate((900, 700, 500, 300, 200, 100), tuple(map(skips, (3, 5, 9, 17, 33, 65))))
     seen = Counter[str]()
     for _ in range(1000):
         child = mutate_local(rng, space, parent, 0.2)
-        different = [k for k in range(6) if child.skips[k] != parent.skips[k]]
+        different = [k for k in range(6) if child.modes[k] != parent.modes[k]]
         if child.timesteps == parent.timesteps and len(different) == 1:
             k = different[0]
-            neighbours = [parent.skips[n] for n in (k - 1, k + 1) if 0 <= n < 6]
-            seen["copy" if child.skips[k] in neighbours else "flip"] += 1
-        elif child.timesteps == parent.timesteps and sorted(child.skips) == sorted(parent.skips):
+            neighbours = [parent.modes[n] for n in (k - 1, k + 1) if 0 <= n < 6]
+            seen["copy" if child.modes[k] in neighbours else "flip"] += 1
+        elif child.timesteps == parent.timesteps and sorted(child.modes) == sorted(parent.modes):
             seen["exchange"] += 1
     assert min(seen[kind] for kind in ("copy", "flip", "exchange")) > 20
 
@@ -188,7 +189,7 @@ def test_random_candidates_cover_the_space() -> None:
     everything = {random_candidate(rng, small, 0).key for _ in range(2000)}
     assert len(everything) == 10 + 4  # two of six times two apart, and three
     space = SPACES["skips"]
-    counts = Counter(s.bit_count() for _ in range(300) for s in random_candidate(rng, space, 0.2).skips)
+    counts = Counter(s.bit_count() for _ in range(300) for s in random_candidate(rng, space, 0.2).modes)
     assert set(counts) == set(range(9))
 
 

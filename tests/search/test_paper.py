@@ -92,10 +92,10 @@ def test_stage_two_ramps_as_published_when_every_generation_improves() -> None:
     ratios = [proposals[8 * generation].skip_ratio for generation in range(11)]
     assert ratios == pytest.approx([0, 0, 0, 0, 0, 0.02, 0.04, 0.06, 0.08, 0.1, 0.1])
     for proposal in proposals:
-        most = max(skip.bit_count() for skip in proposal.candidate.skips)
+        most = max(skip.bit_count() for skip in proposal.candidate.modes)
         assert most <= round(100 * proposal.skip_ratio)
         assert proposal.stage == (2 if proposal.generation >= 5 else 1)
-    assert max(skip.bit_count() for p in proposals[80:] for skip in p.candidate.skips) > 5
+    assert max(skip.bit_count() for p in proposals[80:] for skip in p.candidate.modes) > 5
 
 
 @pytest.mark.parametrize(("last_improvement", "start"), [(0, 2), (1, 3), (2, 4), (3, 5), (7, 5)])

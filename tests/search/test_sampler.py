@@ -35,7 +35,7 @@ def test_proposals_are_new_canonical_and_of_their_stage(preset: str, name: str) 
         proposal = sampler_of(study).proposal(study, trial.number)
         assert space.is_canonical(proposal.candidate)
         assert trial.params == space.encode(proposal.candidate)
-        most = max(skip.bit_count() for skip in proposal.candidate.skips)
+        most = max(skip.bit_count() for skip in proposal.candidate.modes)
         assert most <= space.open_limit(proposal.skip_ratio)
         assert proposal.stage == (2 if proposal.skip_ratio else 1)
         assert all(parent < trial.number for parent in proposal.parents)
@@ -68,7 +68,7 @@ def _strangers(preset: str, space: SearchSpace, **settings: int) -> list[int]:
         study.tell(trial, zlib.crc32(space.suggest(trial).key.encode()) / 2**32)
     proposals = [sampler.proposal(study, number) for number in range(20, 80)]
     bred = [p for n, p in enumerate(proposals, 20) if operator_at(n, sampler.settings) in ("mutation", "crossover")]
-    return [sum(skip.bit_count() for skip in p.candidate.skips) for p in bred if p.operator == "random"]
+    return [sum(skip.bit_count() for skip in p.candidate.modes) for p in bred if p.operator == "random"]
 
 
 def test_the_surrogate_may_choose_a_stranger() -> None:

@@ -11,8 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
 from search_spaces import COSTS, SETTINGS, SPACES, heun_visits, solver_visits, units
+from skip_masks import skips
 
-from autodiffusion_optuna.candidate import Candidate
+from autodiffusion_optuna.candidate import REUSE, Candidate
 from autodiffusion_optuna.errors import ConfigError
 from autodiffusion_optuna.search.operators import random_candidate
 from autodiffusion_optuna.search.space import SearchSpace
@@ -77,8 +78,8 @@ def test_parameters_are_static_and_short() -> None:
     names = space.distributions()
     assert "steps" not in names
     assert names["t_05"] == IntDistribution(0, 999)
-    assert names["skip_05_0"] == IntDistribution(0, 2**32 - 1)
-    assert names["skip_05_1"] == IntDistribution(0, 2**8 - 1)
+    assert names["modes_05_0"] == IntDistribution(0, 2**32 - 1)
+    assert names["modes_05_1"] == IntDistribution(0, 2**8 - 1)
     assert SPACES["range"].distributions()["steps"] == IntDistribution(3, 8)
     assert len(SPACES["no costs"].distributions()) == 3 * (1 + 5)
     assert list(SearchSpace(1000, 4, 4, units=units(5)).distributions()) == ["t_00", "t_01", "t_02", "t_03"]
@@ -105,17 +106,17 @@ def test_skips_follow_their_timestep_through_decode() -> None:
         "t_00": 10,
         "t_01": 700,
         "t_02": 300,
-        **{f"skip_0{k}_{u}": 0 for k in range(3) for u in range(5)},
+        **{f"modes_0{k}_{u}": 0 for k in range(3) for u in range(5)},
     }
-    params |= {"skip_00_1": 1, "skip_02_4": 1}
-    assert SPACES["no costs"].decode(params) == Candidate((700, 300, 10), (0, 16, 2))
+    params |= {"modes_00_1": 1, "modes_02_4": 1}
+    assert SPACES["no costs"].decode(params) == Candidate((700, 300, 10), (0, skips(16), skips(2)))
 
 
 def test_cost_counts_every_visit() -> None:
     space = SPACES["heun"]
     assert heun_visits(3, {}) == (0, 1, 1, 2, 2)
-    skips = (1 << 2, 0, 1 << 1)
-    assert space.cost(Candidate((900, 500, 100), skips)) == pytest.approx(5 - COSTS[2] - 2 * COSTS[1])
+    modes = (skips(1 << 2), 0, skips(1 << 1))
+    assert space.cost(Candidate((900, 500, 100), modes)) == pytest.approx(5 - COSTS[2] - 2 * COSTS[1])
 
 
 def test_budget_and_stages() -> None:
@@ -133,20 +134,20 @@ def test_over_budget_drops_the_crowded_step_then_skips_the_costliest() -> None:
     assert space.fit(crowded, 0.7).timesteps == (900, 600, 100)
     tight = SearchSpace(1000, 3, 3, units=units(3), unit_costs=(0.1, 0.3, 0.2), max_skip=0.7, max_cost=2.3)
     fitted = tight.fit(Candidate((900, 600, 100)), 0.7)
-    assert fitted.skips == (0b010, 0b010, 0b010)
+    assert fitted.modes == (skips(0b010),) * 3
     assert tight.cost(fitted) == pytest.approx(2.1)
 
 
 def test_cheap_skips_give_way_to_costly_ones() -> None:
     space = SearchSpace(1000, 2, 2, units=units(3), unit_costs=(0.0, 0.1, 0.5), max_skip=0.34, max_cost=1.0)
-    assert space.fit(Candidate((9, 1), (0b001, 0b010)), 0.34).skips == (0b100, 0b100)
+    assert space.fit(Candidate((9, 1), (skips(0b001), skips(0b010))), 0.34).modes == (skips(0b100),) * 2
 
 
 def test_long_skip_sets_are_cut_without_favourites() -> None:
     space = SearchSpace(1000, 1, 1, units=units(10), max_skip=0.2)
-    kept = [space.fit(Candidate((5,), (skip,)), 0.2).skips[0] for skip in range(2**10)]
-    assert all(k & ~skip == 0 and k.bit_count() == min(2, skip.bit_count()) for skip, k in enumerate(kept))
-    times_kept = [sum(k >> u & 1 for k in kept) for u in range(10)]
+    kept = [space.fit(Candidate((5,), (skips(mask),)), 0.2).modes[0] for mask in range(2**10)]
+    assert all(k & ~skips(mask) == 0 and k.bit_count() == min(2, mask.bit_count()) for mask, k in enumerate(kept))
+    times_kept = [sum(k >> 2 * u & 1 for k in kept) for u in range(10)]
     assert min(times_kept) > 0.6 * max(times_kept)
 
 
@@ -158,8 +159,9 @@ def test_is_canonical_sees_each_fault() -> None:
         Candidate((900, 700, 500)),
         Candidate((1000, 700, 500, 300)),
         Candidate((900, 899, 500, 300)),
-        Candidate(good.timesteps, (2**9 - 1, 0, 0, 0)),
-        Candidate(good.timesteps, (1 << 40, 0, 0, 0)),
+        Candidate(good.timesteps, (skips(2**9 - 1), 0, 0, 0)),
+        Candidate(good.timesteps, (skips(1 << 40), 0, 0, 0)),
+        Candidate(good.timesteps, (0, REUSE, 0, 0)),
         Candidate(tuple(range(900, 200, -100))),
     ):
         assert not space.is_canonical(bad), bad
@@ -219,7 +221,8 @@ def test_suggest_works_with_foreign_samplers(name: str) -> None:
 
 def test_codec_names_what_must_not_change() -> None:
     assert SPACES["range"].codec() == {
-        "codec": 1, "T": 1000, "steps": [3, 8], "min_gap": 5, "units": [], "chunk": 32, "choices": {}, "ranges": {},
+        "codec": 2, "T": 1000, "steps": [3, 8], "min_gap": 5, "units": [], "modes": ["skip"], "chunk": 32,
+        "choices": {}, "ranges": {},
     }  # fmt: skip
 
 
@@ -287,7 +290,7 @@ def test_over_budget_drops_steps_or_skips_before_the_solver_changes() -> None:
     assert (space.stage_one_possible, space.open_limit(0.0)) == (True, 0)
     skipping = space.fit(costly, 0.2)
     assert skipping.settings == costly.settings
-    assert any(skipping.skips)
+    assert any(skipping.modes)
     for rng in (None, np.random.default_rng(0)):
         changed = space.fit(costly, 0.0, rng)  # nothing may be skipped in stage one
         assert changed == Candidate(costly.timesteps, settings=(("guidance", 3.0), ("solver", "ddim")))

@@ -86,7 +86,7 @@ def test_one_candidate_evaluated_again_and_again_gives_a_choice() -> None:
 def test_skips_and_lengths_are_told_apart() -> None:
     points = surrogate.embed([Candidate((9, 2)), Candidate((9, 2), (1, 0)), Candidate((9, 5, 2))], RANGE)
     assert (points.times[0] == points.times[1]).all()
-    assert (points.skips[0] != points.skips[1]).any()
+    assert (points.modes[0] != points.modes[1]).any()
     assert (points.times[0] != points.times[2]).any()
 
 

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from search_runs import fresh, go
 from search_spaces import SPACES, heun_visits
+from skip_masks import skips
 
 from autodiffusion_optuna.candidate import Candidate
 from autodiffusion_optuna.search import surrogate, thrift
@@ -16,7 +17,7 @@ from autodiffusion_optuna.search.operators import mutate_local, random_candidate
 from autodiffusion_optuna.search.space import SearchSpace
 
 SPACE = SearchSpace(1000, 4, 4, units=("a", "b", "c"), max_skip=0.7)
-PARENT = Candidate((900, 600, 300, 50), (0, 1, 0, 2))
+PARENT = Candidate((900, 600, 300, 50), tuple(map(skips, (0, 1, 0, 2))))
 
 
 def records(candidates: list[Candidate]) -> list[Record]:
@@ -24,7 +25,7 @@ def records(candidates: list[Candidate]) -> list[Record]:
 
 
 @pytest.mark.parametrize(
-    ("timesteps", "skips", "left"),
+    ("timesteps", "masks", "left"),
     [
         ((900, 600, 300, 50), (0, 1, 0, 2), 0.25),  # the same again: nobody keeps the last one
         ((900, 600, 300, 20), (0, 1, 0, 2), 0.25),
@@ -35,10 +36,10 @@ def records(candidates: list[Candidate]) -> list[Record]:
     ],
 )
 def test_a_child_costs_what_follows_the_steps_it_shares(
-    timesteps: tuple[int, ...], skips: tuple[int, ...], left: float
+    timesteps: tuple[int, ...], masks: tuple[int, ...], left: float
 ) -> None:
     others = [Candidate((999, 600, 300, 50)), PARENT, Candidate((100, 60, 30, 5))]
-    assert thrift.costs_left([Candidate(timesteps, skips)], records(others), SPACE) == [left]
+    assert thrift.costs_left([Candidate(timesteps, tuple(map(skips, masks)))], records(others), SPACE) == [left]
 
 
 def test_a_stopped_candidate_kept_the_steps_of_its_few_images_alone() -> None:

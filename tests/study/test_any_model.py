@@ -68,6 +68,7 @@ population = 2
 parents = 2
 stage_one_generations = 1
 max_skip = 0.5
+modes = ["skip", "reuse"]
 warm_starts = ["uniform"]
 
 [score]

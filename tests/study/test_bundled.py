@@ -110,7 +110,8 @@ def test_the_layer_search_goes_through_both_stages_within_its_cost(tmp_path: Pat
 def test_measured_latencies_are_kept_when_a_study_goes_on(tmp_path: Path) -> None:
     settings = ["search.cost=latency", "score.images=2", "model.batch=2"]
     first = short_search(tmp_path, "digits-10-layers", *settings, "search.trials=1").user_attrs[UNIT_COSTS]
-    assert len(first) == len(load_source("digits", clip=False).units)
-    assert max(first) > 0
-    again = components.build(load_preset("digits-10-layers", settings), unit_costs=tuple(first))
-    assert again.space.unit_costs == tuple(first)
+    assert len(first["skip"]) == len(first["reuse"]) == len(load_source("digits", clip=False).units)
+    assert max(first["skip"]) > 0
+    assert all(reuse <= skip for skip, reuse in zip(first["skip"], first["reuse"], strict=True))
+    again = components.build(load_preset("digits-10-layers", settings), unit_costs=first)
+    assert list(again.space.unit_costs) == first["skip"]

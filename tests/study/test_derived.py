@@ -41,7 +41,7 @@ def test_layers_are_skipped_at_no_other_timesteps(folder: Path, masked: StudySum
     assert (result.solver, result.final, result.guidance) == (own.solver, own.final, own.guidance)
     visits = {"heun": 2 * 7 - 1}.get(own.solver, 7)
     assert result.cost == pytest.approx(visits / (2 * 3 - 1))  # of the first solver, Heun, at three steps
-    assert "none is skipped here" in notes[-1]
+    assert "all run here" in notes[-1]
     script = result_text(result, "diffusers")
     assert (
         f"Study mine-7-steps: {own.solver}, 7 steps: timesteps, interpolated from 3 found steps, not searched."

@@ -354,12 +354,12 @@ def check_json(data: dict[str, Any]) -> None:
     assert list(data) == [
         "study", "finished", "budget", "generation", "stage", "solver", "metric", "extractor", "images", "bank", "seed",
         "reference_images", "warnings", "headline", "best", "validation", "baselines", "floors", "best_by_setting",
-        "ablation", "race", "evaluations", "seconds",
+        "ablation", "race", "evaluations", "start_evaluations", "seconds",
     ]  # fmt: skip
     assert (data["finished"], data["budget"]) == (26, 26)
     assert list(data["best"]) == [
         "trial", "timesteps", "settings", "value", "images", "bank", "held_out", "difference",
-        "validation", "skips", "variance_ratio", "cost",
+        "validation", "skips", "reuses", "variance_ratio", "cost",
     ]  # fmt: skip
     assert {(baseline["images"], baseline["bank"]) for baseline in data["baselines"]} == {(64, 0)}
     assert list(data["best"]["held_out"]) == ["mean", "low", "high", "images", "banks"]

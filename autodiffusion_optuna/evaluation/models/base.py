@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from autodiffusion_optuna.config import ModelConfig
 from autodiffusion_optuna.errors import ConfigError, ModelError, first_line
 from autodiffusion_optuna.evaluation.cost import UnitCosts, unit_latency, unit_macs
-from autodiffusion_optuna.evaluation.denoiser import PRECISIONS, Condition, Denoiser, GuidanceKind, SkippingDenoise
+from autodiffusion_optuna.evaluation.denoiser import PRECISIONS, Condition, Denoiser, GuidanceKind, UnitDenoise
 from autodiffusion_optuna.evaluation.seeds import Draw
-from autodiffusion_optuna.evaluation.skip import Units, compile_units, find_units
+from autodiffusion_optuna.evaluation.units import Branches, Units, compile_units, find_units
 from autodiffusion_optuna.noise import NoiseSchedule
 
 if TYPE_CHECKING:
@@ -84,10 +84,10 @@ class Model:
     """A frozen diffusion model on one device.
 
     ``fingerprint``: sha256 in hexadecimal over weights and configs; the same wherever the files lie, and
-    without device, precision and clip. ``shape``: (C, H, W) of a state. ``denoiser``: (x, t, skip) -> x0, of a
+    without device, precision and clip. ``shape``: (C, H, W) of a state. ``denoiser``: (x, t, modes) -> x0, of a
     conditional model a ``Denoiser`` that also takes conditions.
-    ``units``: names of the skippable units in execution order. ``reference``: statistics of the data the
-    model was trained on, for an extractor; None where the model ships with none.
+    ``units``: names of the units that can be skipped or reused, in execution order. ``reference``: statistics of the
+    data the model was trained on, for an extractor; None where the model ships with none.
     ``conditions``: None where the model is unconditional. ``guidance``: how a scale acts; ``scale``: the model's own,
     used where the study sets none. ``decode``: float32 [B, C, H, W] states -> images in [-1, 1], None where states are
     images; ``encode``: the way back, None where it is not known. ``image_shape``: (C, H, W) of an image, None for the
@@ -103,7 +103,7 @@ class Model:
     fingerprint: str
     shape: tuple[int, int, int]
     schedule: NoiseSchedule
-    denoiser: SkippingDenoise
+    denoiser: UnitDenoise
     device: torch.device
     units: tuple[str, ...] = ()
     latent_scale: float | None = None
@@ -125,7 +125,7 @@ class Model:
         """(C, H, W) of an image."""
         return self.image_shape or self.shape
 
-    def bind(self, chosen: Sequence[int], scale: float | None = None) -> SkippingDenoise:
+    def bind(self, chosen: Sequence[int], scale: float | None = None) -> UnitDenoise:
         """``denoiser`` for a batch whose images have the labels or prompts ``chosen``, by index, at a guidance scale.
 
         An unconditional model has nothing to choose and ignores ``chosen``. ``ConfigError`` where it is given a scale.
@@ -151,18 +151,22 @@ class Model:
         """Cost of one evaluation and what each unit saves of it.
 
         ``batch``: images an evaluation, for ``"latency"`` only; fewer are timed where they do not fit.
-        Classifier-free guidance counts both of its halves; a classifier, which skips nothing, is not counted.
+        Classifier-free guidance counts both of its halves; a classifier, which has no units, is not counted.
         ``ModelError`` where not even one image fits.
         """
         batch = 1 if kind == "macs" else batch
         x = torch.zeros(batch, *self.shape, device=self.device)
         denoise = self.bind([0] * batch, 0.0 if self.guidance == "classifier" else None)
 
-        def evaluate(skip: int) -> Tensor:
-            return denoise(x, self.schedule.T // 2, skip)
+        t, units = self.schedule.T // 2, len(self.units)
+        latest = Branches(keep=frozenset(range(units)))
 
-        units = len(self.units)
+        def evaluate(modes: int) -> Tensor:
+            return denoise(x, t, modes, Branches(latest.kept)) if modes else denoise(x, t, 0)
+
         try:
+            if kind == "latency" and units:
+                denoise(x, t, 0, latest)
             return unit_macs(evaluate, units) if kind == "macs" else unit_latency(evaluate, units, self.device)
         except torch.OutOfMemoryError:
             if batch == 1:
@@ -222,7 +226,7 @@ def trace_units(
     precision: str,
     where: Path | str,
 ) -> Units:
-    """Skippable units of ``network`` in the order in which ``run(x [1, C, H, W], model times [1])`` reaches them.
+    """Units of ``network`` in the order in which ``run(x [1, C, H, W], model times [1])`` reaches them.
 
     On the meta device that costs nothing. ``ModelError`` that names ``where`` if the network does not run on such
     states.

@@ -40,7 +40,7 @@ from autodiffusion_optuna.evaluation.models.text_to_image import (
     text_conditions,
 )
 from autodiffusion_optuna.evaluation.models.vae import AUTOENCODERS, Vae, make_vae
-from autodiffusion_optuna.evaluation.skip import release
+from autodiffusion_optuna.evaluation.units import release
 
 ITS_OWN = {"device": "auto", "precision": "float32", "compile": False, "config": None, "preset": None}
 """Settings that say how a model is loaded, and their defaults: an object has them already."""

@@ -16,6 +16,7 @@ from autodiffusion_optuna.errors import ModelError
 from autodiffusion_optuna.evaluation.features import Extractor
 from autodiffusion_optuna.evaluation.models.base import Model, find_device
 from autodiffusion_optuna.evaluation.references.reference import Reference, build_reference
+from autodiffusion_optuna.evaluation.units import Branches
 from autodiffusion_optuna.noise import linear
 
 COMPONENTS = 8
@@ -76,9 +77,9 @@ def mixture_model(T: int = 1000, device: str = "cpu", clip: bool = False) -> Mod
     mixture = default_mixture()
     schedule = linear(T, 0.1 / T, 20 / T)
 
-    def denoise(x: Tensor, t: float, skip: int = 0) -> Tensor:
-        if skip:
-            raise ModelError(f"skip set {skip:#x} was given, but 'mixture' has no units that can be skipped; use 0")
+    def denoise(x: Tensor, t: float, modes: int = 0, branches: Branches | None = None, /) -> Tensor:
+        if modes:
+            raise ModelError(f"modes {modes:#x} were given, but 'mixture' has no units that can rest; use 0")
         with torch.inference_mode():
             x0 = mixture.x0(x, schedule.alpha(t), schedule.sigma(t))
             return x0.clamp(-1.0, 1.0) if clip else x0

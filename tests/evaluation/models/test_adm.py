@@ -16,6 +16,7 @@ from tiny_adm import CLASSIFIER_FIELDS, golden, state, write_adm
 from tiny_models import kinds_of
 from torch import Tensor, nn
 
+from autodiffusion_optuna.candidate import packed
 from autodiffusion_optuna.errors import AdoptError, ConfigError, ModelError
 from autodiffusion_optuna.evaluation.models import Model
 from autodiffusion_optuna.evaluation.models.adm import (
@@ -34,8 +35,8 @@ from autodiffusion_optuna.evaluation.models.adm_fields import (
     noise_schedule,
     resolve_fields,
 )
-from autodiffusion_optuna.evaluation.skip import Units, find_units, skipping
 from autodiffusion_optuna.evaluation.solvers import ddim, times
+from autodiffusion_optuna.evaluation.units import Units, find_units
 
 Tiny = tuple[Path, Path, dict[str, Any]]
 X = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
@@ -89,8 +90,8 @@ def test_converted_networks_compute_what_the_official_ones_do(name: str) -> None
     ]
 
     @torch.inference_mode()
-    def output(time: str = "in.t", skip: int = 0) -> Tensor:
-        with skipping(units, skip):
+    def output(time: str = "in.t", modes: int = 0) -> Tensor:
+        with units.in_modes(modes):
             out: Tensor = network(tensors["in.x"], tensors[time], class_labels=tensors.get("in.y"))[0]
             return out
 
@@ -100,7 +101,7 @@ def test_converted_networks_compute_what_the_official_ones_do(name: str) -> None
     }
     for mask in described["masks"]:
         key = f"out.{mask['name']}"
-        errors[key] = relative(output(skip=sum(1 << unit for unit in mask["skip"])), tensors[key])
+        errors[key] = relative(output(modes=packed(mask["skip"])), tensors[key])
     print(name, errors)
     assert len(errors) == 8
     assert max(errors.values()) < 1e-5

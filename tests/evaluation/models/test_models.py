@@ -19,6 +19,7 @@ from autodiffusion_optuna.evaluation.models import MODELS, find_device
 from autodiffusion_optuna.evaluation.models.checkpoints import WEIGHTS
 from autodiffusion_optuna.evaluation.models.mixture import GaussianMixture, default_mixture, mixture_model
 from autodiffusion_optuna.evaluation.solvers import SOLVERS, times
+from autodiffusion_optuna.evaluation.units import Branches
 
 X = torch.randn(2, 1, 8, 8, generator=torch.Generator().manual_seed(0))
 
@@ -143,16 +144,16 @@ def test_costs_are_macs_an_image_or_seconds_a_batch(flat: Path) -> None:
 def test_costs_are_those_of_a_batch_that_fits(flat: Path) -> None:
     model, seen = load_source(flat, clip=False), []
 
-    def denoise(x: torch.Tensor, t: float, skip: int) -> torch.Tensor:
+    def denoise(x: torch.Tensor, t: float, modes: int, branches: Branches | None = None) -> torch.Tensor:
         if len(x) > 3:
             raise torch.OutOfMemoryError
         seen.append(len(x))
-        return model.denoiser(x, t, skip)
+        return model.denoiser(x, t, modes, branches)
 
     assert replace(model, denoiser=denoise).costs("latency", 8).full > 0
     assert set(seen) == {2}
 
-    def full(x: torch.Tensor, t: float, skip: int) -> torch.Tensor:
+    def full(x: torch.Tensor, t: float, modes: int, branches: Branches | None = None) -> torch.Tensor:
         raise torch.OutOfMemoryError
 
     with pytest.raises(ModelError, match="out of memory with a single image"):

@@ -36,8 +36,8 @@ from autodiffusion_optuna.evaluation.models import Model
 from autodiffusion_optuna.evaluation.models.text import TextEncoder
 from autodiffusion_optuna.evaluation.models.text_to_image import flow_shift, pack, unpack
 from autodiffusion_optuna.evaluation.seeds import Bank
-from autodiffusion_optuna.evaluation.skip import Units
 from autodiffusion_optuna.evaluation.solvers import SOLVERS, times
+from autodiffusion_optuna.evaluation.units import Units
 
 STEPS = (900, 610, 95)
 

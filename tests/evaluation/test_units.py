@@ -8,12 +8,24 @@ from typing import Any
 
 import pytest
 import torch
+from skip_masks import skips
 from tiny_models import kinds_of
 from tiny_pipelines import flux_transformer, sd3_transformer, sd_unet, sdxl_unet
 from torch import Tensor, nn
 
+from autodiffusion_optuna.candidate import REUSE, RUN, SKIP, packed
 from autodiffusion_optuna.errors import ModelError
-from autodiffusion_optuna.evaluation.skip import GRAPHS_A_UNIT, SHORTCUTS, Units, compile_units, find_units, skipping
+from autodiffusion_optuna.evaluation.units import (
+    GRAPHS_A_UNIT,
+    SHORTCUTS,
+    Branches,
+    Units,
+    branch_bytes,
+    compile_units,
+    find_shortcut,
+    find_units,
+    sources,
+)
 
 X = torch.randn(2, 1, 8, 8, generator=torch.Generator().manual_seed(0))
 
@@ -42,7 +54,7 @@ def test_nothing_skipped_is_bit_equal(unet: nn.Module) -> None:
     plain = forward(unet)
     units = units_of(unet)
     assert torch.equal(forward(unet), plain)
-    with skipping(units, (1 << len(units)) - 1):
+    with units.in_modes(skips((1 << len(units)) - 1)):
         assert not torch.equal(forward(unet), plain)
     assert torch.equal(forward(unet), plain)
 
@@ -53,7 +65,7 @@ def test_each_unit_alone_equals_zeroing_its_residual_branch(unet: nn.Module) -> 
     plain = forward(unet)
     for u, name in enumerate(units.names):
         expected = forward(without_residual_branch(untouched, name))
-        with skipping(units, 1 << u):
+        with units.in_modes(skips(1 << u)):
             skipped = forward(unet)
         assert (skipped - expected).norm() / expected.norm() < 2e-6
         assert (skipped - plain).norm() / plain.norm() > 1e-4
@@ -64,7 +76,7 @@ def test_a_set_of_units_equals_zeroing_all_their_branches(unet: nn.Module) -> No
     units = units_of(unet)
     for name in units.names[::2]:
         zeroed = without_residual_branch(zeroed, name)
-    with skipping(units, sum(1 << u for u in range(0, len(units), 2))):
+    with units.in_modes(packed(skips=range(0, len(units), 2))):
         skipped = forward(unet)
     assert (skipped - forward(zeroed)).norm() / skipped.norm() < 2e-6
 
@@ -115,27 +127,40 @@ def test_blocks_that_are_never_reached_are_no_units(make_unet: Callable[..., nn.
 def test_wrapping_twice_does_not_stack(unet: nn.Module) -> None:
     first, second = units_of(unet), units_of(unet)
     assert first.names == second.names
-    first.apply(0b11)
-    assert second.mask == 0b11
+    with first.in_modes(skips(0b11)):
+        assert torch.equal(forward(unet), forward(unet))
+        assert [switch.mode for switch in second.switches[:3]] == [SKIP, SKIP, RUN]
     switch = vars(unet.get_submodule(first.names[0]))["forward"]
     assert not isinstance(switch.forward, type(switch))
 
 
 def test_skipping_restores_what_was_skipped_before(unet: nn.Module) -> None:
     units = units_of(unet)
-    units.apply(0b100)
-    with skipping(units, 0b011):
-        assert units.mask == 0b011
-    with pytest.raises(KeyError), skipping(units, 0):
-        raise KeyError
-    assert units.mask == 0b100
+    with units.in_modes(skips(0b100)):
+        outer = forward(unet)
+        with units.in_modes(skips(0b011)):
+            assert not torch.equal(forward(unet), outer)
+        with pytest.raises(KeyError), units.in_modes(0):
+            raise KeyError
+        assert torch.equal(forward(unet), outer)
 
 
-@pytest.mark.parametrize("mask", [-1, 1 << 12])
-def test_sets_beyond_the_units_are_refused(mask: int, make_unet: Callable[..., nn.Module]) -> None:
+@pytest.mark.parametrize("modes", [-1, 1 << 24])
+def test_modes_beyond_the_units_are_refused(modes: int, make_unet: Callable[..., nn.Module]) -> None:
     units = units_of(make_unet())
-    with pytest.raises(ModelError, match=r"has 12 units, so sets lie in \[0, 0xfff\]"):
-        units.apply(mask)
+    with (
+        pytest.raises(ModelError, match=r"has 12 units, two bits each; give modes in \[0, 0xffffff\]"),
+        units.in_modes(modes),
+    ):
+        pass
+
+
+def test_modes_that_say_two_things_or_have_nothing_to_reuse_are_refused(unet: nn.Module) -> None:
+    units = units_of(unet)
+    with pytest.raises(ModelError, match=r"'down_blocks\.0\.resnets\.0' skipped and reused"), units.in_modes(0b11):
+        pass
+    with pytest.raises(ModelError, match=r"' is to reuse its branch, and no earlier"), units.in_modes(0b1000):
+        pass
 
 
 def dit() -> Any:
@@ -258,14 +283,81 @@ def test_each_unit_of_a_transformer_alone_equals_zeroing_its_branch(name: str) -
     assert Counter(kinds) == KINDS[name]
     assert torch.equal(output(network, **inputs), plain)
     for u, (unit, kind) in enumerate(zip(units.names, kinds, strict=True)):
-        with skipping(units, 1 << u):
+        with units.in_modes(skips(1 << u)):
             skipped = output(network, **inputs)
         expected = output(with_zeroed_ends(untouched, unit, kind), **inputs)
         assert (skipped - expected).norm() / expected.norm() < 2e-6, unit
         assert not torch.equal(skipped, plain), unit
-    with skipping(units, (1 << len(units)) - 1):
+    with units.in_modes(skips((1 << len(units)) - 1)):
         assert output(network, **inputs).isfinite().all()
     assert torch.equal(output(network, **inputs), plain)
+
+
+@pytest.mark.parametrize("name", sorted(NETWORKS))
+def test_each_unit_of_a_transformer_reuses_the_branch_that_it_gave(name: str) -> None:
+    network = NETWORKS[name]()
+    inputs = arguments(network)
+    units = find_units(network, lambda: output(network, **inputs))
+    first = "sample" if "sample" in inputs else "hidden_states"
+    others = {**inputs, first: 0.5 * inputs[first]}
+    plain, everything = output(network, **others), Branches(keep=frozenset(range(len(units))))
+    with units.in_modes(0, everything):
+        assert torch.equal(output(network, **others), plain), "keeping branches changes what the network returns"
+    with units.in_modes(0, earlier := Branches(keep=everything.keep)):
+        output(network, **inputs)
+    assert sum(map(branch_bytes, earlier.kept.values())) == sum(map(branch_bytes, everything.kept.values())) > 0
+    for u, unit in enumerate(units.names):
+        with units.in_modes(REUSE << 2 * u, Branches(everything.kept)):
+            torch.testing.assert_close(output(network, **others), plain, rtol=1e-4, atol=1e-5)  # its own branch
+        with units.in_modes(REUSE << 2 * u, Branches(earlier.kept)):
+            reused = output(network, **others)
+        with units.in_modes(SKIP << 2 * u):
+            skipped = output(network, **others)
+        assert not torch.allclose(reused, plain, atol=1e-6), unit
+        assert not torch.allclose(reused, skipped, atol=1e-6), unit
+
+
+def test_a_resnet_that_reuses_adds_what_it_added_then(unet: nn.Module) -> None:
+    units = units_of(unet)
+    block: Any = unet.get_submodule("mid_block.resnets.0")
+    u, channels = units.names.index("mid_block.resnets.0"), block.conv1.in_channels
+    one, other = torch.randn(2, 1, channels, 4, 4, generator=torch.Generator().manual_seed(0))
+    time = torch.ones(1, block.time_emb_proj.in_features)
+    shortcut = find_shortcut(block)
+    assert shortcut is not None
+    with units.in_modes(0, branches := Branches(keep=frozenset([u]))):
+        gave = block(one, time)
+    with units.in_modes(REUSE << 2 * u, Branches(branches.kept)):
+        torch.testing.assert_close(block(other, time), shortcut(other) + (gave - shortcut(one)))
+
+
+def test_a_unit_that_is_called_twice_keeps_a_branch_of_each_call(unet: nn.Module) -> None:
+    units = units_of(unet)
+    block: Any = unet.get_submodule("mid_block.resnets.0")
+    u, channels = units.names.index("mid_block.resnets.0"), block.conv1.in_channels
+    halves = torch.randn(2, 1, channels, 4, 4, generator=torch.Generator().manual_seed(0))
+    time = torch.ones(1, block.time_emb_proj.in_features)
+    with units.in_modes(0, branches := Branches(keep=frozenset([u]))):
+        gave = [block(half, time) for half in halves]
+    with units.in_modes(REUSE << 2 * u, Branches(branches.kept)):
+        for half, expected in zip(halves, gave, strict=True):
+            torch.testing.assert_close(block(half, time), expected)
+
+
+@pytest.mark.parametrize(
+    ("modes", "visits", "found"),
+    [
+        ([RUN, REUSE, REUSE, RUN, REUSE], [0, 1, 2, 3, 4], {1: 0, 2: 0, 4: 3}),
+        ([RUN, SKIP, REUSE], [0, 1, 2], {2: 0}),  # what is skipped gives nothing
+        ([REUSE, REUSE, SKIP], [0, 1, 2], {1: 0}),  # at first there is nothing to reuse
+        ([RUN, REUSE, RUN, REUSE], [0, 1, 1, 2, 2, 3, 3], {1: 0, 2: 0, 5: 3, 6: 4}),  # Heun: by place in the step
+        ([RUN, REUSE], [0, 0, 1], {2: 0}),
+    ],
+)
+def test_a_branch_comes_from_the_last_step_at_which_the_unit_ran(
+    modes: list[int], visits: list[int], found: dict[int, int]
+) -> None:
+    assert sources(modes, visits) == found
 
 
 def test_a_skipped_transformer_answers_as_it_is_asked() -> None:
@@ -273,23 +365,23 @@ def test_a_skipped_transformer_answers_as_it_is_asked() -> None:
     units = find_units(network, lambda: output(network, **arguments(network)))
     block = network.get_submodule("down_blocks.0.attentions.0")
     x, text = tensor(1, 16, 8, 8), tensor(1, 5, 32)
-    units.apply((1 << len(units)) - 1)
-    assert block(x, encoder_hidden_states=text).sample is x
-    assert block(x, encoder_hidden_states=text, return_dict=False) == (x,)
+    with units.in_modes(skips((1 << len(units)) - 1)):
+        assert block(x, encoder_hidden_states=text).sample is x
+        assert block(x, encoder_hidden_states=text, return_dict=False) == (x,)
 
 
 def test_blocks_over_two_sequences_return_them_in_the_order_of_the_network() -> None:
     network = sd3_transformer()
     inputs = arguments(network)
     units = find_units(network, lambda: output(network, **inputs))
-    with skipping(units, 0b010):
+    with units.in_modes(skips(0b010)):
         skipped = output(network, **inputs)
     assert torch.equal(skipped, output(network, **inputs, skip_layers=[1]))
     image, text = tensor(1, 16, 32), tensor(1, 5, 32)
-    units.apply(0b111)
     first, last = network.transformer_blocks[0], network.transformer_blocks[2]
-    assert first(image, text, None) == (text, image)
-    assert last(hidden_states=image, encoder_hidden_states=text, temb=None) == (None, image)
+    with units.in_modes(skips(0b111)):
+        assert first(image, text, None) == (text, image)
+        assert last(hidden_states=image, encoder_hidden_states=text, temb=None) == (None, image)
 
 
 RELEASED: dict[str, tuple[str, dict[str, Any], int, dict[str, int]]] = {
@@ -378,14 +470,14 @@ def test_masks_never_compile_anything_again(name: str, backend: CountingBackend)
     masks = [0, (1 << len(units)) - 2, *(chance.getrandbits(len(units)) for _ in range(10))]
     plain = []
     for mask in masks:
-        with skipping(units, mask):
+        with units.in_modes(skips(mask)):
             plain.append(output(network, **inputs))
     compile_units(units, backend)
     compile_units(units, backend)
     compiled = []
     for i, mask in enumerate(masks):
         before = len(backend.graphs)
-        with skipping(units, mask):
+        with units.in_modes(skips(mask)):
             compiled.append(output(network, **inputs))
         assert i < 2 or len(backend.graphs) == before, f"mask {mask:#x} was compiled for"
     print(f"{name}: {len(units)} units, {len(backend.graphs)} graphs")
