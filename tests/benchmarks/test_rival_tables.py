@@ -154,6 +154,12 @@ def test_the_parts_of_the_pages_say_what_was_found() -> None:
     assert "adopt" in rival_text.short({**found, "live": {}})  # before anything live is finished
 
 
+def test_of_equal_rivals_the_first_is_named_every_time() -> None:
+    entry = {"held-out median": 7.0}
+    for methods in ({"NSGA-II": entry, "random": entry}, {"random": entry, "NSGA-II": entry}):
+        assert rival_text.row("digits-4", methods)[2] == "random"
+
+
 def test_who_is_better_on_the_way_is_said() -> None:
     found = finished()
     curves = found["curves"]["digits-4"]
