@@ -39,7 +39,7 @@ def short(found: Mapping[str, Any] | None) -> str:
 
 def row(name: str, methods: Mapping[str, Any]) -> tuple[str, Mapping[str, Any], str]:
     """A problem, its methods, and the name of the best of Optuna's own samplers among them; "" where there is none."""
-    foreign = [other for other in ("random", "TPE", "CMA-ES", "NSGA-II", "GP") if other in methods]  # the first of equals
+    foreign = [other for other in ("random", "TPE", "CMA-ES", "NSGA-II", "GP") if other in methods]  # in one order
     return name, methods, min(foreign, key=lambda other: methods[other]["held-out median"], default="")
 
 
