@@ -187,7 +187,9 @@ def test_a_compiled_network_skips_the_same_and_no_mask_compiles_it_again(
 ) -> None:
     timesteps = tuple(range(950, 40, -80))
     masks = tuple(tuple(u for u in (0, 1, 2) if step >> u & 1) for step in range(len(timesteps)))
-    pipe, result, draw, wanted = make("ddpm", tmp_path, timesteps=timesteps, skips=masks)
+    reuses = tuple(tuple({0, 1, 2} - {*mask}) if step % 4 == 3 else () for step, mask in enumerate(masks[:-1]))
+    reuses = (*reuses, tuple({0, 1} - {*masks[-1]}))
+    pipe, result, draw, wanted = make("ddpm", tmp_path, timesteps=timesteps, skips=masks, reuses=reuses)
     wrapped = COMPILED[how](pipe.unet, counter)
     pipe.unet = pipe.unet if wrapped is None else wrapped
     apply(pipe, result)
