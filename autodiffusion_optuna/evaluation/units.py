@@ -90,17 +90,6 @@ class Branches:
     kept: dict[int, list[Any]] = field(default_factory=dict)
 
 
-def branch_bytes(branches: Iterable[Any]) -> int:
-    """Bytes of the tensors of a unit's branches."""
-    found = 0
-    for branch in branches:
-        if isinstance(branch, Tensor):
-            found += branch.nbytes
-        elif branch is not None:
-            found += branch_bytes(branch.values() if isinstance(branch, Mapping) else branch)
-    return found
-
-
 def _combined(operation: Callable[[Tensor, Tensor], Tensor], one: Any, other: Any) -> Any:
     """What a unit returns, with ``operation`` of each pair of tensors in two such; None, where a stream ends, stays."""
     if isinstance(one, Tensor):
